@@ -1,0 +1,150 @@
+"""Joint attention: the one place where the three experts of Motus meet (paper Sec. 3.1, "Tri-model Joint Attention").
+
+Each expert normalises, projects and feeds forward alone; in every layer their queries, keys and values are lined up in one sequence
+
+    [ video  Lv = T*h*w | action  La = state, actions, registers | understanding  Lu ]
+
+and one bidirectional softmax attention of N heads of size K runs over it, scale 1/sqrt(K). Only video tokens are rotated (3-D RoPE);
+action and understanding tokens carry no rotary position. The result is split again and goes back to the three experts.
+
+This file also holds the leaves that every network of the repository shares: norms, rotary positions, attention, MLPs.
+
+Departures from the official code
+- Padded keys (right-padded instructions, actions past the end of an episode) get a bias of -inf; the official code attends to them.
+  At batch size 1 nothing is padded and nothing changes.
+- Zero-padded text rows are identical keys; they are collapsed into one key with bias log(count), which is exact (`text_bias`).
+
+Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N heads, K head size, M = N*K.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+# -- norms ------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis in fp32, cast back to x's dtype, then times the weight: the order matters in bf16."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:                                                  # (..., D) -> (..., D)
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in fp32 and cast back to the dtype of its input, whatever the dtype of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:                                                  # (..., D) -> (..., D)
+        weight = self.weight.float() if self.weight is not None else None
+        bias = self.bias.float() if self.bias is not None else None
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+# -- linear maps ------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A linear map that runs in the dtype of its weights: an fp32 residual stream meets bf16 weights without autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class LinearFP32(nn.Linear):
+    """A linear map that runs in fp32 even where its weights are bf16 and autocast is on: time paths and the video head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+def mlp(*widths: int, act: type[nn.Module] = nn.SiLU, linear: type[nn.Linear] = Linear, **act_options) -> nn.Sequential:
+    """Linear, act, Linear, ..., Linear through `widths`; the linear maps sit at the even indices of the Sequential."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in zip(widths, widths[1:]):
+        layers += [linear(n_in, n_out), act(**act_options)]
+    return nn.Sequential(*layers[:-1])
+
+
+# -- rotary positions -------------------------------------------------------------------------------------------------------
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[2i], x[2i+1]). x (B, L, N, K); cos, sin (L, K/2), fp32. Returns fp32, as Wan does."""
+    even, odd = rearrange(x.float(), "b l n (k two) -> two b l n k", two=2)
+    cos, sin = cos[:, None], sin[:, None]                                                    # (L, 1, K/2), the same for all heads
+    return rearrange([even * cos - odd * sin, even * sin + odd * cos], "two b l n k -> b l n (k two)")
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + K/2]), in the dtype of x. x (..., L, N, K); cos, sin (..., L, K/2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------------
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention written out: the lesson, and the oracle of the fast ones. q (B, Lq, N, K); k, v (B, Lk, N, K);
+    bias broadcasts to (B, N, Lq, Lk). Logits and softmax in fp32. Returns (B, Lq, N, K) in v's dtype."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = torch.einsum("bqnk,bsnk->bnqs", q.to(v.dtype).float(), k.to(v.dtype).float()) * scale
+    logits = logits if bias is None else logits + bias
+    return torch.einsum("bnqs,bsnk->bqnk", logits.softmax(dim=-1), v.float()).to(v.dtype)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """The same through torch's fused kernels."""
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    bias = None if bias is None else bias.to(v.dtype)
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=bias, scale=scale)
+    return out.transpose(1, 2)
+
+
+ATTENTION = {"plain": plain_attention, "sdpa": sdpa_attention}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Dispatches to the implementation named by the environment variable MOTUS_ATTENTION (default sdpa)."""
+    name = os.environ.get("MOTUS_ATTENTION", "sdpa")
+    if name not in ATTENTION:
+        raise ValueError(f"MOTUS_ATTENTION is {name!r}; allowed: {', '.join(ATTENTION)}; unset it or choose one of them")
+    return ATTENTION[name](q, k, v, bias, scale)
+
+
+def key_bias(mask: Tensor) -> Tensor:
+    """Additive bias of padded keys. mask (B, L) bool, True where the key is real -> (B, L) fp32, 0 or -inf."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
+    """Bias (B, rows) of text keys, where rows `lengths`..`text_len`-1 of the official zero-padded text are all the same key:
+    the first of them stands for all text_len - length with bias log(count), the others get -inf. Exact, and far fewer keys."""
+    index = torch.arange(rows, device=lengths.device)
+    count = (text_len - lengths).clamp(min=0)[:, None].float()                               # (B, 1) identical padded keys
+    collapsed = torch.where(index == lengths[:, None], count.log(), torch.full_like(count, float("-inf")))
+    return torch.where(index < lengths[:, None], torch.zeros_like(count), collapsed)
+
+
+def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
+    """One attention over the experts' segments. qkv: (q, k, v), each (B, L_i, N, K), per expert in the order video, action,
+    understanding; masks: (B, L_i) bool or None per expert, True where a key is real. Returns (B, L_i, N*K) per expert."""
+    q, k, v = (torch.cat([x.to(qkv[0][2].dtype) for x in parts], dim=1) for parts in zip(*qkv))
+    bias = None
+    if any(mask is not None for mask in masks):
+        real = [torch.ones(part[1].shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
+                for part, mask in zip(qkv, masks)]
+        bias = key_bias(torch.cat(real, dim=1))[:, None, None]                               # (B, 1, 1, Lv+La+Lu)
+    out = rearrange(attention(q, k, v, bias), "b l n k -> b l (n k)")
+    return list(out.split([part[0].shape[1] for part in qkv], dim=1))

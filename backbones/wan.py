@@ -1,0 +1,237 @@
+"""Wan2.2-TI2V-5B by hand: the video expert (a diffusion transformer, DiT) and the video VAE.
+
+The DiT (Wan2.2 `wan/modules/model.py`): latents (B, 48, T, h, w) are cut into patches (1, 2, 2), tokens in the order t, h, w. A block is
+
+    x += gate1 * SelfAttention(shift1 + (1 + scale1) * LN(x))      3-D RoPE on q and k, q/k RMSNorm over the full width
+    x += CrossAttention(LN_affine(x), text)                        no gate, no mask, no rotary
+    x += gate2 * FFN(shift2 + (1 + scale2) * LN(x))                GELU(tanh)
+
+with (shift, scale, gate) x 2 = block table + projected time. In Motus the self-attention is the joint attention of `attention.py`, so the
+block is split where the experts meet: `pre_attention` gives q, k, v and `post_attention` takes the attended values.
+
+Conventions: the network is fed t in [0, 1000], 1000 is noise; its output is the velocity noise - data. Precision: the residual stream, the
+time path, modulation and head are fp32; the other linear maps run in the dtype of their weights. Tensor names are the original ones.
+
+Shapes: B batch, C latent channels, T latent frames, h w latent grid, L = T*(h/2)*(w/2) tokens, D width, N heads, K head size, Lt text rows.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from attention import LayerNorm, Linear, LinearFP32, RMSNorm, attention, mlp, rotate_interleaved, text_bias
+
+# -- the video expert -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of the video transformer; the defaults are Wan2.2-TI2V-5B."""
+
+    width: int = 3072
+    ffn: int = 14336
+    layers: int = 30
+    heads: int = 24
+    latent: int = 48                          # channels of the VAE latent
+    patch: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096                      # width of the text encoder's states
+    text_len: int = 512                       # official padded length of the text
+    freq_dim: int = 256                       # width of the time sinusoid
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(f"video width {self.width} must be an even multiple of heads {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to a sub-layer: x -> gate * f(shift + (1 + scale) * LN(x)). Each (B, 1 or L, D), fp32."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+def modulation(table: Tensor, time: Tensor) -> list[Tensor]:
+    """Adds a learned table (1, n, D) to the time projection (B, 1 or L, n, D) in fp32 and returns its n parts (B, 1 or L, D)."""
+    return list((table.float() + time.float()).unbind(dim=2))
+
+
+def modulate(x: Tensor, mod: Modulation) -> Tensor:
+    return x.float() * (1 + mod.scale) + mod.shift
+
+
+def time_sinusoid(t: Tensor, dim: int) -> Tensor:
+    """t in [0, 1000], any shape -> (..., dim) fp32, cosines first, computed in float64 as Wan does."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+    angle = t.double()[..., None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+def rope_3d(grid: tuple[int, int, int], head_dim: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, K/2) of the token grid (T, H, W). The K/2 pairs are split between the axes, each with its own ladder
+    10000^(-2j/axis_dim): 22/21/21 pairs at K = 128. Angles are computed in float64, the tables are fp32."""
+    side = 2 * (head_dim // 6)
+    angles = []
+    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
+        ladder = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), ladder)
+        shape = [1, 1, 1, len(ladder)]
+        shape[axis] = size
+        angles.append(angle.view(shape).expand(*grid, -1))
+    angle = rearrange(torch.cat(angles, dim=-1), "t h w k -> (t h w) k")
+    return angle.cos().float(), angle.sin().float()
+
+
+class WanAttention(nn.Module):
+    """Projections of one attention: q, k, v, o with biases, q and k normed over the full width before the split into heads."""
+
+    def __init__(self, width: int, heads: int, eps: float):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+
+    def queries(self, x: Tensor) -> Tensor:                                                  # (B, L, D) -> (B, L, N, K)
+        return rearrange(self.norm_q(self.q(x)), "b l (n k) -> b l n k", n=self.heads)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:                               # (B, L, D) -> 2 x (B, L, N, K)
+        return (rearrange(self.norm_k(self.k(x)), "b l (n k) -> b l n k", n=self.heads),
+                rearrange(self.v(x), "b l (n k) -> b l n k", n=self.heads))
+
+
+class TextStates(NamedTuple):
+    """Embedded text (B, Lt, D) and the bias (B, 1, 1, Lt) of its rows as keys."""
+
+    states: Tensor
+    bias: Tensor
+
+
+class TextKV(NamedTuple):
+    """Keys and values of one layer's cross attention, computed once per instruction. k, v (B, Lt, N, K); bias (B, 1, 1, Lt)."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
+
+
+class WanBlock(nn.Module):
+    """One layer of the video expert, open where the joint attention happens."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        width, eps = config.width, config.eps
+        self.norm1 = LayerNorm(width, eps, elementwise_affine=False)
+        self.self_attn = WanAttention(width, config.heads, eps)
+        self.norm3 = LayerNorm(width, eps)                                                   # the only one with weight and bias
+        self.cross_attn = WanAttention(width, config.heads, eps)
+        self.norm2 = LayerNorm(width, eps, elementwise_affine=False)
+        self.ffn = mlp(width, config.ffn, width, act=nn.GELU, approximate="tanh")
+        self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def pre_attention(self, x: Tensor, mod: Modulation, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q, k (fp32, rotated), v, each (B, L, N, K)."""
+        h = modulate(self.norm1(x), mod)
+        k, v = self.self_attn.keys_values(h)
+        return rotate_interleaved(self.self_attn.queries(h), *rope), rotate_interleaved(k, *rope), v
+
+    def text_kv(self, text: TextStates) -> TextKV:
+        return TextKV(*self.cross_attn.keys_values(text.states), text.bias)
+
+    def post_attention(self, x: Tensor, attended: Tensor, mod: Modulation, ffn_mod: Modulation,
+                       text: TextStates | TextKV) -> Tensor:
+        """x (B, L, D) residual stream, attended (B, L, N*K), text with or without its keys and values made -> (B, L, D) fp32."""
+        x = x.float() + self.self_attn.o(attended).float() * mod.gate
+        text = text if isinstance(text, TextKV) else self.text_kv(text)
+        y = attention(self.cross_attn.queries(self.norm3(x)), text.k, text.v, text.bias)
+        x = x + self.cross_attn.o(rearrange(y, "b l n k -> b l (n k)")).float()
+        return x + self.ffn(modulate(self.norm2(x), ffn_mod)).float() * ffn_mod.gate
+
+
+class WanHead(nn.Module):
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        pt, ph, pw = config.patch
+        self.norm = LayerNorm(config.width, config.eps, elementwise_affine=False)
+        self.head = LinearFP32(config.width, pt * ph * pw * config.latent)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:                                       # x (B, L, D), e (B, 1 or L, D)
+        return self.head(modulate(self.norm(x), Modulation(*modulation(self.modulation, e.unsqueeze(2)))))
+
+
+class WanModel(nn.Module):
+    """The video transformer. `forward` is Wan alone (video generation without the other experts)."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embedding = nn.Conv3d(config.latent, width, kernel_size=config.patch, stride=config.patch)
+        self.text_embedding = mlp(config.text_dim, width, width, act=nn.GELU, approximate="tanh")
+        self.time_embedding = mlp(config.freq_dim, width, width, linear=LinearFP32)
+        self.time_projection = nn.Sequential(nn.SiLU(), LinearFP32(width, 6 * width))
+        self.blocks = nn.ModuleList(WanBlock(config) for _ in range(config.layers))
+        self.head = WanHead(config)
+
+    def init_weights(self) -> None:
+        """The official initialisation: Xavier linear maps, std 0.02 for text and time embeddings, a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for module in (*self.text_embedding, *self.time_embedding):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t (B,) or per token (B, L), in [0, 1] -> e (B, 1 or L, D) for the head, e0 (B, 1 or L, 6, D) for the blocks, fp32."""
+        t = t[:, None] if t.dim() == 1 else t
+        e = self.time_embedding(time_sinusoid(1000 * t, self.config.freq_dim))
+        return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
+
+    def embed_text(self, context: Tensor, lengths: Tensor) -> TextStates:
+        """Text states (B, Lt, text_dim), zero from row `lengths` (B,) on, into the video width. The official code pads to text_len
+        rows and attends to all of them; here one padded row stands for all of them, and is added where it is missing."""
+        rows = context.shape[1]
+        if rows <= int(lengths.max()) < self.config.text_len:
+            context = torch.cat([context, context.new_zeros(len(context), 1, context.shape[2])], dim=1)
+        bias = text_bias(lengths, context.shape[1], self.config.text_len)[:, None, None]     # (B, 1, 1, Lt)
+        return TextStates(self.text_embedding(context), bias)
+
+    def patchify(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """(B, C, T, h, w) -> tokens (B, L, D) in the order t, h, w, and their grid."""
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
+        return rearrange(x, "b d t h w -> b (t h w) d"), tuple(x.shape[2:])
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(B, L, patch * C), channel fastest -> (B, C, T, h, w)."""
+        (t, h, w), (pt, ph, pw) = grid, self.config.patch
+        return rearrange(x, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
+        """latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text (B, Lt, text_dim) with lengths (B,) -> velocity (B, C, T, h, w)."""
+        x, grid = self.patchify(latents)
+        e, e0 = self.embed_time(t)
+        rope = rope_3d(grid, self.config.head_dim, x.device)
+        text = self.embed_text(context, lengths)
+        for block in self.blocks:
+            parts = modulation(block.modulation, e0)
+            mod, ffn_mod = Modulation(*parts[:3]), Modulation(*parts[3:])
+            q, k, v = block.pre_attention(x, mod, rope)
+            attended = rearrange(attention(q, k, v), "b l n k -> b l (n k)")
+            x = block.post_attention(x, attended, mod, ffn_mod, text)
+        return self.unpatchify(self.head(x, e), grid)
+
+

@@ -1,0 +1,451 @@
+"""Motus, a unified latent action world model (arXiv 2512.13030), in one file: the three experts and the layer where they meet.
+
+    observation, instruction --> [ VLM, frozen ] --> und tokens      512 wide   ----.
+    video latents (frame 0 clean) --> patches    --> video tokens   3072 wide   ----+--> one joint attention per layer (Sec. 3.1),
+    state, noisy actions, registers              --> action tokens  1024 wide   ----'    everything else separate; 30 layers
+                                                                                    --> velocity of the video, velocity of the actions
+
+    sequence   [ video T*h*w | state 1, actions S, registers 4 | understanding Lu ]
+    full size      360               53 (S = 48)                    ~130
+
+Video and action tokens are modulated by their own timestep (adaLN: shift, scale, gate); understanding tokens by none. The video expert
+also reads the text states of the T5 encoder by cross attention. `flow.py` says how the two timesteps make five modes out of one network.
+
+Forms: `finetune=True` has a state token and registers (stage 3); `finetune=False` has neither and predicts latent actions (stages 1, 2).
+
+Precision (weights may be bf16): the residual streams of video and action, the time paths, modulation tables and the video head are fp32;
+the understanding stream stays in the dtype of its weights; attention runs in the dtype of v.
+
+Departures from the official code: padded understanding tokens and padded actions are masked as keys (no effect at batch size 1);
+everything that does not depend on the noise is computed once per observation; the last layer's understanding output, which nothing
+reads, is not computed; the position table is a function, not a buffer, so any chunk length loads.
+
+Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action dimensions, P state dimensions,
+C latent channels, Lt text rows, Dt text width, Dv VLM width.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+import flow
+from attention import LayerNorm, Linear, LinearFP32, RMSNorm, joint_attention, mlp
+from backbones.wan import (Modulation, TextKV, TextStates, WanBlock, WanConfig, WanModel, modulate, modulation, rope_3d, time_sinusoid)
+
+# -- configuration ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MotusConfig:
+    """Every size of the model; the defaults are the published RoboTwin model."""
+
+    video: WanConfig = field(default_factory=WanConfig)
+    frames: int = 8                           # predicted video frames of a chunk; latent frames T = 1 + frames / 4
+    ratio: int = 2                            # actions per video frame (official: 2 RoboTwin, 6 real robots, 1 latent actions)
+    action_width: int = 1024
+    action_dim: int = 14
+    state_dim: int = 14
+    action_eps: float = 1e-5
+    und_width: int = 512
+    und_eps: float = 1e-5
+    vlm_dim: int = 2048                       # width of the VLM's hidden states
+    expert_ffn: int = 4                       # FFN width of the two small experts, in multiples of their width
+    registers: int = 4
+    finetune: bool = True                     # state token and registers (stage 3), or neither (stages 1 and 2)
+
+    def __post_init__(self):
+        if self.frames % 4:
+            raise ValueError(f"frames is {self.frames}; the video VAE packs 4 frames into one latent frame: use a multiple of 4")
+        if self.action_width % 2:
+            raise ValueError(f"action_width is {self.action_width}; the position table needs an even width")
+
+    @property
+    def chunk(self) -> int:
+        """S, actions per chunk."""
+        return self.frames * self.ratio
+
+    @property
+    def latent_frames(self) -> int:
+        """T, the observation included."""
+        return 1 + self.frames // 4
+
+
+# -- what goes in -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What the network sees of a batch: the outputs of the frozen backbones, clean actions and state, and masks."""
+
+    latents: Tensor                           # (B, C, T, h, w), frame 0 is the observation; T may be 1 where no video is given
+    context: Tensor                           # (B, Lt, Dt) text states, zero from row `context_len` on
+    context_len: Tensor                       # (B,) int64
+    und: Tensor | None = None                 # (B, Lu, Dv) hidden states of the VLM; None runs without understanding (stage 1)
+    und_mask: Tensor | None = None            # (B, Lu) bool, False where padded
+    state: Tensor | None = None               # (B, P)
+    actions: Tensor | None = None             # (B, S, A); None where there are none
+    action_mask: Tensor | None = None         # (B, S, A) bool, False past the end of the episode and for dimensions that do not exist
+    video_mask: Tensor | None = None          # (B, T) bool, False for latent frames past the end of the episode
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        return Inputs(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+
+class Conditions(NamedTuple):
+    """What does not depend on the noise, computed once per observation."""
+
+    text: list[TextStates | TextKV]           # per layer
+    und: Tensor | None                        # (B, Lu, D)
+    und_mask: Tensor | None                   # (B, Lu)
+    state: Tensor | None                      # (B, 1, D) state token
+    action_mask: Tensor | None                # (B, S, A)
+
+
+# -- the two small experts --------------------------------------------------------------------------------------------------
+
+
+def position_table(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+    """Fixed positions (rows, dim): sines in the first half, cosines in the second, computed in float64, returned in fp32."""
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2))
+    angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), omega)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+class ExpertBlock(nn.Module):
+    """One layer of a small expert: it owns projections into the video expert's heads, norms and an FFN, but no attention of its own.
+    `modulated` blocks (action) are gated by their timestep and keep an fp32 stream; the others (understanding) are plain pre-norm."""
+
+    def __init__(self, width: int, ffn: int, heads: int, head_dim: int, eps: float, modulated: bool):
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(3, heads, width, head_dim) / math.sqrt(width * head_dim))
+        self.o = Linear(heads * head_dim, width, bias=False)
+        self.norm_q, self.norm_k = RMSNorm(heads * head_dim, eps), RMSNorm(heads * head_dim, eps)
+        self.norm1 = LayerNorm(width, eps, elementwise_affine=False)
+        self.norm2 = LayerNorm(width, eps, elementwise_affine=False)
+        self.ffn = mlp(width, ffn, width, act=nn.GELU, approximate="tanh")
+        if modulated:
+            self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+
+    def pre_attention(self, x: Tensor, mod: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> q, k, v, each (B, L, N, K)."""
+        h = self.norm1(x) if mod is None else modulate(self.norm1(x), mod)
+        weight = rearrange(self.qkv, "three n d k -> (three n k) d")
+        q, k, v = nn.functional.linear(h.to(weight.dtype), weight).chunk(3, dim=-1)
+        return tuple(rearrange(y, "b l (n k) -> b l n k", n=self.qkv.shape[1]) for y in (self.norm_q(q), self.norm_k(k), v))
+
+    def post_attention(self, x: Tensor, attended: Tensor, mod: Modulation | None = None, ffn_mod: Modulation | None = None) -> Tensor:
+        """x (B, L, D) residual stream, attended (B, L, N*K) -> (B, L, D)."""
+        if mod is None:
+            x = x + self.o(attended)
+            return x + self.ffn(self.norm2(x))
+        x = x.float() + self.o(attended).float() * mod.gate
+        return x + self.ffn(modulate(self.norm2(x), ffn_mod)).float() * ffn_mod.gate
+
+
+class InputEncoder(nn.Module):
+    """State and actions to tokens, by separate three-layer MLPs."""
+
+    def __init__(self, config: MotusConfig):
+        super().__init__()
+        width = config.action_width
+        if config.finetune:
+            self.state_encoder = mlp(config.state_dim, width, width, width)
+        self.action_encoder = mlp(config.action_dim, width, width, width)
+
+
+class ActionDecoder(nn.Module):
+    def __init__(self, config: MotusConfig):
+        super().__init__()
+        self.norm = LayerNorm(config.action_width, config.action_eps, elementwise_affine=False)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.action_width) / config.action_width**0.5)
+        self.action_head = nn.Sequential(Linear(config.action_width, config.action_dim))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:                                       # x (B, La, D), e (B, 1, D) -> (B, La, A)
+        return self.action_head(modulate(self.norm(x), Modulation(*modulation(self.modulation, e.unsqueeze(2)))))
+
+
+class ActionExpert(nn.Module):
+    """Tokens [state, actions, registers] to the velocity of the actions. Every token gets the action timestep, the clean state too."""
+
+    def __init__(self, config: MotusConfig):
+        super().__init__()
+        self.config = config
+        video, width = config.video, config.action_width
+        self.input_encoder = InputEncoder(config)
+        if config.finetune:
+            self.registers = nn.Parameter(0.02 * torch.randn(1, config.registers, width))
+        self.time_embedding = mlp(video.freq_dim, width, width, linear=LinearFP32)
+        self.time_projection = nn.Sequential(nn.SiLU(), LinearFP32(width, 6 * width))
+        self.blocks = nn.ModuleList(
+            ExpertBlock(width, config.expert_ffn * width, video.heads, video.head_dim, config.action_eps, modulated=True)
+            for _ in range(video.layers))
+        self.decoder = ActionDecoder(config)
+
+    def init_weights(self) -> None:
+        """The official initialisation: Xavier linear maps, time embedding std 0.02, a zero head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.time_embedding:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.decoder.action_head[0].weight)
+
+    def embed(self, actions: Tensor, state: Tensor | None) -> Tensor:
+        """actions (B, S, A), encoded state (B, 1, D) or None -> tokens (B, La, D), positions added to all of them."""
+        tokens = [self.input_encoder.action_encoder(actions)]
+        if self.config.finetune:
+            tokens = [state, *tokens, self.registers.expand(len(actions), -1, -1)]
+        x = torch.cat(tokens, dim=1)
+        return x + position_table(x.shape[1], x.shape[2], x.device).to(x.dtype)
+
+    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t (B,) in [0, 1] -> e (B, 1, D) for the decoder, e0 (B, 1, 6, D) for the blocks, fp32."""
+        e = self.time_embedding(time_sinusoid(1000 * t[:, None], self.config.video.freq_dim))
+        return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
+
+    def key_mask(self, action_mask: Tensor | None) -> Tensor | None:
+        """(B, S, A) -> (B, La): padded actions are no keys; state and registers always are."""
+        if action_mask is None:
+            return None
+        real = action_mask.any(dim=-1)
+        ends = (1, self.config.registers) if self.config.finetune else (0, 0)
+        return nn.functional.pad(real, ends, value=True)
+
+    def actions_of(self, x: Tensor) -> Tensor:
+        """Cuts state and registers off (B, La, ...)."""
+        return x[:, 1:x.shape[1] - self.config.registers] if self.config.finetune else x
+
+
+class UndExpert(nn.Module):
+    """Carries what the frozen VLM understood into the joint attention: an adapter and plain pre-norm blocks."""
+
+    def __init__(self, config: MotusConfig):
+        super().__init__()
+        video, width = config.video, config.und_width
+        self.vlm_adapter = mlp(config.vlm_dim, width, width, width)
+        self.blocks = nn.ModuleList(
+            ExpertBlock(width, config.expert_ffn * width, video.heads, video.head_dim, config.und_eps, modulated=False)
+            for _ in range(video.layers))
+
+
+# -- the layer where the three experts meet ---------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Every expert normalises, projects and feeds forward alone; the attention is the only place where they meet."""
+
+    def __init__(self, video: WanBlock, action: ExpertBlock, und: ExpertBlock, last: bool):
+        super().__init__()
+        self.video, self.action, self.und, self.last = video, action, und, last
+
+    def forward(self, xv: Tensor, xa: Tensor | None, xu: Tensor | None, time_video: Tensor, time_action: Tensor | None,
+                rope: tuple[Tensor, Tensor], text: TextStates | TextKV,
+                action_keys: Tensor | None, und_keys: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """xv (B, Lv, Dv), xa (B, La, Da) or None, xu (B, Lu, Du) or None -> the same three after one layer."""
+        mod_v = modulation(self.video.modulation, time_video)                                # shift1 scale1 gate1 shift2 scale2 gate2
+        qkv = [self.video.pre_attention(xv, Modulation(*mod_v[:3]), rope)]
+        masks = [None]
+        if xa is not None:
+            mod_a = modulation(self.action.modulation, time_action)
+            qkv.append(self.action.pre_attention(xa, Modulation(*mod_a[:3])))
+            masks.append(action_keys)
+        if xu is not None:
+            qkv.append(self.und.pre_attention(xu))
+            masks.append(und_keys)
+
+        attended = joint_attention(qkv, masks)
+
+        xv = self.video.post_attention(xv, attended[0], Modulation(*mod_v[:3]), Modulation(*mod_v[3:]), text)
+        if xa is not None:
+            xa = self.action.post_attention(xa, attended[1], Modulation(*mod_a[:3]), Modulation(*mod_a[3:]))
+        if xu is not None and not self.last:                                                 # nothing reads the last layer's xu
+            xu = self.und.post_attention(xu, attended[-1])
+        return xv, xa, xu
+
+
+# -- the model --------------------------------------------------------------------------------------------------------------
+
+
+class Losses(NamedTuple):
+    """Loss per sample, and the times it was measured at (for the loss per time bin)."""
+
+    video: Tensor                             # (B,)
+    action: Tensor | None                     # (B,), 0 for a sample without actions
+    t_video: Tensor                           # (B,)
+    t_action: Tensor | None                   # (B,)
+    has_action: Tensor | None                 # (B,) bool
+
+    def total(self, video_weight: float = 1.0, action_weight: float = 1.0) -> Tensor:
+        """Mean over the batch; samples without actions do not enter the mean of the action loss."""
+        total = video_weight * self.video.mean()
+        if self.action is not None:
+            total = total + action_weight * self.action.sum() / self.has_action.sum().clamp(min=1)
+        return total
+
+
+class Prediction(NamedTuple):
+    video: Tensor | None                      # (B, C, T, h, w) latents, frame 0 is the observation
+    actions: Tensor | None                    # (B, S, A), normalised
+
+
+class Motus(nn.Module):
+    """Video expert, action expert, understanding expert."""
+
+    def __init__(self, config: MotusConfig):
+        super().__init__()
+        self.config = config
+        self.video = WanModel(config.video)
+        self.action = ActionExpert(config)
+        self.und = UndExpert(config)
+        # A plain list: the experts own the blocks (and name them in the state dict); a layer only lines them up.
+        blocks = list(zip(self.video.blocks, self.action.blocks, self.und.blocks))
+        self.layers = [Layer(*trio, last=i == len(blocks) - 1) for i, trio in enumerate(blocks)]
+
+    def init_weights(self, generator: torch.Generator | None = None) -> "Motus":
+        self.video.init_weights()
+        self.action.init_weights()
+        return self
+
+    # -- one evaluation of the network --
+
+    def conditions(self, inputs: Inputs, cache_text: bool = False) -> Conditions:
+        """What all steps of the sampler share. `cache_text` also computes every layer's cross-attention keys and values here."""
+        states = self.video.embed_text(inputs.context, inputs.context_len)
+        text = [block.text_kv(states) for block in self.video.blocks] if cache_text else [states] * len(self.layers)
+        und = None if inputs.und is None else self.und.vlm_adapter(inputs.und)
+        state = None
+        if self.config.finetune and inputs.state is not None:
+            state = self.action.input_encoder.state_encoder(inputs.state[:, None])
+        return Conditions(text, und, inputs.und_mask, state, inputs.action_mask)
+
+    def velocity(self, video: Tensor, action: Tensor | None, t_video: Tensor, t_action: Tensor | None,
+                 conditions: Conditions) -> tuple[Tensor, Tensor | None]:
+        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the video expert alone), times (B,) in
+        [0, 1], independent per sample. Returns the velocities noise - data: (B, C, T, h, w) fp32, and (B, La, A) for all tokens of
+        the action expert (`self.action.actions_of` cuts out the chunk)."""
+        xv, grid = self.video.patchify(video)                                                # (B, Lv, Dv)
+        rope = rope_3d(grid, self.config.video.head_dim, xv.device)
+        ev, time_video = self.video.embed_time(t_video)
+        xa = ea = time_action = action_keys = None
+        if action is not None:
+            if conditions.action_mask is not None:                                           # dimensions that do not exist are zero
+                action = action * conditions.action_mask
+            xa = self.action.embed(action, conditions.state)                                 # (B, La, Da)
+            ea, time_action = self.action.embed_time(t_action)
+            action_keys = self.action.key_mask(conditions.action_mask)
+        xu = conditions.und                                                                  # (B, Lu, Du)
+        for layer, text in zip(self.layers, conditions.text):
+            xv, xa, xu = layer(xv, xa, xu, time_video, time_action, rope, text, action_keys, conditions.und_mask)
+        return self.video.unpatchify(self.video.head(xv, ev), grid), None if xa is None else self.action.decoder(xa, ea)
+
+    # -- training --
+
+    def loss(self, inputs: Inputs, generator: torch.Generator | None = None, times: str = "official",
+             t_video: Tensor | None = None, t_action: Tensor | None = None,
+             video_noise: Tensor | None = None, action_noise: Tensor | None = None) -> Losses:
+        """The training loss per sample. Times (B,) and noise are drawn from `generator` (CPU) unless given; order: video time, action
+        time, video noise, action noise. Without `inputs.actions` the video expert is trained alone (stage 1)."""
+        latents, actions = inputs.latents, inputs.actions
+        draw = flow.TIMES[times]
+        t_video = draw(len(inputs), generator).to(latents.device) if t_video is None else t_video
+        if actions is not None:
+            t_action = draw(len(inputs), generator).to(latents.device) if t_action is None else t_action
+        video_noise = gaussian(latents, generator) if video_noise is None else video_noise
+        noisy_video = flow.keep_observation(flow.mix(latents, video_noise, t_video), latents[:, :, :1])
+        noisy_action = None
+        if actions is not None:
+            action_noise = gaussian(actions, generator) if action_noise is None else action_noise
+            noisy_action = flow.mix(actions, action_noise, t_action)
+        v_video, v_action = self.velocity(noisy_video, noisy_action, t_video, t_action, self.conditions(inputs))
+        video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
+        if actions is None:
+            return Losses(video, None, t_video, None, None)
+        v_action = self.action.actions_of(v_action).float()
+        action = flow.action_loss(v_action, action_noise - actions, inputs.action_mask)
+        mask = inputs.action_mask
+        has_action = torch.ones_like(t_action, dtype=torch.bool) if mask is None else mask.flatten(1).any(dim=1)
+        return Losses(video, action, t_video, t_action, has_action)
+
+    # -- sampling --
+
+    @torch.no_grad()
+    def sample(self, inputs: Inputs, mode: str = "joint", steps: int = 10, generator: torch.Generator | None = None,
+               shift: float = 1.0, video_noise: Tensor | None = None, action_noise: Tensor | None = None) -> Prediction:
+        """Runs one of the five modes. `inputs.latents` holds the observation in frame 0, and the future too in mode `idm`;
+        `inputs.actions` is read in mode `world_model` only. Returns what the mode denoises, None for the rest. Noise is drawn from
+        `generator` (CPU), video before action, unless given."""
+        config, row = self.config, flow.mode_named(mode)
+        observation = inputs.latents[:, :, :1]
+        shape = (len(inputs), config.video.latent, config.latent_frames, *observation.shape[3:])
+        video = inputs.latents if row.video == flow.GIVEN else video_noise
+        if row.video == flow.GIVEN and tuple(video.shape) != shape:
+            raise ValueError(f"mode {mode} is given the video, but latents are {tuple(video.shape)}; expected {shape}")
+        action = inputs.actions if row.action == flow.GIVEN else action_noise
+        if row.action == flow.GIVEN and action is None:
+            raise ValueError(f"mode {mode} is given the actions, but inputs.actions is None; set it to (B, {config.chunk}, A)")
+        if config.finetune and inputs.state is None:
+            raise ValueError("inputs.state is None; this model has a state token: set it to (B, P)")
+        if video is None:
+            video = gaussian(observation.new_empty(shape), generator)
+        if action is None:
+            action = gaussian(observation.new_empty(len(inputs), config.chunk, config.action_dim), generator)
+        conditions = self.conditions(inputs, cache_text=True)
+
+        def velocity(video: Tensor, action: Tensor, t_video: Tensor, t_action: Tensor) -> tuple[Tensor, Tensor]:
+            v_video, v_action = self.velocity(video, action, t_video, t_action, conditions)
+            return v_video, self.action.actions_of(v_action)
+
+        video, action = flow.sample(velocity, video, action, observation, mode, steps, shift)
+        return Prediction(video if row.video == flow.DENOISE else None, action if row.action == flow.DENOISE else None)
+
+
+def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise in fp32, drawn on the CPU so that a seed means the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+# -- names of the official checkpoint ---------------------------------------------------------------------------------------
+
+OFFICIAL_PARTS = {"video": "video_model.wan_model", "action": "action_expert", "und": "und_expert"}
+
+# From stage 2 to stage 3 these start fresh: real actions have another meaning than latent ones.
+FRESH_IN_STAGE_3 = ("action.input_encoder.", "action.decoder.", "action.registers")
+
+
+def official_name(name: str) -> str:
+    """Our parameter name -> the official one: und.blocks.0.qkv -> und_expert.blocks.0.wan_und_qkv."""
+    part, rest = name.split(".", 1)
+    if part in ("action", "und"):
+        rest = re.sub(r"^(blocks\.\d+\.)(qkv|o\.|norm_[qk])", rf"\1wan_{part}_\2", rest)
+    return f"{OFFICIAL_PARTS[part]}.{rest}"
+
+
+# -- presets ----------------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "toy": MotusConfig(
+        video=WanConfig(width=96, ffn=256, layers=4, heads=4, latent=16, text_dim=48, text_len=16, freq_dim=64),
+        frames=4, ratio=3, action_width=64, action_dim=3, state_dim=3, und_width=64, vlm_dim=96),
+    "small": MotusConfig(
+        video=WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),
+        frames=8, ratio=2, action_width=384, und_width=256),
+    "full": MotusConfig(),
+}
+
+
+def preset(name: str, **changes) -> MotusConfig:
+    """A row of the table, with changes."""
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)

@@ -24,9 +24,12 @@ Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size
 C latent channels, Lt text rows, Dt text width, Dv VLM width.
 """
 
+import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -35,7 +38,11 @@ from torch import Tensor, nn
 
 import flow
 from attention import LayerNorm, Linear, LinearFP32, RMSNorm, joint_attention, mlp
-from backbones.wan import (Modulation, TextKV, TextStates, WanBlock, WanConfig, WanModel, modulate, modulation, rope_3d, time_sinusoid)
+from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
+from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
+from backbones.wan import (Modulation, TextKV, TextStates, WanBlock, WanConfig, WanModel, WanVAE, WanVAEConfig, modulate, modulation,
+                           rope_3d, time_sinusoid)
+from backbones.weights import load_into, open_source, read_metadata, save_safetensors
 
 # -- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -95,8 +102,26 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        return Inputs(**{k: None if v is None else function(v) for k, v in vars(self).items()})
+
     def to(self, device: torch.device | str) -> "Inputs":
-        return Inputs(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def rows(self, index: Tensor) -> "Inputs":
+        return self.map(lambda x: x[index])
+
+    @classmethod
+    def stack(cls, parts: "Sequence[Inputs]") -> "Inputs":
+        """Joins batches along B; text and understanding are padded to the longest."""
+        def join(values: Sequence[Tensor | None]) -> Tensor | None:
+            if values[0] is None:
+                return None
+            if values[0].dim() == 1 or len({v.shape[1] for v in values}) == 1:
+                return torch.cat(list(values))
+            longest = max(v.shape[1] for v in values)
+            return torch.cat([nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, longest - v.shape[1])) for v in values])
+        return cls(**{k: join([getattr(part, k) for part in parts]) for k in vars(parts[0])})
 
 
 class Conditions(NamedTuple):
@@ -431,12 +456,92 @@ def official_name(name: str) -> str:
     return f"{OFFICIAL_PARTS[part]}.{rest}"
 
 
+# -- the frozen backbones ---------------------------------------------------------------------------------------------------
+
+
+class Backbones(nn.Module):
+    """The three networks that others pre-trained, and their tokenizers: pixels and words in, latents and states out. Frozen.
+
+    A folder holds `vae.safetensors`, `text.safetensors`, `vlm.safetensors` (each with its config in the metadata) and the tokenizers
+    `text.json`, `vlm.json`."""
+
+    PARTS = {"vae": (WanVAE, WanVAEConfig), "text": (UMT5Encoder, UMT5Config), "vlm": (Qwen3VL, Qwen3VLConfig)}
+
+    def __init__(self, vae: WanVAE, text: UMT5Encoder, vlm: Qwen3VL, folder: str | Path, text_len: int):
+        super().__init__()
+        from tokenizers import Tokenizer
+
+        self.vae, self.text, self.vlm = vae, text, vlm
+        self.text_tokenizer = T5Tokenizer(Path(folder) / "text.json", text_len)
+        self.vlm_tokenizer = Tokenizer.from_file(str(Path(folder) / "vlm.json"))
+        self.text_cache: dict[str, Tensor] = {}
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: str | Path, text_len: int) -> "Backbones":
+        return cls(*(load_part(Path(folder) / f"{name}.safetensors", *kind) for name, kind in cls.PARTS.items()), folder, text_len)
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32; frame 0 alone makes latent frame 0."""
+        return self.vae.encode(rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1)
+
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """latents (B, C, T, h, w) -> frames (B, F, H, W, 3) uint8."""
+        frames = (self.vae.decode(latents) + 1) * 127.5
+        return rearrange(frames, "b c f h w -> b f h w c").round().clamp(0, 255).to(torch.uint8)
+
+    def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An instruction is encoded once and remembered."""
+        for text in sorted(set(texts) - set(self.text_cache)):
+            context, lengths = encode_text(self.text, self.text_tokenizer, [text])
+            self.text_cache[text] = context[0, : int(lengths[0])]
+        states = [self.text_cache[text] for text in texts]
+        lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+        return nn.utils.rnn.pad_sequence(states, batch_first=True), lengths
+
+    def understand(self, images: Tensor, texts: Sequence[str], form: str = "deployment") -> tuple[Tensor, Tensor]:
+        """images (B, H, W, 3) uint8 with their instructions -> VLM hidden states (B, Lu, Dv) and mask (B, Lu) bool. `form` is the prompt:
+        the official code trains with one and deploys with another (`backbones/qwen3vl.py`); here one serves both unless asked otherwise."""
+        config = self.vlm.config
+        prepared = [prepare_image(image, config) for image in images.cpu().numpy()]
+        pixels, grid = torch.cat([p for p, _ in prepared]), torch.cat([g for _, g in prepared])
+        prompts = [prompt_ids(self.vlm_tokenizer, text, grid[i:i + 1], form, config.merge) for i, text in enumerate(texts)]
+        ids, mask = pad_prompts(prompts)
+        device = self.vlm.language_model.norm.weight.device
+        return self.vlm(*(x.to(device) for x in (ids, mask, pixels, grid))), mask.to(device)
+
+    @torch.no_grad()
+    def inputs(self, frames: Tensor, texts: Sequence[str], und: bool = True, **rest: Tensor | None) -> Inputs:
+        """frames (B, F, H, W, 3) uint8, the observation first (F may be 1), and instructions -> `Inputs`; without the VLM if not `und`."""
+        context, lengths = self.encode_text(texts)
+        understood = self.understand(frames[:, 0], texts) if und else (None, None)
+        return Inputs(self.encode_video(frames.to(context.device)), context, lengths, *understood, **rest)
+
+
+def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
+    """Builds a network from its own file: config from the metadata, weights with every key accounted for."""
+    metadata = read_metadata(path)
+    if "config" not in metadata:
+        raise ValueError(f"{path} has no 'config' in its metadata; it must be written by motus.save_part")
+    with torch.device("meta"):
+        part = module(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["config"]).items()}))
+    with open_source(path) as source:
+        load_into(part, source)
+    return part
+
+
+def save_part(path: Path, part: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Writes a network with its config; atomic."""
+    tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in part.state_dict().items()}
+    save_safetensors(path, tensors, {"config": json.dumps(asdict(part.config))})
+
+
 # -- presets ----------------------------------------------------------------------------------------------------------------
 
 PRESETS = {
     "toy": MotusConfig(
         video=WanConfig(width=96, ffn=256, layers=4, heads=4, latent=16, text_dim=48, text_len=16, freq_dim=64),
-        frames=4, ratio=3, action_width=64, action_dim=3, state_dim=3, und_width=64, vlm_dim=96),
+        frames=4, ratio=3, action_width=64, action_dim=3, state_dim=3, und_width=48, vlm_dim=96),
     "small": MotusConfig(
         video=WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),
         frames=8, ratio=2, action_width=384, und_width=256),

@@ -773,7 +773,7 @@ LEVELS = {
     5: dict(bodies=("arm", "gantry")),
     6: dict(bodies=("gripper",)),
 }
-_LIMIT, _WANDER, _AFTER, _AT_ONCE = 100, 48, 4, 64  # steps at most, steps without a task, steps kept after success, worlds at once
+_LIMIT, _WANDER, _AFTER, _AT_ONCE = 100, 48, 10, 64  # steps at most, steps without a task, steps kept after success, worlds at once
 
 
 def record(

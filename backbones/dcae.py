@@ -1,0 +1,330 @@
+"""DC-AE, the deep-compression autoencoder that turns a flow picture into four tokens (Chen et al., arXiv 2410.10733).
+
+Motus (arXiv 2512.13030, latent actions) describes a flow picture by four 512-d tokens. Of the published DC-AEs only f128c512 has
+512 latent channels, and a 256 x 256 picture is the one that gives it 2 x 2 positions:
+
+    picture (B, 3, 256, 256) in [-1, 1]
+      conv_in    stage 1  stage 2  stage 3  stage 4  stage 5  stage 6  stage 7    conv_out
+                   128      64       32       16        8        4        2        2          pixels
+                   256     512      512     1024     1024     2048     2048      512          channels
+                  res x4  res x8   vit x2   vit x2   vit x2   vit x2   vit x2                 (decoder: res x5, res x10, vit x2 ...)
+      -> latent (B, 512, 2, 2) -> the same way back, without a clamp at the end.
+
+It is a plain autoencoder: one picture has one latent, and the only variational part of Motus is the 14-d bottleneck behind it.
+Three things to know before editing:
+  * Attention slices [q; k; v] into groups of 3 * head_dim consecutive channels, so the query of one group may be made of what
+    published files call values. The weights only mean something with exactly this slicing.
+  * The decoder's residual stages normalise with batch statistics. Keep the model in eval mode while training through it.
+  * Latents are not scaled here. The published factors (0.4883 for "in" files, 0.3620 for "mix") are constants, and whoever
+    consumes latents whitens them per feature anyway.
+Departures from the original: only the layouts with an empty stage 0 are built (all "in" and "mix" files); the "sana" layouts with a
+multi-scale attention branch are not. Published weights and code are Apache-2.0.
+
+Shape legend: B batch, C channels, H W height and width, L = H * W positions, N attention groups, K head_dim.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from backbones.weights import load_into, open_source
+
+
+@dataclass(frozen=True)
+class DCAEConfig:
+    """Sizes of encoder and decoder; stage s = 1, 2, ... works at 1 / 2**s of the picture."""
+
+    widths: tuple[int, ...]  # channels of stages 1, 2, ..., the same on the way down and up
+    encoder_depths: tuple[int, ...]  # blocks per stage
+    decoder_depths: tuple[int, ...]
+    latent_channels: int
+    conv_stages: int = 2  # the first so many stages are convolutional, the rest attend
+    head_dim: int = 32
+
+    def __post_init__(self):
+        if not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths):
+            raise ValueError(f"DCAEConfig: {len(self.widths)} widths, {len(self.encoder_depths)} encoder_depths and "
+                             f"{len(self.decoder_depths)} decoder_depths; give one of each per stage")
+        if self.widths[-1] % self.latent_channels:
+            raise ValueError(f"DCAEConfig: latent_channels={self.latent_channels} must divide the last width {self.widths[-1]}, "
+                             "because the shortcut around the latent averages whole groups of channels")
+        for stage, width in enumerate(self.widths, start=1):
+            if stage > self.conv_stages and width % self.head_dim:
+                raise ValueError(f"DCAEConfig: width {width} of stage {stage} must be a multiple of head_dim={self.head_dim}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture per position of the latent, along one side."""
+        return 2 ** len(self.widths)
+
+
+PRESETS = {
+    # The toy's autoencoder: 64 x 64 becomes 2 x 2 tokens of 64, small enough to encode a picture in about a millisecond on one core.
+    "tiny": DCAEConfig(widths=(16, 32, 32, 64, 64), encoder_depths=(1,) * 5, decoder_depths=(1,) * 5, latent_channels=64, head_dim=16),
+    # The published one: 1,120,682,252 parameters, 256 x 256 becomes 2 x 2 tokens of 512.
+    "f128c512": DCAEConfig(widths=(256, 512, 512, 1024, 1024, 2048, 2048), encoder_depths=(4, 8, 2, 2, 2, 2, 2),
+                           decoder_depths=(5, 10, 2, 2, 2, 2, 2), latent_channels=512),
+}
+
+
+class ChannelRMSNorm(nn.Module):
+    """Divide each position by the root mean square of its channels, in fp32; then weight and bias. (B, C, H, W) -> same."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps)
+        return (x * scale).to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class ResBlock(nn.Module):
+    """conv, activation, conv, norm, plus the input. The decoder's form has ReLU and batch norm, the encoder's SiLU and RMS norm."""
+
+    def __init__(self, channels: int, decoder: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.act = nn.ReLU() if decoder else nn.SiLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels) if decoder else ChannelRMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv2(self.act(self.conv1(x))))
+
+
+class LinearAttention(nn.Module):
+    """ReLU attention without softmax, plus the input. (B, C, H, W) -> same.
+
+    With positive features the weights k.q need only be divided by their sum, so the sum over positions can be taken before the
+    query enters, at a cost linear in L. Below K positions the usual order is cheaper; the two agree up to rounding and eps.
+    """
+
+    def __init__(self, channels: int, head_dim: int, eps: float = 1e-15):
+        super().__init__()
+        self.head_dim, self.eps = head_dim, eps
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(4))
+        self.norm_out = ChannelRMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        mixed = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=1)
+        q, k, v = rearrange(mixed, "b (n three k) h w -> three b n k (h w)", three=3, k=self.head_dim)
+        q, k = F.relu(q), F.relu(k)
+        if height * width > self.head_dim:
+            q, k, v = q.float(), k.float(), v.float()
+            v = F.pad(v, (0, 0, 0, 1), value=1.0)                                # (B, N, K + 1, L): the row of ones adds up the weights
+            out = (v @ k.mT) @ q
+            out = out[:, :, :-1] / (out[:, :, -1:] + self.eps)
+        else:
+            weights = (k.mT @ q).float()                                         # (B, N, L keys, L queries)
+            out = v @ (weights / (weights.sum(2, keepdim=True) + self.eps)).to(v.dtype)
+        out = rearrange(out.to(x.dtype), "b n k (h w) -> b (n k) h w", h=height)
+        return x + self.norm_out(self.to_out(out))
+
+
+class GatedConv(nn.Module):
+    """The feed-forward half: widen eightfold, mix 3 x 3 neighbours, gate one half by the other, plus the input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv_inverted = nn.Conv2d(channels, 8 * channels, 1)
+        self.conv_depth = nn.Conv2d(8 * channels, 8 * channels, 3, padding=1, groups=8 * channels)
+        self.conv_point = nn.Conv2d(4 * channels, channels, 1, bias=False)
+        self.norm = ChannelRMSNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
+        return x + self.norm(self.conv_point(value * F.silu(gate)))
+
+
+class ViTBlock(nn.Sequential):
+    """EfficientViT block: attention over all positions, then the gated convolution."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.attn = LinearAttention(channels, head_dim)
+        self.conv_out = GatedConv(channels)
+
+
+class Down(nn.Module):
+    """(B, C, H, W) -> (B, C', H/2, W/2): each 2 x 2 square moves into channels, beside it a shortcut that averages channels."""
+
+    def __init__(self, channels: int, out_channels: int, shortcut: bool = True):
+        super().__init__()
+        if out_channels % 4 or (shortcut and 4 * channels % out_channels):
+            raise ValueError(f"DCAEConfig.widths: {channels} -> {out_channels} cannot go down; the second must be a multiple of 4 "
+                             "and divide 4 times the first")
+        self.conv = nn.Conv2d(channels, out_channels // 4, 3, padding=1)
+        self.group = 4 * channels // out_channels if shortcut else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.pixel_unshuffle(self.conv(x), 2)
+        return out + average_channels(F.pixel_unshuffle(x, 2), self.group) if self.group else out
+
+
+class Up(nn.Module):
+    """(B, C, H, W) -> (B, C', 2H, 2W): the mirror image of Down; the shortcut repeats channels."""
+
+    def __init__(self, channels: int, out_channels: int, shortcut: bool = True):
+        super().__init__()
+        if shortcut and 4 * out_channels % channels:
+            raise ValueError(f"DCAEConfig.widths: {channels} -> {out_channels} cannot go up; the first must divide 4 times the second")
+        self.conv = nn.Conv2d(channels, 4 * out_channels, 3, padding=1)
+        self.group = 4 * out_channels // channels if shortcut else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.pixel_shuffle(self.conv(x), 2)
+        return out + F.pixel_shuffle(repeat_channels(x, self.group), 2) if self.group else out
+
+
+def average_channels(x: Tensor, group: int) -> Tensor:
+    """Mean over each `group` consecutive channels."""
+    return reduce(x, "b (c group) h w -> b c h w", "mean", group=group)
+
+
+def repeat_channels(x: Tensor, group: int) -> Tensor:
+    """Each channel `group` times in a row."""
+    return repeat(x, "b c h w -> b (c group) h w", group=group)
+
+
+def stage_blocks(config: DCAEConfig, stage: int, depth: int, decoder: bool) -> list[nn.Module]:
+    """`depth` blocks of the kind that stage `stage` (counted from 1) is made of."""
+    width = config.widths[stage - 1]
+    if stage <= config.conv_stages:
+        return [ResBlock(width, decoder) for _ in range(depth)]
+    return [ViTBlock(width, config.head_dim) for _ in range(depth)]
+
+
+class Encoder(nn.Module):
+    """Picture (B, 3, H, W) -> latent (B, latent_channels, H / factor, W / factor)."""
+
+    def __init__(self, config: DCAEConfig):
+        super().__init__()
+        widths = config.widths
+        self.conv_in = Down(3, widths[0], shortcut=False)
+        self.down_blocks = nn.ModuleList([nn.Sequential()])  # Stage 0, full resolution, has no blocks in any layout built here.
+        for stage, depth in enumerate(config.encoder_depths, start=1):
+            blocks = stage_blocks(config, stage, depth, decoder=False)
+            if stage < len(widths):
+                blocks.append(Down(widths[stage - 1], widths[stage]))
+            self.down_blocks.append(nn.Sequential(*blocks))
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.group = widths[-1] // config.latent_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for stage in self.down_blocks:
+            x = stage(x)
+        return self.conv_out(x) + average_channels(x, self.group)
+
+
+class Decoder(nn.Module):
+    """Latent (B, latent_channels, h, w) -> picture (B, 3, h * factor, w * factor), unclamped."""
+
+    def __init__(self, config: DCAEConfig):
+        super().__init__()
+        widths = config.widths
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.group = widths[-1] // config.latent_channels
+        self.up_blocks = nn.ModuleList([nn.Sequential()])  # Indexed by stage, like the encoder's, and run from last to first.
+        for stage, depth in enumerate(config.decoder_depths, start=1):
+            blocks = [Up(widths[stage], widths[stage - 1])] if stage < len(widths) else []
+            self.up_blocks.append(nn.Sequential(*blocks, *stage_blocks(config, stage, depth, decoder=True)))
+        self.norm_out = ChannelRMSNorm(widths[0])
+        self.conv_out = Up(widths[0], 3, shortcut=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z) + repeat_channels(z, self.group)
+        for stage in reversed(self.up_blocks):
+            x = stage(x)
+        return self.conv_out(F.relu(self.norm_out(x)))
+
+
+class DCAE(nn.Module):
+    """Deep-compression autoencoder; `encode` and `decode` are each other's approximate inverse, `forward` is both in turn."""
+
+    def __init__(self, config: DCAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], sides multiples of `config.factor` -> latents (B, C, H / factor, W / factor)."""
+        factor = self.config.factor
+        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] % factor or pictures.shape[3] % factor:
+            raise ValueError(f"DCAE.encode: pictures have shape {tuple(pictures.shape)}; give (B, 3, H, W) with H and W multiples of "
+                             f"{factor}. Resize the flow field, scale its vectors, and colour it afterwards")
+        return self.encoder(pictures)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> pictures (B, 3, h * factor, w * factor), about [-1, 1] but not clamped."""
+        return self.decoder(latents)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.decode(self.encode(pictures))
+
+
+ORIGINAL = [(re.compile(pattern), new) for pattern, new in (
+    (r"\.(main|op_list)\b", ""),                     # wrappers of residual sums and of sequences
+    (r"\.conv\.(weight|bias)$", r".\1"),             # every convolution sits in a wrapper
+    (r"^encoder\.stages\.", "encoder.down_blocks."),
+    (r"^decoder\.stages\.", "decoder.up_blocks."),
+    (r"\.project_in\.", ".conv_in."),
+    (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
+    (r"\.project_out\.[02]\.", ".conv_out."),
+    (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
+    (r"\.context_module\.proj\.", ".attn.to_out."),
+    (r"\.context_module\.", ".attn."),
+    (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
+    (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
+    (r"\.conv2\.norm\.", ".norm."),
+)]
+
+
+def rename(name: str) -> str:
+    """Name of a tensor in a published file -> its name here. Those of the diffusers format are ours already.
+
+    One kind of tensor has no single counterpart: the original's attn.qkv.weight is our to_q, to_k and to_v below each other.
+    """
+    if re.search(r"\.(stages|project_in|project_out)\.", name):
+        for pattern, new in ORIGINAL:
+            name = pattern.sub(new, name)
+    return name
+
+
+def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a published file, 434 in the original or 474 in the diffusers format -> the same under our names, in our shapes.
+
+    All are views, so tensors mapped from a file stay unread. What does not belong keeps its name, for the loader to complain about.
+    """
+    ours = {}
+    for name, tensor in tensors.items():
+        key = rename(name)
+        if key.endswith(".attn.qkv.weight") and tensor.ndim == 4:
+            found = {key.replace("qkv", f"to_{part}"): third for part, third in zip("qkv", tensor.chunk(3))}
+        else:
+            matrix = ".attn.to_" in key and tensor.ndim == 2        # diffusers stores the weights of attention without the 1 x 1
+            found = {key: tensor[:, :, None, None] if matrix else tensor}
+        if twice := ours.keys() & found.keys():
+            raise ValueError(f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not both")
+        ours |= found
+    return ours
+
+
+def load_dcae(path: str | Path, config: DCAEConfig = PRESETS["f128c512"], dtype: torch.dtype | None = None, device: str = "cpu") -> DCAE:
+    """DC-AE with published weights in either format, in eval mode. ValueError if any tensor is missing, unexpected or of another shape."""
+    with torch.device("meta"):
+        model = DCAE(config)
+    with open_source(path) as source:
+        load_into(model, replace(source, tensors=canonical(source.tensors)), dtype=dtype, device=device)
+    return model.eval()

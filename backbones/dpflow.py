@@ -1,0 +1,467 @@
+"""Optical flow between two frames: the `FlowEstimator` interface, a default without weights (DIS), and DPFlow from scratch.
+
+Motus (arXiv 2512.13030, latent actions) measures motion with DPFlow (Morimitsu et al., CVPR 2025). Its weights are for research only,
+so nothing here depends on them: any callable from two batches of frames to a flow field can stand in its place.
+
+    frames a, b (B, 3, H, W) --pad--> encoder (both images together, one set of weights for every level)
+        fine to coarse    1/4 -> 1/8 -> 1/16 -> 1/32     ConvGRU, then a stage whose blocks let the two images see each other
+        coarse to fine           1/8 <- 1/16 <- 1/32     the same again, upwards; beside it a stem on the shrunken image
+        merge of the three, per level                    -> 2 * width matching channels | width context channels
+    decoder, coarse to fine, `iterations` times per level: look up correlations around the current flow, GRU, add a residual
+    finest flow at 1/8 --convex upsampling--> (B, 2, H, W)
+
+Because the levels share weights their number follows the image: 3 up to about 1 Kpx, one more for each doubling (`pyramid_levels`).
+Departures from the original: the mixture-of-Laplace outputs of the flow head are computed but unused, since only inference is built;
+frames smaller than two strides are padded to two (the original divides by zero there); large correlation volumes are made in slices.
+
+Conventions: flow moves pixels of frame a to frame b; channel 0 is x (right), channel 1 is y (down), in pixels of the input.
+Shape legend: B batch, C channels, H W frame height and width, h w a level's; `pair` has 2B rows, first all frames a, then all b.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from backbones.weights import load_into, open_source
+
+LICENCE_NOTICE = (
+    "DPFlow weights (Morimitsu et al., CVPR 2025, github.com/hmorimitsu/ptlflow): released strictly for academic and research purposes, "
+    "following the licences of the data sets they were trained on. The original code is Apache-2.0. "
+    "For other uses choose another FlowEstimator, such as DISFlow."
+)
+RELEASES = "https://github.com/hmorimitsu/ptlflow/releases/download/weights1/"
+# Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a benchmark: take it for robots.
+CHECKPOINTS = {
+    "chairs": "dpflow-chairs-f94e717a.ckpt",
+    "things": "dpflow-things-2012b5d6.ckpt",
+    "sintel": "dpflow-sintel-b44b072c.ckpt",
+    "kitti": "dpflow-kitti-4e97eac6.ckpt",
+    "spring": "dpflow-spring-69bac7fa.ckpt",
+}
+
+
+class FlowEstimator(Protocol):
+    """Anything that measures motion. `name` goes into the header of exported latent actions."""
+
+    name: str
+
+    def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
+        """Two batches of RGB frames (B, 3, H, W), float in [0, 1] -> flow from a to b (B, 2, H, W), float, in pixels."""
+
+
+def check_frames(frames_a: Tensor, frames_b: Tensor) -> None:
+    """Refuse anything but two equal batches of RGB frames, float in [0, 1]."""
+    if frames_a.ndim != 4 or frames_a.shape[1] != 3 or frames_a.shape != frames_b.shape:
+        raise ValueError(f"flow: frames_a {tuple(frames_a.shape)} and frames_b {tuple(frames_b.shape)} must both be (B, 3, H, W)")
+    if not frames_a.is_floating_point() or not frames_b.is_floating_point():
+        raise ValueError(f"flow: frames are {frames_a.dtype} and {frames_b.dtype}; give floats in [0, 1], for bytes frames.float() / 255")
+
+
+class DISFlow:
+    """Dense inverse search (Kroeger et al., ECCV 2016) from OpenCV: no weights, some milliseconds a pair on a CPU.
+
+    `preset` is "ultrafast", "fast" or "medium". `upscale` enlarges small frames first, which halves the error at 32 to 64 pixels.
+    It needs texture: on plain surfaces the motion smears over the neighbourhood.
+    """
+
+    def __init__(self, preset: str = "medium", upscale: int = 1):
+        try:
+            import cv2
+        except ImportError as error:
+            raise ImportError("DISFlow needs OpenCV: pip install opencv-python-headless (the extra motus[flow]), "
+                              "or pass another FlowEstimator") from error
+        presets = {"ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST, "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+                   "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM}
+        if preset not in presets:
+            raise ValueError(f"DISFlow: preset {preset!r} is not known; choose one of {', '.join(presets)}")
+        if upscale < 1:
+            raise ValueError(f"DISFlow: upscale={upscale}; give an integer of 1 or more")
+        self.cv2, self.search, self.upscale = cv2, cv2.DISOpticalFlow_create(presets[preset]), upscale
+        self.name = f"dis-{preset}-x{upscale}"
+
+    def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
+        check_frames(frames_a, frames_b)
+        size = frames_a.shape[-2:]
+        if max(size) * self.upscale < 16:
+            raise ValueError(f"DISFlow: frames of {size[0]} x {size[1]} at upscale={self.upscale} are too small; the longer side needs 16")
+        flow = [self.search.calc(a, b, None) for a, b in zip(self.grey(frames_a), self.grey(frames_b))]     # each (sH, sW, 2)
+        flow = rearrange(torch.from_numpy(np.stack(flow)), "b h w two -> b two h w").to(frames_a.device)
+        return F.interpolate(flow, size, mode="area") / self.upscale
+
+    def grey(self, frames: Tensor) -> list[np.ndarray]:
+        """(B, 3, H, W) in [0, 1] -> B enlarged uint8 pictures (upscale * H, upscale * W)."""
+        luma = torch.einsum("bchw,c->bhw", frames.detach().float(), frames.new_tensor([0.299, 0.587, 0.114]).float())
+        pictures = (luma * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        resize = dict(dsize=None, fx=self.upscale, fy=self.upscale, interpolation=self.cv2.INTER_CUBIC)
+        return [self.cv2.resize(picture, **resize) for picture in pictures]
+
+
+@dataclass(frozen=True)
+class DPFlowConfig:
+    """The defaults are the published network, 10,021,508 parameters. Every width is a multiple of 8, the groups of the norm."""
+
+    stem: tuple[int, int] = (64, 96)  # channels at 1/2 and 1/4 of the image
+    width: int = 128  # channels at every level below
+    depth: int = 4  # blocks per stage
+    radius: int = 4  # correlations are looked up in a window of (2 * radius + 1) squared
+    iterations: int = 4  # refinements per level
+    levels: int | None = None  # None: by the size of the frames
+    volume_limit: int = 2**29  # correlations held at once, 2 GiB in fp32
+
+    def __post_init__(self):
+        if any(channels % 8 for channels in (*self.stem, self.width)):
+            raise ValueError(f"DPFlowConfig: stem={self.stem}, width={self.width}; each must be a multiple of 8")
+        if self.iterations < 1 or (self.levels is not None and self.levels < 1):
+            raise ValueError(f"DPFlowConfig: iterations={self.iterations}, levels={self.levels}; both must be at least 1")
+
+
+def pyramid_levels(height: int, width: int) -> int:
+    """Published rule: 3 levels for a diagonal up to 1100 pixels, one more for each doubling. The coarsest is at 1 / 2**(levels + 2)."""
+    return 3 + round(math.log2(max(1.0, math.hypot(height, width) / 1100)))
+
+
+def group_norm(x: Tensor) -> Tensor:
+    """The encoder's norm, over the whole map of each of 8 groups of channels. None of the norms has weights."""
+    return F.group_norm(x, 8, eps=1e-6)
+
+
+def channel_norm(x: Tensor) -> Tensor:
+    """The decoder's norm, over the channels of each position."""
+    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-6).movedim(-1, 1)
+
+
+class GatedUnit(nn.Module):
+    """GELU(gate path) * value path. Each path widens twofold and mixes 7 x 7 neighbours; gate and value may come from two tensors."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gate_in = nn.Conv2d(width, 2 * width, 1)
+        self.value_in = nn.Conv2d(width, 2 * width, 1)
+        self.gate_mix = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
+        self.value_mix = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
+        self.out = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, gate: Tensor, value: Tensor) -> Tensor:
+        return self.out(F.gelu(self.gate_mix(self.gate_in(gate))) * self.value_mix(self.value_in(value)))
+
+
+class SelfBlock(nn.Module):
+    """Cross-gated unit, form for one image (decoder)."""
+
+    def __init__(self, width: int, norm: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.norm = norm
+        self.conv_self = GatedUnit(width)
+        self.layer_scale = nn.Parameter(torch.full((width,), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return x + self.layer_scale[:, None, None] * self.conv_self(normed, normed)
+
+
+class CrossBlock(SelfBlock):
+    """Cross-gated unit, form for two images (encoder): each is changed by its own features gated with both."""
+
+    def __init__(self, width: int, norm: Callable[[Tensor], Tensor]):
+        super().__init__(width, norm)
+        self.merge = nn.Conv2d(2 * width, width, 1)
+        self.conv_cross = GatedUnit(width)
+
+    def forward(self, pair: Tensor) -> Tensor:
+        normed = self.norm(pair)
+        (a, b), (own_a, own_b) = pair.chunk(2), self.conv_self(normed, normed).chunk(2)
+        # The order matters: image a is updated first, and image b then sees the new a, without norm and with its residual.
+        a = a + self.cross(own_a, own_b)
+        b = b + self.cross(own_b, a)
+        return torch.cat([a, b])
+
+    def cross(self, x: Tensor, other: Tensor) -> Tensor:
+        gate = self.merge(torch.cat([x, other], dim=1))
+        return self.layer_scale[:, None, None] * self.conv_cross(gate, other)
+
+
+class Stage(nn.Module):
+    """An optional convolution to the right width or stride, blocks of one kind, a norm."""
+
+    def __init__(self, block: type[SelfBlock], norm: Callable[[Tensor], Tensor], config: DPFlowConfig, transition: nn.Module | None = None):
+        super().__init__()
+        self.transition = transition or nn.Identity()
+        self.blocks = nn.Sequential(*[block(config.width, norm) for _ in range(config.depth)])
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.transition(x)))
+
+
+class GRU(nn.Module):
+    """Gated recurrent unit over maps; `make` builds the three transforms of (hidden | input), all to the width of the hidden state."""
+
+    def __init__(self, make: Callable[[], nn.Module]):
+        super().__init__()
+        self.convz, self.convr, self.convq = make(), make(), make()
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        both = torch.cat([hidden, x], dim=1)
+        z, r = torch.sigmoid(self.convz(both)), torch.sigmoid(self.convr(both))
+        q = torch.tanh(self.convq(torch.cat([r * hidden, x], dim=1)))
+        return (1 - z) * hidden + z * q
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with norms; where the block strides, so does a 1 x 1 convolution on the skip."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, out_channels, 1, stride) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(group_norm(self.conv2(F.relu(group_norm(self.conv1(x))))))
+        return F.relu(out + (x if self.skip is None else group_norm(self.skip(x))))
+
+
+class Stem(nn.Module):
+    """Image (., 3, H, W) -> features (., out_channels, H/4, W/4)."""
+
+    def __init__(self, channels: tuple[int, int], out_channels: int):
+        super().__init__()
+        half, quarter = channels
+        self.conv1 = nn.Conv2d(3, half, 7, stride=2, padding=3)
+        self.layer1 = nn.Sequential(ResidualBlock(half, half), ResidualBlock(half, half))
+        self.layer2 = nn.Sequential(ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter))
+        self.conv2 = nn.Conv2d(quarter, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.layer2(self.layer1(F.relu(group_norm(self.conv1(x))))))
+
+
+class Encoder(nn.Module):
+    """Dual pyramid. pair (2B, 3, H, W) in [-1, 1] -> one map (2B, 3 * width, h, w) per level, coarse to fine, the finest at 1/8."""
+
+    def __init__(self, config: DPFlowConfig):
+        super().__init__()
+        width = config.width
+        self.stem = Stem(config.stem, 2 * width)
+        self.lowres_stem = Stem(config.stem, width)
+        self.forward_gru = GRU(lambda: nn.Conv2d(2 * width, width, 3, padding=1))
+        self.backward_gru = GRU(lambda: nn.Conv2d(2 * width, width, 3, padding=1))
+        self.down_gru = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.up_gru = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
+        self.rec_stage = Stage(CrossBlock, group_norm, config, nn.Conv2d(width, width, 3, stride=2, padding=1))
+        self.back_stage = Stage(CrossBlock, group_norm, config)
+        self.out_merge_conv = nn.Conv2d(3 * width, width, 1)
+        self.out_stages = Stage(CrossBlock, group_norm, config)
+        self.out_1x1 = nn.Conv2d(width, 3 * width, 1)
+
+    def forward(self, pair: Tensor, levels: int) -> list[Tensor]:
+        x, hidden = self.stem(pair).chunk(2, dim=1)                              # both (2B, width, H/4, W/4)
+        hidden = torch.tanh(hidden)
+        downward = []                                                            # fine to coarse: 1/8, 1/16, ...
+        for level in range(levels):
+            if level > 0:
+                hidden = torch.tanh(self.down_gru(hidden))
+            hidden = self.forward_gru(hidden, x)
+            x = self.rec_stage(hidden)
+            downward.append(x)
+
+        features = []
+        hidden = torch.zeros_like(x)
+        for level, x in zip(range(levels, 0, -1), reversed(downward)):
+            if features:
+                hidden = torch.tanh(self.up_gru(hidden))
+            hidden = self.backward_gru(hidden, x)
+            small = F.interpolate(pair, scale_factor=0.5**level, mode="bilinear", align_corners=True)
+            merged = torch.cat([x, self.back_stage(hidden), self.lowres_stem(small)], dim=1)
+            features.append(self.out_1x1(self.out_stages(self.out_merge_conv(F.relu(merged)))))
+        return features
+
+
+class Correlation:
+    """Scaled dot products of every position of `a` with every position of `b`, both (B, C, h, w), read in windows around a target."""
+
+    def __init__(self, a: Tensor, b: Tensor, radius: int, limit: int):
+        self.a = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(a.shape[1])
+        self.b, self.radius = b, radius
+        batch, _, height, width = a.shape
+        # Above the limit the volume is made anew at each reading, for as many positions of `a` at a time as the limit allows.
+        self.rows = max(1, limit // (batch * height * width))
+        self.volume = self.products(self.a) if self.rows >= height * width else None
+
+    def products(self, a: Tensor) -> Tensor:
+        """a (B, n, C) -> (B * n, 1, h, w), fp32."""
+        return rearrange(torch.einsum("bnc,bchw->bnhw", a, self.b).float(), "b n h w -> (b n) 1 h w")
+
+    def __call__(self, target: Tensor) -> Tensor:
+        """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) ** 2, h, w)."""
+        height = target.shape[2]
+        target = rearrange(target, "b two h w -> b (h w) two")
+        if self.volume is not None:
+            windows = self.read(self.volume, target)
+        else:
+            pieces = zip(self.a.split(self.rows, dim=1), target.split(self.rows, dim=1))
+            windows = torch.cat([self.read(self.products(a), piece) for a, piece in pieces], dim=1)
+        return rearrange(windows, "b (h w) c -> b c h w", h=height)
+
+    def read(self, volume: Tensor, target: Tensor) -> Tensor:
+        """Bilinear, zero outside. volume (B * n, 1, h, w), target (B, n, 2) -> (B, n, window)."""
+        offset = torch.arange(-self.radius, self.radius + 1, device=target.device, dtype=target.dtype)
+        window = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1)   # The first axis of the window moves along x.
+        points = rearrange(target, "b n two -> (b n) 1 1 two") + window
+        size = torch.tensor([volume.shape[3], volume.shape[2]], device=target.device)
+        values = F.grid_sample(volume, 2 * points / (size - 1) - 1, align_corners=True)
+        return rearrange(values, "(b n) 1 i j -> b n (i j)", n=target.shape[1])
+
+
+class MotionEncoder(nn.Module):
+    """Correlations (B, window, h, w) and flow (B, 2, h, w) -> motion features (B, width, h, w), the last two of them the flow itself."""
+
+    def __init__(self, window: int, width: int):
+        super().__init__()
+        self.convc1 = nn.Conv2d(window, 2 * width, 1)
+        self.convc2 = nn.Conv2d(2 * width, width + width // 2, 3, padding=1)
+        self.convf1 = nn.Conv2d(2, width, 7, padding=3)
+        self.convf2 = nn.Conv2d(width, width // 2, 3, padding=1)
+        self.conv = nn.Conv2d(2 * width, width - 2, 3, padding=1)
+
+    def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        seen = F.relu(self.convc2(F.relu(self.convc1(correlation))))
+        known = F.relu(self.convf2(F.relu(self.convf1(flow))))
+        return torch.cat([F.relu(self.conv(torch.cat([seen, known], dim=1))), flow], dim=1)
+
+
+def head(width: int, out_channels: int, kernel: int) -> nn.Module:
+    """Two convolutions: 3 x 3 to twice the width, then to the output."""
+    last = nn.Conv2d(2 * width, out_channels, kernel, padding=kernel // 2)
+    return nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), last)
+
+
+class Update(nn.Module):
+    """One refinement. The same weights serve every level and every iteration."""
+
+    def __init__(self, config: DPFlowConfig):
+        super().__init__()
+        width = config.width
+        self.motion = MotionEncoder((2 * config.radius + 1) ** 2, width)
+        self.gru = GRU(lambda: Stage(SelfBlock, channel_norm, config, nn.Conv2d(3 * width, width, 1)))
+        self.flow_head = head(width, 6, kernel=3)  # two channels of flow; four describe its uncertainty, for training
+        self.mask = head(width, 9 * 8 * 8, kernel=1)
+
+    def forward(self, hidden: Tensor, context: Tensor, correlation: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        """-> new hidden state (B, width, h, w), residual of the flow (B, 2, h, w)."""
+        motion = self.motion(correlation.to(hidden.dtype), flow.to(hidden.dtype))
+        hidden = self.gru(hidden, torch.cat([context, motion], dim=1))
+        return hidden, self.flow_head(hidden)[:, :2]
+
+
+def convex_upsample(flow: Tensor, mask: Tensor) -> Tensor:
+    """flow (B, 2, h, w), mask (B, 9 * 64, h, w) -> (B, 2, 8h, 8w): each new pixel is a convex mixture of its 3 x 3 coarse neighbours."""
+    height = flow.shape[2]
+    weights = rearrange(mask.float(), "b (nine fy fx) h w -> b 1 nine fy fx h w", nine=9, fy=8).softmax(2)
+    patches = rearrange(F.unfold(flow, 3, padding=1), "b (two nine) (h w) -> b two nine 1 1 h w", two=2, h=height)
+    return rearrange((weights * patches).sum(2), "b two fy fx h w -> b two (h fy) (w fx)")
+
+
+class DPFlow(nn.Module):
+    """DPFlow, a FlowEstimator. Run it under torch.no_grad(): the gradient is cut before each iteration, as in its training."""
+
+    name = "dpflow"
+
+    def __init__(self, config: DPFlowConfig = DPFlowConfig()):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.update = Update(config)
+
+    def forward(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
+        """Frames (B, 3, H, W), RGB float in [0, 1], any H and W -> flow from a to b (B, 2, H, W), fp32, in pixels."""
+        check_frames(frames_a, frames_b)
+        height, width = frames_a.shape[-2:]
+        levels = self.config.levels or pyramid_levels(height, width)
+        stride = 2 ** (levels + 2)
+        # At least two positions at the coarsest level, because grid_sample divides by one less than their number.
+        extra_h, extra_w = (max(2, math.ceil(side / stride)) * stride - side for side in (height, width))
+        top, left = extra_h // 2, extra_w // 2
+        pair = 2 * torch.cat([frames_a, frames_b]).to(self.encoder.out_1x1.weight.dtype) - 1
+        pair = F.pad(pair, (left, extra_w - left, top, extra_h - top), mode="replicate")
+
+        flow = None
+        for features in self.encoder(pair, levels):                              # (2B, 3 * width, h, w), coarse to fine
+            flow, hidden = self.refine(features, flow)
+        return convex_upsample(8 * flow, self.update.mask(hidden))[:, :, top:top + height, left:left + width]
+
+    def refine(self, features: Tensor, flow: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One level: features of both frames, flow of the level above at half the size -> flow of this level, hidden state."""
+        matching, extra = features.split([2 * self.config.width, self.config.width], dim=1)
+        # Each frame gives half of the context and half of the first hidden state; only the flow is carried from level to level.
+        context, hidden = rearrange(extra, "(frame b) (part c) h w -> part b (frame c) h w", frame=2, part=2)
+        context, hidden = F.relu(context), torch.tanh(hidden)
+        correlation = Correlation(*matching.chunk(2), self.config.radius, self.config.volume_limit)
+
+        batch, _, height, width = context.shape
+        y, x = torch.meshgrid(*(torch.arange(side, device=features.device, dtype=torch.float32) for side in (height, width)), indexing="ij")
+        here = torch.stack([x, y])                                               # (2, h, w), fp32: bf16 cannot count to a wide row's end
+        if flow is None:
+            flow = torch.zeros(batch, 2, height, width, device=features.device)
+        else:
+            flow = F.interpolate(2 * flow, (height, width), mode="bilinear", align_corners=True)
+        for _ in range(self.config.iterations):
+            flow = flow.detach()
+            hidden, residual = self.update(hidden, context, correlation(here + flow), flow)
+            flow = flow + residual
+        return flow, hidden
+
+
+RENAMES = [(re.compile(pattern), new) for pattern, new in (
+    (r"^(state_dict\.)?(model\.)?", ""),
+    (r"^fnet\.", "encoder."),
+    (r"^update_block\.encoder\.", "update.motion."),
+    (r"^update_block\.", "update."),
+    (r"\.gru_list\.0\.", ".gru."),
+    (r"\.conv_transition\.proj\.", ".transition."),
+    (r"\.downsample\.0\.", ".skip."),
+    (r"\.conv_cross\.merge_fc_g\.", ".merge."),
+    (r"\.fc1_g\.", ".gate_in."),
+    (r"\.fc1_[xy]\.", ".value_in."),
+    (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
+    (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
+    (r"\.fc2\.", ".out."),
+    (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
+    (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
+)]
+
+
+def rename(key: str) -> str:
+    """Name of a tensor in a published .ckpt -> its name here. One to one: all 498 tensors have a place and every place a tensor."""
+    for pattern, new in RENAMES:
+        key = pattern.sub(new, key)
+    return key
+
+
+def fetch(name: str, folder: str | Path) -> Path:
+    """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints the licence of the weights."""
+    if name not in CHECKPOINTS:
+        raise ValueError(f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}")
+    print(LICENCE_NOTICE)
+    path = Path(folder) / CHECKPOINTS[name]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2])
+    return path
+
+
+def load_dpflow(path: str | Path, config: DPFlowConfig = DPFlowConfig()) -> DPFlow:
+    """DPFlow with the weights of a published .ckpt, in eval mode. ValueError if any tensor is missing, unexpected or of another shape."""
+    model = DPFlow(config)
+    with open_source(path) as source:
+        load_into(model, source, rename)
+    return model.eval()

@@ -1,0 +1,229 @@
+"""Episodes to batches: the data pyramid, windows at two rates, normalisation, masks (paper Sec. 3.3 and 4.1).
+
+    pyramid level   1 web              what the pre-trained backbones have already seen
+                    2 human            video of hands, no actions
+                    3 synthetic        the target robot in other scenes
+                    4 task-agnostic    random motion with actions, no instruction
+                    5 multi-robot      other robots, other action conventions
+                    6 target robot     few demonstrations
+
+A window starts at any action step s of an episode and is action-dense, video-sparse:
+
+    observation  frame s                        state at s
+    video        frames  s + r, s + 2r, ..., s + F*r            r action steps per video frame
+    actions      a_s, a_{s+1}, ..., a_{s+S-1}                   S = F*ratio: ratio = r for real actions
+                 z_s, z_{s+r}, ..., z_{s+(F-1)r}                ratio = 1 for latent actions; z_i spans steps i to i + r
+
+What lies past the end of an episode repeats the last frame or action and is masked: it enters no mean and is no key.
+
+Order is a function of (seed, step) alone, so a resumed run draws the same batches, for any number of workers.
+
+Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state dimensions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from motus import Backbones, Inputs, MotusConfig
+from worlds import tabletop
+
+# -- normalisation ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """Per-dimension mean and std of a robot's numbers; the network sees (x - mean) / std. Stored with every checkpoint."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, rows: np.ndarray) -> "Normaliser":
+        """rows (n, dim). A dimension that never moves keeps its scale (std 1)."""
+        rows = np.asarray(rows, np.float64)
+        if not len(rows) or not np.isfinite(rows).all():
+            raise ValueError(f"cannot normalise {len(rows)} rows of which {int((~np.isfinite(rows)).any(1).sum())} are not finite")
+        std = rows.std(axis=0)
+        return cls(tuple(rows.mean(axis=0).tolist()), tuple(np.where(std < 1e-6, 1.0, std).tolist()))
+
+    def apply(self, x: Tensor) -> Tensor:
+        return (x - x.new_tensor(self.mean)) / x.new_tensor(self.std)
+
+    def invert(self, x: Tensor) -> Tensor:
+        return x * x.new_tensor(self.std) + x.new_tensor(self.mean)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a checkpoint knows about its robot: how actions and state are normalised, the rates, the embodiment."""
+
+    embodiment: str
+    rate: int                                 # action steps per video frame
+    actions: Normaliser | None = None
+    state: Normaliser | None = None
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: dict) -> "Statistics":
+        unknown = set(stored) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"statistics have unknown fields {sorted(unknown)}; allowed: {[f.name for f in fields(cls)]}")
+        parts = {k: Normaliser(tuple(v["mean"]), tuple(v["std"])) if isinstance(v, dict) else v for k, v in stored.items()}
+        return cls(**parts)
+
+
+# -- the toy pyramid --------------------------------------------------------------------------------------------------------
+
+RATE = 3                                      # action steps per video frame in the toy world
+TARGET = "gripper"                            # the toy's target robot
+
+
+def toy_episodes(levels: Sequence[int], count: int, seed: int, split: str = "train") -> list[tabletop.Episode]:
+    """`count` episodes of each level."""
+    return [episode for level in levels for episode in tabletop.record(level, count, seed, split=split)]
+
+
+def statistics(episodes: Sequence[tabletop.Episode], rate: int = RATE) -> Statistics:
+    """Statistics of the episodes of one robot."""
+    bodies = sorted({e.embodiment for e in episodes})
+    if len(bodies) != 1:
+        raise ValueError(f"episodes are of {bodies}; statistics belong to one robot")
+    return Statistics(bodies[0], rate, Normaliser.fit(np.concatenate([e.actions for e in episodes])),
+                      Normaliser.fit(np.concatenate([e.states for e in episodes])))
+
+
+# -- windows ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Windows of episodes, as recorded; numbers are normalised."""
+
+    frames: Tensor                            # (B, 1+F, H, W, 3) uint8, the observation first
+    video_mask: Tensor                        # (B, T) bool
+    instruction: list[str]
+    level: Tensor                             # (B,)
+    state: Tensor | None = None               # (B, P)
+    actions: Tensor | None = None             # (B, S, A)
+    action_mask: Tensor | None = None         # (B, S, A) bool
+
+
+def windows_of(episodes: Sequence[tabletop.Episode], config: MotusConfig, rate: int = RATE) -> list[tuple[int, int]]:
+    """Every (episode, start) of which at least the first half of the video exists."""
+    need = rate * config.frames // 2
+    return [(i, s) for i, e in enumerate(episodes) for s in range(max(1, len(e.frames) - need))]
+
+
+def collect(episodes: Sequence[tabletop.Episode], windows: Sequence[tuple[int, int]], config: MotusConfig, stats: Statistics | None = None,
+            latents: Sequence[np.ndarray] | None = None, rate: int = RATE) -> Batch:
+    """Cuts windows out of episodes. With `latents` (per episode, rows (T', 14)) the actions are latent ones; with `stats` they are the
+    robot's own, normalised, with its state; with neither there are none."""
+    video, real, states, actions, masks = [], [], [], [], []
+    for i, start in windows:
+        episode, last = episodes[i], len(episodes[i].frames) - 1
+        at = start + rate * np.arange(config.frames + 1)
+        video.append(episode.frames[np.minimum(at, last)])
+        real.append(at[0::4] <= last)                                                        # latent frame k ends at video frame 4k
+        if stats is not None or latents is not None:
+            rows = latents[i] if latents is not None else episode.actions
+            step = rate if latents is not None else 1
+            index = start + step * np.arange(config.chunk)
+            actions.append(rows[np.minimum(index, len(rows) - 1)])
+            masks.append(np.broadcast_to((index < len(rows))[:, None], actions[-1].shape))
+        if stats is not None:
+            states.append(episode.states[start])
+    batch = Batch(torch.from_numpy(np.stack(video)), torch.from_numpy(np.stack(real)), [episodes[i].instruction for i, _ in windows],
+                  torch.tensor([episodes[i].level for i, _ in windows]))
+    if actions:
+        batch.actions, batch.action_mask = torch.from_numpy(np.stack(actions)).float(), torch.from_numpy(np.stack(masks))
+    if stats is not None:
+        batch.state = stats.state.apply(torch.from_numpy(np.stack(states)))
+        batch.actions = stats.actions.apply(batch.actions)
+    return batch
+
+
+# -- encoded windows --------------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """Windows that went through the frozen backbones once; batches are drawn from them by (seed, step)."""
+
+    def __init__(self, inputs: Inputs, level: Tensor):
+        self.inputs, self.level = inputs, level
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @classmethod
+    @torch.no_grad()
+    def encode(cls, episodes: Sequence[tabletop.Episode], backbones: Backbones, config: MotusConfig, count: int, seed: int,
+               stats: Statistics | None = None, latents: Sequence[np.ndarray] | None = None, und: bool = True, size: int = 64,
+               progress: bool = True) -> "Pool":
+        """Encodes `count` windows, drawn without replacement (all of them if there are fewer). Progress on stderr."""
+        windows = windows_of(episodes, config)
+        order = np.random.default_rng(seed).permutation(len(windows))[:count]
+        parts, levels = [], []
+        for chunk in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="encode windows", disable=not progress, leave=False):
+            batch = collect(episodes, [windows[i] for i in chunk], config, stats, latents)
+            inputs = backbones.inputs(batch.frames, batch.instruction, und=und, state=batch.state, actions=batch.actions,
+                                      action_mask=batch.action_mask, video_mask=batch.video_mask)
+            parts.append(inputs), levels.append(batch.level)
+        return cls(Inputs.stack(parts), torch.cat(levels))
+
+    def rows(self, size: int, seed: int, step: int) -> Tensor:
+        """The rows of batch `step`: levels in equal shares, windows uniform within a level. A function of its arguments alone."""
+        rng = np.random.default_rng([seed, step])
+        groups = [torch.nonzero(self.level == level)[:, 0] for level in self.level.unique()]
+        share = rng.permutation(np.arange(size) % len(groups))
+        return torch.tensor([int(groups[g][rng.integers(len(groups[g]))]) for g in share])
+
+    def batch(self, size: int, seed: int, step: int) -> Inputs:
+        return self.inputs.rows(self.rows(size, seed, step))
+
+
+# -- what the toy backbones are pre-trained on ------------------------------------------------------------------------------
+
+
+class ToyWeb:
+    """The toy's level 1: clips, and pictures with instructions and where the named disc is, from all embodiments and both looks."""
+
+    TARGETS = ("disc x", "disc y", "effector x", "effector y", "opening", "right", "down", "push")
+
+    def __init__(self, episodes: int, seed: int, held_out: bool = False):
+        self.split = "eval" if held_out else "train"
+        self.episodes = toy_episodes((2, 3, 4, 5, 6), episodes, seed, self.split)
+        self.tasks = tabletop.instructions("train")
+        self.sentences = [tabletop.sentence(*task) for task in self.tasks]
+
+    def clips(self, seed: int, size: int = 16, frames: int = 5) -> Tensor:
+        """(B, F, H, W, 3) uint8 at the toy's video rate."""
+        rng = np.random.default_rng([abs(seed), seed < 0])
+        clips = []
+        for i in rng.integers(len(self.episodes), size=size):
+            video = self.episodes[i].frames
+            start = rng.integers(max(1, len(video) - RATE * (frames - 1)))
+            clips.append(video[np.minimum(start + RATE * np.arange(frames), len(video) - 1)])
+        return torch.from_numpy(np.stack(clips))
+
+    def grounded(self, seed: int, size: int = 96) -> tuple[Tensor, list[str], Tensor]:
+        """Pictures (B, H, W, 3), an instruction about a disc in each, and TARGETS (B, 8): positions in [0, 1], direction in -1, 0, 1."""
+        rng = np.random.default_rng([abs(seed), seed < 0])
+        pictures, texts, targets = [], [], []
+        for i in rng.integers(len(self.episodes), size=size):
+            episode = self.episodes[i]
+            t = rng.integers(len(episode.frames))
+            shot = episode.snapshots[t]
+            present = {tabletop.COLOURS[c]: shot.discs[d] for d, c in enumerate(shot.colours)}
+            skill, colour, side = (tasks := [task for task in self.tasks if task[1] in present])[rng.integers(len(tasks))]
+            direction = tabletop.DIRECTIONS[tabletop.SIDES.index(side)]
+            pictures.append(episode.frames[t])
+            texts.append(tabletop.sentence(skill, colour, side))
+            targets.append([*present[colour], *shot.effector, shot.opening, *direction, skill == "push"])
+        return torch.from_numpy(np.stack(pictures)), texts, torch.tensor(np.array(targets), dtype=torch.float32)

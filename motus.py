@@ -24,11 +24,11 @@ Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size
 C latent channels, Lt text rows, Dt text width, Dv VLM width.
 """
 
+import difflib
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -337,10 +337,21 @@ class Motus(nn.Module):
         blocks = list(zip(self.video.blocks, self.action.blocks, self.und.blocks))
         self.layers = [Layer(*trio, last=i == len(blocks) - 1) for i, trio in enumerate(blocks)]
 
-    def init_weights(self, generator: torch.Generator | None = None) -> "Motus":
+    def init_weights(self) -> "Motus":
         self.video.init_weights()
         self.action.init_weights()
         return self
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, weights: str = "ema") -> tuple["Motus", "Card"]:
+        """A checkpoint folder, or a run folder (then its newest checkpoint) -> the model with its EMA (or "model") weights, and its card."""
+        folder = newest_step(path)
+        card = Card.read(folder / "config.json")
+        with torch.device("meta"):
+            model = cls(card.motus)
+        with open_source(folder / f"{weights}.safetensors") as source:
+            load_into(model, source)
+        return model.eval(), card
 
     # -- one evaluation of the network --
 
@@ -440,20 +451,56 @@ def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-# -- names of the official checkpoint ---------------------------------------------------------------------------------------
-
-OFFICIAL_PARTS = {"video": "video_model.wan_model", "action": "action_expert", "und": "und_expert"}
+# -- checkpoints ------------------------------------------------------------------------------------------------------------
 
 # From stage 2 to stage 3 these start fresh: real actions have another meaning than latent ones.
 FRESH_IN_STAGE_3 = ("action.input_encoder.", "action.decoder.", "action.registers")
 
 
-def official_name(name: str) -> str:
-    """Our parameter name -> the official one: und.blocks.0.qkv -> und_expert.blocks.0.wan_und_qkv."""
-    part, rest = name.split(".", 1)
-    if part in ("action", "und"):
-        rest = re.sub(r"^(blocks\.\d+\.)(qkv|o\.|norm_[qk])", rf"\1wan_{part}_\2", rest)
-    return f"{OFFICIAL_PARTS[part]}.{rest}"
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint knows about itself: `config.json` beside its weights."""
+
+    motus: MotusConfig
+    stage: str                                # "1", "2" or "3"
+    preset: str = "toy"                       # row of PRESETS and BACKBONES it belongs to
+    statistics: dict | None = None            # normalisation, rates and embodiment (`data.Statistics`), stage 3
+    latent_interval: int | None = None        # action steps that one latent action spans, stage 2
+    step: int = 0
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> "Card":
+        if not path.is_file():
+            raise ValueError(f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000")
+        stored = json.loads(path.read_text())
+        check_keys(stored, cls, path)
+        check_keys(stored["motus"], MotusConfig, path)
+        check_keys(stored["motus"]["video"], WanConfig, path)
+        video = WanConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["motus"].pop("video").items()})
+        return cls(**{**stored, "motus": MotusConfig(video=video, **stored["motus"])})
+
+
+def check_keys(stored: dict, kind: type, source: object) -> None:
+    """Refuses keys that a dataclass does not have, naming the nearest one it has."""
+    names = [f.name for f in fields(kind)]
+    for key in stored:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1, 0.0)[0]
+            raise ValueError(f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}? (allowed: {', '.join(names)})")
+
+
+def newest_step(path: str | Path) -> Path:
+    """A run folder -> its newest complete checkpoint; a checkpoint folder -> itself."""
+    path = Path(path)
+    steps = sorted(path.glob("step_" + "[0-9]" * 6))
+    if path.name.startswith("step_") or (path / "config.json").is_file():
+        return path
+    if not steps:
+        raise ValueError(f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder")
+    return steps[-1]
 
 
 # -- the frozen backbones ---------------------------------------------------------------------------------------------------
@@ -540,7 +587,7 @@ def save_part(path: Path, part: nn.Module, dtype: torch.dtype | None = None) -> 
 
 PRESETS = {
     "toy": MotusConfig(
-        video=WanConfig(width=96, ffn=256, layers=4, heads=4, latent=16, text_dim=48, text_len=16, freq_dim=64),
+        video=WanConfig(width=96, ffn=256, layers=4, heads=4, latent=24, text_dim=48, text_len=16, freq_dim=64),
         frames=4, ratio=3, action_width=64, action_dim=3, state_dim=3, und_width=48, vlm_dim=96),
     "small": MotusConfig(
         video=WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),
@@ -549,8 +596,19 @@ PRESETS = {
 }
 
 
+# Where the frozen backbones of a preset live.
+BACKBONES = {"toy": Path(__file__).parent / "weights" / "toy"}
+
+
 def preset(name: str, **changes) -> MotusConfig:
     """A row of the table, with changes."""
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
     return replace(PRESETS[name], **changes)
+
+
+def backbones_of(name: str, config: MotusConfig) -> Backbones:
+    """The frozen backbones that belong to a preset."""
+    if name not in BACKBONES:
+        raise ValueError(f"preset {name!r} has no backbones in the repository; allowed: {', '.join(BACKBONES)}")
+    return Backbones.load(BACKBONES[name], config.video.text_len)

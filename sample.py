@@ -1,0 +1,263 @@
+"""Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and `Policy`, for acting (paper Sec. 3.2).
+
+    python sample.py --ckpt runs/stage3 --mode joint            or vla, world_model, idm, vgm; several with commas; all
+
+Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are latent, and episodes hold none to be
+given or compared with. Stage 3 has all five. Windows come from a split that no stage trains on and lie inside their episodes.
+
+    PSNR, SSIM     predicted against true future; PSNR is of the squared error pooled over all frames, `moving` only over pixels that differ
+                   from the observation in the true future, widened by DILATE. `copy` repeats the observation; `vae` is the true future
+                   through the VAE and back, the ceiling of any prediction made in its latents.
+    action MSE     normalised and in robot units; `mean` always predicts the mean of the training data.
+
+Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions, n worlds.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import data
+import flow
+from motus import Card, Inputs, Motus, Prediction, backbones_of, gaussian, newest_step
+
+# -- a checkpoint, ready to run ---------------------------------------------------------------------------------------------
+
+MODES_OF_STAGE = {"1": ("vgm",), "2": ("joint", "vgm"), "3": tuple(flow.MODES)}
+ACTING = ("joint", "vla")                     # modes that find actions from what is seen now
+
+
+class Policy:
+    """A checkpoint with its frozen backbones on one device. In stage 3, modes joint and vla, it acts; otherwise it only samples."""
+
+    def __init__(self, model: Motus, card: Card, mode: str = "joint", steps: int = 10, seed: int = 0, device: str | None = None):
+        if card.stage not in MODES_OF_STAGE or (card.stage == "3" and not card.statistics):
+            raise ValueError(f"the checkpoint is of stage {card.stage!r} with statistics {card.statistics}; stages that can be sampled: "
+                             f"{', '.join(MODES_OF_STAGE)}, 3 with statistics, which give its actions units: take one that train.py wrote")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, self.card, self.mode, self.steps = model.to(self.device).eval(), card, mode, steps
+        self.check_mode(mode)
+        self.backbones = backbones_of(card.preset, card.motus).to(self.device)
+        self.statistics = data.Statistics.from_json(card.statistics) if card.statistics else None
+        self.rate = self.statistics.rate if self.statistics else card.latent_interval or data.RATE
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @classmethod
+    def load(cls, ckpt: str | Path, mode: str = "joint", steps: int = 10, seed: int = 0, device: str | None = None) -> "Policy":
+        """A checkpoint folder, or a run folder (then its newest checkpoint), with EMA weights. ValueError if it is neither."""
+        try:
+            return cls(*Motus.from_pretrained(ckpt), mode, steps, seed, device)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{newest_step(ckpt)}/config.json is no checkpoint's: {error!r}; name a folder that train.py wrote") from error
+
+    def check_mode(self, mode: str) -> None:
+        flow.mode_named(mode)
+        if mode not in (modes := MODES_OF_STAGE[self.card.stage]):
+            raise ValueError(f"mode {mode} needs actions that stage {self.card.stage} lacks; allowed: {', '.join(modes)}; or take stage 3")
+
+    def inputs(self, frames: Tensor, texts: Sequence[str], state: Tensor | None = None, actions: Tensor | None = None) -> Inputs:
+        """frames (B, 1 + F or 1, H, W, 3) uint8, normalised state and actions -> what the network sees."""
+        return self.backbones.inputs(frames, texts, und=self.card.stage != "1", state=state, actions=actions).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, inputs: Inputs, mode: str) -> Prediction:
+        """One mode; in stage 1 the video expert runs alone, as it was trained."""
+        self.check_mode(mode)
+        if self.card.stage != "1":
+            return self.model.sample(inputs, mode, self.steps, self.generator)
+        observation, conditions = inputs.latents[:, :, :1], self.model.conditions(inputs, cache_text=True)
+        noise = gaussian(observation.expand(-1, -1, self.card.motus.latent_frames, -1, -1), self.generator)
+        video, _ = flow.sample(lambda video, _, t, __: self.model.velocity(video, None, t, None, conditions),
+                               noise, noise, observation, mode, self.steps)
+        return Prediction(video, None)
+
+    def act(self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray:
+        """images (n, H, W, 3) uint8, states (n, P), n instructions -> actions (n, S, A) float32 in robot units, not clipped."""
+        return self.predict(images, states, instructions, video=False)[0]
+
+    def predict(self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str], video: bool = True
+                ) -> tuple[np.ndarray, np.ndarray | None]:
+        """As `act`; also, if asked and the mode imagines any, the video (n, 1 + F, H, W, 3) uint8, the observation first."""
+        images, states = np.asarray(images), np.asarray(states, np.float32)
+        n, expected = len(images), (len(images), self.card.motus.state_dim)
+        if self.card.stage != "3" or self.mode not in ACTING:
+            raise ValueError(f"mode {self.mode} at stage {self.card.stage} does not act; allowed: {', '.join(ACTING)} at stage 3")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or n == 0:
+            raise ValueError(f"images are {images.dtype} of shape {images.shape}; expected uint8 of shape (n, H, W, 3), n at least 1")
+        if states.shape != expected or not np.isfinite(states).all() or len(instructions) != n:
+            raise ValueError(f"{n} images need finite states of shape {expected} and as many instructions; found {states.shape}, "
+                             f"{np.isfinite(states).mean():.0%} finite, and {len(instructions)}")
+        state = self.statistics.state.apply(torch.from_numpy(states))
+        prediction = self.sample(self.inputs(torch.from_numpy(images[:, None]), instructions, state), self.mode)
+        imagined = self.backbones.decode_video(prediction.video).cpu().numpy() if video and prediction.video is not None else None
+        return self.statistics.actions.invert(prediction.actions.float()).cpu().numpy(), imagined
+
+
+# -- figures and pictures ---------------------------------------------------------------------------------------------------
+
+MOVES, DILATE = 16, 2                         # a pixel moves if a channel changes by more than MOVES of 255; the region grows by DILATE
+
+
+def moving_region(observation: Tensor, future: Tensor) -> Tensor:
+    """observation (B, 1, H, W, 3) and true future (B, F, H, W, 3), uint8 -> (B, F, H, W) bool."""
+    moves = ((future.int() - observation.int()).abs() > MOVES).any(dim=-1).float()
+    return torch.nn.functional.max_pool2d(moves, 2 * DILATE + 1, stride=1, padding=DILATE) > 0
+
+
+def psnr(video: Tensor, truth: Tensor, region: Tensor | None = None) -> float:
+    """Decibels of the squared error pooled over (B, F, H, W, 3) uint8, or over the True pixels of `region` (B, F, H, W)."""
+    error = (video.double() - truth.double()).square().mean(dim=-1)
+    mse = (error if region is None else error[region]).mean().item()
+    return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
+
+
+def ssim(video: Tensor, truth: Tensor) -> float:
+    """Structural similarity, -1 to 1: Gaussian window of 11 pixels (sigma 1.5), per channel, mean over all places where it fits."""
+    x, y = (rearrange(v.float() / 255, "b f h w c -> (b f c) 1 h w") for v in (video, truth))
+    line = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2))
+    window = torch.outer(line, line)[None, None] / line.sum() ** 2
+    mx, my, xx, yy, xy = (torch.nn.functional.conv2d(v, window) for v in (x, y, x * x, y * y, x * y))
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))).mean().item()
+
+
+def video_figures(predicted: Tensor, decoded: Tensor, frames: Tensor) -> dict[str, dict[str, float]]:
+    """predicted, decoded (the truth through the VAE) and true frames, each (B, 1 + F, H, W, 3) uint8, the observation first."""
+    observation, truth = frames[:, :1], frames[:, 1:]
+    region, videos = moving_region(observation, truth), dict(model=predicted[:, 1:], copy=observation.expand_as(truth), vae=decoded[:, 1:])
+    measures = {"PSNR (dB)": psnr, "PSNR moving (dB)": lambda video, truth: psnr(video, truth, region), "SSIM": ssim}
+    return {name: {k: measure(v, truth) for k, v in videos.items()} for name, measure in measures.items()}
+
+
+def action_figures(predicted: Tensor, truth: Tensor, robot: data.Normaliser) -> dict[str, dict[str, float]]:
+    """predicted and true actions (B, S, A), normalised: the mean of the training data is zero."""
+    errors, std = dict(model=predicted - truth, mean=-truth), truth.new_tensor(robot.std)
+    return {name: {k: (v * scale).square().mean().item() for k, v in errors.items()}
+            for name, scale in (("action MSE", torch.ones_like(std)), ("action MSE (robot)", std))}
+
+
+# Pictures carry their own dark ground, and so read the same on any page.
+GROUND, TEXT, TRUE, PREDICTED = "#15181e", "#e4e6ea", "#8fb8ff", "#ffab4a"
+STYLE = {"figure.facecolor": GROUND, "axes.facecolor": GROUND, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT,
+         "xtick.color": TEXT, "ytick.color": TEXT, "font.size": 7}
+
+
+def film(path: Path, columns: dict[str, np.ndarray], caption: str, scale: int = 4, ms: int = 400, limit: int = 300_000) -> None:
+    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their names, above a caption."""
+    height, width = (scale * size for size in next(iter(columns.values())).shape[1:3])
+    font, pages = ImageFont.load_default(12), []
+    for images in zip(*columns.values()):
+        page = Image.new("RGB", (len(columns) * (width + 4) - 4, height + 40), GROUND)
+        (draw := ImageDraw.Draw(page)).text((4, height + 22), caption, TEXT, font)
+        for i, (name, image) in enumerate(zip(columns, images)):
+            page.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 20))
+            draw.text((i * (width + 4) + 4, 3), name, TEXT, font)
+        pages.append(page)
+    for stride, colours in ((1, 128), (1, 64), (1, 32), (2, 32), (4, 16)):                   # the first that fits stays
+        palette = Image.fromarray(np.concatenate(pages[::stride])).quantize(colours)
+        first, *rest = (page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages[::stride])
+        first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
+        if path.stat().st_size <= limit:
+            break
+
+
+def sheet(path: Path, title: str, captions: Sequence[str], pictures: dict[str, np.ndarray], *actions: np.ndarray) -> None:
+    """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions (B, S, A), a plot per dimension."""
+    columns = len(pictures) + (actions[0].shape[2] if actions else 0)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.8 * columns + 0.4, 1.8 * len(captions) + 0.4), layout="constrained")
+        axes = figure.subplots(len(captions), columns, squeeze=False)
+        figure.suptitle(title + ("; actions in robot units: blue true, orange predicted" if actions else ""), fontsize=9)
+        for row, caption in enumerate(captions):
+            axes[row, 0].set_ylabel(caption.replace(" at ", "\nat ").replace(" to ", "\nto "))
+            for axis, (name, images) in zip(axes[row], pictures.items()):
+                axis.imshow(images[row], interpolation="nearest")
+                axis.set(xticks=[], yticks=[], title=name)
+            for i, axis in enumerate(axes[row, len(pictures):]):
+                for values, colour, style in zip(actions, (PREDICTED, TRUE), ("--", "-")):
+                    axis.plot(values[row, :, i], color=colour, linestyle=style)
+                axis.set(title=f"action {i}")
+        figure.savefig(path, dpi=110)
+
+
+# -- the modes on held-out episodes -----------------------------------------------------------------------------------------
+
+
+def held_out_windows(policy: Policy, count: int, seed: int, split: str = "eval") -> data.Batch:
+    """One window from each of `count` episodes: in stage 3 the target robot's demonstrations, before that its randomised scenes."""
+    need, rng = policy.rate * policy.card.motus.frames, np.random.default_rng(seed)
+    episodes = [e for e in data.toy_episodes([6 if policy.card.stage == "3" else 3], count, seed, split) if len(e.frames) > need]
+    if not episodes:
+        raise ValueError(f"none of {count} episodes is longer than a window of {need} steps; ask for more")
+    windows = [(i, int(rng.integers(len(e.frames) - need))) for i, e in enumerate(episodes)]
+    return data.collect(episodes, windows, policy.card.motus, policy.statistics, rate=policy.rate)
+
+
+def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path, shown: int = 4) -> dict[str, dict[str, float]]:
+    """Samples a mode on windows, writes pictures of the first `shown` to `out` and returns the figures of all."""
+    inputs = policy.inputs(batch.frames, batch.instruction, batch.state, batch.actions)
+    prediction = policy.sample(inputs, mode)
+    true, captions, actions, figures = batch.frames[:shown].numpy(), batch.instruction[:shown], (), {}
+    pictures = {"observation": true[:, 0], "true future": true[:, -1]}
+    if prediction.video is not None:
+        video, decoded = (policy.backbones.decode_video(x).cpu() for x in (prediction.video, inputs.latents))
+        figures |= video_figures(video, decoded, batch.frames)
+        pictures["predicted future"] = video[:shown, -1].numpy()
+        for i, caption in enumerate(captions):
+            film(out / f"{mode}_{i}.gif", {"predicted": video[i].numpy(), "true": true[i]}, caption)
+    if prediction.actions is not None and policy.statistics:
+        predicted, robot = prediction.actions.float().cpu(), policy.statistics.actions
+        figures |= action_figures(predicted, batch.actions, robot)
+        actions = [robot.invert(x[:shown]).numpy() for x in (predicted, batch.actions)]
+    sheet(out / f"{mode}.png", f"{mode}: video {flow.MODES[mode].video}, action {flow.MODES[mode].action}", captions, pictures, *actions)
+    return figures
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="run folder, or one of its step_NNNNNN")
+    parser.add_argument("--mode", default="joint", help=f"{', '.join(flow.MODES)}; several with commas; all")
+    parser.add_argument("--split", default="eval", help="eval (new layouts) or held_out (new instructions)")
+    for name, default, text in (("episodes", 32, "one window of each"), ("steps", 10, "Euler steps"), ("seed", 0, "of episodes and noise")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--out", help="folder for pictures and figures.json (default: samples/ in the checkpoint)")
+    args = parser.parse_args(argv)
+    policy = Policy.load(args.ckpt, "vgm", args.steps)
+    modes = MODES_OF_STAGE[policy.card.stage] if args.mode == "all" else args.mode.split(",")
+    [policy.check_mode(mode) for mode in modes]
+    batch = held_out_windows(policy, args.episodes, args.seed, args.split)
+    out = Path(args.out or newest_step(args.ckpt) / "samples")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(batch.instruction)} windows of split {args.split}, {args.steps} steps, seed {args.seed}, on {policy.device}")
+    figures = {}
+    for mode in modes:
+        policy.generator.manual_seed(args.seed)
+        figures[mode] = run_mode(policy, mode, batch, out)
+        for name, row in figures[mode].items():
+            print(f"{mode:12} {name:20}" + "".join(f" {k} {v:8.4f}  " for k, v in row.items()), flush=True)
+    (out / "figures.json").write_text(json.dumps({**vars(args), "figures": figures}, indent=1))
+    print(f"wrote {out}")
+
+
+def command(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Runs a program; what the user got wrong is one line on stderr and exit status 2."""
+    try:
+        return program(argv) or 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command(run))

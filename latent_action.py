@@ -1,24 +1,22 @@
 """Latent actions: what a video shows of an action, as 14 numbers that need no robot to have recorded them (paper Sec. 4.1).
 
-    frame i, frame i + interval --FlowEstimator--> flow (H, W, 2) px --colour--> picture (3, H, W) in [-1, 1]
+    frames i, i + interval --FlowEstimator--> flow (H, W, 2) px --colour--> picture (3, H, W) in [-1, 1]
       --DC-AE, frozen--> 4 tokens of 512, whitened --MLP--> mu, logvar (14) --MLP--> 4 tokens --DC-AE--> picture --> flow
 
     loss = reconstruction + lambda_action * |action - mu|^2 where an action is known (10 %) + beta * KL      (lambda 1.0, beta 1e-6)
 
-Reductions, which decide what lambda and beta mean: reconstruction is a mean over batch and features (or pixels), alignment a mean over
-the known entries of the batch, KL a sum over latent dimensions and a mean over the batch.
-
-The official release has none of this; where the paper is silent the choices are ours:
-- Colour is the Middlebury wheel at a fixed radius, with an exact inverse and without its seam (55 steps close the circle, not 54). Faster
-  motion keeps its direction and is counted. Scaling each picture by its own maximum, the usual way, would lose how fast things move.
-- The first `action_dim` entries of mu are the prediction of the action: no head between, so the latents have the units of the labels.
-  Labels are differences over exactly the latent's interval, not positions: no position can be read off a flow.
+Reductions: reconstruction is a mean over batch and features, alignment over the known entries of the batch, KL a sum over dimensions and
+a mean over the batch. The official release has none of this; where the paper is silent the choices are ours:
+- Colour is the Middlebury wheel at a fixed radius, with an exact inverse and without its seam (55 steps close the circle, not 54). What is
+  faster keeps its direction and is counted. Scaling each picture by its own maximum, as usual, would lose how fast things move.
+- The first `action_dim` entries of mu are the prediction of the action, without a head between, so they have the units of the labels.
+  Labels are differences over exactly the latent's interval: no position can be read off a flow.
 - Tokens are whitened with saved statistics and reconstructed there, so training needs no pass through the DC-AE. `reconstruct="picture"`
-  is the paper's form, dearer by the DC-AE's decoder; fine-tuning the DC-AE needs it, or its tokens would shrink to nothing.
-- logvar starts at -6: with unit noise at the start the decoder learns to ignore the latent and stays so.
-- `interval` belongs to the configuration and is written into every file: official files do not say what theirs is.
+  is the paper's form, dearer by the DC-AE's decoder; a fine-tuned DC-AE needs it, or its tokens would shrink to nothing.
+- logvar starts at -6: with unit noise at the start the decoder learns to ignore the latent.
+- `interval` is part of the configuration and of every file: official files do not say what theirs is.
 
-Shapes: B batch, H W height and width, n tokens, C token width, D = n * C token features, Z latent dimensions (14), A aligned dimensions.
+Shapes: B batch, H W height and width, D token features (positions * channels), Z latent dimensions (14), A aligned dimensions.
 """
 
 import argparse
@@ -26,10 +24,8 @@ import hashlib
 import json
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +52,7 @@ class LatentActionConfig:
 
     dcae: DCAEConfig
     image: int                                # side of the flow picture
-    radius: float                             # speed of full colour, in pixels of a picture of that side, over one interval
+    radius: float                             # motion of full colour, in pixels of that picture, over one interval
     hidden: tuple[int, ...]                   # widths of the encoder's MLP; the decoder mirrors them
     interval: int                             # source frames that one latent spans
     action_dim: int                           # A: entries of mu that are aligned with real actions
@@ -74,8 +70,8 @@ class LatentActionConfig:
             raise ValueError(f"interval is {self.interval}, radius {self.radius}, action_dim {self.action_dim}; allowed: interval >= 1, "
                              f"radius > 0, action_dim from 0 to latent_dim = {self.latent_dim}")
         if self.reconstruct not in ("tokens", "picture") or (self.finetune_dcae and self.reconstruct == "tokens"):
-            raise ValueError(f"reconstruct is {self.reconstruct!r} with finetune_dcae={self.finetune_dcae}; allowed: 'tokens' with a frozen "
-                             "DC-AE, or 'picture'")
+            raise ValueError(f"reconstruct is {self.reconstruct!r} with finetune_dcae={self.finetune_dcae}; allowed: 'picture', or "
+                             "'tokens' with a frozen DC-AE")
 
     @property
     def grid(self) -> int:
@@ -86,12 +82,12 @@ class LatentActionConfig:
 PRESETS = {
     "toy": LatentActionConfig(DCAEConfig((16, 32, 64, 64), (0, 1, 1, 1), (0, 1, 1, 1), latent_channels=64, conv_stages=3, head_dim=16),
                               image=32, radius=5.0, hidden=(256, 128), interval=3, action_dim=3),
-    "small": LatentActionConfig(DCAEConfig((32, 64, 128, 128, 256, 256, 512), (1, 1, 2, 2, 2, 2, 2), (1, 1, 2, 2, 2, 2, 2), latent_channels=128),
+    "small": LatentActionConfig(DCAEConfig((32, 64, 128, 128, 256, 256, 512), (1, 1, 2, 2, 2, 2, 2), (1, 1, 2, 2, 2, 2, 2), 128),
                                 image=256, radius=32.0, hidden=(512, 256), interval=6, action_dim=14),
     "full": LatentActionConfig(DCAES["f128c512"], image=256, radius=32.0, hidden=(512, 256), interval=6, action_dim=14),
 }
 
-# -- flow to colour and back ------------------------------------------------------------------------------------------------
+# -- flow: colour, size, camera ---------------------------------------------------------------------------------------------
 
 # The wheel runs red, yellow, green, cyan, blue, magenta, red; on each stretch one channel rises or falls and the others rest at 0 or 1.
 BOUNDS = torch.tensor([0.0, 15, 21, 25, 36, 49, 55])
@@ -101,7 +97,7 @@ STRETCH = torch.tensor([[0, 5, 0], [2, 0, 1], [3, 4, 0]])                       
 
 def flow_to_colour(flow: Tensor, radius: float) -> Tensor:
     """Flow (B, H, W, 2) px -> pictures (B, 3, H, W) in [-1, 1]: direction as hue, speed / radius, at most 1, as saturation; rest is white.
-    `colour_to_flow` inverts it to 1e-4 * radius (up to `radius`), or to 1 % of the radius if the picture is rounded to 8 bits."""
+    Up to `radius`, `colour_to_flow` inverts it to 1e-5 of the radius, or to 1 % of it if the picture is rounded to 8 bits."""
     bounds, corners = BOUNDS.to(flow), CORNERS.to(flow)
     at = torch.atan2(flow[..., 1], flow[..., 0]).div(2 * math.pi).remainder(1) * 55
     stretch = torch.bucketize(at, bounds[1:-1], right=True)
@@ -127,18 +123,22 @@ def over_range(flow: Tensor, radius: float) -> float:
 
 
 def resize_flow(flow: Tensor, side: int) -> Tensor:
-    """Flow (B, H, W, 2) -> (B, side, side, 2), its vectors in pixels of the new size. Resize flow, never its colours: they do not mix."""
-    height, width = flow.shape[1:3]
-    if (height, width) == (side, side):
-        return flow
-    small = F.interpolate(rearrange(flow, "b h w c -> b c h w"), (side, side), mode="bilinear", antialias=True)
-    return rearrange(small, "b c h w -> b h w c") * flow.new_tensor([side / width, side / height])
+    """Flow (B, H, W, 2) -> (B, side, side, 2), in pixels of the new size. Resize flow, never its colours: those do not mix."""
+    if flow.ndim != 4 or flow.shape[-1] != 2:
+        raise ValueError(f"flow has shape {tuple(flow.shape)}; it must be (B, H, W, 2), in pixels")
+    if bad := (~flow.isfinite()).sum().item():
+        raise ValueError(f"flow holds {bad} values that are not finite; check the flow estimator and its input")
+    if flow.shape[1:3] == (side, side):
+        return flow.float()
+    scale = flow.new_tensor([side / flow.shape[2], side / flow.shape[1]])
+    resized = F.interpolate(rearrange(flow.float(), "b h w c -> b c h w"), (side, side), mode="bilinear", antialias=True)
+    return rearrange(resized, "b c h w -> b h w c") * scale
 
 
 def global_motion(flow: Tensor, scale: float = 0.5, rounds: int = 10) -> Tensor:
-    """The camera's part of flow (B, H, W, 2): an affine field, fitted by reweighted least squares so that what moves by itself by more
-    than about `scale` px does not pull it, as long as it covers less than half of the picture. -> (B, H, W, 2)"""
-    _, height, width, _ = flow.shape
+    """The camera's part of flow (B, H, W, 2), of the same shape: an affine field, fitted by reweighted least squares. What moves by itself,
+    by more than about `scale` px, does not pull it as long as it covers less than half of the picture."""
+    height, width = flow.shape[1:3]
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     basis = rearrange(torch.stack([torch.ones_like(x), x, y]), "k h w -> (h w) k").to(flow)
     target = rearrange(flow, "b h w c -> b (h w) c")
@@ -154,7 +154,7 @@ def global_motion(flow: Tensor, scale: float = 0.5, rounds: int = 10) -> Tensor:
 
 
 class LatentActionModel(nn.Module):
-    """DC-AE tokens of a flow picture to 14 numbers and back. What it saves is all that is needed to use its latents."""
+    """DC-AE tokens of a flow picture to 14 numbers and back. Its file holds all that is needed to use its latents."""
 
     def __init__(self, config: LatentActionConfig):
         super().__init__()
@@ -176,21 +176,20 @@ class LatentActionModel(nn.Module):
 
     def tokens(self, flow: Tensor) -> Tensor:
         """Flow (B, H, W, 2), in pixels of its own size -> token features (B, D), position by position, not whitened."""
-        check_flow(flow)
         with torch.set_grad_enabled(self.config.finetune_dcae and torch.is_grad_enabled()):
-            pictures = flow_to_colour(resize_flow(flow, self.config.image), self.config.radius)
-            return rearrange(self.dcae.encode(pictures), "b c h w -> b (h w c)").float()
+            parts = (flow_to_colour(resize_flow(part, self.config.image), self.config.radius) for part in flow.split(64))
+            return rearrange(torch.cat([self.dcae.encode(part) for part in parts]), "b c h w -> b (h w c)").float()
 
     @torch.no_grad()
     def fit_whitening(self, tokens: Tensor) -> None:
-        """Takes mean and std of token features from tokens (N, D); features that hardly vary get 1 % of the mean std."""
-        self.token_mean.copy_(tokens.mean(dim=0))
+        """Before training: mean and std of token features (N, D); what hardly varies gets 1 % of the mean std."""
         std = tokens.std(dim=0)
+        self.token_mean.copy_(tokens.mean(dim=0))
         self.token_std.copy_(std.clamp(min=0.01 * std.mean().item()))
 
     @torch.no_grad()
     def fit_latents(self, tokens: Tensor) -> None:
-        """After training: takes mean and std of mu over tokens (N, D). `standardise` gives stage 2 targets of unit scale with them."""
+        """After training: mean and std of mu over token features (N, D). With them `standardise` gives stage 2 targets of unit scale."""
         mu, _ = self.encode(tokens)
         self.latent_mean.copy_(mu.mean(dim=0))
         self.latent_std.copy_(mu.std(dim=0).clamp(min=1e-4))
@@ -206,7 +205,7 @@ class LatentActionModel(nn.Module):
         return ((tokens - self.token_mean) / self.token_std).clamp(-10, 10)
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token features (B, D) -> mu, logvar, each (B, Z). Use mu as the latent action."""
+        """Token features (B, D) -> mu, logvar, each (B, Z). The latent action is mu, not a sample."""
         mu, logvar = self.encoder(self.whiten(tokens)).chunk(2, dim=-1)
         return mu, logvar.clamp(-12, 4)
 
@@ -223,86 +222,80 @@ class LatentActionModel(nn.Module):
         return colour_to_flow(self.picture_of(self.decode(z)), self.config.radius)
 
     def loss(self, x: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """x: flow (B, H, W, 2) or its tokens (B, D); actions (B, A), normalised; mask (B, A) bool, False where unknown (a whole row for
-        an unlabelled video, an entry for what an embodiment lacks). Returns total, reconstruction, alignment, kl, scalars."""
+        """x: flow (B, H, W, 2) or its tokens (B, D); actions (B, A), normalised; mask (B, A) bool, False where unknown: a whole row of an
+        unlabelled video, an entry that an embodiment lacks. Returns the scalars total, reconstruction, alignment, kl."""
         config = self.config
         if actions.shape != (len(x), config.action_dim) or mask.shape != actions.shape:
             raise ValueError(f"actions {tuple(actions.shape)} and mask {tuple(mask.shape)} must both be (B, action_dim) = "
                              f"{(len(x), config.action_dim)}")
-        if not actions[mask].isfinite().all():
-            row = (mask & ~actions.isfinite()).any(dim=1).nonzero()[0].item()
-            raise ValueError(f"actions[{row}] is {actions[row].tolist()} where mask is True; mask out what is not known")
+        if len(bad := (mask & ~actions.isfinite()).nonzero()):
+            raise ValueError(f"actions{bad[0].tolist()} is {actions[tuple(bad[0])]:g} although mask is True; mask out what is not known")
+        if config.reconstruct == "picture" and x.ndim != 4:
+            raise ValueError(f"x has shape {tuple(x.shape)}; reconstruct='picture' needs flow (B, H, W, 2)")
         tokens = self.tokens(x) if x.ndim == 4 else x
         mu, logvar = self.encode(tokens)
         z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=generator).to(mu)
         if config.reconstruct == "tokens":
             reconstruction = F.mse_loss(self.decoder(z), self.whiten(tokens))
         else:
-            if x.ndim != 4:
-                raise ValueError("reconstruct is 'picture', which needs the flow (B, H, W, 2), not tokens")
-            flow = resize_flow(x, config.image)
-            reconstruction = picture_loss(self.picture_of(self.decode(z)), flow, config.radius, config.moving)
+            reconstruction = picture_loss(self.picture_of(self.decode(z)), resize_flow(x, config.image), config.radius, config.moving)
         alignment = torch.where(mask, actions - mu[:, :config.action_dim], 0.0).square().sum() / mask.sum().clamp(min=1)
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
         total = reconstruction + config.lambda_action * alignment + config.beta * kl
         return {"total": total, "reconstruction": reconstruction, "alignment": alignment, "kl": kl}
 
     def fingerprint(self) -> str:
-        """Names the latent space: latents of two models with different fingerprints must not be mixed."""
+        """Names the latent space: latents of models with different fingerprints must not be mixed."""
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for _, tensor in sorted(self.state_dict().items()):
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def save(self, path: str | Path, meta: dict[str, str] | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def save(self, path: str | Path, meta: dict[str, str] | None = None) -> None:
         """One safetensors file with weights, statistics and configuration."""
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self.state_dict().items()}
-        save_safetensors(path, state, {"latent_action": json.dumps(asdict(self.config)), **(meta or {})})
+        save_safetensors(path, self.state_dict(), {"latent_action": json.dumps(asdict(self.config)), **(meta or {})})
 
     @classmethod
     def load(cls, path: str | Path, config: LatentActionConfig | None = None) -> "LatentActionModel":
-        """The model that `save` wrote, in eval mode. With `config`, ValueError unless the file was made with exactly that one."""
+        """What `save` wrote, in eval mode. With `config`, ValueError unless the file was made with exactly that one."""
         with open_source(path) as source:
             if "latent_action" not in source.metadata:
-                raise ValueError(f"{path}: no configuration in it, so not a latent-action model; train.py --stage latent writes one")
+                raise ValueError(f"{path}: holds no latent-action configuration; python train.py --stage latent writes such a file")
             found = json.loads(source.metadata["latent_action"])
-            refuse_difference(f"{path}: its", found, asdict(config) if config else found)
+            same_config(path, found, asdict(config) if config else found)
             try:
-                dcae = DCAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.pop("dcae").items()})
-                model = cls(LatentActionConfig(dcae, **found | {"hidden": tuple(found["hidden"])}))
+                dcae = {key: tuple(value) if isinstance(value, list) else value for key, value in found["dcae"].items()}
+                model = cls(LatentActionConfig(**found | {"dcae": DCAEConfig(**dcae), "hidden": tuple(found["hidden"])}))
             except (TypeError, KeyError) as error:
-                raise ValueError(f"{path}: its configuration is of another version ({error})") from error
+                raise ValueError(f"{path}: its configuration is of another version ({error}); train it again") from error
             load_into(model, source)
         return model.eval()
 
-    def load_dcae(self, path: str | Path) -> None:
-        """DC-AE weights: a file of `save_dcae`, made for the same picture, or a published one."""
-        with open_source(path) as source:
-            if stated := source.metadata.get("dcae"):
-                refuse_difference(f"{path}: its", json.loads(stated), self.picture_config())
-            load_into(self.dcae, replace(source, tensors=canonical(source.tensors)))
+    def picture_config(self) -> dict:
+        """What the DC-AE's weights depend on."""
+        return {key: asdict(self.config)[key] for key in ("dcae", "image", "radius")}
 
     def save_dcae(self, path: str | Path) -> None:
         """The DC-AE alone, in half precision."""
         state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in self.dcae.state_dict().items()}
         save_safetensors(path, state, {"dcae": json.dumps(self.picture_config())})
 
-    def picture_config(self) -> dict:
-        return {key: asdict(self.config)[key] for key in ("dcae", "image", "radius")}
+    def load_dcae(self, path: str | Path) -> None:
+        """DC-AE weights: of `save_dcae`, made for the same pictures, or published ones."""
+        with open_source(path) as source:
+            if "dcae" in source.metadata:
+                same_config(path, json.loads(source.metadata["dcae"]), self.picture_config())
+            load_into(self.dcae, replace(source, tensors=canonical(source.tensors)))
 
 
-def refuse_difference(what: str, found: dict, wanted: dict) -> None:
-    """ValueError that lists the fields in which two configurations differ; json makes lists of tuples."""
-    wanted = json.loads(json.dumps(wanted))
-    if different := [f"{key} {found.get(key)} instead of {wanted.get(key)}" for key in {**wanted, **found} if found.get(key) != wanted.get(key)]:
-        raise ValueError(f"{what} configuration has {', '.join(different)}; use a file made with the same configuration, or change it")
+def same_config(path: str | Path, found: dict, wanted: dict) -> None:
+    """ValueError that lists the fields in which two configurations differ."""
+    wanted = json.loads(json.dumps(wanted))                                                  # json makes lists of tuples
+    if different := [f"{key}={found.get(key)} instead of {wanted.get(key)}" for key in wanted | found if found.get(key) != wanted.get(key)]:
+        raise ValueError(f"{path}: made with {', '.join(different)}; use a file of the same configuration, or change the configuration")
 
 
-def check_flow(flow: Tensor) -> None:
-    if flow.ndim != 4 or flow.shape[-1] != 2:
-        raise ValueError(f"flow has shape {tuple(flow.shape)}; it must be (B, H, W, 2), in pixels")
-    if not flow.isfinite().all():
-        raise ValueError(f"flow holds {(~flow.isfinite()).sum().item()} values that are not finite; check the flow estimator and its input")
+# -- training ---------------------------------------------------------------------------------------------------------------
 
 
 def picture_loss(pictures: Tensor, flow: Tensor, radius: float, moving: float) -> Tensor:
@@ -311,46 +304,59 @@ def picture_loss(pictures: Tensor, flow: Tensor, radius: float, moving: float) -
     return (weight * (pictures - flow_to_colour(flow, radius)).square()).mean() / weight.mean()
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------
-
-
-def pretrain_dcae(model: LatentActionModel, flow: Tensor, steps: int = 4000, batch: int = 32, lr: float = 2e-3, moving: float = 100.0,
+def pretrain_dcae(model: LatentActionModel, flow: Tensor, steps: int = 5000, batch: int = 32, lr: float = 2e-3, moving: float = 100.0,
                   seed: int = 0) -> None:
-    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2). Small moving things are a few percent of a picture: without
-    `moving` the answer stays white."""
+    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2). Small moving things are a few percent of a picture: without a
+    large `moving` the answer stays white."""
     generator, dcae, config = torch.Generator().manual_seed(seed), model.dcae, model.config
     dcae.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(dcae.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in (progress := tqdm(range(steps), desc="dc-ae")):
-        target = resize_flow(flow[torch.randint(len(flow), (batch,), generator=generator)].float(), config.image)
+    for _ in tqdm(range(steps), desc="dc-ae"):
+        target = resize_flow(flow[torch.randint(len(flow), (batch,), generator=generator)].to(model.token_mean.device), config.image)
         loss = picture_loss(dcae(flow_to_colour(target, config.radius)), target, config.radius, moving)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(dcae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.4f}")
     dcae.requires_grad_(config.finetune_dcae).eval()
 
 
-class MixedSampler:
-    """Rows of a batch as a function of seed and step: `fraction` of them labelled, drawn with replacement. The labelled count of a batch
-    differs from fraction * batch by less than 1, is that in expectation, and over any run of steps adds up to it within 1."""
+def other_bodies(flow: Tensor, generator: torch.Generator, shift: float = 0.2, thicker: int = 3) -> Tensor:
+    """The same motions as made by other bodies elsewhere: flow (B, H, W, 2) shifted by up to `shift` of the picture, and what moves
+    thickened by 0 to `thicker` px. Labels stay true. Aligned with one robot's flow alone, mu takes a larger body for a faster one."""
+    turned, (_, height, width, _) = [], flow.shape
+    reach = (torch.tensor([height, width]) * shift).int()
+    for one, grow, way in zip(flow, torch.randint(thicker + 1, (len(flow),), generator=generator).tolist(),
+                              torch.rand(len(flow), 2, generator=generator)):
+        down, right = ((2 * way - 1) * reach).round().int().tolist()
+        padded = F.pad(one, (0, 0, reach[1], reach[1], reach[0], reach[0]))
+        one = padded[reach[0] - down:, reach[1] - right:][:height, :width]
+        if grow:                                                                             # each pixel follows the fastest within reach
+            speed = one.norm(dim=-1)[None]
+            fastest = F.max_pool2d(speed, 2 * grow + 1, 1, grow, return_indices=True)[1][0]
+            still = speed[0] < 0.1
+            one = torch.where(still[..., None], one.reshape(-1, 2)[fastest], one)
+        turned.append(one)
+    return torch.stack(turned)
 
-    def __init__(self, labelled: np.ndarray, batch: int, fraction: float = 0.1, seed: int = 0):
-        self.pools = np.flatnonzero(labelled), np.flatnonzero(~np.asarray(labelled))
-        self.batch, self.share, self.seed = batch, fraction * batch, seed
+
+class MixedSampler:
+    """Rows of a batch as a function of seed and step: `fraction` of them labelled, drawn with replacement. The number of labelled rows is
+    within 1 of fraction * batch, equals it in expectation, and over any run of steps adds up to it within 1."""
+
+    def __init__(self, labelled: Tensor, batch: int, fraction: float = 0.1, seed: int = 0):
+        self.pools = [np.flatnonzero(pool) for pool in (labelled.numpy(), ~labelled.numpy())]
+        self.batch, self.share, self.seed, self.start = batch, fraction * batch, seed, np.random.default_rng(seed).random()
         if (fraction > 0 and not len(self.pools[0])) or (fraction < 1 and not len(self.pools[1])):
-            raise ValueError(f"fraction is {fraction} with {len(self.pools[0])} labelled and {len(self.pools[1])} unlabelled rows; each part "
-                             "that is drawn from needs rows")
-        self.start = np.random.default_rng(seed).random()
+            raise ValueError(f"fraction is {fraction}, but {len(self.pools[0])} rows are labelled and {len(self.pools[1])} are not; each "
+                             "part that is drawn from needs rows")
 
     def __call__(self, step: int) -> Tensor:
         count = math.floor((step + 1) * self.share + self.start) - math.floor(step * self.share + self.start)
         rng = np.random.default_rng([self.seed, step])
-        rows = [rng.choice(pool, n) for pool, n in zip(self.pools, (count, self.batch - count)) if n]
-        return torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(np.concatenate([rng.choice(p, n) for p, n in zip(self.pools, (count, self.batch - count)) if n]))
 
 
 def probe(latents: Tensor, labels: Tensor, test_latents: Tensor, test_labels: Tensor, ridge: float = 1e-3) -> Tensor:
@@ -364,37 +370,36 @@ def probe(latents: Tensor, labels: Tensor, test_latents: Tensor, test_labels: Te
 
 # -- the toy world: true flow and true labels -------------------------------------------------------------------------------
 
-LABELLED = (4, 6)                             # levels of the data pyramid whose actions the toy may look at
+LABELLED = (4, 6)                             # levels of the data pyramid whose actions training may look at
 
 
 class Pairs(NamedTuple):
-    """Motions over one interval. Labels are known of all rows, for measuring; `labelled` says which of them training may use."""
+    """Motions over one interval. All labels are known, for measuring; `labelled` says which of them training may use."""
 
     flow: Tensor                              # (N, H, W, 2) float32, pixels
-    labels: Tensor                            # (N, 3) float32 in [-1, 1]: motion in x, y and opening, by what the interval allows at most
+    labels: Tensor                            # (N, 3) float32 in [-1, 1]: motion in x, y, opening, by the most that the interval allows
     labelled: Tensor                          # (N,) bool
     level: Tensor                             # (N,) int64
-    index: Tensor                             # (N, 2) int64: episode and step at which the interval begins
+    index: Tensor                             # (N, 2) int64: episode, and step at which the interval begins
 
 
 def toy_pairs(episodes: list[Episode], interval: int, every: int = 1) -> Pairs:
-    """All intervals of the episodes, or those beginning at each `every`-th step. Episodes shorter than the interval have none."""
-    scale, rows = np.array([interval * MAX_SPEED, interval * MAX_SPEED, min(1.0, interval * GRIP_SPEED)], np.float32), []
+    """The intervals of the episodes that begin at each `every`-th step. Episodes shorter than the interval have none."""
+    most, rows = np.array([interval * MAX_SPEED, interval * MAX_SPEED, min(1.0, interval * GRIP_SPEED)], np.float32), []
     for number, episode in enumerate(episodes):
         if len(i := np.arange(0, len(episode.motion) - interval, every)):
-            labels = (episode.motion[i + interval] - episode.motion[i]) / scale
             level = np.full(len(i), episode.level)
-            rows.append((episode.flow(i, i + interval), labels, np.isin(level, LABELLED), level, np.stack([np.full(len(i), number), i], axis=1)))
+            rows.append((episode.flow(i, i + interval), (episode.motion[i + interval] - episode.motion[i]) / most, np.isin(level, LABELLED),
+                         level, np.stack([np.full(len(i), number), i], axis=1)))
     if not rows:
         raise ValueError(f"none of {len(episodes)} episodes has the {interval + 1} frames that an interval of {interval} needs")
     return Pairs(*(torch.from_numpy(np.concatenate(column)) for column in zip(*rows)))
 
 
 # -- motions of whole clips -------------------------------------------------------------------------------------------------
-#
-# A clip of T + 1 frames has T rows, as official files do: row i is the motion from frame i to frame i + interval, and the last rows, which
-# have no such frame, end at the last one. Those are not valid, nor are rows that touch a frame of one colour, whose motion nobody can see.
 
+# A clip of T + 1 frames has T rows, as official files do. Row i is the motion from frame i to i + interval; the last rows, which have no
+# such frame, end at the last one and are not valid. Nor are rows that touch a frame of one colour, whose motion nobody can see.
 Flows = Iterator[tuple[Tensor, Tensor]]       # flow (n, H, W, 2) and valid (n,) bool, chunk after chunk
 
 
@@ -403,50 +408,46 @@ def true_flows(episode: Episode, interval: int) -> Flows:
     yield torch.from_numpy(episode.flow(i, np.minimum(i + interval, last))), torch.from_numpy(i + interval <= last)
 
 
-def measured_flows(frames: Iterable[Tensor], estimator: FlowEstimator, interval: int, composed: bool = False, chunk: int = 32) -> Flows:
-    """Frames (3, H, W) in [0, 1], one by one; memory holds chunk + interval of them. `composed` adds up motions between neighbours, for
-    estimators that lose sight of fast things; otherwise the estimator sees frames i and i + interval."""
+def measured_flows(frames: Iterable[Tensor], estimator: FlowEstimator, interval: int, composed: bool = False, chunk: int = 32,
+                   device: str | torch.device = "cpu") -> Flows:
+    """Frames (3, H, W) in [0, 1], of which memory holds chunk + interval. `composed` follows the motion from neighbour to neighbour, for
+    estimators that lose sight of fast things; otherwise the estimator, on `device`, sees frames i and i + interval."""
     window = []
     for frame in frames:
         window.append(frame)
         if len(window) == chunk + interval:
-            yield _rows(torch.stack(window), chunk, estimator, interval, composed)
+            yield _measure(torch.stack(window).to(device), chunk, estimator, interval, composed)
             window = window[chunk:]
     if len(window) > 1:
-        yield _rows(torch.stack(window), len(window) - 1, estimator, interval, composed)
+        yield _measure(torch.stack(window).to(device), len(window) - 1, estimator, interval, composed)
 
 
 @torch.no_grad()
-def _rows(frames: Tensor, count: int, estimator: FlowEstimator, interval: int, composed: bool) -> tuple[Tensor, Tensor]:
-    last, begin = len(frames) - 1, torch.arange(count)
+def _measure(frames: Tensor, count: int, estimator: FlowEstimator, interval: int, composed: bool) -> tuple[Tensor, Tensor]:
+    begin, last = torch.arange(count, device=frames.device), len(frames) - 1
     end = (begin + interval).clamp(max=last)
-    blank = frames.flatten(2).std(dim=-1).amax(dim=1) < 1 / 255
-    valid = (begin + interval <= last) & ~blank[begin] & ~blank[end]
+    seen = frames.flatten(2).std(dim=-1).amax(dim=1) > 1 / 255
+    valid = (begin + interval <= last) & seen[begin] & seen[end]
     if not composed:
         return rearrange(estimator(frames[begin], frames[end]), "b c h w -> b h w c"), valid
     steps = estimator(frames[:-1], frames[1:])                                               # (last, 2, H, W)
-    total = torch.zeros_like(steps[:count])
-    for k in range(interval):
-        total = total + follow(steps[(begin + k).clamp(max=last - 1)], total) * (begin + k < last)[:, None, None, None]
-    return rearrange(total, "b c h w -> b h w c"), valid
-
-
-def follow(field: Tensor, by: Tensor) -> Tensor:
-    """field (B, 2, H, W) read where each pixel has gone by flow `by` (B, 2, H, W)."""
-    height, width = field.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    at = torch.stack([2 * (x + by[:, 0]) / max(width - 1, 1) - 1, 2 * (y + by[:, 1]) / max(height - 1, 1) - 1], dim=-1)
-    return F.grid_sample(field, at, padding_mode="border", align_corners=True)
+    height, width = steps.shape[-2:]
+    here = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), dim=-1).to(steps)
+    total = steps.new_zeros(count, height, width, 2)
+    for k in range(interval):                                                                # read each step where the pixel has gone
+        at = 2 * (here + total) / steps.new_tensor([width - 1, height - 1]) - 1
+        step = F.grid_sample(steps[(begin + k).clamp(max=last - 1)], at, padding_mode="border", align_corners=True)
+        total = total + rearrange(step, "b c h w -> b h w c") * (begin + k < last)[:, None, None, None]
+    return total, valid
 
 
 @torch.no_grad()
 def encode_flows(model: LatentActionModel, flows: Flows, compensate: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """-> latent_action (T, 14), not standardised, logvar (T, 14), valid (T,); and the figures of the clip: rows, valid rows, share of the
-    moving pixels beyond the colour range, share of the motion that is the camera's. `compensate` takes the camera's motion off first."""
+    """-> latent_action (T, 14), not standardised, logvar (T, 14), valid (T,); and figures: rows, valid rows, the share of moving pixels
+    beyond the colour range, the camera's share of the motion. `compensate` takes the camera's motion off first."""
     rows, figures = [], []
     for flow, valid in flows:
-        check_flow(flow)
-        flow = resize_flow(flow.float(), model.config.image)
+        flow = resize_flow(flow.to(model.token_mean.device), model.config.image)
         camera = global_motion(flow)
         moved, own = camera.norm(dim=-1).sum().item(), (flow - camera).norm(dim=-1).sum().item()
         flow = flow - camera if compensate else flow
@@ -454,135 +455,122 @@ def encode_flows(model: LatentActionModel, flows: Flows, compensate: bool = Fals
         rows.append((*model.encode(model.tokens(flow)), valid))
     count, usable, clipped, moved, own = np.sum(figures, axis=0) if figures else np.zeros(5)
     if not usable:
-        raise ValueError(f"none of its {count:g} rows is usable: it needs {model.config.interval + 1} frames, and frames of more than one colour")
-    tensors = dict(zip(("latent_action", "logvar", "valid"), (torch.cat(column) for column in zip(*rows))))
-    return tensors, {"rows": count, "valid_rows": usable, "clipped": clipped / count, "camera_share": moved / max(moved + own, 1e-9)}
+        raise ValueError(f"none of its {count:g} rows is usable: that takes {model.config.interval + 1} frames of more than one colour")
+    tensors = dict(zip(("latent_action", "logvar", "valid"), (torch.cat(column).cpu() for column in zip(*rows))))
+    return tensors, {"rows": int(count), "valid_rows": int(usable), "clipped": clipped / count, "camera_share": moved / max(moved + own, 1e-9)}
 
 
-def encode_episodes(model: LatentActionModel, episodes: list[Episode], interval: int, standardise: bool = False) -> list[np.ndarray]:
-    """Latent actions (T, 14) float32 of each episode of T steps; row i spans steps i to i + interval, or to the end."""
+def encode_episodes(model: LatentActionModel, episodes: list[Episode], interval: int, standardise: bool = True) -> list[np.ndarray]:
+    """Latent actions (T, 14) float32 of each episode of T steps, from true flow; row i spans steps i to i + interval, or to the end."""
     if interval != model.config.interval:
         raise ValueError(f"interval is {interval}, but one latent of this model spans {model.config.interval}")
     latents = [encode_flows(model, true_flows(episode, interval))[0]["latent_action"] for episode in episodes]
-    return [(model.standardise(z) if standardise else z).numpy() for z in latents]
+    return [(model.standardise(z.to(model.latent_mean)) if standardise else z).cpu().numpy() for z in latents]
 
 
 # -- export -----------------------------------------------------------------------------------------------------------------
 
 
 def read_video(path: Path, side: int) -> Iterator[Tensor]:
-    """Frames (3, side, side) in [0, 1] of an mp4, padded to a square. ValueError if it cannot be decoded to its end."""
+    """Frames (3, side, side) in [0, 1] of a video, padded to a square. ValueError if it cannot be decoded to its end."""
     try:
         import av
     except ImportError as error:
-        raise SystemExit("reading mp4 files needs PyAV: pip install av (the extra motus[data])") from error
+        raise ImportError("reading videos needs PyAV: pip install av (the extra motus[data])") from error
     count = 0
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            for frame in container.decode(stream):
+            for frame in container.decode(video=0):
                 picture = rearrange(torch.from_numpy(frame.to_ndarray(format="rgb24")), "h w c -> 1 c h w").float() / 255
-                height, width = picture.shape[2:]
-                size = [max(1, round(n * side / max(height, width))) for n in (height, width)]
-                picture = F.interpolate(picture, size, mode="bilinear", antialias=True).clamp(0, 1)[0]
-                top, left = (side - size[0]) // 2, (side - size[1]) // 2
-                yield F.pad(picture, (left, side - size[1] - left, top, side - size[0] - top))
+                height, width = (max(1, round(n * side / max(picture.shape[2:]))) for n in picture.shape[2:])
+                picture = F.interpolate(picture, (height, width), mode="bilinear", antialias=True).clamp(0, 1)[0]
+                top, left = (side - height) // 2, (side - width) // 2
+                yield F.pad(picture, (left, side - width - left, top, side - height - top))
                 count += 1
-            expected = stream.frames
+            promised = container.streams.video[0].frames
     except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"cannot be decoded beyond frame {count} ({error})") from error
-    if count < expected:
-        raise ValueError(f"ends after {count} of {expected} frames")
+    if count < promised:
+        raise ValueError(f"ends after {count} of {promised} frames")
 
 
-def export(model: LatentActionModel, clips: dict[str, Callable[[], Flows]], out: str | Path, made: dict, compensate: bool = False,
+def export(model: LatentActionModel, clips: dict[str, Callable[[], Flows]], out: Path, made: dict, compensate: bool = False,
            pt: bool = False) -> dict:
-    """Writes OUT/latent_action_dim14/NAME.safetensors for each clip (`pt`: also NAME.pt, the official form), OUT/statistics.json for stage 2
-    and OUT/summary.json. Files that are there are kept, if made in the same way. A clip that cannot be used is skipped, with its reason in
-    the summary; ValueError if that leaves none. `made` says how the flow was measured."""
-    out, skipped, infos, sums = Path(out), {}, [], np.zeros((2, model.config.latent_dim))
-    made = json.dumps({"model": model.fingerprint(), "interval": model.config.interval, "radius": model.config.radius,
-                       "image": model.config.image, "compensate": compensate, **made}, sort_keys=True)
-    for name, flows in (progress := tqdm(clips.items(), desc="latent actions", unit="clip")):
-        path = out / "latent_action_dim14" / f"{name}.safetensors"
+    """Writes OUT/latent_action_dim14/NAME.safetensors of each clip (`pt`: also NAME.pt, the official form), OUT/statistics.json, with which
+    to standardise them, and OUT/summary.json, which is returned. What is there already is kept if it was made in the same way (`made` says
+    how the flow was measured). A clip that cannot be used is skipped, with its reason in the summary; ValueError if none can."""
+    skipped, figures, folder = {}, [], out / f"latent_action_dim{model.config.latent_dim}"
+    made = {"model": model.fingerprint(), "interval": model.config.interval, "radius": model.config.radius, "image": model.config.image,
+            "compensate": compensate, **made}
+    for name, flows in tqdm(clips.items(), desc="latent actions", unit="clip"):
+        path = folder / f"{name}.safetensors"
         if not path.exists():
             try:
-                tensors, figures = encode_flows(model, flows(), compensate)
+                tensors, measured = encode_flows(model, flows(), compensate)
             except ValueError as error:
                 skipped[name] = str(error)
-                progress.set_postfix(skipped=len(skipped))
                 continue
-            save_safetensors(path, tensors, {"made": made, "figures": json.dumps(figures)})
+            save_safetensors(path, tensors, {"made": json.dumps(made), "figures": json.dumps(measured)})
         info = read_metadata(path)
-        if info.get("made") != made:
-            raise ValueError(f"{path}: was made with {info.get('made')}, not with {made}; choose another folder")
-        with open_source(path) as source:
-            tensors = {key: source.read(key).clone() for key in source.names()}
+        same_config(path, json.loads(info.get("made", "{}")), made)
+        figures.append(json.loads(info["figures"]))
         if pt:
-            torch.save({**tensors, **json.loads(made)}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path.with_suffix(".pt"))
-        infos.append(json.loads(info["figures"]))
-        rows = tensors["latent_action"][tensors["valid"]].double().numpy()
-        sums += np.stack([rows.sum(axis=0), (rows**2).sum(axis=0)])
-    if not infos:
+            with open_source(path) as source:
+                torch.save({key: source.read(key).clone() for key in source.names()} | made, folder / f".{name}.tmp")
+            (folder / f".{name}.tmp").replace(folder / f"{name}.pt")
+    if not figures:
         raise ValueError(f"no usable clip among {len(clips)}: {'; '.join(f'{name}: {why}' for name, why in list(skipped.items())[:5])}")
-    rows = sum(info["valid_rows"] for info in infos)
-    mean, spread = sums[0] / rows, np.sqrt(np.maximum(sums[1] / rows - (sums[0] / rows) ** 2, 0))
-    statistics = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist(), "export_mean": mean.tolist(),
-                  "export_std": spread.tolist(), "rows": rows, "made": json.loads(made)}
-    summary = {"clips": len(infos), "rows": sum(info["rows"] for info in infos), "valid_rows": rows, "skipped": skipped,
-               **{key: float(np.mean([info[key] for info in infos])) for key in ("clipped", "camera_share")}}
+    summary = {"clips": len(figures), "skipped": skipped, **{key: sum(f[key] for f in figures) for key in ("rows", "valid_rows")},
+               **{key: sum(f[key] * f["rows"] for f in figures) / sum(f["rows"] for f in figures) for key in ("clipped", "camera_share")}}
+    statistics = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist(), "made": made}
     for name, content in (("statistics.json", statistics), ("summary.json", summary)):
         (out / name).write_text(json.dumps(content, indent=1))
     return summary
 
 
-def toy_clips(args: argparse.Namespace, interval: int, estimator: FlowEstimator | None) -> dict[str, Callable[[], Flows]]:
-    """Episodes of the toy world, with true flow where there is no estimator."""
-    clips = {}
-    for number, episode in enumerate(record(args.level, args.episodes, args.seed, args.embodiment)):
-        frames = rearrange(torch.from_numpy(episode.frames), "t h w c -> t c h w").float() / 255
-        flows = (lambda e=episode: true_flows(e, interval)) if estimator is None else (
-            lambda f=frames: measured_flows(f, estimator, interval, args.composed))
-        clips[f"level{args.level}_seed{args.seed}_{number:05d}_{episode.embodiment}"] = flows
-    return clips
-
-
-def video_clips(folder: Path, args: argparse.Namespace, interval: int, estimator: FlowEstimator) -> dict[str, Callable[[], Flows]]:
-    if not (files := sorted(folder.glob("*.mp4"))):
-        raise ValueError(f"{folder}: no *.mp4 in it; --data takes a folder of them, or the word toy")
-    return {file.stem: lambda f=file: measured_flows(read_video(f, args.side), estimator, interval, args.composed) for file in files}
+def clips_of(args: argparse.Namespace, interval: int, device: str) -> tuple[dict[str, Callable[[], Flows]], dict]:
+    """What the command line names: clips by name, and how their flow is measured."""
+    toy = args.data == "toy"
+    if args.flow == "true" and not toy:
+        raise ValueError("--flow true is known of the toy world only; for videos take dis or a DPFlow .ckpt")
+    known = {"true": lambda: None, "dis": lambda: DISFlow(upscale=4 if toy else 1)}
+    estimator = known.get(args.flow, lambda: load_dpflow(args.flow).to(device))()
+    made = {"flow": estimator.name if estimator else "true", "composed": args.composed, "side": "as is" if toy else args.side}
+    if toy:
+        episodes = {f"{e.embodiment}_level{args.level}_seed{args.seed}_{i:05d}": e
+                    for i, e in enumerate(record(args.level, args.episodes, args.seed, args.embodiment))}
+        if estimator is None:
+            return {name: lambda e=e: true_flows(e, interval) for name, e in episodes.items()}, made
+        films = {name: lambda e=e: iter(rearrange(torch.from_numpy(e.frames), "t h w c -> t c h w").float() / 255)
+                 for name, e in episodes.items()}
+    elif not (films := {path.stem: lambda p=path: read_video(p, args.side) for path in sorted(Path(args.data).glob("*.mp4"))}):
+        raise ValueError(f"--data {args.data}: no *.mp4 there; give a folder of them, or the word toy")
+    how = dict(estimator=estimator, interval=interval, composed=args.composed, device=device)
+    return {name: lambda film=film: measured_flows(film(), **how) for name, film in films.items()}, made
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; what the user got wrong ends in one line."""
     parser = argparse.ArgumentParser(prog="python latent_action.py", description="Latent actions of videos.")
-    encode = parser.add_subparsers(dest="command", required=True).add_parser("encode", help="videos to latent_action_dim14 files")
-    add = encode.add_argument
-    add("--weights", required=True, help="latent-action model that train.py --stage latent wrote")
+    add = parser.add_subparsers(dest="command", required=True).add_parser("encode", help="videos to latent_action_dim14 files").add_argument
+    add("--weights", required=True, type=Path, help="what python train.py --stage latent wrote")
     add("--data", required=True, help="folder of mp4 files, or the word toy")
-    add("--out", required=True, help="folder to write; run again to go on where it stopped")
-    add("--flow", default="dis", help="true (toy only), dis, or a DPFlow .ckpt (weights for research only); default dis")
-    add("--composed", action="store_true", help="add up the flow of neighbouring frames instead of measuring over the whole interval")
+    add("--out", required=True, type=Path, help="folder to write to; run again to go on where it stopped")
+    add("--flow", default="dis", help="dis (default), true (toy only), or a DPFlow .ckpt, whose weights are for research only")
+    add("--composed", action="store_true", help="follow the flow from frame to frame instead of measuring over the whole interval")
     add("--compensate", action="store_true", help="take the camera's motion off")
-    add("--side", type=int, default=256, help="videos are measured at this size, padded to a square")
-    add("--pt", action="store_true", help="also write NAME.pt, as the official release has it")
+    add("--side", type=int, default=256, help="size at which videos are measured, padded to a square")
+    add("--pt", action="store_true", help="also write NAME.pt, the official form")
     for name, kind, default in (("level", int, 6), ("embodiment", str, None), ("seed", int, 0), ("episodes", int, 16)):
-        add(f"--{name}", type=kind, default=default, help=f"of the toy world; default {default}")
+        add(f"--{name}", type=kind, default=default, help=f"of the toy world (default {default})")
     args = parser.parse_args(argv)
     try:
-        model = LatentActionModel.load(args.weights)
-        if args.flow == "true" and args.data != "toy":
-            raise ValueError("--flow true is known of the toy world only; for videos choose dis or a DPFlow .ckpt")
-        estimator = {"true": lambda: None, "dis": lambda: DISFlow(upscale=4 if args.data == "toy" else 1)}.get(
-            args.flow, lambda: load_dpflow(args.flow))()
-        sources = toy_clips(args, model.config.interval, estimator) if args.data == "toy" else video_clips(
-            Path(args.data), args, model.config.interval, estimator)
-        made = {"flow": getattr(estimator, "name", "true"), "composed": args.composed, "side": args.side}
-        summary = export(model, sources, args.out, made, args.compensate, args.pt)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = LatentActionModel.load(args.weights).to(device)
+        clips, made = clips_of(args, model.config.interval, device)
+        print(json.dumps(export(model, clips, args.out, made, args.compensate, args.pt), indent=1))
     except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

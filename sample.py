@@ -5,9 +5,8 @@
 Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are latent, and episodes hold none to be
 given or compared with. Stage 3 has all five. Windows come from a split that no stage trains on and lie inside their episodes.
 
-    PSNR, SSIM     predicted against true future; PSNR is of the squared error pooled over all frames, `moving` only over pixels that differ
-                   from the observation in the true future, widened by DILATE. `copy` repeats the observation; `vae` is the true future
-                   through the VAE and back, the ceiling of any prediction made in its latents.
+    PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only pixels that differ from the observation
+                   in the true future, widened by DILATE. `copy` repeats the observation; `vae` is the truth through the VAE and back.
     action MSE     normalised and in robot units; `mean` always predicts the mean of the training data.
 
 Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions, n worlds.
@@ -17,13 +16,13 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from matplotlib import rc_context
+from matplotlib import cycler, rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -78,9 +77,8 @@ class Policy:
             return self.model.sample(inputs, mode, self.steps, self.generator)
         observation, conditions = inputs.latents[:, :, :1], self.model.conditions(inputs, cache_text=True)
         noise = gaussian(observation.expand(-1, -1, self.card.motus.latent_frames, -1, -1), self.generator)
-        video, _ = flow.sample(lambda video, _, t, __: self.model.velocity(video, None, t, None, conditions),
-                               noise, noise, observation, mode, self.steps)
-        return Prediction(video, None)
+        return Prediction(flow.sample(lambda video, _, t, __: self.model.velocity(video, None, t, None, conditions),
+                                      noise, noise, observation, mode, self.steps)[0], None)
 
     def act(self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str]) -> np.ndarray:
         """images (n, H, W, 3) uint8, states (n, P), n instructions -> actions (n, S, A) float32 in robot units, not clipped."""
@@ -96,10 +94,9 @@ class Policy:
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or n == 0:
             raise ValueError(f"images are {images.dtype} of shape {images.shape}; expected uint8 of shape (n, H, W, 3), n at least 1")
         if states.shape != expected or not np.isfinite(states).all() or len(instructions) != n:
-            raise ValueError(f"{n} images need finite states of shape {expected} and as many instructions; found {states.shape}, "
-                             f"{np.isfinite(states).mean():.0%} finite, and {len(instructions)}")
-        state = self.statistics.state.apply(torch.from_numpy(states))
-        prediction = self.sample(self.inputs(torch.from_numpy(images[:, None]), instructions, state), self.mode)
+            raise ValueError(f"{n} images need {n} instructions, found {len(instructions)}; finite states {expected}, found {states.shape}")
+        state = self.statistics.state.apply(torch.tensor(states))
+        prediction = self.sample(self.inputs(torch.tensor(images[:, None]), instructions, state), self.mode)
         imagined = self.backbones.decode_video(prediction.video).cpu().numpy() if video and prediction.video is not None else None
         return self.statistics.actions.invert(prediction.actions.float()).cpu().numpy(), imagined
 
@@ -125,10 +122,9 @@ def psnr(video: Tensor, truth: Tensor, region: Tensor | None = None) -> float:
 def ssim(video: Tensor, truth: Tensor) -> float:
     """Structural similarity, -1 to 1: Gaussian window of 11 pixels (sigma 1.5), per channel, mean over all places where it fits."""
     x, y = (rearrange(v.float() / 255, "b f h w c -> (b f c) 1 h w") for v in (video, truth))
-    line = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2))
+    line, c1, c2 = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2)), 0.01**2, 0.03**2
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
     mx, my, xx, yy, xy = (torch.nn.functional.conv2d(v, window) for v in (x, y, x * x, y * y, x * y))
-    c1, c2 = 0.01**2, 0.03**2
     return ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))).mean().item()
 
 
@@ -148,9 +144,9 @@ def action_figures(predicted: Tensor, truth: Tensor, robot: data.Normaliser) -> 
 
 
 # Pictures carry their own dark ground, and so read the same on any page.
-GROUND, TEXT, TRUE, PREDICTED = "#15181e", "#e4e6ea", "#8fb8ff", "#ffab4a"
+GROUND, TEXT = "#15181e", "#e4e6ea"
 STYLE = {"figure.facecolor": GROUND, "axes.facecolor": GROUND, "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT,
-         "xtick.color": TEXT, "ytick.color": TEXT, "font.size": 7}
+         "xtick.color": TEXT, "ytick.color": TEXT, "font.size": 7, "axes.prop_cycle": cycler(color=["#ffab4a", "#8fb8ff"])}
 
 
 def film(path: Path, columns: dict[str, np.ndarray], caption: str, scale: int = 4, ms: int = 400, limit: int = 300_000) -> None:
@@ -164,8 +160,8 @@ def film(path: Path, columns: dict[str, np.ndarray], caption: str, scale: int = 
             page.paste(Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (i * (width + 4), 20))
             draw.text((i * (width + 4) + 4, 3), name, TEXT, font)
         pages.append(page)
-    for stride, colours in ((1, 128), (1, 64), (1, 32), (2, 32), (4, 16)):                   # the first that fits stays
-        palette = Image.fromarray(np.concatenate(pages[::stride])).quantize(colours)
+    for stride, colours in ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16)):                   # the first that fits stays
+        palette = Image.fromarray(np.concatenate(pages[::stride])).quantize(colours, Image.Quantize.MAXCOVERAGE)
         first, *rest = (page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages[::stride])
         first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
         if path.stat().st_size <= limit:
@@ -178,15 +174,14 @@ def sheet(path: Path, title: str, captions: Sequence[str], pictures: dict[str, n
     with rc_context(STYLE):
         figure = Figure(figsize=(1.8 * columns + 0.4, 1.8 * len(captions) + 0.4), layout="constrained")
         axes = figure.subplots(len(captions), columns, squeeze=False)
-        figure.suptitle(title + ("; actions in robot units: blue true, orange predicted" if actions else ""), fontsize=9)
+        figure.suptitle(title + ("; actions in robot units: orange predicted, blue true" if actions else ""), fontsize=9)
         for row, caption in enumerate(captions):
             axes[row, 0].set_ylabel(caption.replace(" at ", "\nat ").replace(" to ", "\nto "))
             for axis, (name, images) in zip(axes[row], pictures.items()):
                 axis.imshow(images[row], interpolation="nearest")
                 axis.set(xticks=[], yticks=[], title=name)
             for i, axis in enumerate(axes[row, len(pictures):]):
-                for values, colour, style in zip(actions, (PREDICTED, TRUE), ("--", "-")):
-                    axis.plot(values[row, :, i], color=colour, linestyle=style)
+                axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
                 axis.set(title=f"action {i}")
         figure.savefig(path, dpi=110)
 
@@ -224,7 +219,7 @@ def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path, shown: int
     return figures
 
 
-def run(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="run folder, or one of its step_NNNNNN")
     parser.add_argument("--mode", default="joint", help=f"{', '.join(flow.MODES)}; several with commas; all")
@@ -236,28 +231,20 @@ def run(argv: Sequence[str] | None = None) -> None:
     policy = Policy.load(args.ckpt, "vgm", args.steps)
     modes = MODES_OF_STAGE[policy.card.stage] if args.mode == "all" else args.mode.split(",")
     [policy.check_mode(mode) for mode in modes]
-    batch = held_out_windows(policy, args.episodes, args.seed, args.split)
-    out = Path(args.out or newest_step(args.ckpt) / "samples")
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(batch.instruction)} windows of split {args.split}, {args.steps} steps, seed {args.seed}, on {policy.device}")
-    figures = {}
+    batch, figures = held_out_windows(policy, args.episodes, args.seed, args.split), {}
+    (out := Path(args.out or newest_step(args.ckpt) / "samples")).mkdir(parents=True, exist_ok=True)
     for mode in modes:
         policy.generator.manual_seed(args.seed)
         figures[mode] = run_mode(policy, mode, batch, out)
         for name, row in figures[mode].items():
             print(f"{mode:12} {name:20}" + "".join(f" {k} {v:8.4f}  " for k, v in row.items()), flush=True)
     (out / "figures.json").write_text(json.dumps({**vars(args), "figures": figures}, indent=1))
-    print(f"wrote {out}")
-
-
-def command(program: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
-    """Runs a program; what the user got wrong is one line on stderr and exit status 2."""
-    try:
-        return program(argv) or 0
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(f"{len(batch.instruction)} windows of split {args.split}, {args.steps} steps, seed {args.seed}, on {policy.device}; wrote {out}")
 
 
 if __name__ == "__main__":
-    sys.exit(command(run))
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

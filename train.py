@@ -18,12 +18,15 @@ only. A checkpoint is written under a temporary name and renamed, so a folder wi
 step n comes from (seed, n): a resumed run equals an uninterrupted one bit for bit.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # on a shared machine, threads that spin while they wait cost a factor of ten
+
 import argparse
 import csv
 import difflib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -32,12 +35,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import latent_action
+from backbones import pretrain
+from backbones.qwen3vl import Qwen3VLConfig
+from backbones.umt5 import T5Tokenizer, UMT5Config
+from backbones.wan import WanVAEConfig
 from backbones.weights import load_into, open_source, save_safetensors
-from motus import FRESH_IN_STAGE_3, Card, Inputs, Losses, Motus, backbones_of, check_keys, newest_step, preset
+from motus import (BACKBONES, FRESH_IN_STAGE_3, PRESETS, Card, Inputs, Losses, Motus, backbones_of, check_keys, newest_step, preset,
+                   save_part)
+
+TOY = PRESETS["toy"]
 
 # -- the stages are a table -------------------------------------------------------------------------------------------------
 
@@ -93,6 +105,7 @@ class Settings:
 
 # What differs from the defaults, per preset and stage.
 DEFAULTS = {
+    ("toy", "latent"): dict(steps=1500, batch=128, episodes=40),
     ("toy", "1"): dict(steps=600),
     ("toy", "2"): dict(steps=800),
     ("toy", "3"): dict(steps=2500, episodes=300, windows=4000),
@@ -305,18 +318,103 @@ def toy_pool(args: argparse.Namespace, stage: Stage, card: Card, settings: Setti
         stats = data.statistics(episodes)
         card = replace(card, statistics=stats.as_json())
     if stage.actions == "latent":
-        from latent_action import LatentActionModel, encode_episodes
         if args.latent is None:
             raise ValueError("stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)")
-        encoder = LatentActionModel.load(newest_step(args.latent) / "latent_action.safetensors")
-        latents = encode_episodes(encoder, episodes, data.RATE)
+        latents = latent_action.encode_episodes(latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE)
         card = replace(card, latent_interval=data.RATE)
     backbones = backbones_of(args.preset, card.motus)
     pool = data.Pool.encode(episodes, backbones, card.motus, settings.windows, settings.seed, stats, latents, und=stage.actions != "none")
     return pool, card
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------------
+# -- the runs ---------------------------------------------------------------------------------------------------------------
+
+LATENT_FILE = "latent_action.safetensors"
+
+
+def train_latent(args: argparse.Namespace) -> Path:
+    """Trains the latent-action VAE on the true optical flow of all levels; actions are looked at where they are labelled, in a tenth of
+    each batch. The DC-AE is frozen, so the flow goes through it once. Returns the file of the encoder."""
+    settings = settings_for(args.preset, "latent", [*args.set, *([f"steps={args.steps}"] if args.steps else [])])
+    run = claim(Path(args.run or "runs/latent"), resumed=False)
+    torch.manual_seed(settings.seed)
+    model = latent_action.LatentActionModel(latent_action.PRESETS[args.preset])
+    model.load_dcae(BACKBONES[args.preset] / "dcae.safetensors")
+    pairs = latent_action.toy_pairs(data.toy_episodes((2, 3, 4, 5, 6), settings.episodes, settings.seed), model.config.interval, every=2)
+    tokens = model.tokens(pairs.flow)
+    model.fit_whitening(tokens)
+    sampler = latent_action.MixedSampler(pairs.labelled, settings.batch, 0.1, settings.seed)
+    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad], base=settings.lr)], weight_decay=settings.weight_decay)
+    generator = torch.Generator().manual_seed(settings.seed)
+    model.train()
+    with (run / "log.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "total", "reconstruction", "alignment", "kl"])
+        for step in tqdm(range(settings.steps), desc="stage latent", mininterval=1):
+            rows = sampler(step)
+            mask = pairs.labelled[rows][:, None].expand(-1, model.config.action_dim)
+            set_lr(optimizer, settings, step)
+            losses = model.loss(tokens[rows], pairs.labels[rows], mask, generator)
+            optimizer.zero_grad(set_to_none=True)
+            losses["total"].backward()
+            optimizer.step()
+            if not torch.isfinite(losses["total"]):
+                raise ValueError(f"step {step}: latent-action loss is {losses['total'].item()}; rows {rows.tolist()}. Lower --set lr")
+            if (step + 1) % settings.log_every == 0:
+                writer.writerow([step + 1, *(f"{losses[k].item():.6g}" for k in ("total", "reconstruction", "alignment", "kl"))])
+    model.eval()
+    model.fit_latents(tokens)
+    model.save(run / LATENT_FILE)
+    with torch.no_grad():
+        held = latent_action.toy_pairs(data.toy_episodes((2, 6), 20, settings.seed, split="eval"), model.config.interval)
+        mu, test = model.encode(tokens)[0], model.encode(model.tokens(held.flow))[0]
+    for level, name in ((6, "target robot"), (2, "hand, never labelled")):
+        r2 = latent_action.probe(mu[pairs.level == level], pairs.labels[pairs.level == level], test[held.level == level], held.labels[held.level == level])
+        print(f"linear probe of the true motion (x, y, opening), held-out episodes, {name}: R2 " + " ".join(f"{v:.3f}" for v in r2.tolist()))
+    print(f"wrote {run / LATENT_FILE}")
+    return run / LATENT_FILE
+
+
+def train_backbones(args: argparse.Namespace) -> None:
+    """Pre-trains the toy's video VAE, text encoder, VLM and DC-AE on all levels of the toy world and stores them with their figures."""
+    torch.manual_seed(0)
+    folder, steps = Path(args.run or BACKBONES["toy"]), (lambda n: args.steps or n)
+    web, held = data.ToyWeb(200, seed=0), data.ToyWeb(40, seed=1, held_out=True)
+    pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
+    pretrain.word_tokenizer(folder / "vlm.json", ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user",
+                                                  "assistant"], web.sentences)
+    figures = {}
+
+    tokenizer = T5Tokenizer(folder / "text.json", TOY.video.text_len)
+    text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=TOY.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2, buckets=16,
+                      max_distance=32)
+    save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps(400)), torch.float16)
+
+    tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
+    vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), width=TOY.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4,
+                        mrope=(4, 4, 4), image_token=tokenizer.token_to_id("<|image_pad|>"), vision_width=64, vision_ffn=192, vision_layers=3,
+                        vision_heads=4, vision_theta=1e2, taps=(0, 1), side=6, patch=8, merge=2, min_pixels=256, max_pixels=48 * 48)
+    model, probes = pretrain.pretrain_vlm(vlm, tokenizer, web.grounded, len(web.TARGETS), steps(1800))
+    save_part(folder / "vlm.safetensors", model, torch.float16)
+    pictures, texts, target = held.grounded(-1, 512)
+    with torch.no_grad():
+        which, where, _, cell = pretrain.ground(model, probes, tokenizer, pictures, texts, target)
+    figures["vlm_named_disc_found"] = (which.argmax(1) == cell).float().mean().item()
+    figures["vlm_position_error_px"] = (where - target[:, :2]).norm(dim=1).mean().item() * data.tabletop.IMAGE
+
+    vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=TOY.video.latent, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+                       mean=(0.0,) * TOY.video.latent, std=(1.0,) * TOY.video.latent)
+    model = pretrain.pretrain_vae(vae, lambda seed: web.clips(seed, 12), steps(3000))
+    save_part(folder / "vae.safetensors", model)
+    figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))
+
+    flow = latent_action.LatentActionModel(latent_action.PRESETS["toy"])
+    pairs = latent_action.toy_pairs(web.episodes[:: max(1, len(web.episodes) // 300)], flow.config.interval, every=3)
+    latent_action.pretrain_dcae(flow, pairs.flow, steps(5000))
+    flow.save_dcae(folder / "dcae.safetensors")
+    pretrain.write_card(folder, command="python train.py --stage backbones", **figures)
+    print(json.dumps(figures, indent=1))
+
 
 
 def train(args: argparse.Namespace) -> Path:
@@ -406,6 +504,10 @@ def main(argv: list[str] | None = None) -> None:
     preset(args.preset)
     if args.stage in STAGES:
         train(args)
+    elif args.stage == "latent":
+        train_latent(args)
+    else:
+        train_backbones(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: about ten minutes on two cores
+# make test    the tests;  make test-slow  the long ones too
+# make toy     the same as the demo, for about an hour
+# make bench   ratios of speed
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+RUN ?= runs/demo
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo toy test test-slow lint bench report smoke
+
+$(VENV)/.core: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(VENV)/bin/pip install -q -e ".[test,oracles]"
+	$(VENV)/bin/pip install -q --no-deps ptlflow==0.4.2
+	touch $@
+
+# SET1, SETL, SET2, SET3, EPISODES change the size of each part; `make toy` and `make smoke` are the same recipe at other sizes.
+EPISODES ?= 100
+demo: $(VENV)/.core
+	@test ! -e $(RUN) || { echo "$(RUN) exists; remove it, or name another folder: make demo RUN=runs/again"; exit 1; }
+	$(PY) train.py --stage 1 --run $(RUN)/stage1 $(SET1)
+	$(PY) train.py --stage latent --run $(RUN)/latent $(SETL)
+	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --run $(RUN)/stage2 $(SET2)
+	$(PY) train.py --stage 3 --init $(RUN)/stage2 --run $(RUN)/stage3 $(SET3)
+	$(PY) sample.py --ckpt $(RUN)/stage3 --mode all --out $(RUN)/samples $(SAMPLE)
+	$(PY) evaluate.py --ckpt $(RUN)/stage3 --modes joint,vla --episodes $(EPISODES) --random --gif --out $(RUN)/evaluation $(EVALUATE)
+	$(PY) evaluate.py report --run $(RUN)
+
+toy:
+	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) EPISODES=200 EVALUATE="--held-out" \
+		SET1="--steps 3000 --set episodes=300 windows=6000" SETL="--steps 3000 --set episodes=100" \
+		SET2="--steps 4000 --set episodes=300 windows=6000" SET3="--steps 16000 --set episodes=1000 windows=12000 ema=0.999"
+
+smoke:
+	$(MAKE) demo RUN=$(RUN) EPISODES=4 SET1="--steps 8 --set episodes=3 windows=32" SETL="--steps 20 --set episodes=4" \
+		SET2="--steps 8 --set episodes=3 windows=32" SET3="--steps 8 --set episodes=4 windows=32" \
+		SAMPLE="--episodes 4 --steps 2" EVALUATE="--max-steps 24 --steps 2"
+
+test: $(VENV)/.test
+	$(PY) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PY) -m pytest
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .

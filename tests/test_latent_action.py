@@ -1,0 +1,403 @@
+"""Latent actions: an exact colour code, a loss whose parts do what they say, and an export that never writes a silent row."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import latent_action as la
+from latent_action import LatentActionModel, MixedSampler, colour_to_flow, flow_to_colour
+from worlds.tabletop import record
+
+TOY = la.PRESETS["toy"]
+
+
+def directions(radius: float, n: int = 64) -> torch.Tensor:
+    """Flow (1, n, n, 2): n directions, seams included, times n speeds from 0 to the radius."""
+    angle, speed = torch.arange(n) * 2 * math.pi / n, torch.linspace(0, radius, n)
+    return torch.stack([torch.outer(speed, angle.cos()), torch.outer(speed, angle.sin())], dim=-1)[None]
+
+
+def model_of(seed: int = 0, **changes) -> LatentActionModel:
+    torch.manual_seed(seed)
+    return LatentActionModel(replace(TOY, **changes)).eval()
+
+
+def random_flow(n: int, side: int = 32, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(n, side, side, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def unknown(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(n, 3), torch.zeros(n, 3, dtype=torch.bool)
+
+
+# ---- Colour ----
+
+
+def test_colour_and_back_is_exact_up_to_the_radius():
+    """The round trip errs below 1e-5 of the radius in float and below 1 % of it after rounding to 8 bits, in every direction."""
+    for radius in (5.0, 16.0, 32.0):
+        flow = directions(radius)
+        pictures = flow_to_colour(flow, radius)
+        assert (colour_to_flow(pictures, radius) - flow).norm(dim=-1).max() < 1e-5 * radius
+        rounded = ((pictures + 1) * 127.5).round() / 127.5 - 1
+        assert (colour_to_flow(rounded, radius) - flow).norm(dim=-1).max() < 0.01 * radius
+
+
+def test_colours_are_those_of_the_wheel():
+    """Right is red, 55/4 steps on (down) is nearly yellow, left is cyan to blue, rest is white; 55 steps of the published table agree."""
+    ramps = [(15, 0, 1, 1), (6, 1, 0, -1), (4, 1, 2, 1), (11, 2, 1, -1), (13, 2, 0, 1), (6, 0, 2, -1)]   # count, full, moving channel, way
+    table = []
+    for count, full, moving, way in ramps:
+        for i in range(count):
+            colour = [0, 0, 0]
+            colour[full], part = 255, int(255 * i / count)
+            colour[moving] = part if way > 0 else 255 - part
+            table.append(colour)
+    angle = torch.arange(55) * 2 * math.pi / 55
+    flow = torch.stack([angle.cos(), angle.sin()], dim=-1)[None, None]
+    ours = (flow_to_colour(flow, 1.0)[0, :, 0].T + 1) * 127.5
+    assert (ours - torch.tensor(table)).abs().max() < 1.01                                   # the table rounds down
+    assert (flow_to_colour(torch.zeros(1, 1, 1, 2), 1.0) == 1).all()
+
+
+def test_colour_has_no_seam_and_keeps_magnitude():
+    """Directions just above and just below rightward have one colour, and twice the speed is twice the saturation in any company."""
+    pair = torch.tensor([[1.0, 1e-6], [1.0, -1e-6]])[None, None]
+    colours = flow_to_colour(pair, 1.0)[0, :, 0]
+    assert (colours[:, 0] - colours[:, 1]).abs().max() < 1e-4
+    slow, fast = flow_to_colour(torch.tensor([[1.0, 2.0]]).mT[None, None] * torch.tensor([1.0, 0.0]), 4.0)[0, :, 0].T
+    assert torch.allclose(2 * (1 - slow), 1 - fast, atol=1e-6)
+
+
+def test_too_fast_motion_keeps_its_direction_and_is_counted():
+    """Flow beyond the radius comes back at the radius, and over_range says how much of the moving part that was."""
+    flow = torch.zeros(1, 2, 2, 2)
+    flow[0, 0, 0], flow[0, 1, 1] = torch.tensor([30.0, 40.0]), torch.tensor([3.0, 0.0])
+    back = colour_to_flow(flow_to_colour(flow, 10.0), 10.0)
+    assert torch.allclose(back[0, 0, 0], torch.tensor([6.0, 8.0]), atol=1e-3)
+    assert la.over_range(flow, 10.0) == 0.5
+
+
+def test_resizing_scales_the_vectors():
+    """A motion across the whole picture is one across the whole picture at any size, per axis."""
+    flow = torch.ones(1, 48, 24, 2) * torch.tensor([24.0, 48.0])
+    assert torch.allclose(la.resize_flow(flow, 32), torch.full((1, 32, 32, 2), 32.0), atol=1e-4)
+
+
+def test_camera_motion_is_found_under_a_moving_thing():
+    """An affine camera motion is recovered although a fifth of the picture moves otherwise; a still camera has none."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    camera = torch.stack([2 + x, -1 + 0.5 * y - 0.3 * x], dim=-1)[None]
+    flow = camera.clone()
+    flow[:, 4:18, 10:24] += torch.tensor([4.0, -3.0])
+    assert (la.global_motion(flow) - camera).abs().max() < 0.02
+    assert la.global_motion(flow - camera).abs().max() < 0.02
+
+
+# ---- The model ----
+
+
+def test_presets_give_four_tokens():
+    """Every size has four tokens; the full one has the 4 x 512 features of the paper."""
+    for name, features in (("toy", 256), ("small", 512), ("full", 2048)):
+        with torch.device("meta"):
+            model = LatentActionModel(la.PRESETS[name])
+        assert model.config.grid**2 == 4 and model.token_mean.shape == (features,) and model.encoder[-1].out_features == 28
+
+
+def test_shapes_of_the_way_there_and_back():
+    """Flow of any size to tokens, to 14 numbers, to flow of the picture's size."""
+    model, flow = model_of(), random_flow(3, side=48)
+    tokens = model.tokens(flow)
+    mu, logvar = model.encode(tokens)
+    assert tokens.shape == (3, 256) and mu.shape == logvar.shape == (3, 14) and not tokens.requires_grad
+    assert model.decode(mu).shape == (3, 256) and model.flow_of(mu).shape == (3, 32, 32, 2)
+
+
+def test_loss_equals_its_definition():
+    """With noise of almost no size the three terms are those of the docstring, and total is their weighted sum."""
+    model = model_of(lambda_action=0.5, beta=0.01)
+    torch.nn.init.constant_(model.encoder[-1].bias[14:], -40.0)                               # clamped to -12
+    tokens = torch.randn(4, 256, generator=torch.Generator().manual_seed(1))
+    model.fit_whitening(tokens)
+    actions = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]) > 0
+    loss = model.loss(tokens, actions, mask, torch.Generator().manual_seed(3))
+    mu, logvar = model.encode(tokens)
+    known = [(actions[i, j] - mu[i, j]) ** 2 for i, j in ((0, 0), (0, 1), (2, 2))]
+    kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum() / 4
+    assert torch.isclose(loss["alignment"], sum(known) / 3) and torch.isclose(loss["kl"], kl)
+    assert torch.isclose(loss["reconstruction"], ((model.decoder(mu) - model.whiten(tokens)) ** 2).mean(), rtol=1e-2)
+    assert torch.isclose(loss["total"], loss["reconstruction"] + 0.5 * loss["alignment"] + 0.01 * loss["kl"])
+
+
+def test_unlabelled_rows_feel_no_alignment():
+    """Masked labels, NaN included, change neither loss nor gradient; a batch without labels has alignment 0."""
+    model, tokens = model_of(), torch.randn(4, 256)
+    actions, mask = unknown(4)
+    mask[0] = True
+    gradients = []
+    for filler in (0.0, float("nan"), 1e30):
+        actions[1:] = filler
+        model.zero_grad()
+        model.loss(tokens, actions, mask, torch.Generator().manual_seed(0))["total"].backward()
+        gradients.append(model.encoder[0].weight.grad.clone())
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+    assert model.loss(tokens, *unknown(4))["alignment"] == 0
+
+
+def test_dcae_is_frozen_unless_asked():
+    """By default no gradient reaches the DC-AE and its batch statistics stay; with finetune_dcae the picture loss trains it."""
+    frozen, flow = model_of(), random_flow(2)
+    frozen.train().loss(flow, *unknown(2))["total"].backward()
+    assert all(p.grad is None for p in frozen.dcae.parameters()) and not frozen.dcae.training
+    tuned = model_of(finetune_dcae=True, reconstruct="picture", moving=10.0)
+    tuned.train().loss(flow, *unknown(2))["total"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned.dcae.parameters()) and not tuned.dcae.training
+    with pytest.raises(ValueError, match="finetune_dcae=True"):
+        replace(TOY, finetune_dcae=True)
+
+
+def test_paper_form_reaches_the_encoder_through_the_frozen_decoder():
+    """reconstruct="picture" with a frozen DC-AE trains both MLPs."""
+    model = model_of(reconstruct="picture")
+    model.loss(random_flow(2), *unknown(2))["total"].backward()
+    assert model.encoder[0].weight.grad.abs().sum() > 0 and model.decoder[0].weight.grad.abs().sum() > 0
+
+
+def test_bad_labels_and_flow_are_refused():
+    """Labels of another length, NaN where the mask says known, flow that is not finite or of another shape: one clear error each."""
+    model, tokens = model_of(), torch.randn(4, 256)
+    actions, mask = unknown(4)
+    with pytest.raises(ValueError, match=r"\(3, 3\)"):
+        model.loss(tokens, actions[:3], mask[:3])
+    actions[2, 1], mask[2, 1] = float("nan"), True
+    with pytest.raises(ValueError, match=r"actions\[2, 1\] is nan"):
+        model.loss(tokens, actions, mask)
+    flow = random_flow(2)
+    flow[1, 3, 3, 0] = float("inf")
+    with pytest.raises(ValueError, match="1 values that are not finite"):
+        model.tokens(flow)
+    with pytest.raises(ValueError, match="must be"):
+        model.tokens(random_flow(2)[..., 0])
+
+
+def test_save_and_load_give_the_same_latents_and_refuse_another_configuration(tmp_path):
+    """A file brings weights, statistics and configuration; asking for another interval or radius names the field."""
+    model, flow = model_of(), random_flow(5)
+    tokens = model.tokens(flow)
+    model.fit_whitening(tokens)
+    model.fit_latents(tokens)
+    model.save(tmp_path / "model.safetensors")
+    again = LatentActionModel.load(tmp_path / "model.safetensors", TOY)
+    assert torch.equal(again.standardise(again.encode(again.tokens(flow))[0]), model.standardise(model.encode(tokens)[0]))
+    assert again.fingerprint() == model.fingerprint() != model_of(1).fingerprint()
+    z = model.encode(tokens)[0]
+    assert torch.allclose(model.unstandardise(model.standardise(z)), z, atol=1e-5)
+    with pytest.raises(ValueError, match="interval=3 instead of 6"):
+        LatentActionModel.load(tmp_path / "model.safetensors", replace(TOY, interval=6))
+    model.save_dcae(tmp_path / "dcae.safetensors")
+    with pytest.raises(ValueError, match="no latent-action configuration"):
+        LatentActionModel.load(tmp_path / "dcae.safetensors")
+    with pytest.raises(ValueError, match="radius=5.0 instead of 7.0"):
+        model_of(radius=7.0).load_dcae(tmp_path / "dcae.safetensors")
+    other = model_of(1)
+    other.load_dcae(tmp_path / "dcae.safetensors")
+    assert torch.allclose(other.tokens(flow), tokens, atol=0.05)
+
+
+# ---- Training ----
+
+
+def test_sampler_draws_a_tenth_labelled_and_resumes_anywhere():
+    """After n steps the labelled rows number n * share within 1; over seeds they average to it; a batch depends on seed and step only."""
+    labelled = torch.arange(100) < 20
+    sampler = MixedSampler(labelled, batch=16, fraction=0.1, seed=3)
+    counts = [labelled[sampler(step)].sum().item() for step in range(200)]
+    assert set(counts) <= {1, 2} and abs(sum(counts) - 320) <= 1
+    assert torch.equal(sampler(77), MixedSampler(labelled, 16, 0.1, seed=3)(77))
+    first = [labelled[MixedSampler(labelled, 16, 0.1, seed)(0)].sum().item() for seed in range(400)]
+    assert abs(np.mean(first) - 1.6) < 0.08
+    with pytest.raises(ValueError, match="0 rows are labelled"):
+        MixedSampler(torch.zeros(5, dtype=torch.bool), 4)
+
+
+def test_other_bodies_keep_the_motion():
+    """Shifted and thickened flow has the vectors of the original and no others, in at least as many places."""
+    flow = torch.zeros(6, 32, 32, 2)
+    flow[:, 14:17, 14:17] = torch.tensor([2.0, -1.0])
+    made = la.other_bodies(flow, torch.Generator().manual_seed(0))
+    assert {tuple(v) for v in made.reshape(-1, 2).tolist()} == {(0.0, 0.0), (2.0, -1.0)}
+    assert ((made[..., 0] != 0).sum((1, 2)) >= 9).all() and not torch.equal(made, flow)
+
+
+def test_toy_labels_are_true_motion_and_only_some_may_be_used():
+    """A label is the motion over the interval by the most that the interval allows; hand, arm and gantry are unlabelled."""
+    episodes = [record(level, 1, 0)[0] for level in (2, 4, 5, 6)]
+    pairs = la.toy_pairs(episodes, 3)
+    row = (pairs.index == torch.tensor([3, 7])).all(dim=1).nonzero()[0, 0]
+    moved = episodes[3].motion[10] - episodes[3].motion[7]
+    assert np.allclose(pairs.labels[row], moved / [0.135, 0.135, 1.0], atol=1e-6) and pairs.labels.abs().max() <= 1.001
+    assert {level: pairs.labelled[pairs.level == level].all().item() for level in (2, 4, 5, 6)} == {2: False, 4: True, 5: False, 6: True}
+    with pytest.raises(ValueError, match="interval of 500"):
+        la.toy_pairs(episodes, 500)
+
+
+def test_alignment_makes_the_first_latents_the_motion():
+    """On toy features that hold the motion linearly, a short training recovers labels on unlabelled rows directly, without a probe; with
+    lambda 0 it does not."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.rand(600, 3, generator=generator) * 2 - 1
+    tokens = torch.cat([labels, torch.randn(600, 5, generator=generator)], dim=1) @ torch.randn(8, 256, generator=generator)
+    labelled, direct = torch.arange(600) < 200, {}
+    for weight in (0.0, 1.0):
+        model = model_of(lambda_action=weight, hidden=(64,))
+        model.fit_whitening(tokens)
+        sampler = MixedSampler(labelled, 64)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        for step in range(150):
+            rows = sampler(step)
+            loss = model.loss(tokens[rows], labels[rows], labelled[rows, None].expand(-1, 3), generator)
+            optimizer.zero_grad()
+            loss["total"].backward()
+            optimizer.step()
+        mu = model.encode(tokens)[0].detach()
+        direct[weight] = 1 - (mu[200:, :3] - labels[200:]).square().sum() / labels[200:].square().sum()
+        assert la.probe(mu[:200], labels[:200], mu[200:], labels[200:]).min() > 0.9
+    assert direct[1.0] > 0.9 and direct[0.0] < 0.5
+
+
+def test_pretraining_lowers_the_picture_loss():
+    """A few steps of DC-AE training on toy flow beat the untrained DC-AE, and leave it frozen and in eval mode."""
+    flow = la.toy_pairs(record(6, 2, 0), 3).flow
+    model, before = model_of(), model_of()
+    la.pretrain_dcae(model, flow, steps=20, batch=8)
+    picture = lambda m: la.picture_loss(m.picture_of(m.tokens(flow)), la.resize_flow(flow, 32), 5.0, 100.0)
+    assert picture(model) < picture(before) and not any(p.requires_grad for p in model.dcae.parameters()) and not model.dcae.training
+
+
+# ---- Clips and export ----
+
+
+class Shifts:
+    """A flow estimator that knows the answer: every pixel moves by the difference of the first pixels' red, in units of 1/10."""
+
+    name = "shifts"
+
+    def __call__(self, a, b):
+        moved = 10 * (b[:, 0, 0, 0] - a[:, 0, 0, 0])
+        return torch.stack([moved, torch.zeros_like(moved)], dim=1)[:, :, None, None].expand(-1, -1, *a.shape[2:])
+
+
+def film(n: int, blank: int | None = None) -> list[torch.Tensor]:
+    frames = [torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) for _ in range(n)]
+    for i, frame in enumerate(frames):
+        frame[:, 0, 0] = i / 50
+    if blank is not None:
+        frames[blank] = torch.full((3, 32, 32), 0.5)
+    return frames
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_measured_rows_do_not_depend_on_chunks_and_mark_what_is_not_real(composed):
+    """Row i is the motion from frame i to i + 3, over any chunk size, direct or composed; the last two rows end early and are not valid."""
+    results = []
+    for chunk in (4, 5, 100):
+        parts = list(la.measured_flows(iter(film(12)), Shifts(), 3, composed, chunk))
+        results.append((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
+    for flow, valid in results:
+        assert flow.shape == (11, 32, 32, 2) and valid.tolist() == [True] * 9 + [False] * 2
+        assert torch.allclose(flow[:, 5, 5, 0], torch.tensor([0.6] * 9 + [0.4, 0.2]), atol=1e-5)
+        assert torch.allclose(flow, results[0][0], atol=1e-5)
+
+
+def test_rows_that_touch_a_blank_frame_are_not_valid():
+    """A frame of one colour shows no motion: the rows that begin or end there say so."""
+    (_, valid), = la.measured_flows(film(8, blank=4), Shifts(), 2)
+    assert valid.tolist() == [True, True, False, True, False, True, False]
+
+
+def test_encoded_episodes_are_dense_and_follow_the_interval():
+    """One row per step; rows equal the model on the true flow of i to i + 3; another interval is refused."""
+    model, episodes = model_of(), record(6, 2, 0)
+    latents = la.encode_episodes(model, episodes, 3, standardise=False)
+    assert [len(z) for z in latents] == [len(e.motion) - 1 for e in episodes]
+    expected = model.encode(model.tokens(torch.from_numpy(episodes[1].flow([5], [8]))))[0]
+    assert torch.allclose(torch.from_numpy(latents[1][5:6]), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="spans 3"):
+        la.encode_episodes(model, episodes, 6)
+
+
+def test_camera_compensation_takes_the_camera_off():
+    """A clip seen by a moving camera encodes, compensated, as the clip of a still one, and the figures say how much was the camera's."""
+    model, flow = model_of(), torch.zeros(2, 32, 32, 2)
+    flow[:, 10:16, 10:16, 0] = 3.0
+    valid = torch.ones(2, dtype=torch.bool)
+    still, figures = la.encode_flows(model, iter([(flow, valid)]))
+    panned, moving = la.encode_flows(model, iter([(flow + torch.tensor([1.0, 2.0]), valid)]), compensate=True)
+    assert torch.allclose(still["latent_action"], panned["latent_action"], atol=1e-2)
+    assert figures["camera_share"] < 0.05 and moving["camera_share"] > 0.9
+
+
+def encode(*args) -> None:
+    la.main(["encode", *map(str, args)])
+
+
+def test_export_of_the_toy_writes_resumes_and_refuses_a_mixture(tmp_path, capsys):
+    """Official folder and keys, statistics and summary; a second run keeps the files, and another way of measuring is refused."""
+    model_of().save(tmp_path / "m.safetensors", {"step": "0"})
+    args = ("--weights", tmp_path / "m.safetensors", "--data", "toy", "--episodes", 2, "--out", tmp_path / "out", "--flow", "true")
+    encode(*args, "--pt")
+    first, second = sorted((tmp_path / "out" / "latent_action_dim14").glob("*.safetensors"))
+    official = torch.load(first.with_suffix(".pt"), weights_only=True)
+    assert official["latent_action"].shape == (len(official["valid"]), 14) and official["interval"] == 3
+    assert official["valid"].sum() == len(official["valid"]) - 2
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["clips"] == 2 and summary["skipped"] == {} and summary["rows"] == summary["valid_rows"] + 4
+    assert len(json.loads((tmp_path / "out" / "statistics.json").read_text())["std"]) == 14
+    stamp = first.stat().st_mtime_ns
+    second.unlink()
+    encode(*args)
+    assert first.stat().st_mtime_ns == stamp and second.exists()
+    model_of(1).save(tmp_path / "m.safetensors")
+    with pytest.raises(SystemExit, match="model="):
+        encode(*args)
+
+
+def write_video(path, frames: np.ndarray) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_bad_videos_are_skipped_with_a_reason_each(tmp_path):
+    """Of a good, a corrupt, a cut, a one-frame and a one-colour video the good one is encoded and the others are named in the summary."""
+    pytest.importorskip("cv2")
+    frames = record(6, 1, 0)[0].frames[:8].repeat(2, axis=1).repeat(2, axis=2)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "good.mp4", frames)
+    write_video(videos / "single.mp4", frames[:1])
+    write_video(videos / "grey.mp4", np.full_like(frames, 128))
+    whole = (videos / "good.mp4").read_bytes()
+    (videos / "corrupt.mp4").write_bytes(b"not a video" * 100)
+    (videos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    model_of().save(tmp_path / "m.safetensors")
+    args = ("--weights", tmp_path / "m.safetensors", "--data", videos, "--out", tmp_path / "out", "--side", 64)
+    encode(*args)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["clips"] == 1 and summary["rows"] == 7 and set(summary["skipped"]) == {"corrupt", "cut", "grey", "single"}
+    assert "more than one colour" in summary["skipped"]["grey"] and "decoded" in summary["skipped"]["corrupt"]
+    (videos / "good.mp4").unlink()
+    with pytest.raises(SystemExit, match="no usable clip among 4"):
+        encode(*args[:-4], "--out", tmp_path / "other", "--side", 64)
+    with pytest.raises(SystemExit, match="no \\*.mp4 there"):
+        encode(*args[:2], "--data", tmp_path / "nothing", "--out", tmp_path / "out")

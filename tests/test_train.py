@@ -1,0 +1,180 @@
+"""Training: the table of stages, resume, and what happens when something is wrong."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from backbones.weights import save_safetensors
+from motus import Motus, newest_step
+
+SMALL = ["--set", "episodes=2", "windows=16", "batch=4", "log_every=1"]
+
+
+def run(*argv: str) -> None:
+    train.main([*argv, *SMALL])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Four steps of every stage, one after the other."""
+    folder = tmp_path_factory.mktemp("runs")
+    run("--stage", "1", "--run", str(folder / "s1"), "--steps", "4")
+    train.main(["--stage", "latent", "--run", str(folder / "latent"), "--steps", "4", "--set", "episodes=3", "batch=20"])
+    run("--stage", "2", "--init", str(folder / "s1"), "--latent", str(folder / "latent"), "--run", str(folder / "s2"), "--steps", "4")
+    run("--stage", "3", "--init", str(folder / "s2"), "--run", str(folder / "s3"), "--steps", "4")
+    return folder
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return load_file(newest_step(path) / "ema.safetensors")
+
+
+def test_stage_1_trains_the_video_expert_alone(runs):
+    """Action and understanding expert keep their first weights."""
+    before = Motus(train.preset("toy", finetune=False, ratio=1, action_dim=14))
+    torch.manual_seed(0)
+    before = Motus(before.config).init_weights().state_dict()
+    after = weights(runs / "s1")
+    changed = {name.split(".")[0] for name in after if not torch.allclose(after[name], before[name].float(), atol=1e-7)}
+    assert changed == {"video"}
+
+
+def test_stage_3_carries_the_blocks_over_and_starts_encoders_fresh(runs, tmp_path):
+    """After no step at all, blocks are those of stage 2; the action encoder has the robot's dimensions."""
+    s2 = weights(runs / "s2")
+    model = Motus(train.preset("toy"))
+    train.initialise(model, runs / "s2", train.STAGES["3"], "3")
+    ours = model.state_dict()
+    assert torch.equal(ours["action.blocks.0.qkv"], s2["action.blocks.0.qkv"]) and torch.equal(ours["video.head.head.weight"], s2["video.head.head.weight"])
+    assert ours["action.input_encoder.action_encoder.0.weight"].shape[1] == 3 and s2["action.input_encoder.action_encoder.0.weight"].shape[1] == 14
+    assert not ours["action.decoder.action_head.0.weight"].any()
+
+
+def test_every_stage_leaves_a_log_a_curve_and_a_card(runs):
+    """A run can be read without running anything."""
+    for name, losses in (("s1", ["video"]), ("s2", ["video", "action"]), ("s3", ["video", "action"])):
+        rows = list(csv.DictReader((runs / name / "log.csv").open()))
+        assert [int(r["step"]) for r in rows] == [1, 2, 3, 4] and all(float(r[x]) > 0 for r in rows for x in losses)
+        assert (runs / name / "curve.png").stat().st_size > 1000
+        assert json.loads((newest_step(runs / name) / "config.json").read_text())["stage"] == name[1]
+    card = json.loads((newest_step(runs / "s3") / "config.json").read_text())
+    assert card["statistics"]["embodiment"] == "gripper" and len(card["statistics"]["actions"]["mean"]) == 3
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path):
+    """Stop after 2 of 4 steps, go on: the same weights, the same EMA, the same optimizer, the same log."""
+    whole = runs / "s3"
+    part = tmp_path / "part"
+    argv = ["--stage", "3", "--init", str(runs / "s2"), "--run", str(part), "--steps", "4"]
+    stop = train.save_checkpoint
+
+    def stop_after_two(run, step, *rest):
+        stop(run, step, *rest)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    train.save_checkpoint = stop_after_two
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.main([*argv, *SMALL, "save_every=2"])
+    finally:
+        train.save_checkpoint = stop
+    assert newest_step(part).name == "step_000002"
+    train.main([*argv, "--resume", *SMALL])
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(newest_step(x) / f"{name}.safetensors") for x in (whole, part))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+    drop = lambda path: [{k: v for k, v in r.items() if k != "samples_per_s"} for r in csv.DictReader((path / "log.csv").open())]
+    assert drop(whole) == drop(part)
+
+
+def test_resuming_with_other_settings_is_refused(runs):
+    """The error names the setting and the remedy."""
+    with pytest.raises(ValueError, match="batch=4, this run has batch=5.*--set batch=4"):
+        train.main(["--stage", "3", "--run", str(runs / "s3"), "--steps", "4", "--resume", *SMALL, "batch=5"])
+
+
+def test_an_existing_run_is_never_overwritten(runs):
+    """Refuse, and say how to go on."""
+    with pytest.raises(ValueError, match="exists; continue it with --resume, or name another"):
+        run("--stage", "1", "--run", str(runs / "s1"))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--stage", "4"], "--stage is '4'; allowed: 1, 2, 3, latent, backbones"),
+    (["--stage", "1", "--preset", "tox"], "preset is 'tox'; allowed: toy, small, full"),
+    (["--stage", "1", "--set", "stepz=3"], "unknown key 'stepz'.*did you mean 'steps'"),
+    (["--stage", "1", "--set", "steps=many"], "--set steps takes int, found 'many'"),
+    (["--stage", "1", "--set", "steps"], "--set takes key=value, found 'steps'"),
+    (["--stage", "2", "--set", "episodes=2", "windows=4"], "name their encoder with --latent"),
+    (["--stage", "3", "--init", "no/such/run", "--set", "episodes=2", "windows=4"], "holds no checkpoint"),
+])
+def test_bad_arguments_end_in_one_clear_error(argv, words, tmp_path):
+    """Unknown stage, preset or key; missing files."""
+    with pytest.raises(ValueError, match=words):
+        train.main([*argv, "--run", str(tmp_path / "run")])
+
+
+def test_a_checkpoint_of_another_shape_is_refused(runs, tmp_path):
+    """The error says which sizes differ."""
+    other = Motus(train.preset("toy"))
+    object.__setattr__(other.config.video, "width", 96)
+    config = train.replace(other.config, video=train.replace(other.config.video, width=48))
+    with pytest.raises(ValueError, match="video expert .*Use the same preset"):
+        train.initialise(Motus(config), runs / "s2", train.STAGES["3"], "3")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "corrupt header", "missing tensor"])
+def test_a_damaged_weights_file_is_refused(runs, tmp_path, damage):
+    """Truncated, corrupted or incomplete: one ValueError that names the file."""
+    copy = shutil.copytree(newest_step(runs / "s3"), tmp_path / "step_000004")
+    file = copy / "ema.safetensors"
+    raw = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(raw[: len(raw) // 2])
+    elif damage == "corrupt header":
+        file.write_bytes(raw[:20] + b"\xff" * 20 + raw[40:])
+    else:
+        tensors = load_file(file)
+        tensors.pop("video.head.head.bias")
+        save_safetensors(file, tensors)
+    with pytest.raises(ValueError, match="ema.safetensors"):
+        Motus.from_pretrained(copy)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(runs, tmp_path, monkeypatch):
+    """The error names the step and the windows; the weights stay as they were."""
+    kept = {}
+    total = train.Losses.total
+
+    def poison(self, *args):
+        value = total(self, *args)
+        kept["calls"] = kept.get("calls", 0) + 1
+        return value * float("nan") if kept["calls"] == 3 else value
+
+    monkeypatch.setattr(train.Losses, "total", poison)
+    with pytest.raises(ValueError, match=r"step 2: loss nan.*windows \[.*Nothing was updated"):
+        train.main(["--stage", "1", "--run", str(tmp_path / "nan"), "--steps", "6", *SMALL, "save_every=1"])
+    assert newest_step(tmp_path / "nan").name == "step_000002"
+    assert all(v.isfinite().all() for v in weights(tmp_path / "nan").values())
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_intact(runs, tmp_path, monkeypatch):
+    """One clear error, no half-written folder, the older checkpoint still loads."""
+    real = train.save_safetensors
+
+    def full(path, *rest):
+        if "step_000004" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, *rest)
+
+    monkeypatch.setattr(train, "save_safetensors", full)
+    with pytest.raises(ValueError, match="could not be written.*No space left.*Earlier checkpoints are intact"):
+        train.main(["--stage", "1", "--run", str(tmp_path / "full"), "--steps", "4", *SMALL, "save_every=2"])
+    assert sorted(p.name for p in (tmp_path / "full").iterdir() if "step" in p.name) == ["step_000002"]
+    Motus.from_pretrained(tmp_path / "full")

@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo toy test test-slow lint bench report smoke
 
@@ -29,11 +28,11 @@ demo: $(VENV)/.core
 	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --run $(RUN)/stage2 $(SET2)
 	$(PY) train.py --stage 3 --init $(RUN)/stage2 --run $(RUN)/stage3 $(SET3)
 	$(PY) sample.py --ckpt $(RUN)/stage3 --mode all --out $(RUN)/samples $(SAMPLE)
-	$(PY) evaluate.py --ckpt $(RUN)/stage3 --modes joint,vla --episodes $(EPISODES) --random --gif --out $(RUN)/evaluation $(EVALUATE)
-	$(PY) evaluate.py report --run $(RUN)
+	$(PY) evaluate.py --ckpt $(RUN)/stage3 --modes joint,vla --episodes $(EPISODES) --execute 8 --random --gif 2 --out $(RUN)/evaluation $(EVALUATE)
+	$(PY) report.py --run $(RUN)
 
 toy:
-	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) EPISODES=200 EVALUATE="--held-out" \
+	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) EPISODES=200 EVALUATE="--splits eval,held_out" \
 		SET1="--steps 3000 --set episodes=300 windows=6000" SETL="--steps 3000 --set episodes=100" \
 		SET2="--steps 4000 --set episodes=300 windows=6000" SET3="--steps 16000 --set episodes=1000 windows=12000 ema=0.999"
 
@@ -47,6 +46,9 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(PY) -m pytest
+
+bench: $(VENV)/.core
+	$(PY) bench.py --out docs/bench.md
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -18,18 +18,28 @@ What lies past the end of an episode repeats the last frame or action and is mas
 
 Order is a function of (seed, step) alone, so a resumed run draws the same batches, for any number of workers.
 
+    python data.py cache --levels 6 --episodes 100 --windows 2000 --out FILE
+
+runs the frozen backbones once and stores what training reads, with the digests of the weights that made it: a stale file is refused.
+
 Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state dimensions.
 """
 
+import argparse
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from motus import Backbones, Inputs, MotusConfig
+import latent_action
+from backbones.weights import digest, open_source, save_safetensors
+from motus import Backbones, Inputs, MotusConfig, backbones_of, preset
 from worlds import tabletop
 
 # -- normalisation ----------------------------------------------------------------------------------------------------------
@@ -68,7 +78,8 @@ class Statistics:
     state: Normaliser | None = None
 
     def as_json(self) -> dict:
-        return asdict(self)
+        """As json gives it back: lists, no tuples, so that a stored one equals a new one."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, stored: dict) -> "Statistics":
@@ -152,8 +163,20 @@ def collect(episodes: Sequence[tabletop.Episode], windows: Sequence[tuple[int, i
 # -- encoded windows --------------------------------------------------------------------------------------------------------
 
 
+POOL = "encoded windows"                      # what a cache file says it is
+
+
+def window_fields(config: MotusConfig) -> dict[str, int | bool]:
+    """What of a model decides how its windows are cut and encoded."""
+    sizes = {name: getattr(config, name) for name in ("frames", "ratio", "action_dim", "finetune", "vlm_dim")}
+    return sizes | {name: getattr(config.video, name) for name in ("latent", "text_dim", "text_len")}
+
+
 class Pool:
     """Windows that went through the frozen backbones once; batches are drawn from them by (seed, step)."""
+
+    statistics: Statistics | None = None
+    about: dict | None = None
 
     def __init__(self, inputs: Inputs, level: Tensor):
         self.inputs, self.level = inputs, level
@@ -170,12 +193,42 @@ class Pool:
         windows = windows_of(episodes, config)
         order = np.random.default_rng(seed).permutation(len(windows))[:count]
         parts, levels = [], []
-        for chunk in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="encode windows", disable=not progress, leave=False):
+        chunks = [order[i:i + size] for i in range(0, len(order), size)]
+        for chunk in tqdm(chunks, desc="encode windows", disable=not progress, leave=False):
             batch = collect(episodes, [windows[i] for i in chunk], config, stats, latents)
             inputs = backbones.inputs(batch.frames, batch.instruction, und=und, state=batch.state, actions=batch.actions,
                                       action_mask=batch.action_mask, video_mask=batch.video_mask)
             parts.append(inputs), levels.append(batch.level)
         return cls(Inputs.stack(parts), torch.cat(levels))
+
+    def save(self, path: str | Path, fingerprint: dict[str, str], config: MotusConfig, stats: Statistics | None = None, **about) -> None:
+        """Writes what the backbones computed with the digests of those that did (`Backbones.fingerprint`; more may be added, such as that
+        of a latent-action encoder). `about` says where the windows come from."""
+        tensors = {k: v for k, v in vars(self.inputs).items() if v is not None} | {"level": self.level}
+        parts = {name for name in fingerprint if name != "vlm" or self.inputs.und is not None}
+        notes = {"fingerprint": {name: fingerprint[name] for name in sorted(parts)}, "windows": window_fields(config),
+                 "statistics": stats and stats.as_json(), "about": about}
+        save_safetensors(path, tensors, {"kind": POOL, **{k: json.dumps(v) for k, v in notes.items()}})
+
+    @classmethod
+    def load(cls, path: str | Path, backbones: Backbones | dict[str, str], config: MotusConfig) -> "Pool":
+        """A pool that `save` wrote, mapped from disk; `pool.statistics` and `pool.about` as they were given. ValueError if a backbone has
+        changed since (compared by `Backbones.fingerprint`, or a dictionary like it) or the windows are cut for another model."""
+        with open_source(path) as source:
+            tensors, known = {name: source.read(name) for name in source.names()}, {f.name for f in fields(Inputs)} | {"level"}
+            if source.metadata.get("kind") != POOL or not {"latents", "level"} <= tensors.keys() <= known:
+                raise ValueError(f"{path} is no cache of windows (kind {source.metadata.get('kind')!r}); `python data.py cache` writes one")
+            made_by, windows, stats, about = (json.loads(source.metadata[k]) for k in ("fingerprint", "windows", "statistics", "about"))
+        ours = backbones if isinstance(backbones, dict) else backbones.fingerprint(*(made_by.keys() & Backbones.PARTS.keys()))
+        stale = [f"{name} was {made_by[name]}, is {ours.get(name)}" for name in made_by if ours.get(name) != made_by[name]]
+        foreign = [f"{name} is {windows.get(name)}, this model has {now}" for name, now in window_fields(config).items()
+                   if windows.get(name) != now]
+        if stale or foreign:
+            raise ValueError(f"{path} {'is stale' if stale else 'was cut for another model'}: {'; '.join(stale or foreign)}; "
+                             "write it again with `python data.py cache`")
+        pool = cls(level=tensors.pop("level"), inputs=Inputs(**tensors))
+        pool.statistics, pool.about = stats and Statistics.from_json(stats), about
+        return pool
 
     def rows(self, size: int, seed: int, step: int) -> Tensor:
         """The rows of batch `step`: levels in equal shares, windows uniform within a level. A function of its arguments alone."""
@@ -212,7 +265,7 @@ class ToyWeb:
             clips.append(video[np.minimum(start + RATE * np.arange(frames), len(video) - 1)])
         return torch.from_numpy(np.stack(clips))
 
-    def grounded(self, seed: int, size: int = 96) -> tuple[Tensor, list[str], Tensor]:
+    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
         """Pictures (B, H, W, 3), an instruction about a disc in each, and TARGETS (B, 8): positions in [0, 1], direction in -1, 0, 1."""
         rng = np.random.default_rng([abs(seed), seed < 0])
         pictures, texts, targets = [], [], []
@@ -227,3 +280,44 @@ class ToyWeb:
             texts.append(tabletop.sentence(skill, colour, side))
             targets.append([*present[colour], *shot.effector, shot.opening, *direction, skill == "push"])
         return torch.from_numpy(np.stack(pictures)), texts, torch.tensor(np.array(targets), dtype=torch.float32)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------------
+
+
+def cache(levels: Sequence[int], episodes: int, windows: int, out: str | Path, name: str = "toy", seed: int = 0,
+          latent: str | Path | None = None) -> Pool:
+    """Encodes windows of the toy pyramid and writes them to `out`. Level 6 alone has the robot's actions and state (stage 3), `latent`
+    gives latent actions (stage 2), otherwise there are none, and no understanding (stage 1)."""
+    real, recorded = tuple(levels) == (6,) and latent is None, toy_episodes(levels, episodes, seed)
+    config = preset(name) if real else preset(name, finetune=False, ratio=1, action_dim=14)
+    backbones, stats, rows = backbones_of(name, config), statistics(recorded) if real else None, None
+    made_by = backbones.fingerprint()
+    if latent is not None:
+        rows = latent_action.encode_episodes(latent_action.LatentActionModel.load(latent), recorded, RATE)
+        made_by["latent"] = digest(open_source(latent).tensors)
+    pool = Pool.encode(recorded, backbones, config, windows, seed, stats, rows, und=real or latent is not None)
+    pool.save(out, made_by, config, stats, levels=list(levels), episodes=episodes, windows=windows, seed=seed)
+    return pool
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="encode windows once and store them")
+    command.add_argument("--levels", default="6", help="of the pyramid, with commas")
+    command.add_argument("--latent", help="file of the latent-action encoder: latent_action.safetensors of a run")
+    command.add_argument("--out", required=True, help="file to write")
+    command.add_argument("--preset", default="toy")
+    for name, default, text in (("episodes", 100, "per level"), ("windows", 2000, "at most"), ("seed", 0, "of episodes and windows")):
+        command.add_argument(f"--{name}", type=int, default=default, help=text)
+    args = parser.parse_args(argv)
+    levels = [int(level) for level in args.levels.split(",")]
+    pool = cache(levels, args.episodes, args.windows, args.out, args.preset, args.seed, args.latent)
+    print(f"wrote {args.out}: {len(pool)} windows, {Path(args.out).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -457,7 +457,8 @@ def encode_flows(model: LatentActionModel, flows: Flows, compensate: bool = Fals
     if not usable:
         raise ValueError(f"none of its {count:g} rows is usable: that takes {model.config.interval + 1} frames of more than one colour")
     tensors = dict(zip(("latent_action", "logvar", "valid"), (torch.cat(column).cpu() for column in zip(*rows))))
-    return tensors, {"rows": int(count), "valid_rows": int(usable), "clipped": clipped / count, "camera_share": moved / max(moved + own, 1e-9)}
+    share = moved / max(moved + own, 1e-9)
+    return tensors, {"rows": int(count), "valid_rows": int(usable), "clipped": clipped / count, "camera_share": share}
 
 
 def encode_episodes(model: LatentActionModel, episodes: list[Episode], interval: int, standardise: bool = True) -> list[np.ndarray]:

@@ -18,7 +18,9 @@ the understanding stream stays in the dtype of its weights; attention runs in th
 
 Departures from the official code: padded understanding tokens and padded actions are masked as keys (no effect at batch size 1);
 everything that does not depend on the noise is computed once per observation; the last layer's understanding output, which nothing
-reads, is not computed; the position table is a function, not a buffer, so any chunk length loads.
+reads, is not computed; the position table is a function, not a buffer, so any chunk length loads. A fresh small expert starts with values
+of unit scale (the official one sqrt(K) smaller) and with Xavier maps in the understanding expert too (official: torch's default, whose
+biases drown what the VLM says): at toy size the action loss falls in half as many steps.
 
 Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action dimensions, P state dimensions,
 C latent channels, Lt text rows, Dt text width, Dv VLM width.
@@ -27,6 +29,7 @@ C latent channels, Lt text rows, Dt text width, Dv VLM width.
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -34,15 +37,17 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import flow
 from attention import LayerNorm, Linear, LinearFP32, RMSNorm, joint_attention, mlp
+from backbones.published import is_published, load_text, load_vae, load_vlm, open_motus, read_tokenizer
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
 from backbones.wan import (Modulation, TextKV, TextStates, WanBlock, WanConfig, WanModel, WanVAE, WanVAEConfig, modulate, modulation,
                            rope_3d, time_sinusoid)
-from backbones.weights import load_into, open_source, read_metadata, save_safetensors
+from backbones.weights import TensorSource, digest, fetched, load_into, open_source, read_json, read_metadata, save_safetensors
 
 # -- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -150,7 +155,7 @@ class ExpertBlock(nn.Module):
 
     def __init__(self, width: int, ffn: int, heads: int, head_dim: int, eps: float, modulated: bool):
         super().__init__()
-        self.qkv = nn.Parameter(torch.randn(3, heads, width, head_dim) / math.sqrt(width * head_dim))
+        self.qkv = nn.Parameter(torch.randn(3, heads, width, head_dim) / math.sqrt(width))
         self.o = Linear(heads * head_dim, width, bias=False)
         self.norm_q, self.norm_k = RMSNorm(heads * head_dim, eps), RMSNorm(heads * head_dim, eps)
         self.norm1 = LayerNorm(width, eps, elementwise_affine=False)
@@ -173,6 +178,15 @@ class ExpertBlock(nn.Module):
             return x + self.ffn(self.norm2(x))
         x = x.float() + self.o(attended).float() * mod.gate
         return x + self.ffn(modulate(self.norm2(x), ffn_mod)).float() * ffn_mod.gate
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier weights and zero biases for every linear map inside."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 class InputEncoder(nn.Module):
@@ -216,11 +230,7 @@ class ActionExpert(nn.Module):
 
     def init_weights(self) -> None:
         """The official initialisation: Xavier linear maps, time embedding std 0.02, a zero head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self)
         for module in self.time_embedding:
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -262,6 +272,9 @@ class UndExpert(nn.Module):
         self.blocks = nn.ModuleList(
             ExpertBlock(width, config.expert_ffn * width, video.heads, video.head_dim, config.und_eps, modulated=False)
             for _ in range(video.layers))
+
+    def init_weights(self) -> None:
+        xavier(self)
 
 
 # -- the layer where the three experts meet ---------------------------------------------------------------------------------
@@ -338,20 +351,29 @@ class Motus(nn.Module):
         self.layers = [Layer(*trio, last=i == len(blocks) - 1) for i, trio in enumerate(blocks)]
 
     def init_weights(self) -> "Motus":
-        self.video.init_weights()
-        self.action.init_weights()
+        for expert in (self.video, self.action, self.und):
+            expert.init_weights()
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, weights: str = "ema") -> tuple["Motus", "Card"]:
-        """A checkpoint folder, or a run folder (then its newest checkpoint) -> the model with its EMA (or "model") weights, and its card."""
-        folder = newest_step(path)
-        card = Card.read(folder / "config.json")
+    def from_pretrained(cls, path: str | Path, weights: str = "ema", dtype: torch.dtype | None = None, device: str = "cpu"
+                        ) -> tuple["Motus", "Card"]:
+        """The model at `path` and its card: a run of ours or one of its checkpoints (EMA weights, or "model"), an official Motus folder
+        or file, a converted one, a Wan2.2 folder (its video expert; the others start fresh, and a line on stderr says so), or a name to
+        download (`backbones.weights.HUB`). Weights keep the dtype of the file unless `dtype` is given."""
+        source, rename, card, fresh = open_weights(path, weights)
         with torch.device("meta"):
             model = cls(card.motus)
-        with open_source(folder / f"{weights}.safetensors") as source:
-            load_into(model, source)
-        return model.eval(), card
+        if fresh:
+            model.action.load_state_dict(ActionExpert(card.motus).state_dict(), assign=True)
+            model.und.load_state_dict(UndExpert(card.motus).state_dict(), assign=True)
+            model.action.init_weights()
+        with source:
+            dtype = dtype or next((source.dtype(name) for name in source.names() if (rename(name) or "").startswith("video.")), None)
+            report = load_into(model, source, rename, dtype, ignore=("vlm.",), fresh=fresh, device=device)
+        if fresh:
+            print(f"{report} ({', '.join(prefix + '*' for prefix in fresh)})", file=sys.stderr)
+        return model.to(device, dtype).eval(), card
 
     # -- one evaluation of the network --
 
@@ -475,12 +497,15 @@ class Card:
     def read(cls, path: Path) -> "Card":
         if not path.is_file():
             raise ValueError(f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000")
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         check_keys(stored, cls, path)
-        check_keys(stored["motus"], MotusConfig, path)
-        check_keys(stored["motus"]["video"], WanConfig, path)
-        video = WanConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["motus"].pop("video").items()})
-        return cls(**{**stored, "motus": MotusConfig(video=video, **stored["motus"])})
+        try:
+            check_keys(stored["motus"], MotusConfig, path)
+            check_keys(stored["motus"]["video"], WanConfig, path)
+            video = WanConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["motus"].pop("video").items()})
+            return cls(**{**stored, "motus": MotusConfig(video=video, **stored["motus"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or published weights") from error
 
 
 def check_keys(stored: dict, kind: type, source: object) -> None:
@@ -503,30 +528,80 @@ def newest_step(path: str | Path) -> Path:
     return steps[-1]
 
 
+def open_weights(path: str | Path, weights: str = "ema") -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
+    """The weights at `path`, the way from their names to ours, their card, and the experts they lack (prefixes). `path` is anything that
+    `Motus.from_pretrained` takes. Published weights get a card of preset `full`, with the sizes of the file."""
+    path = fetched(path)
+    if is_published(path):
+        found = open_motus(path)
+        return found.source, found.rename, Card(MotusConfig(**found.config), found.stage, "full", found.statistics), found.fresh
+    folder = newest_step(path)
+    card = Card.read(folder / "config.json")
+    return open_source(folder / f"{weights}.safetensors"), str, card, ()
+
+
 # -- the frozen backbones ---------------------------------------------------------------------------------------------------
 
 
 class Backbones(nn.Module):
     """The three networks that others pre-trained, and their tokenizers: pixels and words in, latents and states out. Frozen.
 
-    A folder holds `vae.safetensors`, `text.safetensors`, `vlm.safetensors` (each with its config in the metadata) and the tokenizers
-    `text.json`, `vlm.json`."""
+    Each may be absent: the text encoder where states of all instructions were prepared (`save_text`, `load_text`), the VLM in stage 1,
+    everything but the text encoder where only that is done."""
 
     PARTS = {"vae": (WanVAE, WanVAEConfig), "text": (UMT5Encoder, UMT5Config), "vlm": (Qwen3VL, Qwen3VLConfig)}
 
-    def __init__(self, vae: WanVAE, text: UMT5Encoder, vlm: Qwen3VL, folder: str | Path, text_len: int):
+    def __init__(self, vae: WanVAE | None = None, text: tuple[UMT5Encoder, T5Tokenizer] | None = None,
+                 vlm: tuple[Qwen3VL, Tokenizer] | None = None):
         super().__init__()
-        from tokenizers import Tokenizer
-
-        self.vae, self.text, self.vlm = vae, text, vlm
-        self.text_tokenizer = T5Tokenizer(Path(folder) / "text.json", text_len)
-        self.vlm_tokenizer = Tokenizer.from_file(str(Path(folder) / "vlm.json"))
+        self.vae = vae
+        self.text, self.text_tokenizer = text or (None, None)
+        self.vlm, self.vlm_tokenizer = vlm or (None, None)
         self.text_cache: dict[str, Tensor] = {}
+        self.digests: dict[str, str] = {}
         self.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, folder: str | Path, text_len: int) -> "Backbones":
-        return cls(*(load_part(Path(folder) / f"{name}.safetensors", *kind) for name, kind in cls.PARTS.items()), folder, text_len)
+    def load(cls, folder: str | Path, text_len: int = 512, parts: Sequence[str] = ("vae", "text", "vlm"),
+             motus: str | Path | None = None) -> "Backbones":
+        """The `parts` from one of two kinds of folder. Ours holds `vae.safetensors`, `text.safetensors`, `vlm.safetensors` (each with its
+        config in the metadata) and the tokenizers `text.json`, `vlm.json`. The other holds the published folders `wan` and `qwen3vl`; of
+        the latter only configs and tokenizer are read if the official Motus file `motus` is given, which has the VLM too."""
+        wan, qwen = Path(folder) / "wan", Path(folder) / "qwen3vl"
+        loaders = {"vae": lambda: load_vae(wan), "text": lambda: load_text(wan, text_len), "vlm": lambda: load_vlm(qwen, motus)}
+        if (Path(folder) / "vae.safetensors").is_file():
+            file = lambda name: Path(folder) / name
+            own = lambda name: load_part(file(f"{name}.safetensors"), *cls.PARTS[name])
+            loaders = {"vae": lambda: own("vae"), "text": lambda: (own("text"), T5Tokenizer(file("text.json"), text_len)),
+                       "vlm": lambda: (own("vlm"), read_tokenizer(file("vlm.json")))}
+        return cls(**{name: loaders[name]() for name in parts})
+
+    def fingerprint(self, *names: str) -> dict[str, str]:
+        """A digest of each part that is here (or of `names`), weights and tokenizer; of the text encoder too if it only prepared states.
+        What the backbones computed is stale where it differs."""
+        tokenizers = {"text": getattr(self.text_tokenizer, "tokenizer", None), "vlm": self.vlm_tokenizer}
+        for name in set(names or self.PARTS) - self.digests.keys():
+            if (part := getattr(self, name)) is not None:
+                words = tokenizers[name].to_str() if name in tokenizers else ""
+                self.digests[name] = digest(part.state_dict(), json.dumps(asdict(part.config)), words)
+        return {name: self.digests[name] for name in names or self.PARTS if name in self.digests}
+
+    def save_text(self, path: str | Path) -> None:
+        """Writes the states (L, Dt) of all instructions encoded so far, each under its instruction."""
+        save_safetensors(path, self.text_cache, {"made by text": self.fingerprint("text")["text"]})
+
+    def load_text(self, path: str | Path, width: int) -> "Backbones":
+        """Adds states that `save_text` wrote. ValueError if they have not `width`, or another text encoder made those that are here."""
+        with open_source(path) as source:
+            maker, found = source.metadata.get("made by text"), {source.shape(name)[-1] for name in source.names()}
+            if maker is None or found - {width}:
+                raise ValueError(f"{path} holds no text states of width {width} (found {sorted(found)[:5]}); write them with "
+                                 "`python sample.py --encode-text`")
+            if (ours := self.fingerprint("text").get("text", maker)) != maker:
+                raise ValueError(f"{path} was made by text encoder {maker}, the one here is {ours}; encode the instructions again")
+            self.digests["text"] = maker
+            self.text_cache |= {name: source.read(name).clone() for name in source.names()}
+        return self
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32; frame 0 alone makes latent frame 0."""
@@ -539,11 +614,16 @@ class Backbones(nn.Module):
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An instruction is encoded once and remembered."""
-        for text in sorted(set(texts) - set(self.text_cache)):
+        missing = sorted(set(texts) - set(self.text_cache))
+        if missing and self.text is None:
+            raise ValueError(f"{missing[0]!r} is among no prepared text states, and no text encoder is loaded; prepare it with "
+                             "`python sample.py --encode-text`")
+        for text in missing:
             context, lengths = encode_text(self.text, self.text_tokenizer, [text])
             self.text_cache[text] = context[0, : int(lengths[0])]
-        states = [self.text_cache[text] for text in texts]
-        lengths = torch.tensor([len(s) for s in states], device=states[0].device)
+        device = next(self.parameters()).device
+        states = [self.text_cache[text].to(device) for text in texts]
+        lengths = torch.tensor([len(s) for s in states], device=device)
         return nn.utils.rnn.pad_sequence(states, batch_first=True), lengths
 
     def understand(self, images: Tensor, texts: Sequence[str], form: str = "deployment") -> tuple[Tensor, Tensor]:
@@ -597,7 +677,7 @@ PRESETS = {
 
 
 # Where the frozen backbones of a preset live.
-BACKBONES = {"toy": Path(__file__).parent / "weights" / "toy"}
+BACKBONES = {"toy": Path(__file__).parent / "weights" / "toy", "full": Path("weights")}
 
 
 def preset(name: str, **changes) -> MotusConfig:
@@ -607,8 +687,11 @@ def preset(name: str, **changes) -> MotusConfig:
     return replace(PRESETS[name], **changes)
 
 
-def backbones_of(name: str, config: MotusConfig) -> Backbones:
-    """The frozen backbones that belong to a preset."""
+def backbones_of(name: str, config: MotusConfig, text: str | Path | None = None, motus: str | Path | None = None,
+                 parts: Sequence[str] = ("vae", "text", "vlm")) -> Backbones:
+    """The frozen backbones that belong to a preset; with prepared states `text` instead of the text encoder, and the VLM of the official
+    Motus file `motus`, if given."""
     if name not in BACKBONES:
         raise ValueError(f"preset {name!r} has no backbones in the repository; allowed: {', '.join(BACKBONES)}")
-    return Backbones.load(BACKBONES[name], config.video.text_len)
+    backbones = Backbones.load(BACKBONES[name], config.video.text_len, [part for part in parts if not (text and part == "text")], motus)
+    return backbones.load_text(text, config.video.text_dim) if text else backbones

@@ -1,6 +1,7 @@
 """Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and `Policy`, for acting (paper Sec. 3.2).
 
     python sample.py --ckpt runs/stage3 --mode joint            or vla, world_model, idm, vgm; several with commas; all
+    python sample.py --encode-text "pick up the cup" --text states.safetensors        prepares what acting then reads with --text
 
 Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are latent, and episodes hold none to be
 given or compared with. Stage 3 has all five. Windows come from a split that no stage trains on and lie inside their episodes.
@@ -29,7 +30,8 @@ from torch import Tensor
 
 import data
 import flow
-from motus import Card, Inputs, Motus, Prediction, backbones_of, gaussian, newest_step
+from backbones.published import holds_vlm
+from motus import Card, Inputs, Motus, Prediction, backbones_of, gaussian, newest_step, preset
 
 # -- a checkpoint, ready to run ---------------------------------------------------------------------------------------------
 
@@ -38,27 +40,28 @@ ACTING = ("joint", "vla")                     # modes that find actions from wha
 
 
 class Policy:
-    """A checkpoint with its frozen backbones on one device. In stage 3, modes joint and vla, it acts; otherwise it only samples."""
+    """A checkpoint with its frozen backbones on one device. In stage 3, modes joint and vla, it acts; otherwise it only samples.
+    `text` is a file of prepared text states, which stand in for the text encoder; `motus` an official file, whose VLM is taken."""
 
-    def __init__(self, model: Motus, card: Card, mode: str = "joint", steps: int = 10, seed: int = 0, device: str | None = None):
+    def __init__(self, model: Motus, card: Card, mode: str = "joint", steps: int = 10, seed: int = 0, device: str | None = None,
+                 text: str | Path | None = None, motus: str | Path | None = None):
         if card.stage not in MODES_OF_STAGE or (card.stage == "3" and not card.statistics):
             raise ValueError(f"the checkpoint is of stage {card.stage!r} with statistics {card.statistics}; stages that can be sampled: "
                              f"{', '.join(MODES_OF_STAGE)}, 3 with statistics, which give its actions units: take one that train.py wrote")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.card, self.mode, self.steps = model.to(self.device).eval(), card, mode, steps
         self.check_mode(mode)
-        self.backbones = backbones_of(card.preset, card.motus).to(self.device)
+        self.backbones = backbones_of(card.preset, card.motus, text, motus).to(self.device)
         self.statistics = data.Statistics.from_json(card.statistics) if card.statistics else None
         self.rate = self.statistics.rate if self.statistics else card.latent_interval or data.RATE
         self.generator = torch.Generator().manual_seed(seed)
 
     @classmethod
-    def load(cls, ckpt: str | Path, mode: str = "joint", steps: int = 10, seed: int = 0, device: str | None = None) -> "Policy":
-        """A checkpoint folder, or a run folder (then its newest checkpoint), with EMA weights. ValueError if it is neither."""
-        try:
-            return cls(*Motus.from_pretrained(ckpt), mode, steps, seed, device)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{newest_step(ckpt)}/config.json is no checkpoint's: {error!r}; name a folder that train.py wrote") from error
+    def load(cls, ckpt: str | Path, mode: str = "joint", steps: int = 10, seed: int = 0, device: str | None = None,
+             text: str | Path | None = None) -> "Policy":
+        """A run or checkpoint of ours, with EMA weights, or published weights (`Motus.from_pretrained`). ValueError if it is neither."""
+        model, card = Motus.from_pretrained(ckpt)
+        return cls(model, card, mode, steps, seed, device, text, ckpt if holds_vlm(ckpt) else None)
 
     def check_mode(self, mode: str) -> None:
         flow.mode_named(mode)
@@ -219,16 +222,36 @@ def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path, shown: int
     return figures
 
 
+@torch.no_grad()
+def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> None:
+    """Writes the text states of instructions to `path`, adding to those it holds, so that acting needs no text encoder."""
+    if path is None:
+        raise ValueError("--encode-text writes to the file --text; name one")
+    backbones = backbones_of(name, config := preset(name), parts=("text",))
+    if path.is_file():
+        backbones.load_text(path, config.video.text_dim)
+    backbones.encode_text(instructions)
+    backbones.save_text(path)
+    print(f"wrote {path}: states of {len(backbones.text_cache)} instructions")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="run folder, or one of its step_NNNNNN")
+    parser.add_argument("--ckpt", help="run folder, or one of its step_NNNNNN; or published weights")
+    parser.add_argument("--text", type=Path, help="file of prepared text states, read instead of loading the text encoder")
+    parser.add_argument("--encode-text", nargs="+", metavar="INSTRUCTION", help="prepare text states, write them to --text, and stop")
+    parser.add_argument("--preset", default="full", help="whose text encoder prepares them: full or toy")
     parser.add_argument("--mode", default="joint", help=f"{', '.join(flow.MODES)}; several with commas; all")
     parser.add_argument("--split", default="eval", help="eval (new layouts) or held_out (new instructions)")
     for name, default, text in (("episodes", 32, "one window of each"), ("steps", 10, "Euler steps"), ("seed", 0, "of episodes and noise")):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument("--out", help="folder for pictures and figures.json (default: samples/ in the checkpoint)")
     args = parser.parse_args(argv)
-    policy = Policy.load(args.ckpt, "vgm", args.steps)
+    if args.encode_text:
+        return encode_text(args.preset, args.encode_text, args.text)
+    if args.ckpt is None:
+        raise ValueError("--ckpt is missing; name a run folder, or published weights")
+    policy = Policy.load(args.ckpt, "vgm", args.steps, text=args.text)
     modes = MODES_OF_STAGE[policy.card.stage] if args.mode == "all" else args.mode.split(",")
     [policy.check_mode(mode) for mode in modes]
     batch, figures = held_out_windows(policy, args.episodes, args.seed, args.split), {}

@@ -18,15 +18,12 @@ only. A checkpoint is written under a temporary name and renamed, so a folder wi
 step n comes from (seed, n): a resumed run equals an uninterrupted one bit for bit.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")          # on a shared machine, threads that spin while they wait cost a factor of ten
-
 import argparse
 import csv
 import difflib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -44,10 +41,22 @@ import latent_action
 from backbones import pretrain
 from backbones.qwen3vl import Qwen3VLConfig
 from backbones.umt5 import T5Tokenizer, UMT5Config
-from backbones.wan import WanVAEConfig
+from backbones.wan import WanVAE, WanVAEConfig
 from backbones.weights import load_into, open_source, save_safetensors
-from motus import (BACKBONES, FRESH_IN_STAGE_3, PRESETS, Card, Inputs, Losses, Motus, backbones_of, check_keys, newest_step, preset,
-                   save_part)
+from motus import (
+    BACKBONES,
+    FRESH_IN_STAGE_3,
+    PRESETS,
+    Card,
+    Inputs,
+    Losses,
+    Motus,
+    backbones_of,
+    check_keys,
+    newest_step,
+    preset,
+    save_part,
+)
 
 TOY = PRESETS["toy"]
 
@@ -82,9 +91,9 @@ class Settings:
     """Everything about a run that is not the network; each field is a key of `--set`."""
 
     steps: int = 1000
-    batch: int = 16
-    lr: float = 2e-3
-    video_lr: float = 0.0                     # learning rate of the video expert; 0 means lr
+    batch: int = 32
+    lr: float = 1e-3
+    video_lr: float = 2e-3                    # learning rate of the video expert; 0 means lr
     warmup: int = 50                          # steps of linear warm-up
     floor: float = 0.1                        # the cosine schedule ends at this share of lr
     beta1: float = 0.9
@@ -105,10 +114,10 @@ class Settings:
 
 # What differs from the defaults, per preset and stage.
 DEFAULTS = {
-    ("toy", "latent"): dict(steps=1500, batch=128, episodes=40),
-    ("toy", "1"): dict(steps=600),
+    ("toy", "1"): dict(steps=500),
+    ("toy", "latent"): dict(steps=1500, batch=128, lr=2e-3, episodes=40),
     ("toy", "2"): dict(steps=800),
-    ("toy", "3"): dict(steps=2500, episodes=300, windows=4000),
+    ("toy", "3"): dict(steps=2400, episodes=300, windows=5000),
 }
 
 
@@ -146,7 +155,8 @@ def make_optimizer(model: Motus, settings: Settings, experts: tuple[str, ...]) -
 def set_lr(optimizer: torch.optim.Optimizer, settings: Settings, step: int) -> None:
     """Linear warm-up, then a cosine to `floor`."""
     progress = min(1.0, step / settings.steps)
-    scale = min(1.0, (step + 1) / max(1, settings.warmup)) * (settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    scale = min(1.0, (step + 1) / max(1, settings.warmup)) * (settings.floor + (1 - settings.floor) * cosine)
     for group in optimizer.param_groups:
         group["lr"] = group["base"] * scale
 
@@ -188,7 +198,8 @@ def save_checkpoint(run: Path, step: int, model: Motus, ema: EMA, optimizer: tor
         os.replace(temporary, final)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"checkpoint {final} could not be written: {error}; free space or name another --run. Earlier checkpoints are intact") from error
+        raise ValueError(f"checkpoint {final} could not be written: {error}; free space or name another --run. "
+                         "Earlier checkpoints are intact") from error
     if settings.keep:
         for old in sorted(run.glob("step_" + "[0-9]" * 6))[: -settings.keep]:
             shutil.rmtree(old)
@@ -205,7 +216,8 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizer: torch.optim.Optimize
     before = json.loads((folder / "settings.json").read_text())
     for key, value in asdict(settings).items():
         if key not in ("save_every", "keep", "log_every") and before[key] != value:
-            raise ValueError(f"{folder} was trained with {key}={before[key]}, this run has {key}={value}; resume with --set {key}={before[key]}")
+            raise ValueError(f"{folder} was trained with {key}={before[key]}, this run has {key}={value}; "
+                             f"resume with --set {key}={before[key]}")
     with open_source(folder / "model.safetensors") as source:
         load_into(model, source)
     with open_source(folder / "ema.safetensors") as source:
@@ -227,7 +239,8 @@ def initialise(model: Motus, init: Path | None, stage: Stage, name: str) -> None
     folder = newest_step(init)
     card = Card.read(folder / "config.json")
     if card.motus.video != model.config.video:
-        raise ValueError(f"--init {folder} has video expert {card.motus.video}; this run has {model.config.video}. Use the same preset and sizes")
+        raise ValueError(f"--init {folder} has video expert {card.motus.video}; this run has {model.config.video}. "
+                         "Use the same preset and sizes")
     if card.stage == "1":
         skip: tuple[str, ...] = ("action.", "und.")
     elif card.motus.finetune == model.config.finetune:
@@ -286,8 +299,8 @@ class Log:
         return row
 
 
-def plot_curve(log: Path, out: Path) -> None:
-    """The loss curves of a run as a picture: per modality, and per time bin."""
+def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action")) -> None:
+    """The loss curves of a run as a picture: per modality, and per time bin where there are any."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -295,7 +308,7 @@ def plot_curve(log: Path, out: Path) -> None:
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
-    for axis, name in zip(axes, ("video", "action")):
+    for axis, name in zip(axes, names):
         for column, label in [(name, "all times"), *((f"{name}_t{i}", f"t in [{a:g}, {min(b, 1):g}]") for i, (a, b) in enumerate(BINS))]:
             points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
             if points:
@@ -343,8 +356,14 @@ def train_latent(args: argparse.Namespace) -> Path:
     pairs = latent_action.toy_pairs(data.toy_episodes((2, 3, 4, 5, 6), settings.episodes, settings.seed), model.config.interval, every=2)
     tokens = model.tokens(pairs.flow)
     model.fit_whitening(tokens)
-    sampler = latent_action.MixedSampler(pairs.labelled, settings.batch, 0.1, settings.seed)
-    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.requires_grad], base=settings.lr)], weight_decay=settings.weight_decay)
+    # Labelled motions are shown once more as if bodies of other size had made them; else mu takes a larger body for a faster one.
+    again = pairs.labelled.nonzero()[:, 0]
+    other = latent_action.other_bodies(pairs.flow[again], torch.Generator().manual_seed(settings.seed))
+    tokens, labels = torch.cat([tokens, model.tokens(other)]), torch.cat([pairs.labels, pairs.labels[again]])
+    labelled = torch.cat([pairs.labelled, pairs.labelled[again]])
+    sampler = latent_action.MixedSampler(labelled, settings.batch, 0.1, settings.seed)
+    trained = dict(params=[p for p in model.parameters() if p.requires_grad], base=settings.lr)
+    optimizer = torch.optim.AdamW([trained], weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(settings.seed)
     model.train()
     with (run / "log.csv").open("w", newline="") as file:
@@ -352,25 +371,29 @@ def train_latent(args: argparse.Namespace) -> Path:
         writer.writerow(["step", "total", "reconstruction", "alignment", "kl"])
         for step in tqdm(range(settings.steps), desc="stage latent", mininterval=1):
             rows = sampler(step)
-            mask = pairs.labelled[rows][:, None].expand(-1, model.config.action_dim)
+            mask = labelled[rows][:, None].expand(-1, model.config.action_dim)
             set_lr(optimizer, settings, step)
-            losses = model.loss(tokens[rows], pairs.labels[rows], mask, generator)
+            losses = model.loss(tokens[rows], labels[rows], mask, generator)
+            if not torch.isfinite(losses["total"]):
+                raise ValueError(f"step {step}: latent-action loss is {losses['total'].item()}; rows {rows.tolist()}. Lower --set lr")
             optimizer.zero_grad(set_to_none=True)
             losses["total"].backward()
             optimizer.step()
-            if not torch.isfinite(losses["total"]):
-                raise ValueError(f"step {step}: latent-action loss is {losses['total'].item()}; rows {rows.tolist()}. Lower --set lr")
             if (step + 1) % settings.log_every == 0:
                 writer.writerow([step + 1, *(f"{losses[k].item():.6g}" for k in ("total", "reconstruction", "alignment", "kl"))])
     model.eval()
     model.fit_latents(tokens)
     model.save(run / LATENT_FILE)
+    plot_curve(run / "log.csv", run / "curve.png", ("reconstruction", "alignment"))
     with torch.no_grad():
         held = latent_action.toy_pairs(data.toy_episodes((2, 6), 20, settings.seed, split="eval"), model.config.interval)
-        mu, test = model.encode(tokens)[0], model.encode(model.tokens(held.flow))[0]
+        mu, test = model.encode(tokens[: len(pairs.flow)])[0], model.encode(model.tokens(held.flow))[0]
+    figures = {}
     for level, name in ((6, "target robot"), (2, "hand, never labelled")):
-        r2 = latent_action.probe(mu[pairs.level == level], pairs.labels[pairs.level == level], test[held.level == level], held.labels[held.level == level])
-        print(f"linear probe of the true motion (x, y, opening), held-out episodes, {name}: R2 " + " ".join(f"{v:.3f}" for v in r2.tolist()))
+        known, unseen = pairs.level == level, held.level == level
+        figures[name] = latent_action.probe(mu[known], pairs.labels[known], test[unseen], held.labels[unseen]).tolist()
+        print(f"held-out episodes, {name}: linear probe R2 of the motion in x, y, opening " + " ".join(f"{v:.3f}" for v in figures[name]))
+    (run / "figures.json").write_text(json.dumps({"probe R2 (x, y, opening)": figures}, indent=1))
     print(f"wrote {run / LATENT_FILE}")
     return run / LATENT_FILE
 
@@ -379,22 +402,23 @@ def train_backbones(args: argparse.Namespace) -> None:
     """Pre-trains the toy's video VAE, text encoder, VLM and DC-AE on all levels of the toy world and stores them with their figures."""
     torch.manual_seed(0)
     folder, steps = Path(args.run or BACKBONES["toy"]), (lambda n: args.steps or n)
-    web, held = data.ToyWeb(200, seed=0), data.ToyWeb(40, seed=1, held_out=True)
+    web, held = data.ToyWeb(250, seed=0), data.ToyWeb(40, seed=1, held_out=True)
     pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
-    pretrain.word_tokenizer(folder / "vlm.json", ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user",
-                                                  "assistant"], web.sentences)
+    prompt = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
+    pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)
     figures = {}
 
     tokenizer = T5Tokenizer(folder / "text.json", TOY.video.text_len)
-    text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=TOY.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2, buckets=16,
-                      max_distance=32)
+    text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=TOY.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2,
+                      buckets=16, max_distance=32)
     save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps(400)), torch.float16)
 
     tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
-    vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), width=TOY.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4,
-                        mrope=(4, 4, 4), image_token=tokenizer.token_to_id("<|image_pad|>"), vision_width=64, vision_ffn=192, vision_layers=3,
-                        vision_heads=4, vision_theta=1e2, taps=(0, 1), side=6, patch=8, merge=2, min_pixels=256, max_pixels=48 * 48)
-    model, probes = pretrain.pretrain_vlm(vlm, tokenizer, web.grounded, len(web.TARGETS), steps(1800))
+    vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), image_token=tokenizer.token_to_id("<|image_pad|>"),
+                        width=TOY.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4, mrope=(4, 4, 4),
+                        vision_width=64, vision_ffn=192, vision_layers=3, vision_heads=4, vision_theta=1e2, taps=(0, 1),
+                        side=6, patch=8, merge=2, min_pixels=256, max_pixels=data.tabletop.IMAGE**2)
+    model, probes = pretrain.pretrain_vlm(vlm, tokenizer, web.grounded, len(web.TARGETS), steps(4000))
     save_part(folder / "vlm.safetensors", model, torch.float16)
     pictures, texts, target = held.grounded(-1, 512)
     with torch.no_grad():
@@ -404,7 +428,8 @@ def train_backbones(args: argparse.Namespace) -> None:
 
     vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=TOY.video.latent, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
                        mean=(0.0,) * TOY.video.latent, std=(1.0,) * TOY.video.latent)
-    model = pretrain.pretrain_vae(vae, lambda seed: web.clips(seed, 12), steps(3000))
+    model = WanVAE(vae)
+    pretrain.pretrain_vae(model, lambda seed: web.clips(seed, 12), steps(3000))
     save_part(folder / "vae.safetensors", model)
     figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))
 
@@ -452,8 +477,8 @@ def train(args: argparse.Namespace) -> Path:
             loss.backward()
             norm = nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), settings.clip)
             if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise ValueError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; windows {rows.tolist()} of seed {settings.seed}. "
-                                 f"Nothing was updated; the last checkpoint is intact. Lower --set lr (now {settings.lr})")
+                raise ValueError(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; windows {rows.tolist()} of seed "
+                                 f"{settings.seed}. Nothing was updated; the last checkpoint is intact. Lower --set lr (now {settings.lr})")
             optimizer.step()
             ema.update(model, step)
             # --------------------------------------------------------------------------
@@ -490,7 +515,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latent", type=Path, help="run of stage latent, read by stage 2")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument("--steps", type=int, help="short for --set steps=N")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {', '.join(f.name for f in fields(Settings))}")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
+                        help=f"change a setting: {', '.join(f.name for f in fields(Settings))}")
     args = parser.parse_args(argv)
     known = [*STAGES, *OTHER_STAGES]
     if args.stage not in known:
@@ -514,4 +540,5 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

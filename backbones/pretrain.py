@@ -67,9 +67,8 @@ def optimise(parameters, steps: int, lr: float, loss: Callable[[int], Tensor], n
 # -- video VAE --------------------------------------------------------------------------------------------------------------
 
 
-def pretrain_vae(config: WanVAEConfig, clips: Callable[[int], Tensor], steps: int, lr: float = 2e-3, kl: float = 1e-5) -> WanVAE:
-    """clips(seed) -> (B, F, H, W, 3) uint8. Returns the VAE with the latents' mean and std in its config."""
-    vae = WanVAE(config)
+def pretrain_vae(vae: WanVAE, clips: Callable[[int], Tensor], steps: int, lr: float = 3e-3, kl: float = 1e-5) -> None:
+    """Trains in place on clips(seed) -> (B, F, H, W, 3) uint8, and notes the latents' mean and std in its config."""
 
     def loss(step: int) -> Tensor:
         video = rearrange(clips(step), "b f h w c -> b c f h w").float() / 127.5 - 1
@@ -84,8 +83,7 @@ def pretrain_vae(config: WanVAEConfig, clips: Callable[[int], Tensor], steps: in
     with torch.no_grad():
         latents = torch.cat([vae.posterior(rearrange(clips(-1 - i), "b f h w c -> b c f h w").float() / 127.5 - 1)[0] for i in range(16)])
     channels = rearrange(latents, "b c t h w -> c (b t h w)")
-    vae.config = replace(config, mean=tuple(channels.mean(1).tolist()), std=tuple(channels.std(1).tolist()))
-    return vae
+    vae.config = replace(vae.config, mean=tuple(channels.mean(1).tolist()), std=tuple(channels.std(1).tolist()))
 
 
 def moving(video: Tensor) -> Tensor:
@@ -140,13 +138,13 @@ def pretrain_vlm(config: Qwen3VLConfig, tokenizer, samples: Callable[[int], tupl
     learnt at once), where exactly that token thinks it is, and what the last token of the prompt makes of it all."""
     vlm = Qwen3VL(config)
     vlm.init_weights()
-    probes = nn.ModuleDict({"which": nn.Linear(config.width, 1), "where": nn.Linear(config.width, POSITION), "all": nn.Linear(config.width, targets)})
+    probes = nn.ModuleDict({name: nn.Linear(config.width, n) for name, n in (("which", 1), ("where", POSITION), ("all", targets))})
 
     def loss(step: int) -> Tensor:
         pictures, texts, target = samples(step)
         which, where, everything, cell = ground(vlm, probes, tokenizer, pictures, texts, target)
-        return (F.cross_entropy(which, cell) + 4 * F.smooth_l1_loss(where, target[:, :POSITION], beta=0.02)
-                + 4 * F.smooth_l1_loss(everything, target, beta=0.02))
+        return (F.cross_entropy(which, cell) + 8 * F.smooth_l1_loss(where, target[:, :POSITION], beta=0.02)
+                + 8 * F.smooth_l1_loss(everything, target, beta=0.02))
 
     optimise([*vlm.parameters(), *probes.parameters()], steps, lr, loss, "vlm")
     return vlm, probes

@@ -377,8 +377,3 @@ class Qwen3VL(nn.Module):
         if not bool(mask[:, 0].all()):
             raise ValueError("mask is False in column 0; prompts are padded on the right")
         return self.language_model(ids, mask, self.positions(image, mask, grid), image, self.visual(pixels, grid))
-
-
-def qwen_rename(name: str) -> str | None:
-    """Name of a tensor in the published file -> its name here, or None for the tied head, which repeats the token embedding."""
-    return None if name == "lm_head.weight" else name.removeprefix("model.")

@@ -160,24 +160,3 @@ def encode_text(model: UMT5Encoder, tokenizer: T5Tokenizer, texts: list[str]) ->
     """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>` counted, on the model's device."""
     ids, mask = (x.to(model.norm.weight.device) for x in tokenizer.encode(texts))
     return model(ids, mask), mask.sum(dim=1)
-
-
-# -- names of the transformers files ----------------------------------------------------------------------------------------
-
-_TRANSFORMERS = {
-    "shared": "token_embedding", "encoder.embed_tokens": "token_embedding",                  # two names of one tensor
-    "layer.0.layer_norm": "norm1", **{f"layer.0.SelfAttention.{part}": f"attn.{part}" for part in "qkvo"},
-    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
-    "layer.1.layer_norm": "norm2", "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
-    "layer.1.DenseReluDense.wi_1": "ffn.fc1", "layer.1.DenseReluDense.wo": "ffn.fc2",
-    "encoder.final_layer_norm": "norm",
-}
-
-
-def umt5_from_transformers(name: str) -> str:
-    """Name of a tensor of `UMT5EncoderModel` -> its name here."""
-    match = re.fullmatch(r"(?:encoder\.block\.(\d+)\.)?(.+)\.weight", name)
-    if not match or match[2] not in _TRANSFORMERS:
-        raise ValueError(f"tensor {name!r} is not part of a transformers UMT5EncoderModel; expected shared.weight or encoder.*")
-    block = f"blocks.{match[1]}." if match[1] else ""
-    return f"{block}{_TRANSFORMERS[match[2]]}.weight"

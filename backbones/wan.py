@@ -477,7 +477,7 @@ class WanVAE(nn.Module):
 
     def through(self, network: Chain, x: Tensor, sizes: int | list[int]) -> Iterator[Tensor]:
         """The outputs of `network` for x (B, C, T, H, W) cut in time into chunks of `sizes`."""
-        x = x.to(self.conv1.weight.dtype, memory_format=torch.channels_last_3d)              # small convolutions run faster so
+        x = x.to(network.conv1.weight.dtype, memory_format=torch.channels_last_3d)           # small convolutions run faster so
         chunks = x.split(sizes, dim=2)
         past = Past(keep=len(chunks) > 1)
         for chunk in chunks:
@@ -514,16 +514,3 @@ class WanVAE(nn.Module):
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
         """latents (B, z, T, h, w), normalised -> video (B, 3, F, H, W), in [-1, 1] if `clamp`, differentiable."""
         return next(self.decode_frames(latents, clamp, size=latents.shape[2]))
-
-
-def wan_vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
-    """Name of a tensor of diffusers' AutoencoderKLWan -> its name here; the table is applied from left to right."""
-    side = "downsamples" if name.startswith("encoder.") else "upsamples"
-    for theirs, ours in (
-            (".norm1.", ".residual.0."), (".conv1.", ".residual.2."), (".norm2.", ".residual.3."), (".conv2.", ".residual.6."),
-            ("conv_shortcut", "shortcut"), ("post_quant_conv", "conv2"), ("quant_conv", "conv1"), ("conv_in", "conv1"),
-            ("norm_out", "head.0"), ("conv_out", "head.2"), ("mid_block.resnets.0", "middle.0"), ("mid_block.resnets.1", "middle.2"),
-            ("mid_block.attentions.0", "middle.1"), ("down_blocks", side), ("up_blocks", side), ("resnets", side),
-            ("downsampler", f"{side}.{num_res_blocks}"), ("upsampler", f"{side}.{num_res_blocks + 1}")):
-        name = name.replace(theirs, ours)
-    return name

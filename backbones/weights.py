@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
+import importlib
 import json
 import math
 import mmap
@@ -70,11 +72,23 @@ VAE_DIFFUSERS = (
     (r"(resnets\.\d+)\.norm1\.", r"\1.residual.0."), (r"(resnets\.\d+)\.conv1\.", r"\1.residual.2."),
     (r"(resnets\.\d+)\.norm2\.", r"\1.residual.3."), (r"(resnets\.\d+)\.conv2\.", r"\1.residual.6."), (r"\.conv_shortcut\.", ".shortcut."),
     (r"mid_block\.resnets\.0\.", "middle.0."), (r"mid_block\.attentions\.0\.", "middle.1."), (r"mid_block\.resnets\.1\.", "middle.2."),
-    (r"down_blocks\.(\d+)\.resnets\.", r"downsamples.\1.downsamples."),
-    (r"down_blocks\.(\d+)\.downsampler\.", r"downsamples.\1.downsamples.2."),
-    (r"up_blocks\.(\d+)\.resnets\.", r"upsamples.\1.upsamples."), (r"up_blocks\.(\d+)\.upsampler\.", r"upsamples.\1.upsamples.3."),
+    (r"down_blocks\.(\d+)\.resnets\.", r"downsamples.\1.downsamples."), (r"up_blocks\.(\d+)\.resnets\.", r"upsamples.\1.upsamples."),
     (r"coder\.conv_in\.", "coder.conv1."), (r"coder\.norm_out\.", "coder.head.0."), (r"coder\.conv_out\.", "coder.head.2."),
     (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."))
+UMT5_TRANSFORMERS = {
+    "shared": "token_embedding", "encoder.embed_tokens": "token_embedding",                  # two names of one tensor
+    "layer.0.layer_norm": "norm1", **{f"layer.0.SelfAttention.{part}": f"attn.{part}" for part in "qkvo"},
+    "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+    "layer.1.layer_norm": "norm2", "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+    "layer.1.DenseReluDense.wi_1": "ffn.fc1", "layer.1.DenseReluDense.wo": "ffn.fc2",
+    "encoder.final_layer_norm": "norm"}
+# Where the official config.json of Motus has a field of MotusConfig.
+MOTUS_FIELDS = {
+    "frames": ("common.num_video_frames",), "ratio": ("common.video_action_freq_ratio",),
+    "action_dim": ("common.action_dim",), "state_dim": ("common.state_dim",),
+    "action_width": ("action_expert.hidden_size",), "action_eps": ("action_expert.norm_eps",),
+    "expert_ffn": ("action_expert.ffn_dim_multiplier",), "und_width": ("und_expert.hidden_size",), "und_eps": ("und_expert.norm_eps",),
+    "vlm_dim": ("und_expert.vlm.input_dim",)}
 
 
 def _substitute(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -93,13 +107,25 @@ def wan_from_diffusers(name: str) -> str:
     return _substitute(name, WAN_DIFFUSERS)
 
 
-def vae_from_diffusers(name: str) -> str:
-    """Original name of a tensor of the diffusers VAE."""
-    return _substitute(name, VAE_DIFFUSERS)
+def vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
+    """Original name of a tensor of the diffusers VAE, which does not count a level's resampler among its residual blocks."""
+    resamplers = ((r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{num_res_blocks}."),
+                  (r"up_blocks\.(\d+)\.upsampler\.", rf"upsamples.\1.upsamples.{num_res_blocks + 1}."))
+    return _substitute(name, resamplers + VAE_DIFFUSERS)
+
+
+def umt5_from_transformers(name: str) -> str:
+    """Wan's name of a tensor of the transformers `UMT5EncoderModel`."""
+    match = re.fullmatch(r"(?:encoder\.block\.(\d+)\.)?(.+)\.weight", name)
+    if not match or match[2] not in UMT5_TRANSFORMERS:
+        raise ValueError(f"tensor {name!r} is not part of a transformers UMT5EncoderModel; expected shared.weight or encoder.*")
+    return (f"blocks.{match[1]}." if match[1] else "") + f"{UMT5_TRANSFORMERS[match[2]]}.weight"
 
 
 def alias_of(name: str) -> str | None:
-    """The tensor of which `name` is a second name: a wrapper's copy or the tied output head of the language model; else None."""
+    """The tensor of which `name` is a second name: a wrapper's copy, a tied output head or a tied token embedding; else None."""
+    if name == "encoder.embed_tokens.weight":
+        return "shared.weight"
     if name.endswith("lm_head.weight"):
         return re.sub(r"^(?:\w+_module\.)?(.*)lm_head\.weight$", r"\1model.language_model.embed_tokens.weight", name)
     return next((name.removeprefix(wrapper) for wrapper, part in WRAPPERS if name.startswith(wrapper + part)), None)
@@ -125,6 +151,11 @@ def qwen_own(name: str) -> str | None:
     return None if alias_of(name) else name.removeprefix("model.")
 
 
+def _of(module: str) -> Callable[[str], str]:
+    """The rename function of a file that imports this one."""
+    return lambda name: importlib.import_module(f"backbones.{module}").rename(name)
+
+
 # Layouts: a tensor that only this layout has, and the way from its names to ours.
 KINDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
     "motus": ("action_expert.blocks.0.wan_action_qkv", own_name),
@@ -134,8 +165,12 @@ KINDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
     "wan-vae": ("encoder.downsamples.0.downsamples.0.residual.2.weight", str),
     "wan-vae-diffusers": ("encoder.down_blocks.0.resnets.0.conv1.weight", vae_from_diffusers),
     "umt5": ("token_embedding.weight", str),
+    "umt5-transformers": ("encoder.final_layer_norm.weight", lambda name: None if alias_of(name) else umt5_from_transformers(name)),
     "qwen3vl": ("model.visual.patch_embed.proj.weight", qwen_own),
-    "qwen3vl-own": ("visual.patch_embed.proj.weight", str)}
+    "qwen3vl-own": ("visual.patch_embed.proj.weight", str),
+    "dcae": ("encoder.project_in.conv.conv.weight", _of("dcae")),
+    "dcae-diffusers": ("encoder.conv_in.conv.weight", _of("dcae")),
+    "dpflow": ("fnet.stem.conv1.weight", _of("dpflow"))}
 
 
 def identify(names: Iterable[str]) -> tuple[str, int | None]:
@@ -144,7 +179,16 @@ def identify(names: Iterable[str]) -> tuple[str, int | None]:
     kind = next((kind for kind, (telltale, _) in KINDS.items() if telltale in names), "unknown")
     if kind.startswith("motus"):
         return kind, 3 if names & {"action_expert.registers", "action.registers"} else 2
-    return kind, 1 if kind == "wan" else None
+    return kind, 1 if kind.startswith("wan") and "vae" not in kind else None
+
+
+def renaming(names: Iterable[str]) -> Callable[[str], str | None]:
+    """The way from the names of a file to ours; names that no layout has stay as they are."""
+    kind = identify(names := list(names))[0]
+    if kind == "wan-vae-diffusers":
+        blocks = len({name.split(".")[4] for name in names if name.startswith("encoder.down_blocks.0.resnets.")})
+        return lambda name: vae_from_diffusers(name, blocks)
+    return KINDS[kind][1] if kind in KINDS else str
 
 
 # -- the tables of expected tensors -----------------------------------------------------------------------------------------------
@@ -175,7 +219,7 @@ def expected(table: str) -> dict[str, tuple[int, ...]]:
 # -- reading -------------------------------------------------------------------------------------------------------------------------
 
 
-def _refuse(path: Path, what: str, problems: list[str]) -> None:
+def refuse(path: Path, what: str, problems: list[str]) -> None:
     """Raise one ValueError for all problems: the first ten and the count."""
     if problems:
         more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
@@ -199,6 +243,13 @@ def _json(path: Path, raw: bytes) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: json object wanted, found {type(value).__name__}")
     return value
+
+
+def read_json(path: Path) -> dict:
+    """A json object. ValueError if it is something else, unsound or suspiciously large."""
+    if path.stat().st_size > MAX_HEADER:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, a config or index has at most {MAX_HEADER}")
+    return _json(path, path.read_bytes())
 
 
 def _whole(value) -> bool:
@@ -230,7 +281,7 @@ def _header(path: Path) -> tuple[list[tuple], dict[str, str], int]:
             problems.append(f"{name}: {dtype} {shape} does not fill the bytes {offsets[0]} to {offsets[1]}")
         else:
             rows.append((*offsets, name, DTYPES[dtype], tuple(shape)))
-    _refuse(path, "bad entries in the safetensors header", problems)
+    refuse(path, "bad entries in the safetensors header", problems)
     rows.sort()
     at = 0
     for begin, end, name, _, _ in rows:
@@ -239,7 +290,7 @@ def _header(path: Path) -> tuple[list[tuple], dict[str, str], int]:
         at = end
     if at != size - 8 - length:
         problems.append(f"tensors end at byte {at}, the data at {size - 8 - length}; is the download complete?")
-    _refuse(path, "tensors and data do not match", problems)
+    refuse(path, "tensors and data do not match", problems)
     return rows, metadata, 8 + length
 
 
@@ -253,9 +304,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Shards named by an index json. They must lie beside it; a link may only lead there or to the blobs of a hub cache."""
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, an index has at most {MAX_HEADER}")
-    listed = _json(path, path.read_bytes()).get("weight_map")
+    listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
         raise ValueError(f"{path}: weight_map must map tensor names to shard files")
     folder = path.parent.resolve()
@@ -263,10 +312,10 @@ def _open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     shards = sorted(set(listed.values()))
     problems = [f"{shard!r} is not a plain .safetensors name" for shard in shards
                 if not re.fullmatch(r"[\w\-][\w\-.]*\.safetensors", shard)]
-    _refuse(path, "shards outside the folder", problems)
+    refuse(path, "shards outside the folder", problems)
     problems = [f"{shard} leads out of the folder" for shard in shards if (folder / shard).resolve().parent not in homes]
-    _refuse(path, "shards outside the folder", problems)
-    _refuse(path, "missing shards", [shard for shard in shards if not (folder / shard).is_file()])
+    refuse(path, "shards outside the folder", problems)
+    refuse(path, "missing shards", [shard for shard in shards if not (folder / shard).is_file()])
     tensors, metadata = {}, {}
     for shard in shards:
         found, metadata = _open_safetensors(folder / shard)
@@ -274,7 +323,7 @@ def _open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         problems += [f"{name}: lies in {shard}, the index says {listed.get(name, 'nothing')}" for name in sorted(found.keys() - named)]
         problems += [f"{name}: is not in {shard}, where the index puts it" for name in sorted(named - found.keys())]
         tensors |= found
-    _refuse(path, "index and shards disagree", problems)
+    refuse(path, "index and shards disagree", problems)
     return tensors, metadata
 
 
@@ -297,7 +346,7 @@ def _check_torch_zip(path: Path) -> Counter[int]:
                 problems.append("the records overlap: together they are larger than the file")
             if len(pickled) != 1 or pickled[0].file_size > MAX_HEADER:
                 problems.append(f"{len(pickled)} data.pkl records (1 needed, at most {MAX_HEADER} bytes)")
-            _refuse(path, "not a plain torch file", problems)
+            refuse(path, "not a plain torch file", problems)
             root = pickled[0].filename.removesuffix("data.pkl")
             if root + "byteorder" in archive.namelist() and archive.read(root + "byteorder") != b"little":
                 raise ValueError(f"{path}: big-endian tensors; save it again on a little-endian machine")
@@ -306,7 +355,7 @@ def _check_torch_zip(path: Path) -> Counter[int]:
                                or op.name == "GLOBAL" and not PICKLE_NAMES.fullmatch(arg)})
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, RuntimeError, OSError, KeyError, struct.error) as error:
         raise ValueError(f"{path}: not a whole torch zip file ({error}); a file in the old torch format must be saved again") from error
-    _refuse(path, "the pickle names things that are neither tensors nor plain containers", problems)
+    refuse(path, "the pickle names things that are neither tensors nor plain containers", problems)
     return Counter(info.file_size for info in infos if info.filename.startswith(root + "data/"))
 
 
@@ -333,7 +382,7 @@ def _open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     storages.pop(0, None)                                                # empty tensors
     problems += [f"a storage claims {nbytes} bytes, no record has that size" for nbytes in Counter(storages.values()) - records]
-    _refuse(path, "not a dictionary of tensors", problems)
+    refuse(path, "not a dictionary of tensors", problems)
     return {name: value.detach() for name, value in content.items()}, {}
 
 
@@ -363,7 +412,7 @@ class TensorSource:
     def describe(self) -> str:
         """What the file is: kind, stage, parts with parameter counts, dtypes, names that are dropped."""
         kind, stage = identify(self.tensors)
-        rename = KINDS[kind][1] if kind in KINDS else str
+        rename = renaming(self.tensors)
         kept = {rename(name): tensor for name, tensor in self.tensors.items() if rename(name) is not None}
         dtypes = Counter(DTYPE_NAMES[tensor.dtype] for tensor in kept.values())
         lines = [f"{self.path}: {kind}" + (f", Motus stage {stage}" if stage else ""),
@@ -447,7 +496,7 @@ def _plan(source: TensorSource, rename: Callable[[str], str | None]) -> tuple[di
             problems.append(f"{name} and {plan[key]} are both {key}")
         else:
             plan[key] = name
-    _refuse(source.path, "tensors that contradict each other", problems)
+    refuse(source.path, "tensors that contradict each other", problems)
     return plan, dropped
 
 
@@ -497,7 +546,7 @@ def load_into(module: nn.Module, source: TensorSource, rename: Callable[[str], s
     problems += [f"not initialised: {key} starts fresh but is on meta" for key in kept if wanted[key].is_meta]
     problems += [f"not initialised: buffer {key} is on meta and in no file; build it on a real device"
                  for key, buffer in module.named_buffers() if buffer.is_meta and key not in wanted]
-    _refuse(source.path, f"does not fit {type(module).__name__}", problems)
+    refuse(source.path, f"does not fit {type(module).__name__}", problems)
 
     views = [source.read(name) for name in plan.values()]
     with ThreadPoolExecutor(1) as ahead:                 # fetches the next tensor from disk while this one is cast
@@ -544,7 +593,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
 def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype the format has no name for here."""
     path = Path(path)
-    _refuse(path, "cannot be saved", [f"{name}: {tensor.dtype}, allowed {', '.join(DTYPES)}" for name, tensor in tensors.items()
+    refuse(path, "cannot be saved", [f"{name}: {tensor.dtype}, allowed {', '.join(DTYPES)}" for name, tensor in tensors.items()
                                       if tensor.dtype not in DTYPE_NAMES])
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))      # widest first keeps every tensor aligned
     header, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
@@ -563,20 +612,42 @@ def save_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: 
     _replace(path, write)
 
 
+def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
+    """Sixteen hexadecimal digits that change with any name, dtype, shape or byte of the tensors, or with `about`."""
+    state = hashlib.sha256(json.dumps(about).encode())
+    for name in sorted(tensors):
+        value = tensors[name].detach()
+        state.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        state.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()[:16]
+
+
+def config_beside(source: TensorSource) -> dict:
+    """The config.json of a weight file: kept in the metadata by `convert`, else in its folder, else, for folders of DeepSpeed, above it."""
+    if "official_config" in source.metadata:
+        return _json(source.path, source.metadata["official_config"].encode())
+    for folder in (source.path.parent, *[source.path.parent.parent] * (source.path.parent.name == "pytorch_model")):
+        if (path := folder / "config.json").is_file():
+            return read_json(path)
+    return {}
+
+
 def convert(src: str | Path, dst: str | Path) -> None:
     """A published file or folder to one safetensors file of ours: our names, second names dropped, config.json kept as metadata."""
     with open_source(src) as source:
         kind, stage = identify(source.names())
         if kind not in KINDS:
             raise ValueError(f"{source.path}: layout not known, allowed {', '.join(KINDS)}")
-        plan, _ = _plan(source, KINDS[kind][1])
-        metadata = source.metadata | {"format": "pt", "kind": kind.removesuffix("-diffusers").removesuffix("-own")}
+        if kind.startswith("dcae"):                          # the one layout in which a tensor of the file may be three of ours
+            source.tensors = importlib.import_module("backbones.dcae").canonical(source.tensors)
+        plan, _ = _plan(source, str if kind.startswith("dcae") else renaming(source.names()))
+        metadata = source.metadata | {"format": "pt", "kind": re.sub("-(diffusers|transformers|own)$", "", kind)}
         if stage:
             metadata["stage"] = str(stage)
         if POSITIONS in source.tensors:
             metadata["pos_embedding_rows"] = str(source.shape(POSITIONS)[1])
-        if (config := source.path.parent / "config.json").is_file() and config.stat().st_size < MAX_HEADER:
-            metadata["official_config"] = json.dumps(_json(config, config.read_bytes()))
+        if config := config_beside(source):
+            metadata["official_config"] = json.dumps(config)
         save_safetensors(dst, {key: source.read(name) for key, name in plan.items()}, metadata)
 
 
@@ -589,10 +660,12 @@ def position_table(rows: int, width: int) -> Tensor:
 def export(src: str | Path, dst: str | Path, rows: int | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
     """Our Motus weights to the official layout: DST/mp_rank_00_model_states.pt, second names sharing storage, plus config.json if known.
 
-    `rows` of the position table are chunk + 2 + registers for fine-tuning and chunk for pre-training; the default is what the metadata say.
+    SRC is a converted file, or the weights of a checkpoint of ours, whose config.json beside it gives the fields of MotusConfig.
+    `rows` of the position table are chunk + 2 + registers for fine-tuning and chunk for pre-training; the default is what is known.
     """
     with open_source(src) as source:
-        own = json.loads(source.metadata.get("config", "{}"))        # the fields of MotusConfig, in a checkpoint of ours
+        config = config_beside(source)
+        own = config.get("motus") or json.loads(source.metadata.get("config", "{}"))
         chunk = own.get("frames", 0) * own.get("ratio", 0)
         rows = rows or int(source.metadata.get("pos_embedding_rows", 0)) or chunk + (2 + own["registers"] if own.get("finetune") else 0)
         if not identify(source.names())[0].startswith("motus") or not rows:
@@ -606,8 +679,22 @@ def export(src: str | Path, dst: str | Path, rows: int | None = None, dtype: tor
         for wrapper, part in WRAPPERS:
             module |= {wrapper + name: tensor for name, tensor in module.items() if name.startswith(part)}
         _replace(Path(dst) / "mp_rank_00_model_states.pt", lambda temporary: torch.save({"module": module}, temporary))
-        if "official_config" in source.metadata:
-            _replace(Path(dst) / "config.json", lambda temporary: temporary.write_text(source.metadata["official_config"]))
+        if official := official_config(own) if own else config:
+            _replace(Path(dst) / "config.json", lambda temporary: temporary.write_text(json.dumps(official, indent=2)))
+
+
+def official_config(own: Mapping) -> dict:
+    """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for readers of ours, holds what neither the
+    official file nor a shape says of the video expert."""
+    config: dict = {"wan": {field: own["video"][field] for field in ("eps", "text_len")}} if "video" in own else {}
+    for field, (dotted,) in MOTUS_FIELDS.items():
+        *sections, key = dotted.split(".")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        if field in own:
+            place[key] = own[field]
+    return config
 
 
 # -- the hub and the command line ------------------------------------------------------------------------------------------------
@@ -619,7 +706,21 @@ HUB = {"wan": ("Wan-AI/Wan2.2-TI2V-5B", "921dbaf3f1674a56f47e83fb80a34bac8a8f203
        "qwen3vl": ("Qwen/Qwen3-VL-2B-Instruct", "89644892e4d85e24eaac8bacfd4f463576704203", ["*"], 4.3, "Apache-2.0"),
        "motus-stage1": ("motus-robotics/Motus_Wan2_2_5B_pretrain", "main", ["*"], 10, "Apache-2.0"),
        "motus-stage2": ("motus-robotics/Motus", "main", ["*"], 16, "Apache-2.0"),
-       "motus-stage3": ("motus-robotics/Motus_robotwin2", "main", ["*"], 16, "Apache-2.0")}
+       "motus-stage3": ("motus-robotics/Motus_robotwin2", "main", ["*"], 16, "Apache-2.0"),
+       "dcae": ("mit-han-lab/dc-ae-f128c512-in-1.0", "main", ["*"], 4.5, "Apache-2.0"),
+       "dpflow": ("hmorimitsu/ptlflow", "weights1", [], 0.04, "academic and research use only")}      # a release on GitHub, not on the hub
+COMPLETE = ".complete"                                       # lies in a folder whose download has ended
+
+
+def fetched(path: str | Path) -> Path:
+    """A path as it is. A key of HUB, or the repository in its row, where no such path exists: the folder weights/KEY, downloaded once."""
+    name = next((name for name, row in HUB.items() if str(path) in (name, row[0])), None)
+    if name is None or Path(path).exists():
+        return Path(path)
+    folder = Path("weights") / name
+    if not (folder / COMPLETE).is_file():
+        download(name, folder)
+    return folder
 
 
 def download(name: str, folder: str | Path) -> None:
@@ -628,11 +729,16 @@ def download(name: str, folder: str | Path) -> None:
         raise ValueError(f"download: {name!r} is not known, allowed {', '.join(HUB)}")
     repository, revision, files, gigabytes, licence = HUB[name]
     print(f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read its card), into {folder}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError("download needs the package huggingface_hub: pip install 'motus[hub]'") from error
-    snapshot_download(repository, revision=revision, allow_patterns=files, local_dir=folder)
+    if name == "dpflow":
+        importlib.import_module("backbones.dpflow").fetch("things", folder)
+    else:
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as error:
+            raise ValueError("download needs the package huggingface_hub: pip install 'motus[hub]'") from error
+        snapshot_download(repository, revision=revision, allow_patterns=files, local_dir=folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / COMPLETE).write_text(revision)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -82,7 +82,8 @@ def test_batches_are_a_function_of_seed_and_step_and_mix_levels_in_equal_shares(
     level = torch.tensor([2] * 50 + [3] * 5 + [5] * 500)
     pool = data.Pool(Inputs(torch.zeros(555, 1, 1, 1, 1), torch.zeros(555, 1, 1), torch.ones(555)), level)
     rows = pool.rows(30, seed=1, step=7)
-    assert torch.equal(rows, pool.rows(30, 1, 7)) and not torch.equal(rows, pool.rows(30, 1, 8)) and not torch.equal(rows, pool.rows(30, 2, 7))
+    assert torch.equal(rows, pool.rows(30, 1, 7))
+    assert not torch.equal(rows, pool.rows(30, 1, 8)) and not torch.equal(rows, pool.rows(30, 2, 7))
     assert {int(v): int((level[rows] == v).sum()) for v in (2, 3, 5)} == {2: 10, 3: 10, 5: 10}
 
 

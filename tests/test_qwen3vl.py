@@ -5,7 +5,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from backbones.qwen3vl import PRESETS, Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids, qwen_rename, smart_resize
+from backbones.qwen3vl import PRESETS, Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids, smart_resize
+from backbones.weights import qwen_own
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 IMAGE_ID = 155
@@ -68,7 +69,7 @@ def build(config, model):
     """Our model with the weights of the oracle, loaded through the rename."""
     with torch.device("meta"):
         ours = Qwen3VL(config)
-    names = {qwen_rename(name): tensor for name, tensor in model.state_dict().items()}
+    names = {qwen_own(name): tensor for name, tensor in model.state_dict().items()}
     names.pop(None)
     ours.load_state_dict(names, assign=True)
     return ours.eval()
@@ -85,7 +86,7 @@ def test_the_full_model_has_the_published_parameters():
     assert shapes["visual.patch_embed.proj.weight"] == (1024, 3, 2, 16, 16)
     assert shapes["visual.deepstack_merger_list.2.norm.weight"] == (4096,)
     assert shapes["language_model.layers.27.mlp.down_proj.weight"] == (2048, 6144)
-    assert qwen_rename("model.visual.pos_embed.weight") in shapes and qwen_rename("lm_head.weight") is None
+    assert qwen_own("model.visual.pos_embed.weight") in shapes and qwen_own("lm_head.weight") is None
 
 
 @pytest.mark.parametrize("case", CONFIGS)

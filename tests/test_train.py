@@ -50,8 +50,9 @@ def test_stage_3_carries_the_blocks_over_and_starts_encoders_fresh(runs, tmp_pat
     model = Motus(train.preset("toy"))
     train.initialise(model, runs / "s2", train.STAGES["3"], "3")
     ours = model.state_dict()
-    assert torch.equal(ours["action.blocks.0.qkv"], s2["action.blocks.0.qkv"]) and torch.equal(ours["video.head.head.weight"], s2["video.head.head.weight"])
-    assert ours["action.input_encoder.action_encoder.0.weight"].shape[1] == 3 and s2["action.input_encoder.action_encoder.0.weight"].shape[1] == 14
+    for name in ("action.blocks.0.qkv", "video.head.head.weight", "und.vlm_adapter.0.weight"):
+        assert torch.equal(ours[name], s2[name])
+    assert [x["action.input_encoder.action_encoder.0.weight"].shape[1] for x in (ours, s2)] == [3, 14]
     assert not ours["action.decoder.action_head.0.weight"].any()
 
 

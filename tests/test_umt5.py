@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from backbones.umt5 import UMT5_PRESETS, T5Tokenizer, UMT5Config, UMT5Encoder, clean, encode_text, relative_buckets, umt5_from_transformers
+from backbones.umt5 import UMT5_PRESETS, T5Tokenizer, UMT5Config, UMT5Encoder, clean, encode_text, relative_buckets
+from backbones.weights import umt5_from_transformers
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UMT5Config(vocab=64, dim=32, dim_attn=48, dim_ffn=40, heads=4, layers=2)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from backbones.wan import WAN_VAE_PRESETS, WanVAE, WanVAEConfig, wan_vae_from_diffusers
+from backbones.wan import WAN_VAE_PRESETS, WanVAE, WanVAEConfig
+from backbones.weights import vae_from_diffusers
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -81,7 +82,7 @@ def test_vae_reproduces_the_official_code():
 def test_vae_equals_diffusers_in_fp32_and_rounds_no_worse_in_bf16(config, shape):
     """fp32 within 1e-5 of diffusers; in bf16 no further from its fp32 tensors than diffusers' own bf16 run."""
     oracle, ours = randomise(oracle_of(config)), WanVAE(config)
-    ours.load_state_dict({wan_vae_from_diffusers(name, config.num_res_blocks): weight for name, weight in oracle.state_dict().items()})
+    ours.load_state_dict({vae_from_diffusers(name, config.num_res_blocks): weight for name, weight in oracle.state_dict().items()})
     video = clip(*shape)
     posterior = oracle.encode(video).latent_dist
     mean, logvar = ours.posterior(video)
@@ -155,7 +156,7 @@ def test_full_size_has_the_published_parameters_names_and_statistics():
         ours, oracle = WanVAE(config), oracle_of(config)
     shapes = {name: weight.shape for name, weight in ours.state_dict().items()}
     assert (sum(weight.numel() for weight in ours.parameters()), len(shapes), ours.stride) == (704_688_668, 196, (4, 16))
-    assert {wan_vae_from_diffusers(name): weight.shape for name, weight in oracle.state_dict().items()} == shapes
+    assert {vae_from_diffusers(name): weight.shape for name, weight in oracle.state_dict().items()} == shapes
     sums = [sum(config.mean), sum(x * x for x in config.mean), sum(config.std), sum(x * x for x in config.std)]
     assert sums == pytest.approx([-0.5589, 1.782204, 32.5360, 25.829342], abs=1e-6)
 

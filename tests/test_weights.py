@@ -183,6 +183,35 @@ def test_diffusers_names_map_one_to_one(table, rename):
     assert {rename(name): shape for name, shape in theirs.items()} == w.expected(table) and len(theirs) == len(w.expected(table))
 
 
+@pytest.mark.parametrize("table, kind", [("dcae_original", "dcae"), ("dcae_diffusers", "dcae-diffusers"), ("dpflow", "dpflow")])
+def test_the_networks_under_the_latent_actions_are_recognised(table, kind):
+    """DC-AE in both layouts and DPFlow by their telltale tensors; what they rename to is what those modules want."""
+    names = list(w.expected(table))
+    renamed = {w.renaming(names)(name) for name in names}
+    assert w.identify(names) == (kind, None) and len(renamed) == len(names) and None not in renamed
+
+
+def test_a_text_encoder_of_transformers_is_recognised_and_its_tied_name_dropped(tmp_path):
+    """shared.weight and encoder.embed_tokens.weight are one tensor; converted, the file has Wan's names."""
+    names = {f"encoder.block.0.layer.{place}.weight" for place in (
+        "0.layer_norm", "0.SelfAttention.relative_attention_bias", *(f"0.SelfAttention.{part}" for part in "qkvo"), "1.layer_norm",
+        "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1", "1.DenseReluDense.wo")}
+    tensors = {name: torch.randn(2) for name in names | {"encoder.final_layer_norm.weight", "shared.weight"}}
+    w.save_safetensors(tmp_path / "a.safetensors", tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]})
+    w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    wanted = {name for name in w.expected("umt5") if not name.startswith(tuple(f"blocks.{i}." for i in range(1, 24)))}
+    with w.open_source(tmp_path / "b.safetensors") as source:
+        assert set(source.names()) == wanted and source.metadata["kind"] == "umt5"
+
+
+def test_a_digest_changes_with_any_byte_name_and_dtype():
+    """Equal tensors have equal digests, in any order; all else differs."""
+    a, b = torch.arange(4.0), torch.ones(2, 3)
+    assert w.digest({"a": a, "b": b}) == w.digest({"b": b.clone(), "a": a.clone()})
+    others = [{"a": a + 1, "b": b}, {"a": b, "b": a}, {"a": a, "b": b.reshape(3, 2)}, {"a": a.double(), "b": b}, {"a": a}, {"a": a, "b": b}]
+    assert len({w.digest({"a": a, "b": b}, "about"), *map(w.digest, others)}) == 7
+
+
 def full_size(module: str, name: str, config: str) -> nn.Module:
     """Our network at published size on the meta device."""
     part = importlib.import_module(module)

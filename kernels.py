@@ -1,0 +1,648 @@
+"""Triton kernels beside the plain functions they must equal; `choose` says where they run.
+
+    here                                the plain version                                            fuses
+    joint_attention, attention          `attention.joint_attention`, `attention.attention`           three experts, nothing concatenated
+    norm_rotate                         `RMSNorm` + `rotate_interleaved`, of queries and keys        norm, rotation, layout, cast
+    norm_modulate                       `LayerNorm` + `modulate`                                     norm, shift, scale, cast
+    add_gated                           the residual `x.float() + y.float() * gate`                  cast, gate, sum
+
+Attention is computed tile by tile with a running maximum and sum (Dao, arXiv 2307.08691). Every expert keeps its own tensors: a program
+finds by its number which segment its tile of queries (or keys) lies in, and walks through the three segments of the other side. Keys may
+carry an additive bias: 0, -inf for padding, log(c) for a key that stands for c identical ones. A query that sees no key gets zeros.
+
+Everything is deterministic: no atomics. The backward pass is one kernel over query tiles (dq, and delta = sum(o * do) on the way) and one
+over key tiles (dk, dv); gradients that sum over tokens are summed per program and then by torch. Accumulators are fp32, offsets int64.
+Tiles come from a table (`tile`), never from a search: what is tested and compiled ahead of time is what runs.
+
+Each operation is a `torch.library.custom_op`, opaque to torch.compile and to checkpointing. Triton is optional; without it only `choose`
+works. TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on a CPU, for tests.
+
+Shapes: B batch, L tokens of a segment, N heads, K head size, M = N*K, D width. A segment is passed to the kernels as the tuple
+(pointer, batch stride, row stride, L) of a (B, L, N, K) tensor whose last two axes are contiguous.
+"""
+
+from __future__ import annotations  # the kernels' annotations name `tl`, which may be missing
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention import key_bias
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+    triton = None
+
+jit = triton.jit if triton else lambda function: function
+INTERPRET = bool(triton and triton.knobs.runtime.interpret)
+
+# -- which implementation ---------------------------------------------------------------------------------------------------
+
+NAMES = ("plain", "sdpa", "triton")
+
+
+def choose(device: torch.device | str) -> tuple[str, str]:
+    """The attention that runs on `device`, one of NAMES, and why. MOTUS_ATTENTION overrules."""
+    asked = os.environ.get("MOTUS_ATTENTION")
+    if asked is not None:
+        if asked not in NAMES:
+            raise ValueError(f"MOTUS_ATTENTION is {asked!r}; allowed: {', '.join(NAMES)}; unset it or choose one of them")
+        return asked, "MOTUS_ATTENTION asks for it"
+    if torch.device(device).type != "cuda":
+        return "sdpa", f"the device is {torch.device(device).type}, not cuda"
+    if triton is None:
+        return "sdpa", "Triton is not installed"
+    sm = capability(torch.device(device))
+    return ("triton", f"a CUDA device (sm_{sm}) and Triton") if sm >= 80 else ("sdpa", f"sm_{sm} has no bf16 tensor cores")
+
+
+def capability(device: torch.device) -> int:
+    """80 for compute capability 8.0; 0 where the interpreter runs the kernels."""
+    if triton is None:
+        raise ValueError("a Triton kernel was asked for, but Triton is not installed: pip install 'motus[kernels]', or set "
+                         "MOTUS_ATTENTION to sdpa or plain")
+    if INTERPRET:
+        return 0
+    if device.type != "cuda":
+        raise ValueError(f"a Triton kernel was asked for on {device.type}: use a CUDA device, set MOTUS_ATTENTION to sdpa or plain, or set "
+                         "TRITON_INTERPRET=1 before Triton is imported to run the kernels, slowly, on a CPU")
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: rows of its own tile, rows of the tiles it walks through, warps, and stages of its pipeline."""
+
+    own: int
+    other: int
+    num_warps: int
+    num_stages: int
+
+
+def tile(kernel: str, sm: int, dtype: torch.dtype) -> Tile:
+    """The tile of an attention kernel ("forward", "dq", "dkv") on compute capability `sm`, for every head size. Chosen so that nothing
+    spills and the shared memory of every card suffices; the figures are in tests/golden/kernels.json."""
+    if sm == 0:                                          # interpreted: small, so that tests see many tiles
+        return Tile(16, 16, 4, 1)
+    if dtype == torch.float32:
+        return {"forward": Tile(32, 32, 4, 2), "dq": Tile(16, 32, 4, 2), "dkv": Tile(16, 16, 4, 2)}[kernel]
+    warps = {"forward": 8, "dq": 4, "dkv": 4} if sm >= 100 else {"forward": 4, "dq": 4, "dkv": 8}
+    return Tile(64, 64, warps[kernel], 3 if kernel == "forward" else 2)
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options) -> None:
+    """Every kernel starts here, on the device of its tensors. Nothing is launched for empty tensors."""
+    if 0 not in grid:
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            kernel[grid](*args, **options)
+
+
+# -- attention: kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def find_tile(pid, segments, ROWS: tl.constexpr):
+    """Tile `pid` of all segments -> which segment it is in, its first row there, and the number of rows of the segments before."""
+    first = tl.cdiv(segments[0][3], ROWS)
+    second = first + tl.cdiv(segments[1][3], ROWS)
+    which = (pid >= first).to(tl.int32) + (pid >= second).to(tl.int32)
+    start = pid * ROWS
+    before = 0
+    if which == 1:
+        start = (pid - first) * ROWS
+        before = segments[0][3]
+    elif which == 2:
+        start = (pid - second) * ROWS
+        before = segments[0][3] + segments[1][3]
+    return which, start, before
+
+
+@jit
+def pick(which, triple):
+    """triple[which] for an index known only when the kernel runs."""
+    x = triple[0]
+    if which == 1:
+        x = triple[1]
+    elif which == 2:
+        x = triple[2]
+    return x
+
+
+@jit
+def cell(segment, b, h, rows, K: tl.constexpr, KP: tl.constexpr):
+    """Pointers to `rows` of one head and the mask of those that exist, each (rows, KP)."""
+    d = tl.arange(0, KP)
+    at = segment[0] + b * segment[1] + h * K + rows[:, None].to(tl.int64) * segment[2] + d[None, :]
+    mask = rows[:, None] < segment[3]
+    if KP > K:
+        mask = mask & (d[None, :] < K)
+    return at, mask
+
+
+@jit
+def fetch(segment, b, h, rows, K: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):
+    """(rows, KP) of one head, zero outside."""
+    at, mask = cell(segment, b, h, rows, K, KP)
+    x = tl.load(at, mask=mask, other=0.0)
+    if UP:                                               # the interpreter would compute on the bit patterns of bf16
+        x = x.to(tl.float32)
+    return x
+
+
+@jit
+def put(segment, b, h, rows, x, K: tl.constexpr, KP: tl.constexpr):
+    at, mask = cell(segment, b, h, rows, K, KP)
+    tl.store(at, x.to(segment[0].dtype.element_ty), mask=mask)
+
+
+@jit
+def bias_of(bias, b, rows, count):
+    """Bias of keys in units of log 2, -inf for rows that do not exist. `bias` is (pointer or None, batch stride)."""
+    x = tl.where(rows < count, 0.0, float("-inf"))
+    if bias[0] is not None:
+        x += 1.4426950408889634 * tl.load(bias[0] + b * bias[1] + rows, mask=rows < count, other=0.0)
+    return x
+
+
+@jit
+def forward_kernel(q, k, v, bias, o, lse, heads, scale, K: tl.constexpr, KP: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+                   UP: tl.constexpr, PRECISION: tl.constexpr):
+    which, start, before = find_tile(tl.program_id(0), q, OWN)
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows = start + tl.arange(0, OWN)
+    mine = pick(which, q)
+    query = fetch(mine, b, h, rows, K, KP, UP)
+    top = tl.full((OWN,), float("-inf"), tl.float32)     # running maximum, sum and weighted values, logits in units of log 2
+    total = tl.zeros((OWN,), tl.float32)
+    out = tl.zeros((OWN, KP), tl.float32)
+    for s in tl.static_range(3):
+        for j in range(0, k[s][3], OTHER):
+            columns = j + tl.arange(0, OTHER)
+            key = fetch(k[s], b, h, columns, K, KP, UP)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            logits += bias_of(bias[s], b, columns, k[s][3])[None, :]
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)         # all keys padded so far: -inf - -inf would be NaN
+            p = tl.exp2(logits - finite[:, None])
+            shrink = tl.exp2(top - finite)
+            total = total * shrink + tl.sum(p, 1)
+            value = fetch(v[s], b, h, columns, K, KP, UP)
+            out = out * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+            top = new_top
+    empty = total == 0.0
+    put(pick(which, o), b, h, rows, out / tl.where(empty, 1.0, total)[:, None], K, KP)
+    log_sum = tl.where(empty, 0.0, (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    lengths = q[0][3] + q[1][3] + q[2][3]
+    tl.store(lse + tl.program_id(1).to(tl.int64) * lengths + before + rows, log_sum, mask=rows < mine[3])
+
+
+@jit
+def dq_kernel(q, k, v, bias, o, do, dq, lse, delta, heads, scale, K: tl.constexpr, KP: tl.constexpr, OWN: tl.constexpr,
+              OTHER: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr):
+    which, start, before = find_tile(tl.program_id(0), q, OWN)
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    rows = start + tl.arange(0, OWN)
+    mine = pick(which, q)
+    query = fetch(mine, b, h, rows, K, KP, UP)
+    d_out = fetch(pick(which, do), b, h, rows, K, KP, UP)
+    diff = tl.sum(d_out.to(tl.float32) * fetch(pick(which, o), b, h, rows, K, KP, UP).to(tl.float32), 1)
+    at = tl.program_id(1).to(tl.int64) * (q[0][3] + q[1][3] + q[2][3]) + before + rows
+    tl.store(delta + at, diff, mask=rows < mine[3])
+    log_sum = tl.load(lse + at, mask=rows < mine[3], other=0.0) * 1.4426950408889634
+    d_query = tl.zeros((OWN, KP), tl.float32)
+    for s in tl.static_range(3):
+        for j in range(0, k[s][3], OTHER):
+            columns = j + tl.arange(0, OTHER)
+            key = fetch(k[s], b, h, columns, K, KP, UP)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            logits += bias_of(bias[s], b, columns, k[s][3])[None, :]
+            p = tl.exp2(logits - log_sum[:, None])
+            value = fetch(v[s], b, h, columns, K, KP, UP)
+            d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
+            d_query += tl.dot((p * (d_p - diff[:, None])).to(key.dtype), key, input_precision=PRECISION)
+    put(pick(which, dq), b, h, rows, d_query * scale, K, KP)
+
+
+@jit
+def dkv_kernel(q, k, v, bias, do, dk, dv, lse, delta, heads, scale, K: tl.constexpr, KP: tl.constexpr, OWN: tl.constexpr,
+               OTHER: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr):
+    which, start, _ = find_tile(tl.program_id(0), k, OWN)
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    columns = start + tl.arange(0, OWN)
+    mine = pick(which, k)
+    key = fetch(mine, b, h, columns, K, KP, UP)
+    value = fetch(pick(which, v), b, h, columns, K, KP, UP)
+    offset = bias_of(bias[0], b, columns, mine[3])
+    if which == 1:
+        offset = bias_of(bias[1], b, columns, mine[3])
+    elif which == 2:
+        offset = bias_of(bias[2], b, columns, mine[3])
+    d_key = tl.zeros((OWN, KP), tl.float32)
+    d_value = tl.zeros((OWN, KP), tl.float32)
+    at = tl.program_id(1).to(tl.int64) * (q[0][3] + q[1][3] + q[2][3])
+    for s in tl.static_range(3):
+        for i in range(0, q[s][3], OTHER):
+            rows = i + tl.arange(0, OTHER)
+            query = fetch(q[s], b, h, rows, K, KP, UP)
+            log_sum = tl.load(lse + at + rows, mask=rows < q[s][3], other=float("inf")) * 1.4426950408889634
+            logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            p = tl.exp2(logits + offset[:, None] - log_sum[None, :])           # (keys, queries), 0 for queries that do not exist
+            d_out = fetch(do[s], b, h, rows, K, KP, UP)
+            d_value += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
+            diff = tl.load(delta + at + rows, mask=rows < q[s][3], other=0.0)
+            d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
+            d_key += tl.dot((p * (d_p - diff[None, :])).to(query.dtype), query, input_precision=PRECISION)
+        at += q[s][3]
+    put(pick(which, dk), b, h, columns, d_key * scale, K, KP)
+    put(pick(which, dv), b, h, columns, d_value, K, KP)
+
+
+# -- attention: operations --------------------------------------------------------------------------------------------------
+
+
+def segments(*groups: list[Tensor]) -> list[tuple]:
+    """Lists of one to three (B, L, N, K) tensors -> kernel arguments: three segments each, those that are missing of length 0."""
+    return [tuple((x, x.stride(0), x.stride(1), x.shape[1]) for x in group) + ((group[0], 0, 0, 0),) * (3 - len(group)) for group in groups]
+
+
+def by_heads(x: Tensor) -> Tensor:
+    """A tensor whose rows (N, K) are contiguous: itself, or a copy (gradients may be expanded or transposed)."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def launch_attention(kernel: str, q: list[Tensor], k: list[Tensor], bias: list[Tensor], biased: str, groups: list[list[Tensor]],
+                     rows: tuple[Tensor, ...], scale: float) -> None:
+    """Launches over the tiles of k for "dkv", of q otherwise. biased: the digits of the key segments that `bias` belongs to, like "12";
+    groups: the further lists of segments; rows: lse and delta."""
+    batch, _, heads, size = q[0].shape
+    padded = max(16, triton.next_power_of_2(size))
+    own, other, *pipeline = tile(kernel, capability(q[0].device), q[0].dtype)
+    bias_args = {s: (x, x.stride(0)) for s, x in zip(biased, bias)}
+    bias_args = tuple(bias_args.get(s, (None, 0)) for s in "012")
+    q_args, k_args, v_args, *rest = segments(q, k, *groups)
+    grid = (sum(triton.cdiv(x.shape[1], own) for x in (k if kernel == "dkv" else q)), batch * heads)
+    launch(KERNELS[kernel], grid, q[0].device, q_args, k_args, v_args, bias_args, *rest, *rows, heads, scale, K=size, KP=padded, OWN=own,
+           OTHER=other, UP=INTERPRET and q[0].dtype == torch.bfloat16, PRECISION="tf32x3", num_warps=pipeline[0], num_stages=pipeline[1])
+
+
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+
+
+@torch.library.custom_op("motus::attention", mutates_args=())
+def attention_op(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor], biased: str, scale: float) -> list[Tensor]:
+    """-> the attended values per query segment, each (B, L, N, K) contiguous, and the log-sum-exp (B, N, sum of L) in fp32."""
+    q, k, v = ([by_heads(x) for x in group] for group in (q, k, v))
+    *o, lse = empty_outputs(q, k, v, bias, biased, scale)
+    launch_attention("forward", q, k, bias, biased, [v, o], (lse,), scale)
+    return [*o, lse]
+
+
+@attention_op.register_fake
+def empty_outputs(q, k, v, bias, biased, scale):
+    batch, _, heads, _ = q[0].shape
+    return [*(x.new_empty(x.shape) for x in q), q[0].new_empty((batch, heads, sum(x.shape[1] for x in q)), dtype=torch.float32)]
+
+
+@torch.library.custom_op("motus::attention_backward", mutates_args=())
+def attention_backward_op(do: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor], biased: str,
+                          o: list[Tensor], lse: Tensor, scale: float) -> list[Tensor]:
+    """-> dq, dk, dv of all segments, in one list."""
+    do, q, k, v = ([by_heads(x) for x in group] for group in (do, q, k, v))
+    grads = empty_grads(do, q, k, v, bias, biased, o, lse, scale)
+    dq, dk, dv = grads[:len(q)], grads[len(q):-len(v)], grads[-len(v):]
+    delta = torch.empty_like(lse)
+    launch_attention("dq", q, k, bias, biased, [v, o, do, dq], (lse, delta), scale)
+    launch_attention("dkv", q, k, bias, biased, [v, do, dk, dv], (lse, delta), scale)
+    return grads
+
+
+@attention_backward_op.register_fake
+def empty_grads(do, q, k, v, bias, biased, o, lse, scale):
+    return [x.new_empty(x.shape) for x in (*q, *k, *v)]
+
+
+def save_attention(ctx, inputs, output):
+    q, k, v, bias, ctx.biased, ctx.scale = inputs
+    ctx.sizes = [len(x) for x in (q, k, v, bias, q)]
+    ctx.save_for_backward(*q, *k, *v, *bias, *output)
+
+
+def attention_gradients(ctx, grads):
+    saved = iter(ctx.saved_tensors)
+    q, k, v, bias, o = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    do = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, o)]
+    d = attention_backward_op(do, q, k, v, bias, ctx.biased, o, next(saved), ctx.scale)
+    return d[:len(q)], d[len(q):-len(v)], d[-len(v):], [None] * len(bias), None, None
+
+
+attention_op.register_autograd(attention_gradients, setup_context=save_attention)
+
+
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None], scale: float | None = None) -> list[Tensor]:
+    """Softmax attention of one to three query segments over one to three key segments. q, k, v: (B, L, N, K) each; bias: (B, L) fp32 per
+    key segment, or None. Computes in the dtype of the first v (bf16 or fp32). Returns (B, L, N, K) contiguous per query segment."""
+    size, dtype = q[0].shape[3], v[0].dtype
+    if size > 128 or dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"head size {size} and {dtype}: the Triton attention takes head sizes to 128 in float32 or bfloat16; set "
+                         "MOTUS_ATTENTION to sdpa")
+    q, k, v = ([x.to(dtype) for x in group] for group in (q, k, v))
+    biased = "".join(str(s) for s, x in enumerate(bias) if x is not None)
+    bias = [x.float().contiguous() for x in bias if x is not None]
+    return attention_op(q, k, v, bias, biased, size**-0.5 if scale is None else scale)[:-1]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """`attention.attention` for a bias that is absent or (B, 1, 1, Lk), one number per key."""
+    return attend([q], [k], [v], [None if bias is None else bias[:, 0, 0]], scale)[0]
+
+
+def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
+    """`attention.joint_attention`: (q, k, v) and key mask per expert -> (B, L, N*K) per expert. Nothing is concatenated."""
+    q, k, v = zip(*qkv)
+    out = attend(list(q), list(k), list(v), [None if mask is None else key_bias(mask) for mask in masks])
+    return [x.flatten(2) for x in out]
+
+
+# -- row kernels: norms, rotation, gates ------------------------------------------------------------------------------------
+
+# A backward program walks through this many rows before it writes its part of a gradient that sums over rows; the parts are then a few
+# per cent of the traffic.
+ROWS = 32
+
+
+def row_options(width: int) -> dict:
+    block = triton.next_power_of_2(width)
+    return {"WIDTH": width, "BLOCK": block, "num_warps": 8 if block > 2048 else 4, "num_stages": 1}
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """A (B, L, D) tensor whose B*L rows are evenly spaced: itself (also a slice of the last axis), or a copy."""
+    return x if x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+
+
+def per_sample(x: Tensor) -> tuple[Tensor, int, int]:
+    """Kernel argument for a modulation (B, 1 or L, D): pointer, batch stride, row stride."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return x, x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
+
+
+@jit
+def load_row(x, row, stride, i, WIDTH: tl.constexpr):
+    return tl.load(x + row.to(tl.int64) * stride + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+
+
+@jit
+def store_row(x, row, i, value, WIDTH: tl.constexpr):
+    tl.store(x + row.to(tl.int64) * WIDTH + i, value.to(x.dtype.element_ty), mask=i < WIDTH)
+
+
+@jit
+def load_mod(x, b, token, i, WIDTH: tl.constexpr):
+    return tl.load(x[0] + b.to(tl.int64) * x[1] + token.to(tl.int64) * x[2] + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+
+
+@jit
+def as_stored(value, like):
+    """Rounds to the dtype of `like`, as the plain version does between two steps."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@jit
+def rotate(x, cos, sin, token, sign: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotates the pairs (x[2i], x[2i+1]) of a row of heads by sign * angle; every head has the same K/2 angles."""
+    pair = tl.arange(0, BLOCK // 2) % (K // 2)
+    c = tl.load(cos + token * (K // 2) + pair)
+    s = tl.load(sin + token * (K // 2) + pair) * sign
+    even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (BLOCK,))
+
+
+@jit
+def norm_rotate_kernel(q, k, cos, sin, length, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of q (program axis 1 is 0) or of k (1), each the tuple (x, its row stride, weight, y)."""
+    x, stride, weight, y = q
+    if tl.program_id(1) == 1:
+        x, stride, weight, y = k
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    value = load_row(x, row, stride, i, WIDTH)
+    normed = as_stored(value * tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps), x)
+    out = normed * tl.load(weight + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    if cos is not None:
+        out = rotate(out, cos, sin, row % length, 1, K, BLOCK)
+    store_row(y, row, i, out, WIDTH)
+
+
+@jit
+def norm_rotate_backward_kernel(q, k, cos, sin, rows, length, eps, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                                BLOCK: tl.constexpr):
+    """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, parts of d_weight)."""
+    x, stride, weight, dy, dx, parts = q
+    if tl.program_id(1) == 1:
+        x, stride, weight, dy, dx, parts = k
+    i, first = tl.arange(0, BLOCK), tl.program_id(0) * ROWS
+    w = tl.load(weight + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    d_weight = tl.zeros((BLOCK,), tl.float32)
+    for j in range(0, tl.minimum(ROWS, rows - first)):
+        row = first + j
+        value, d_out = load_row(x, row, stride, i, WIDTH), load_row(dy, row, WIDTH, i, WIDTH)
+        if cos is not None:
+            d_out = rotate(d_out, cos, sin, row % length, -1, K, BLOCK)
+        inverse = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
+        normed, d_normed = value * inverse, d_out * w
+        d_weight += d_out * as_stored(normed, x)
+        store_row(dx, row, i, inverse * (d_normed - normed * (tl.sum(d_normed * normed, 0) / WIDTH)), WIDTH)
+    store_row(parts, tl.program_id(0), i, d_weight, WIDTH)
+
+
+@torch.library.custom_op("motus::norm_rotate", mutates_args=())
+def norm_rotate_op(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float,
+                   size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    yq, yk = empty_rotated(q, k, weight_q, weight_k, cos, sin, eps, size, dtype)
+    (q, k), (batch, length, width) = (by_rows(q), by_rows(k)), q.shape
+    launch(norm_rotate_kernel, (batch * length, 2), q.device, (q, q.stride(1), weight_q, yq), (k, k.stride(1), weight_k, yk), cos, sin,
+           length, eps, K=size, **row_options(width))
+    return yq, yk
+
+
+@norm_rotate_op.register_fake
+def empty_rotated(q, k, weight_q, weight_k, cos, sin, eps, size, dtype):
+    return tuple(x.new_empty((*x.shape[:2], x.shape[2] // size, size), dtype=dtype) for x in (q, k))
+
+
+@torch.library.custom_op("motus::norm_rotate_backward", mutates_args=())
+def norm_rotate_backward_op(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor | None,
+                            sin: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (q, k), (batch, length, width) = (by_rows(q), by_rows(k)), q.shape
+    dxq, dxk = (x.new_empty(x.shape) for x in (q, k))
+    programs = triton.cdiv(batch * length, ROWS)
+    pq, pk = (x.new_empty((programs, width), dtype=torch.float32) for x in (q, k))
+    launch(norm_rotate_backward_kernel, (programs, 2), q.device, (q, q.stride(1), weight_q, dq.contiguous(), dxq, pq),
+           (k, k.stride(1), weight_k, dk.contiguous(), dxk, pk), cos, sin, batch * length, length, eps, K=dq.shape[3], ROWS=ROWS,
+           **row_options(width))
+    return dxq, dxk, pq.sum(0).to(weight_q.dtype), pk.sum(0).to(weight_k.dtype)
+
+
+@norm_rotate_backward_op.register_fake
+def _(dq, dk, q, k, weight_q, weight_k, cos, sin, eps):
+    return tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k))
+
+
+def save_norm_rotate(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6])
+    ctx.eps = inputs[6]
+
+
+norm_rotate_op.register_autograd(
+    lambda ctx, dq, dk: (*norm_rotate_backward_op(dq, dk, *ctx.saved_tensors, ctx.eps), None, None, None, None, None),
+    setup_context=save_norm_rotate)
+
+
+def norm_rotate(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, size: int, rope: tuple[Tensor, Tensor] | None = None,
+                dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The way of projected queries and keys (B, L, N*size) to the joint attention: RMS norm over the full width, rotation if `rope` gives
+    cos and sin (L, size/2), split into heads. Returns two (B, L, N, size) in `dtype` (default: that of q)."""
+    cos, sin = rope or (None, None)
+    return norm_rotate_op(q, k, weight_q, weight_k, cos, sin, eps, size, dtype or q.dtype)
+
+
+@jit
+def norm_modulate_kernel(x, stride, shift, scale, y, length, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    value = load_row(x, row, stride, i, WIDTH)
+    centred = tl.where(i < WIDTH, value - tl.sum(value, 0) / WIDTH, 0.0)
+    normed = as_stored(centred * tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps), x)
+    b, token = row // length, row % length
+    store_row(y, row, i, normed * (1 + load_mod(scale, b, token, i, WIDTH)) + load_mod(shift, b, token, i, WIDTH), WIDTH)
+
+
+@jit
+def norm_modulate_backward_kernel(dy, x, stride, scale, dx, d_shift, d_scale, length, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+                                  BLOCK: tl.constexpr):
+    """ROWS tokens (program axis 0) of one sample (axis 1); d_shift and d_scale are (B, programs, D)."""
+    b, first, i = tl.program_id(1), tl.program_id(0) * ROWS, tl.arange(0, BLOCK)
+    shift_part, scale_part = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    gain = 1 + load_mod(scale, b, first, i, WIDTH)                              # ROWS is 1 where every token has its own
+    for j in range(0, tl.minimum(ROWS, length - first)):
+        row = b * length + first + j
+        value, d_out = load_row(x, row, stride, i, WIDTH), load_row(dy, row, WIDTH, i, WIDTH)
+        centred = tl.where(i < WIDTH, value - tl.sum(value, 0) / WIDTH, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
+        normed, d_normed = centred * inverse, d_out * gain
+        shift_part += d_out
+        scale_part += d_out * as_stored(normed, x)
+        d_centred = d_normed - tl.sum(d_normed, 0) / WIDTH - normed * (tl.sum(d_normed * normed, 0) / WIDTH)
+        store_row(dx, row, i, inverse * d_centred, WIDTH)
+    part = b * tl.num_programs(0) + tl.program_id(0)
+    store_row(d_shift, part, i, shift_part, WIDTH)
+    store_row(d_scale, part, i, scale_part, WIDTH)
+
+
+def mod_parts(x: Tensor, mod: Tensor) -> tuple[int, int, Tensor]:
+    """Rows per program, programs per sample, and room (B, programs, D) for their parts of the gradient of `mod` (B, 1 or L, D)."""
+    rows = ROWS if mod.shape[1] == 1 else 1
+    programs = triton.cdiv(x.shape[1], rows)
+    return rows, programs, x.new_empty((x.shape[0], programs, x.shape[2]), dtype=torch.float32)
+
+
+def whole(parts: Tensor, mod: Tensor) -> Tensor:
+    return (parts.sum(1, keepdim=True) if mod.shape[1] == 1 else parts).to(mod.dtype)
+
+
+@torch.library.custom_op("motus::norm_modulate", mutates_args=())
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`modulate(LayerNorm(x), mod)` without affine weights: x (B, L, D), shift and scale (B, 1 or L, D) -> (B, L, D) in `dtype`."""
+    x, y = by_rows(x), x.new_empty(x.shape, dtype=dtype)
+    launch(norm_modulate_kernel, (x.shape[0] * x.shape[1],), x.device, x, x.stride(1), per_sample(shift), per_sample(scale), y, x.shape[1],
+           eps, **row_options(x.shape[2]))
+    return y
+
+
+@norm_modulate.register_fake
+def _(x, shift, scale, eps, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.custom_op("motus::norm_modulate_backward", mutates_args=())
+def norm_modulate_backward_op(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, dx = by_rows(x), x.new_empty(x.shape)
+    rows, programs, d_shift = mod_parts(x, scale)
+    d_scale = torch.empty_like(d_shift)
+    launch(norm_modulate_backward_kernel, (programs, x.shape[0]), x.device, dy.contiguous(), x, x.stride(1), per_sample(scale), dx, d_shift,
+           d_scale, x.shape[1], eps, ROWS=rows, **row_options(x.shape[2]))
+    return dx, whole(d_shift, scale), whole(d_scale, scale)
+
+
+@norm_modulate_backward_op.register_fake
+def _(dy, x, scale, eps):
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def save_norm_modulate(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[2])
+    ctx.eps = inputs[3]
+
+
+norm_modulate.register_autograd(lambda ctx, dy: (*norm_modulate_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None),
+                                   setup_context=save_norm_modulate)
+
+
+@jit
+def add_gated_kernel(x, x_stride, y, y_stride, gate, out, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row, i = tl.program_id(0), tl.arange(0, BLOCK)
+    gated = load_row(y, row, y_stride, i, WIDTH) * load_mod(gate, row // length, row % length, i, WIDTH)
+    store_row(out, row, i, load_row(x, row, x_stride, i, WIDTH) + gated, WIDTH)
+
+
+@jit
+def add_gated_backward_kernel(d_out, y, stride, gate, dy, d_gate, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    b, first, i = tl.program_id(1), tl.program_id(0) * ROWS, tl.arange(0, BLOCK)
+    part = tl.zeros((BLOCK,), tl.float32)
+    g = load_mod(gate, b, first, i, WIDTH)
+    for j in range(0, tl.minimum(ROWS, length - first)):
+        row = b * length + first + j
+        d = load_row(d_out, row, WIDTH, i, WIDTH)
+        part += d * load_row(y, row, stride, i, WIDTH)
+        store_row(dy, row, i, d * g, WIDTH)
+    store_row(d_gate, b * tl.num_programs(0) + tl.program_id(0), i, part, WIDTH)
+
+
+@torch.library.custom_op("motus::add_gated", mutates_args=())
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x.float() + y.float() * gate in fp32: x the residual stream, y a sub-layer's output, both (B, L, D); gate (B, 1 or L, D)."""
+    x, y, out = by_rows(x), by_rows(y), x.new_empty(x.shape, dtype=torch.float32)
+    launch(add_gated_kernel, (x.shape[0] * x.shape[1],), x.device, x, x.stride(1), y, y.stride(1), per_sample(gate), out, x.shape[1],
+           **row_options(x.shape[2]))
+    return out
+
+
+@add_gated.register_fake
+def _(x, y, gate):
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("motus::add_gated_backward", mutates_args=())
+def add_gated_backward_op(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    y, dy = by_rows(y), y.new_empty(y.shape)
+    rows, programs, d_gate = mod_parts(y, gate)
+    launch(add_gated_backward_kernel, (programs, y.shape[0]), y.device, d_out.contiguous(), y, y.stride(1), per_sample(gate), dy, d_gate,
+           y.shape[1], ROWS=rows, **row_options(y.shape[2]))
+    return dy, whole(d_gate, gate)
+
+
+@add_gated_backward_op.register_fake
+def _(d_out, y, gate):
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
+
+
+def save_add_gated(ctx, inputs, output):
+    x, y, gate = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(y, gate)
+
+
+add_gated.register_autograd(lambda ctx, d_out: (d_out.to(ctx.dtype), *add_gated_backward_op(d_out, *ctx.saved_tensors)),
+                               setup_context=save_add_gated)

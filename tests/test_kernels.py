@@ -1,0 +1,521 @@
+"""The Triton kernels against the plain functions, in the interpreter (on a GPU if there is one), and what the compiler makes of them.
+
+`python tests/test_kernels.py` compiles every shipped configuration ahead of time, without a GPU, and writes golden/kernels.json.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent))        # the ahead-of-time compilation runs as a script
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu" and __name__ != "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"                     # read when Triton and the kernels are imported
+pytest.importorskip("triton")
+
+import attention  # noqa: E402
+import kernels  # noqa: E402
+from backbones.wan import Modulation, modulate  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden" / "kernels.json"
+
+# Relative to the largest value. In fp32 the sums run in another order. In bf16 outputs and gradients are rounded (2^-8); the interpreter
+# truncates them.
+TOLERANCE = {torch.float32: 1e-5 if DEVICE == "cpu" else 1e-4, torch.bfloat16: 3e-2}
+
+
+def close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        if a.numel():
+            assert torch.isfinite(a).all()
+            assert (a.float() - b.float()).abs().max() <= TOLERANCE[dtype] * max(1.0, b.float().abs().max().item())
+
+
+def gradients(outputs: list[Tensor], inputs: list[Tensor], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+    return list(torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
+
+
+# -- attention --------------------------------------------------------------------------------------------------------------
+
+
+def segments(lengths: tuple[int, ...], heads: int, size: int, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> list[list[Tensor]]:
+    """q, k, v per segment, slices of one projection as the experts make them: rows are 3*N*K apart."""
+    torch.manual_seed(seed)
+    qkv = [torch.randn(batch, length, 3, heads, size, device=DEVICE).to(dtype) for length in lengths]
+    return [[x[:, :, i].detach().requires_grad_() for x in qkv] for i in range(3)]
+
+
+def plain_segments(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None],
+                   scale: float | None = None) -> list[Tensor]:
+    row = torch.cat([key.new_zeros(key.shape[:2], dtype=torch.float32) if b is None else b for key, b in zip(k, bias)], dim=1)
+    out = attention.plain_attention(torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1), row[:, None, None], scale)
+    return list(out.split([x.shape[1] for x in q], dim=1))
+
+
+def random_case(rng: random.Random, seed: int) -> None:
+    """One draw: video always has keys; the others may be empty, padded, wholly padded, or carry log counts."""
+    dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])
+    size, heads, batch = rng.choice([16, 24, 32, 32, 48, 64, 80, 128]), rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
+    lengths = (rng.choice([1, 15, 16, 17, rng.randint(1, 36)]), rng.choice([0, 1, 5, 18]), rng.choice([0, 1, 7, 16, rng.randint(1, 20)]))
+    lengths = lengths[:rng.choice([1, 2, 3, 3, 3])]
+    q, k, v = segments(lengths, heads, size, dtype, batch, seed)
+    bias: list[Tensor | None] = [None]
+    for length in lengths[1:]:
+        kind = rng.choice(["none", "ragged", "all padded", "count"])
+        visible = torch.arange(length)[None] < torch.tensor([[rng.randint(0, length)] for _ in range(batch)])
+        row = {"none": None, "ragged": attention.key_bias(visible), "all padded": torch.full((batch, length), float("-inf")),
+               "count": torch.randint(1, 500, (batch, length)).float().log()}[kind]
+        bias.append(None if row is None else row.to(DEVICE))
+    scale = rng.choice([None, 0.3])
+    inputs = [*q, *k, *v]
+    expected, found = plain_segments(q, k, v, bias, scale), kernels.attend(q, k, v, bias, scale)
+    close(found, expected, dtype)
+    close(gradients(found, inputs), gradients(expected, inputs), dtype)
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_attention_equals_the_plain_one_on_random_segments(group):
+    """Forward and all nine gradients, over ragged tails, empty segments, wholly padded segments, length 1, log counts."""
+    for i in range(6):
+        random_case(random.Random(100 * group + i), i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", range(10, 30))
+def test_attention_equals_the_plain_one_on_two_hundred_more(group):
+    """The same, for longer."""
+    for i in range(10):
+        random_case(random.Random(100 * group + i), i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joint_attention_equals_the_plain_one_behind_the_same_call(dtype):
+    """`kernels.joint_attention` takes what `attention.joint_attention` takes; rotated queries and keys may be fp32."""
+    q, k, v = segments((20, 5, 9), 2, 32, dtype, batch=2)
+    mask = torch.arange(9, device=DEVICE)[None] < torch.tensor([[9], [0]], device=DEVICE)
+    qkv = [(q[0].float(), k[0].float(), v[0]), (q[1], k[1], v[1]), (q[2], k[2], v[2])]
+    expected, found = (f.joint_attention(qkv, [None, None, mask]) for f in (attention, kernels))
+    close(found, expected, dtype)
+    close(gradients(found, [*q, *k, *v]), gradients(expected, [*q, *k, *v]), dtype)
+
+
+def test_cross_attention_with_a_text_bias_equals_the_plain_one():
+    """One query segment, other keys, padding collapsed into one key with log(count)."""
+    (q,), _, _ = segments((19,), 2, 32, torch.float32, batch=2)
+    _, (k,), (v,) = segments((7,), 2, 32, torch.float32, batch=2, seed=1)
+    bias = attention.text_bias(torch.tensor([6, 3], device=DEVICE), 7, 40)[:, None, None]
+    expected, found = attention.plain_attention(q, k, v, bias), kernels.attention(q, k, v, bias)
+    close([found], [expected], torch.float32)
+    close(gradients([found], [q, k, v]), gradients([expected], [q, k, v]), torch.float32)
+
+
+def test_a_key_with_log_count_bias_stands_for_its_copies():
+    """log(3) on one key is the same as the key three times."""
+    q, k, v = segments((4,), 1, 16, torch.float32)
+    _, (k3,), (v3,) = segments((1,), 1, 16, torch.float32, seed=3)
+    count = torch.full((1, 1), 3.0, device=DEVICE).log()
+    once = kernels.attend(q, [*k, k3], [*v, v3], [None, count])
+    thrice = kernels.attend(q, [*k, k3.expand(1, 3, 1, 16)], [*v, v3.expand(1, 3, 1, 16)], [None, None])
+    close(once, thrice, torch.float32)
+
+
+def test_a_query_that_sees_no_key_gets_zeros_and_gives_zero_gradients():
+    """All keys of one sample are padded: no NaN forward or backward, and the other sample is not touched."""
+    q, k, v = segments((18,), 1, 16, torch.float32, batch=2)
+    bias = attention.key_bias(torch.tensor([[True], [False]], device=DEVICE).expand(2, 18))
+    out = kernels.attend(q, k, v, [bias])
+    grads = gradients(out, [*q, *k, *v])
+    assert out[0][1].abs().max() == 0 and all(g[1].abs().max() == 0 for g in grads)
+    expected = plain_segments(*([x[0][:1]] for x in (q, k, v)), [None])
+    close([out[0][:1]], expected, torch.float32)
+
+
+def test_attention_is_deterministic_and_saves_the_log_sum_exp():
+    """Two runs agree bit for bit; the log-sum-exp is that of the logits."""
+    q, k, v = segments((17, 3, 6), 1, 32, torch.float32)
+    *_, lse = kernels.attention_op(q, k, v, [], "", 0.2)
+    logits = torch.einsum("bqnk,bsnk->bnqs", torch.cat(q, 1), torch.cat(k, 1)) * 0.2
+    assert torch.allclose(lse, logits.logsumexp(-1), atol=1e-4)
+    runs = [gradients(kernels.attend(q, k, v, [None] * 3, 0.2), [*q, *k, *v]) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.slow
+def test_offsets_reach_beyond_two_to_the_31():
+    """A batch stride of more than 2^31 elements: the second sample is read where it is. (8.6 GB are reserved, hardly any is touched.)"""
+    stride = 2**31 + 64
+    room = torch.empty(2 * stride, dtype=torch.bfloat16, device=DEVICE)
+    q, k, v = (room.as_strided((2, 5, 1, 16), (stride, 16, 16, 1), 80 * i) for i in range(3))
+    for x in (q, k, v):
+        x.copy_(torch.randn(2, 5, 1, 16))
+    close(kernels.attend([q], [k], [v], [None]), plain_segments([q], [k], [v], [None]), torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_a_layer_of_the_full_model():
+    """24 heads of 128 over 360 video, 53 action and 130 understanding tokens; tiles of 64, as on a GPU."""
+    q, k, v = segments((360, 53, 130), 24, 128, torch.float32)
+    bias = [None, None, attention.key_bias(torch.arange(130, device=DEVICE)[None] < 101)]
+    inputs = [*q, *k, *v]
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(kernels, "tile", lambda *_: kernels.Tile(64, 64, 4, 1))
+        found = kernels.attend(q, k, v, bias)
+        grads = gradients(found, inputs)
+    expected = plain_segments(q, k, v, bias)
+    close(found, expected, torch.float32)
+    close(grads, gradients(expected, inputs), torch.float32)
+
+
+# -- row kernels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(6))
+def test_norm_and_rotation_equal_the_plain_ones(seed, dtype):
+    """RMS norm over all heads, rotation of video only, from slices of one projection; gradients of inputs and of both weights."""
+    rng = random.Random(seed)
+    batch, length, heads, size = rng.choice([1, 2]), rng.choice([1, 17, 33]), rng.choice([1, 3, 4]), rng.choice([4, 12, 24, 64])
+    torch.manual_seed(seed)
+    qkv = torch.randn(batch, length, 3 * heads * size, device=DEVICE).to(dtype).requires_grad_()
+    norms = [attention.RMSNorm(heads * size).to(DEVICE, dtype) for _ in range(2)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+    q, k, _ = qkv.chunk(3, dim=-1)
+    angle = torch.randn(length, size // 2, device=DEVICE)
+    rope = (angle.cos(), angle.sin()) if seed % 2 else None
+    expected = [rearrange(norm(x), "b l (n k) -> b l n k", k=size) for norm, x in zip(norms, (q, k))]
+    if rope:
+        expected = [attention.rotate_interleaved(x, *rope).to(dtype) for x in expected]
+    found = list(kernels.norm_rotate(q, k, norms[0].weight, norms[1].weight, norms[0].eps, size, rope))
+    inputs = [qkv, norms[0].weight, norms[1].weight]
+    close(found, expected, dtype)
+    close(gradients(found, inputs), gradients(expected, inputs), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(6))
+def test_modulation_and_gated_residual_equal_the_plain_ones(seed, dtype):
+    """One modulation per sample or per token, out of the six of a block; fp32 stream, projections in `dtype`."""
+    rng = random.Random(seed)
+    batch, length, width = rng.choice([1, 2]), rng.choice([1, 5, 35]), rng.choice([6, 64, 130])
+    torch.manual_seed(seed)
+    x = torch.randn(batch, length, width, device=DEVICE, requires_grad=True)
+    y = torch.randn(batch, length, width, device=DEVICE).to(dtype).requires_grad_()
+    mods = torch.randn(batch, length if length < 35 else 1, 6, width, device=DEVICE, requires_grad=True)
+    shift, scale, gate = mods.unbind(dim=2)[:3]
+    norm = attention.LayerNorm(width, 1e-5, elementwise_affine=False)
+    expected = [modulate(norm(x), Modulation(shift, scale)).to(dtype), x.float() + y.float() * gate]
+    found = [kernels.norm_modulate(x, shift, scale, 1e-5, dtype), kernels.add_gated(x, y, gate)]
+    close(found, expected, dtype)
+    close(gradients(found, [x, y, mods]), gradients(expected, [x, y, mods]), dtype)
+
+
+# -- with the rest of torch -------------------------------------------------------------------------------------------------
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, device=DEVICE, requires_grad=True)
+
+
+def op_arguments() -> dict:
+    q, k, v = ([leaf(1, length, 1, 16) for length in (5, 0, 3)] for _ in range(3))
+    rows, weight, mod = leaf(1, 3, 8), leaf(8), leaf(1, 1, 8)
+    return {"attention": (kernels.attention_op, (q, k, v, [torch.zeros(1, 3, device=DEVICE)], "2", 0.25)),
+            "norm_rotate": (kernels.norm_rotate_op, (rows, rows, weight, weight, None, None, 1e-6, 4, torch.float32)),
+            "norm_modulate": (kernels.norm_modulate, (rows, mod, mod, 1e-6, torch.bfloat16)),
+            "add_gated": (kernels.add_gated, (rows, leaf(1, 3, 8), mod))}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("norm_rotate", "norm_modulate", "add_gated")]
+
+
+@pytest.mark.parametrize("name", ["attention", *SLOW])
+def test_operations_pass_opcheck(name):
+    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the operation does."""
+    op, arguments = op_arguments()[name]
+    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def layer(x: Tensor, weight: Tensor, mod: Tensor) -> Tensor:
+    h = kernels.norm_modulate(x, mod, mod, 1e-6, torch.float32)
+    q, k = kernels.norm_rotate(h, h, weight, weight, 1e-6, 16)
+    return kernels.add_gated(x, kernels.joint_attention([(q, k, q)], [None])[0], mod)
+
+
+def test_a_layer_of_kernels_compiles_in_one_graph_and_checkpoints():
+    """torch.compile(fullgraph=True) and activation checkpointing change no bit of the output or the gradients."""
+    torch.manual_seed(0)
+    inputs = [leaf(1, 6, 32), leaf(32), leaf(1, 1, 32)]
+    expected = layer(*inputs)
+    expected_grads = gradients([expected], inputs)
+    for run in (torch.compile(layer, fullgraph=True, backend="aot_eager"), lambda *x: checkpoint(layer, *x, use_reentrant=False)):
+        found = run(*inputs)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(gradients([found], inputs), expected_grads))
+
+
+def test_choice_says_why_and_the_environment_overrules_it(monkeypatch):
+    """SDPA where there is no CUDA, whatever MOTUS_ATTENTION says if it is set, and a plain refusal of other names."""
+    monkeypatch.delenv("MOTUS_ATTENTION", raising=False)
+    assert kernels.choose("cpu") == ("sdpa", "the device is cpu, not cuda")
+    monkeypatch.setattr(kernels, "capability", lambda device: 90)
+    assert kernels.choose("cuda")[0] == "triton"
+    monkeypatch.setenv("MOTUS_ATTENTION", "plain")
+    assert kernels.choose("cuda")[0] == "plain"
+    monkeypatch.setenv("MOTUS_ATTENTION", "fast")
+    with pytest.raises(ValueError, match="'fast'; allowed: plain, sdpa, triton"):
+        kernels.choose("cpu")
+
+
+def test_what_cannot_run_is_refused_with_a_remedy():
+    """Head sizes over 128 and half precision; without Triton, or without a GPU, the file imports and a kernel is refused when asked for."""
+    x = torch.zeros(1, 2, 1, 130)
+    with pytest.raises(ValueError, match="head size 130"):
+        kernels.attention(x, x, x)
+    code = ("import sys, torch; {}; import kernels; print(kernels.choose('cpu')[0]); x = torch.zeros(1, 2, 1, 16); "
+            "kernels.attention(x, x, x)")
+    for prepare, message in (("sys.modules['triton'] = None", "Triton is not installed"), ("pass", "asked for on cpu")):
+        run = subprocess.run([sys.executable, "-c", code.format(prepare)], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                             env={k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MOTUS_ATTENTION")})
+        assert run.stdout.strip() == "sdpa" and message in run.stderr.splitlines()[-1]
+
+
+# -- bytes moved ------------------------------------------------------------------------------------------------------------
+
+
+class Traffic:
+    """Counts what the interpreter's programs load and store: bytes at distinct addresses (each crosses the memory bus once, if what is
+    read again comes from the L2 cache), and how often each tensor was read."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        from triton.runtime.interpreter import InterpreterBuilder as Builder
+        self.reads: dict[int, int] = {}
+        self.read_bytes = self.written_bytes = 0
+        load, store = Builder.create_masked_load, Builder.create_masked_store
+        self.written: set[int] = set()
+
+        def count_load(builder, pointers, mask, other, *rest):
+            out = load(builder, pointers, mask, other, *rest)
+            for address in pointers.data[mask.data].tolist():
+                if address not in self.reads:
+                    self.read_bytes += out.data.itemsize
+                self.reads[address] = self.reads.get(address, 0) + 1
+            return out
+
+        def count_store(builder, pointers, value, mask, *rest):
+            addresses = pointers.data[mask.data].tolist()
+            assert not self.written & set(addresses), "stored twice"
+            self.written |= set(addresses)
+            self.written_bytes += len(addresses) * value.data.itemsize
+            return store(builder, pointers, value, mask, *rest)
+
+        patch.setattr(Builder, "create_masked_load", count_load)
+        patch.setattr(Builder, "create_masked_store", count_store)
+
+    def times_read(self, x: Tensor) -> int:
+        return max(n for a, n in self.reads.items() if x.data_ptr() <= a < x.data_ptr() + x.nbytes)
+
+    def total(self) -> int:
+        return self.read_bytes + self.written_bytes
+
+
+def size_of(*tensors: Tensor) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
+def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile(monkeypatch):
+    """Bytes of a forward and a backward pass against inputs + outputs; the other side's tensors are read again once per tile."""
+    q, k, v = ([x.detach() for x in group] for group in segments((20, 5, 9), 1, 32, torch.bfloat16))
+    bias = torch.zeros(1, 9)
+    traffic = Traffic(monkeypatch)
+    *o, lse = kernels.attention_op(q, k, v, [bias], "2", 0.2)
+    assert traffic.total() <= 1.1 * size_of(*q, *k, *v, bias, *o, lse)
+    assert traffic.times_read(q[1]) == 1 and traffic.times_read(k[1]) == traffic.times_read(v[1]) == 4       # tiles: 2 + 1 + 1
+    do = [torch.randn_like(x) for x in o]
+    traffic = Traffic(monkeypatch)
+    grads = kernels.attention_backward_op(do, q, k, v, [bias], "2", o, lse, 0.2)
+    inputs = size_of(*q, *k, *v, bias, *o, *do, lse)
+    assert traffic.total() <= 1.1 * (inputs + size_of(*grads, lse))                                            # delta is as large as lse
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
+def test_row_kernels_move_at_most_a_tenth_more_than_they_must(monkeypatch):
+    """Every row is read and written once; the excess is the parts of the gradients that sum over rows, written and read again."""
+    x, mod, weight = torch.randn(1, 64, 64), torch.randn(1, 1, 64), torch.randn(64)
+    y, table = torch.randn(1, 64, 64).bfloat16(), torch.randn(64, 8)
+    z = torch.randn(1, 64, 64).bfloat16()
+    heads = torch.randn(1, 64, 4, 16).bfloat16()
+
+    def moved(function, arguments: tuple, read: list[Tensor], parts: int = 0) -> None:
+        traffic = Traffic(monkeypatch)
+        outputs = function(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        written = [out for out in outputs if out.dim() > 1 and out.shape[1] > 1]
+        assert size_of(*read, *written) <= traffic.total() + parts * 2 * weight.nbytes <= 1.1 * size_of(*read, *outputs)
+        assert all(traffic.times_read(row) == 1 for row in read if row.dim() > 2 and row.shape[1] > 1)
+
+    weights = (weight.bfloat16(), weight.bfloat16())
+    moved(kernels.norm_rotate_op, (y, z, *weights, table, table.clone(), 1e-6, 16, torch.bfloat16), [y, z, *weights, table, table])
+    moved(kernels.norm_rotate_backward_op, (heads, heads.clone(), y, z, *weights, table, table.clone(), 1e-6),
+          [heads, heads, y, z, *weights, table, table], parts=4)
+    moved(kernels.norm_modulate, (x, mod, mod.clone(), 1e-6, torch.bfloat16), [x, mod, mod])
+    moved(kernels.norm_modulate_backward_op, (y, x, mod, 1e-6), [y, x, mod], parts=4)
+    moved(kernels.add_gated, (x, y, mod), [x, y, mod])
+    moved(kernels.add_gated_backward_op, (x, y, mod), [x, y, mod], parts=2)
+
+
+# -- ahead of time ----------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}       # KiB that one block may use
+HEAD_SIZES = {24: 4, 64: 12, 128: 24}                             # of the presets, with their numbers of heads
+
+
+def launches(sm: int, dtype: torch.dtype, size: int | None) -> list[tuple]:
+    """What would be launched on `sm`: (name, kernel, arguments, options) of the attention at a head size, or of the row kernels (None)."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "capability", lambda device: sm)
+        patch.setattr(kernels, "launch", lambda kernel, grid, device, *args, **options: calls.append((kernel, args, options)))
+        if size:
+            heads, lengths = HEAD_SIZES[size], (360, 53, 130)
+            q, k, v = ([torch.empty(1, n, heads, size, dtype=dtype) for n in lengths] for _ in range(3))
+            bias = [torch.empty(1, n) for n in lengths[1:]]
+            *o, lse = kernels.attention_op(q, k, v, bias, "12", size**-0.5)
+            kernels.attention_backward_op(o, q, k, v, bias, "12", o, lse, size**-0.5)
+        else:
+            stream, y, weight = torch.empty(1, 360, 3072), torch.empty(1, 360, 3072, dtype=dtype), torch.empty(3072, dtype=dtype)
+            mod, table = torch.empty(1, 1, 6, 3072).unbind(2), torch.empty(360, 64)
+            heads = kernels.norm_rotate_op(y, y, weight, weight, table, table, 1e-6, 128, dtype)
+            kernels.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
+            kernels.norm_modulate(stream, mod[0], mod[1], 1e-6, dtype)
+            kernels.norm_modulate_backward_op(y, stream, mod[1], 1e-6)
+            kernels.add_gated(stream, y, mod[2])
+            kernels.add_gated_backward_op(stream, y, mod[2])
+    return [(kernel.fn.__name__.removesuffix("_kernel"), kernel, args, options) for kernel, args, options in calls]
+
+
+def specialise(x, path: tuple[int, ...], constants: dict, attributes: dict):
+    """The type of an argument as Triton's launcher sees it: ones and None are constants, multiples of 16 and aligned pointers are known."""
+    if isinstance(x, tuple):
+        return tuple(specialise(y, (*path, i), constants, attributes) for i, y in enumerate(x))
+    if x is None or isinstance(x, int) and x == 1:
+        constants[path] = x
+        return "constexpr"
+    if isinstance(x, float):
+        return "fp32"
+    if (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[x.dtype] if isinstance(x, Tensor) else "i32"
+
+
+def compiled(kernel, args: tuple, options: dict, sm: int) -> dict:
+    """Compiles one launch for `sm` and reads the figures out of the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names, constants, attributes = kernel.arg_names, {}, {}
+    signature = {name: specialise(x, (i,), constants, attributes) for i, (name, x) in enumerate(zip(names, args))}
+    pipeline = {name: options[name] for name in ("num_warps", "num_stages")}
+    for name in options.keys() - pipeline.keys():
+        signature[name], constants[names.index(name),] = "constexpr", options[name]
+    out = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", sm, 32), options=pipeline)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(out.asm["cubin"])
+        usage, code = (subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                       for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return {"tile": [options.get("OWN"), options.get("OTHER"), *pipeline.values()], "registers": int(registers), "stack": int(stack),
+            "spills": count(r"\b(?:LDL|STL)\b"), "shared": out.metadata.shared, "tensor_core": count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
+            "async_copies": count(r"\bLDGSTS\b"), "wide_loads": count(r"\bLDG\.E\.128\b"),
+            "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/")}
+
+
+def table(architectures: tuple[int, ...] = ARCHITECTURES, sizes: tuple = (*HEAD_SIZES, None), only: str = "") -> dict:
+    """Figures of every shipped configuration, by name."""
+    rows = {}
+    for sm in architectures:
+        for size in sizes:
+            for dtype in (torch.bfloat16, torch.float32):
+                for name, kernel, args, options in launches(sm, dtype, size):
+                    key = f"sm_{sm} {str(dtype)[6:]} {name}" + (f" K={size}" if size else "")
+                    if only in key:
+                        rows[key] = compiled(kernel, args, options, sm)
+    return rows
+
+
+def check_figures(rows: dict) -> None:
+    for key, row in rows.items():
+        assert row["spills"] == row["stack"] == 0, f"{key} spills: {row}"
+        assert row["shared"] <= 1024 * SHARED_LIMIT[int(key[3:6])], f"{key} needs {row['shared']} bytes of shared memory"
+        if "K=" in key:
+            assert row["tensor_core"] > 0 and row["async_copies"] > 0, f"{key}: {row}"
+        else:
+            assert row["wide_loads"] > 0, f"{key} loads narrowly: {row}"
+
+
+def compile_in_another_process(tmp_path: Path, *arguments: str) -> dict:
+    """Interpreted kernels cannot be compiled, so a fresh process does."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    run = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def agrees(found: dict) -> None:
+    import triton
+    golden = json.loads(GOLDEN.read_text())
+    check_figures(found)
+    if triton.__version__ == golden["triton"]:
+        assert {key: golden["kernels"][key] for key in found} == found
+
+
+def test_committed_figures_show_no_spill_and_fit_every_card():
+    """The table covers three attention kernels at the head sizes of the presets and six row kernels, twice, on five architectures."""
+    rows = json.loads(GOLDEN.read_text())["kernels"]
+    assert len(rows) == len(ARCHITECTURES) * 2 * (3 * len(HEAD_SIZES) + 6)
+    check_figures(rows)
+
+
+def test_a_kernel_compiles_to_the_committed_figures(tmp_path):
+    """The forward kernel of the full model for sm_90, as a sample of the table."""
+    agrees(compile_in_another_process(tmp_path, "sm_90 bfloat16 forward K=128"))
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_to_the_committed_figures(tmp_path):
+    """The whole table again."""
+    found = compile_in_another_process(tmp_path, "")
+    assert found.keys() == json.loads(GOLDEN.read_text())["kernels"].keys()
+    agrees(found)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:                                         # a test asks for the rows whose name contains the argument
+        print(json.dumps(table(only=sys.argv[1])))
+    else:
+        import triton
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in table().items())
+        GOLDEN.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')

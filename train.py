@@ -114,10 +114,10 @@ class Settings:
 
 # What differs from the defaults, per preset and stage.
 DEFAULTS = {
-    ("toy", "1"): dict(steps=500),
+    ("toy", "1"): dict(steps=400),
     ("toy", "latent"): dict(steps=1500, batch=128, lr=2e-3, episodes=40),
-    ("toy", "2"): dict(steps=800),
-    ("toy", "3"): dict(steps=2400, episodes=300, windows=5000),
+    ("toy", "2"): dict(steps=600),
+    ("toy", "3"): dict(steps=2600, episodes=600, windows=8000),
 }
 
 

@@ -67,12 +67,15 @@ def number(value: object) -> float:
 
 
 def value_of(field: str, value: object, several: bool) -> int | float | tuple:
-    """What a config states for a field: sizes are whole and positive, epsilons and bases positive, lists (`several`) hold any numbers."""
+    """What a config states for a field, or a list (`several`) of: sizes are whole, epsilons, bases and statistics need not be; of these
+    only statistics and members of lists may be zero or less."""
+    fractional = field.endswith(("eps", "theta")) or field in ("mean", "std")
     if several:
-        if not isinstance(value, list) or not all(math.isfinite(number(item)) for item in value):
-            raise ValueError(f"{str(value)[:60]!r}; expected a list of numbers")
-        return tuple(int(x) if (x := number(item)).is_integer() else x for item in value)
-    x, fractional = number(value), field.endswith(("eps", "theta"))
+        items = [number(item) for item in value] if isinstance(value, list) else [math.nan]
+        if not all(math.isfinite(x) and (fractional or x.is_integer()) for x in items):
+            raise ValueError(f"{str(value)[:60]!r}; expected a list of {'' if fractional else 'whole '}numbers")
+        return tuple(x if fractional else int(x) for x in items)
+    x = number(value)
     if not (0 < x < math.inf and (fractional or x.is_integer())):
         raise ValueError(f"{str(value)[:60]!r}; expected a {'' if fractional else 'whole '}number above 0")
     return x if fractional else int(x)

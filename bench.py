@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = ["| what | against | ours, ms | other, ms | other / ours |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {what} | {other} | {1000 * a:.1f} | {1000 * b:.1f} | {ratio:.2f} |" for what, other, a, b, ratio in rows]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    where = f"`python bench.py {' '.join(sys.argv[1:] if argv is None else argv)}`, {device}, {platform.machine()}, torch {torch.__version__}"
+    command = " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])
+    where = f"`{command}`, {device}, {platform.machine()}, torch {torch.__version__}"
     lines += ["", f"{where}, {datetime.date.today()}; preset toy, fp32, {args.rounds} pairs in turns, medians; samplers agree within "
               f"{difference:.1g}"]
     print("\n".join(lines))

@@ -45,8 +45,20 @@ from attention import LayerNorm, Linear, LinearFP32, RMSNorm, joint_attention, m
 from backbones.published import is_published, load_text, load_vae, load_vlm, open_motus, read_tokenizer
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
-from backbones.wan import (Modulation, TextKV, TextStates, WanBlock, WanConfig, WanModel, WanVAE, WanVAEConfig, modulate, modulation,
-                           rope_3d, time_sinusoid)
+from backbones.wan import (
+    Modulation,
+    TextKV,
+    TextStates,
+    WanBlock,
+    WanConfig,
+    WanModel,
+    WanVAE,
+    WanVAEConfig,
+    modulate,
+    modulation,
+    rope_3d,
+    time_sinusoid,
+)
 from backbones.weights import TensorSource, digest, fetched, load_into, open_source, read_json, read_metadata, save_safetensors
 
 # -- configuration ----------------------------------------------------------------------------------------------------------

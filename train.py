@@ -114,6 +114,7 @@ class Settings:
 
 # What differs from the defaults, per preset and stage.
 DEFAULTS = {
+    ("toy", "backbones"): dict(episodes=250),
     ("toy", "1"): dict(steps=400),
     ("toy", "latent"): dict(steps=1500, batch=128, lr=2e-3, episodes=40),
     ("toy", "2"): dict(steps=600),
@@ -352,6 +353,8 @@ def train_latent(args: argparse.Namespace) -> Path:
     run = claim(Path(args.run or "runs/latent"), resumed=False)
     torch.manual_seed(settings.seed)
     model = latent_action.LatentActionModel(latent_action.PRESETS[args.preset])
+    if args.preset not in BACKBONES:
+        raise ValueError(f"preset {args.preset!r} has no DC-AE in the repository; allowed: {', '.join(BACKBONES)}")
     model.load_dcae(BACKBONES[args.preset] / "dcae.safetensors")
     pairs = latent_action.toy_pairs(data.toy_episodes((2, 3, 4, 5, 6), settings.episodes, settings.seed), model.config.interval, every=2)
     tokens = model.tokens(pairs.flow)
@@ -400,9 +403,10 @@ def train_latent(args: argparse.Namespace) -> Path:
 
 def train_backbones(args: argparse.Namespace) -> None:
     """Pre-trains the toy's video VAE, text encoder, VLM and DC-AE on all levels of the toy world and stores them with their figures."""
-    torch.manual_seed(0)
+    settings = settings_for("toy", "backbones", args.set)
+    torch.manual_seed(settings.seed)
     folder, steps = Path(args.run or BACKBONES["toy"]), (lambda n: args.steps or n)
-    web, held = data.ToyWeb(250, seed=0), data.ToyWeb(40, seed=1, held_out=True)
+    web, held = data.ToyWeb(settings.episodes, settings.seed), data.ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
     pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
     prompt = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
     pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)

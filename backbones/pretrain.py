@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
-from backbones.wan import WanVAE, WanVAEConfig
+from backbones.wan import WanVAE
 
 
 def word_tokenizer(path: Path, specials: list[str], sentences: list[str]) -> None:
@@ -42,13 +42,12 @@ def word_tokenizer(path: Path, specials: list[str], sentences: list[str]) -> Non
     tokenizer.save(str(path))
 
 
-def optimise(parameters, steps: int, lr: float, loss: Callable[[int], Tensor], name: str) -> float:
-    """AdamW with warm-up and cosine decay; returns the mean loss of the last tenth."""
+def optimise(parameters, steps: int, lr: float, loss: Callable[[int], Tensor], name: str) -> None:
+    """AdamW with warm-up and cosine decay."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
     scale = lambda step: min(1, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    last = []
     with tqdm(range(steps), desc=name, unit="step", mininterval=2) as bar:
         for step in bar:
             optimizer.zero_grad()
@@ -57,11 +56,8 @@ def optimise(parameters, steps: int, lr: float, loss: Callable[[int], Tensor], n
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            if step >= 0.9 * steps:
-                last.append(value.item())
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{value.item():.4f}")
-    return sum(last) / len(last)
 
 
 # -- video VAE --------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def motus_case(name: str) -> tuple[dict, Motus, dict[str, torch.Tensor], Inputs]
         load_into(model, source, own_name)
     stored = load_file(FOLDER / f"{name}.safetensors")
     lengths = torch.full((size["batch"],), stored["in/text"].shape[1])
-    inputs = Inputs(stored["in/latents"], stored["in/text"], lengths, stored["in/vlm_hidden"], None, stored.get("in/state"), stored["in/actions"])
+    inputs = Inputs(stored["in/latents"], stored["in/text"], lengths, stored["in/vlm_hidden"], state=stored.get("in/state"),
+                    actions=stored["in/actions"])
     return size, model, stored, inputs
 
 
@@ -95,8 +96,9 @@ def test_video_vae_equals_the_official_one(name):
     """Latents of a nine-frame clip, and the clip decoded from them."""
     size, stored = json.loads((FOLDER / f"{name}.json").read_text()), load_file(FOLDER / f"{name}.safetensors")
     vae = WanVAE(WanVAEConfig(
-        dim=size["dim"], dec_dim=size["dec_dim"], z_dim=size["z_dim"], dim_mult=tuple(size["dim_mult"]), num_res_blocks=size["num_res_blocks"],
-        temporal_downsample=tuple(size["temperal_downsample"]), mean=tuple(stored["mean"].tolist()), std=tuple(stored["std"].tolist())))
+        dim=size["dim"], dec_dim=size["dec_dim"], z_dim=size["z_dim"], dim_mult=tuple(size["dim_mult"]),
+        num_res_blocks=size["num_res_blocks"], temporal_downsample=tuple(size["temperal_downsample"]),
+        mean=tuple(stored["mean"].tolist()), std=tuple(stored["std"].tolist())))
     with open_source(FOLDER / f"{name}.pth") as source:
         load_into(vae, source)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -300,39 +301,36 @@ def test_what_cannot_run_is_refused_with_a_remedy():
 
 
 class Traffic:
-    """Counts what the interpreter's programs load and store: bytes at distinct addresses (each crosses the memory bus once, if what is
-    read again comes from the L2 cache), and how often each tensor was read."""
+    """Runs an operation and counts what the interpreter's programs load and store: bytes at distinct addresses (each crosses the memory
+    bus once, if what is read again comes from the L2 cache), and how often each element was read. Nothing may be stored twice."""
 
-    def __init__(self, patch: pytest.MonkeyPatch):
+    def __init__(self, operation, *arguments):
         from triton.runtime.interpreter import InterpreterBuilder as Builder
-        self.reads: dict[int, int] = {}
-        self.read_bytes = self.written_bytes = 0
         load, store = Builder.create_masked_load, Builder.create_masked_store
-        self.written: set[int] = set()
+        self.reads, self.written, self.bytes = Counter(), set(), 0
 
-        def count_load(builder, pointers, mask, other, *rest):
-            out = load(builder, pointers, mask, other, *rest)
-            for address in pointers.data[mask.data].tolist():
-                if address not in self.reads:
-                    self.read_bytes += out.data.itemsize
-                self.reads[address] = self.reads.get(address, 0) + 1
+        def count_load(builder, pointers, mask, *rest):
+            out = load(builder, pointers, mask, *rest)
+            addresses = pointers.data[mask.data].tolist()
+            self.bytes += len(set(addresses) - self.reads.keys()) * out.data.itemsize
+            self.reads.update(addresses)
             return out
 
         def count_store(builder, pointers, value, mask, *rest):
-            addresses = pointers.data[mask.data].tolist()
-            assert not self.written & set(addresses), "stored twice"
-            self.written |= set(addresses)
-            self.written_bytes += len(addresses) * value.data.itemsize
+            addresses = set(pointers.data[mask.data].tolist())
+            assert not self.written & addresses
+            self.written |= addresses
+            self.bytes += len(addresses) * value.data.itemsize
             return store(builder, pointers, value, mask, *rest)
 
-        patch.setattr(Builder, "create_masked_load", count_load)
-        patch.setattr(Builder, "create_masked_store", count_store)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Builder, "create_masked_load", count_load)
+            patch.setattr(Builder, "create_masked_store", count_store)
+            outputs = operation(*arguments)
+        self.outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
     def times_read(self, x: Tensor) -> int:
         return max(n for a, n in self.reads.items() if x.data_ptr() <= a < x.data_ptr() + x.nbytes)
-
-    def total(self) -> int:
-        return self.read_bytes + self.written_bytes
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -340,45 +338,38 @@ def size_of(*tensors: Tensor) -> int:
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
-def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile(monkeypatch):
+def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
     """Bytes of a forward and a backward pass against inputs + outputs; the other side's tensors are read again once per tile."""
-    q, k, v = ([x.detach() for x in group] for group in segments((20, 5, 9), 1, 32, torch.bfloat16))
+    q, k, v = ([x.detach().contiguous() for x in group] for group in segments((20, 5, 9), 1, 32, torch.bfloat16))
     bias = torch.zeros(1, 9)
-    traffic = Traffic(monkeypatch)
-    *o, lse = kernels.attention_op(q, k, v, [bias], "2", 0.2)
-    assert traffic.total() <= 1.1 * size_of(*q, *k, *v, bias, *o, lse)
-    assert traffic.times_read(q[1]) == 1 and traffic.times_read(k[1]) == traffic.times_read(v[1]) == 4       # tiles: 2 + 1 + 1
+    forward = Traffic(kernels.attention_op, q, k, v, [bias], "2", 0.2)
+    *o, lse = forward.outputs
+    assert forward.bytes <= 1.1 * size_of(*q, *k, *v, bias, *o, lse)
+    assert forward.times_read(q[1]) == 1 and forward.times_read(k[1]) == forward.times_read(v[1]) == 2 + 1 + 1   # tiles of the queries
     do = [torch.randn_like(x) for x in o]
-    traffic = Traffic(monkeypatch)
-    grads = kernels.attention_backward_op(do, q, k, v, [bias], "2", o, lse, 0.2)
-    inputs = size_of(*q, *k, *v, bias, *o, *do, lse)
-    assert traffic.total() <= 1.1 * (inputs + size_of(*grads, lse))                                            # delta is as large as lse
+    backward = Traffic(kernels.attention_backward_op, do, q, k, v, [bias], "2", o, lse, 0.2)
+    assert backward.bytes <= 1.1 * size_of(*do, *q, *k, *v, bias, *o, lse, *backward.outputs, lse)              # delta is as large as lse
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
-def test_row_kernels_move_at_most_a_tenth_more_than_they_must(monkeypatch):
-    """Every row is read and written once; the excess is the parts of the gradients that sum over rows, written and read again."""
-    x, mod, weight = torch.randn(1, 64, 64), torch.randn(1, 1, 64), torch.randn(64)
-    y, table = torch.randn(1, 64, 64).bfloat16(), torch.randn(64, 8)
-    z = torch.randn(1, 64, 64).bfloat16()
-    heads = torch.randn(1, 64, 4, 16).bfloat16()
+def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
+    """Every row is read once; the excess is the parts of gradients that sum over rows, written and read again by torch's sum."""
+    def bf16(*shape: int) -> Tensor:
+        return torch.randn(shape).bfloat16()
 
-    def moved(function, arguments: tuple, read: list[Tensor], parts: int = 0) -> None:
-        traffic = Traffic(monkeypatch)
-        outputs = function(*arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        written = [out for out in outputs if out.dim() > 1 and out.shape[1] > 1]
-        assert size_of(*read, *written) <= traffic.total() + parts * 2 * weight.nbytes <= 1.1 * size_of(*read, *outputs)
-        assert all(traffic.times_read(row) == 1 for row in read if row.dim() > 2 and row.shape[1] > 1)
-
-    weights = (weight.bfloat16(), weight.bfloat16())
-    moved(kernels.norm_rotate_op, (y, z, *weights, table, table.clone(), 1e-6, 16, torch.bfloat16), [y, z, *weights, table, table])
-    moved(kernels.norm_rotate_backward_op, (heads, heads.clone(), y, z, *weights, table, table.clone(), 1e-6),
-          [heads, heads, y, z, *weights, table, table], parts=4)
-    moved(kernels.norm_modulate, (x, mod, mod.clone(), 1e-6, torch.bfloat16), [x, mod, mod])
-    moved(kernels.norm_modulate_backward_op, (y, x, mod, 1e-6), [y, x, mod], parts=4)
-    moved(kernels.add_gated, (x, y, mod), [x, y, mod])
-    moved(kernels.add_gated_backward_op, (x, y, mod), [x, y, mod], parts=2)
+    stream, y, z, mod, scale = torch.randn(1, 64, 64), bf16(1, 64, 64), bf16(1, 64, 64), torch.randn(1, 1, 64), torch.randn(1, 1, 64)
+    weights, rope, heads = (bf16(64), bf16(64)), (torch.randn(64, 8), torch.randn(64, 8)), (bf16(1, 64, 4, 16), bf16(1, 64, 4, 16))
+    for operation, rows, shared, options, parts in (
+            (kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
+            (kernels.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
+            (kernels.norm_modulate, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
+            (kernels.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
+            (kernels.add_gated, (stream, y), (scale,), (), 0),
+            (kernels.add_gated_backward_op, (stream, y), (scale,), (), 1)):
+        run = Traffic(operation, *rows, *shared, *options)
+        reread = parts * 64 // kernels.ROWS * 64 * 4                                         # by the sum over the parts
+        assert run.bytes + reread <= 1.1 * size_of(*rows, *shared, *run.outputs), operation
+        assert all(run.times_read(x) == 1 for x in rows), operation
 
 
 # -- ahead of time ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from backbones.weights import save_safetensors
-from motus import Motus, newest_step
+from motus import Backbones, Motus, newest_step
 
 SMALL = ["--set", "episodes=2", "windows=16", "batch=4", "log_every=1"]
 
@@ -179,3 +179,15 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(runs, tmp_path, monkeypat
         train.main(["--stage", "1", "--run", str(tmp_path / "full"), "--steps", "4", *SMALL, "save_every=2"])
     assert sorted(p.name for p in (tmp_path / "full").iterdir() if "step" in p.name) == ["step_000002"]
     Motus.from_pretrained(tmp_path / "full")
+
+
+def test_backbones_are_pretrained_by_one_command(tmp_path):
+    """Two steps of each: the folder it writes is one that everything else can start from."""
+    train.main(["--stage", "backbones", "--run", str(tmp_path), "--steps", "2", "--set", "episodes=2"])
+    assert {p.name for p in tmp_path.iterdir()} == {"card.json", "dcae.safetensors", "text.json", "text.safetensors", "vae.safetensors",
+                                                    "vlm.json", "vlm.safetensors"}
+    backbones = Backbones.load(tmp_path, train.TOY.video.text_len)
+    frames = torch.zeros(1, 5, 48, 48, 3, dtype=torch.uint8)
+    inputs = backbones.inputs(frames, ["push the red disc to the left"])
+    assert inputs.latents.shape == (1, 24, 2, 6, 6) and inputs.und.shape[2] == train.TOY.vlm_dim
+    assert json.loads((tmp_path / "card.json").read_text())["command"] == "python train.py --stage backbones"

@@ -212,6 +212,28 @@ def test_a_digest_changes_with_any_byte_name_and_dtype():
     assert len({w.digest({"a": a, "b": b}, "about"), *map(w.digest, others)}) == 7
 
 
+def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path):
+    """The resampler comes after a level's residual blocks, however many there are; convert counts them."""
+    names = {"encoder.down_blocks.0.resnets.0.conv1.weight": "encoder.downsamples.0.downsamples.0.residual.2.weight",
+             "encoder.down_blocks.0.downsampler.resample.1.bias": "encoder.downsamples.0.downsamples.1.resample.1.bias",
+             "decoder.up_blocks.0.resnets.1.norm2.gamma": "decoder.upsamples.0.upsamples.1.residual.3.gamma",
+             "decoder.up_blocks.0.upsampler.time_conv.bias": "decoder.upsamples.0.upsamples.2.time_conv.bias"}
+    w.save_safetensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in names})
+    w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert set(w.open_source(tmp_path / "b.safetensors").names()) == set(names.values())
+
+
+def test_a_fused_projection_of_dcae_becomes_three_when_converted(tmp_path):
+    """The one tensor of a published file that has three places here: qkv of the original DC-AE."""
+    qkv = torch.arange(12.0).view(6, 2, 1, 1)
+    name = next(name for name in w.expected("dcae_original") if name.endswith("qkv.conv.weight"))
+    w.save_safetensors(tmp_path / "a.safetensors", {name: qkv, "encoder.project_in.conv.conv.weight": torch.ones(1)})
+    w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with w.open_source(tmp_path / "b.safetensors") as source:
+        parts = [source.read(name) for part in "qkv" for name in source.names() if f".to_{part}." in name]
+        assert torch.equal(torch.cat(parts), qkv) and len(source.names()) == 4 and source.metadata["kind"] == "dcae"
+
+
 def full_size(module: str, name: str, config: str) -> nn.Module:
     """Our network at published size on the meta device."""
     part = importlib.import_module(module)

@@ -94,8 +94,18 @@ def tile(kernel: str, sm: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 64, warps[kernel], 3 if kernel == "forward" else 2)
 
 
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(n: int, step: int) -> int:
+    return -(-n // step)
+
+
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options) -> None:
     """Every kernel starts here, on the device of its tensors. Nothing is launched for empty tensors."""
+    capability(device)                                   # refuses where no kernel can run
     if 0 not in grid:
         with torch.cuda.device(device if device.type == "cuda" else -1):
             kernel[grid](*args, **options)
@@ -279,12 +289,12 @@ def launch_attention(kernel: str, q: list[Tensor], k: list[Tensor], bias: list[T
     """Launches over the tiles of k for "dkv", of q otherwise. biased: the digits of the key segments that `bias` belongs to, like "12";
     groups: the further lists of segments; rows: lse and delta."""
     batch, _, heads, size = q[0].shape
-    padded = max(16, triton.next_power_of_2(size))
+    padded = max(16, power_of_2(size))
     own, other, *pipeline = tile(kernel, capability(q[0].device), q[0].dtype)
     bias_args = {s: (x, x.stride(0)) for s, x in zip(biased, bias)}
     bias_args = tuple(bias_args.get(s, (None, 0)) for s in "012")
     q_args, k_args, v_args, *rest = segments(q, k, *groups)
-    grid = (sum(triton.cdiv(x.shape[1], own) for x in (k if kernel == "dkv" else q)), batch * heads)
+    grid = (sum(ceil_div(x.shape[1], own) for x in (k if kernel == "dkv" else q)), batch * heads)
     launch(KERNELS[kernel], grid, q[0].device, q_args, k_args, v_args, bias_args, *rest, *rows, heads, scale, K=size, KP=padded, OWN=own,
            OTHER=other, UP=INTERPRET and q[0].dtype == torch.bfloat16, PRECISION="tf32x3", num_warps=pipeline[0], num_stages=pipeline[1])
 
@@ -349,6 +359,9 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor 
     if size > 128 or dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"head size {size} and {dtype}: the Triton attention takes head sizes to 128 in float32 or bfloat16; set "
                          "MOTUS_ATTENTION to sdpa")
+    assert all(x.shape[0] == q[0].shape[0] and x.shape[2:] == q[0].shape[2:] for x in (*q, *k, *v)), "B, N, K must be the same"
+    assert len(k) == len(v) == len(bias) and all(x.shape == y.shape for x, y in zip(k, v)), "every key has a value"
+    assert all(x is None or x.shape == y.shape[:2] for x, y in zip(bias, k)), "a bias has one number per key"
     q, k, v = ([x.to(dtype) for x in group] for group in (q, k, v))
     biased = "".join(str(s) for s, x in enumerate(bias) if x is not None)
     bias = [x.float().contiguous() for x in bias if x is not None]
@@ -375,7 +388,7 @@ ROWS = 32
 
 
 def row_options(width: int) -> dict:
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return {"WIDTH": width, "BLOCK": block, "num_warps": 8 if block > 2048 else 4, "num_stages": 1}
 
 
@@ -384,10 +397,11 @@ def by_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
 
 
-def per_sample(x: Tensor) -> tuple[Tensor, int, int]:
-    """Kernel argument for a modulation (B, 1 or L, D): pointer, batch stride, row stride."""
-    x = x if x.stride(2) == 1 else x.contiguous()
-    return x, x.stride(0), x.stride(1) if x.shape[1] > 1 else 0
+def per_sample(mod: Tensor, x: Tensor) -> tuple[Tensor, int, int]:
+    """Kernel argument for the modulation (B, 1 or L, D) of x (B, L, D): pointer, batch stride, row stride."""
+    assert mod.shape in (x.shape, (x.shape[0], 1, x.shape[2])), f"{tuple(mod.shape)} does not modulate {tuple(x.shape)}"
+    mod = mod if mod.stride(2) == 1 else mod.contiguous()
+    return mod, mod.stride(0), mod.stride(1) if mod.shape[1] > 1 else 0
 
 
 @jit
@@ -478,7 +492,7 @@ def norm_rotate_backward_op(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight
                             sin: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (q, k), (batch, length, width) = (by_rows(q), by_rows(k)), q.shape
     dxq, dxk = (x.new_empty(x.shape) for x in (q, k))
-    programs = triton.cdiv(batch * length, ROWS)
+    programs = ceil_div(batch * length, ROWS)
     pq, pk = (x.new_empty((programs, width), dtype=torch.float32) for x in (q, k))
     launch(norm_rotate_backward_kernel, (programs, 2), q.device, (q, q.stride(1), weight_q, dq.contiguous(), dxq, pq),
            (k, k.stride(1), weight_k, dk.contiguous(), dxk, pk), cos, sin, batch * length, length, eps, K=dq.shape[3], ROWS=ROWS,
@@ -486,9 +500,8 @@ def norm_rotate_backward_op(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight
     return dxq, dxk, pq.sum(0).to(weight_q.dtype), pk.sum(0).to(weight_k.dtype)
 
 
-@norm_rotate_backward_op.register_fake
-def _(dq, dk, q, k, weight_q, weight_k, cos, sin, eps):
-    return tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k))
+norm_rotate_backward_op.register_fake(
+    lambda dq, dk, q, k, weight_q, weight_k, cos, sin, eps: tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k)))
 
 
 def save_norm_rotate(ctx, inputs, output):
@@ -544,7 +557,7 @@ def norm_modulate_backward_kernel(dy, x, stride, scale, dx, d_shift, d_scale, le
 def mod_parts(x: Tensor, mod: Tensor) -> tuple[int, int, Tensor]:
     """Rows per program, programs per sample, and room (B, programs, D) for their parts of the gradient of `mod` (B, 1 or L, D)."""
     rows = ROWS if mod.shape[1] == 1 else 1
-    programs = triton.cdiv(x.shape[1], rows)
+    programs = ceil_div(x.shape[1], rows)
     return rows, programs, x.new_empty((x.shape[0], programs, x.shape[2]), dtype=torch.float32)
 
 
@@ -556,14 +569,12 @@ def whole(parts: Tensor, mod: Tensor) -> Tensor:
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`modulate(LayerNorm(x), mod)` without affine weights: x (B, L, D), shift and scale (B, 1 or L, D) -> (B, L, D) in `dtype`."""
     x, y = by_rows(x), x.new_empty(x.shape, dtype=dtype)
-    launch(norm_modulate_kernel, (x.shape[0] * x.shape[1],), x.device, x, x.stride(1), per_sample(shift), per_sample(scale), y, x.shape[1],
-           eps, **row_options(x.shape[2]))
+    launch(norm_modulate_kernel, (x.shape[0] * x.shape[1],), x.device, x, x.stride(1), per_sample(shift, x), per_sample(scale, x), y,
+           x.shape[1], eps, **row_options(x.shape[2]))
     return y
 
 
-@norm_modulate.register_fake
-def _(x, shift, scale, eps, dtype):
-    return x.new_empty(x.shape, dtype=dtype)
+norm_modulate.register_fake(lambda x, shift, scale, eps, dtype: x.new_empty(x.shape, dtype=dtype))
 
 
 @torch.library.custom_op("motus::norm_modulate_backward", mutates_args=())
@@ -571,14 +582,12 @@ def norm_modulate_backward_op(dy: Tensor, x: Tensor, scale: Tensor, eps: float) 
     x, dx = by_rows(x), x.new_empty(x.shape)
     rows, programs, d_shift = mod_parts(x, scale)
     d_scale = torch.empty_like(d_shift)
-    launch(norm_modulate_backward_kernel, (programs, x.shape[0]), x.device, dy.contiguous(), x, x.stride(1), per_sample(scale), dx, d_shift,
-           d_scale, x.shape[1], eps, ROWS=rows, **row_options(x.shape[2]))
+    launch(norm_modulate_backward_kernel, (programs, x.shape[0]), x.device, dy.contiguous(), x, x.stride(1), per_sample(scale, x), dx,
+           d_shift, d_scale, x.shape[1], eps, ROWS=rows, **row_options(x.shape[2]))
     return dx, whole(d_shift, scale), whole(d_scale, scale)
 
 
-@norm_modulate_backward_op.register_fake
-def _(dy, x, scale, eps):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+norm_modulate_backward_op.register_fake(lambda dy, x, scale, eps: tuple(t.new_empty(t.shape) for t in (x, scale, scale)))
 
 
 def save_norm_modulate(ctx, inputs, output):
@@ -587,7 +596,7 @@ def save_norm_modulate(ctx, inputs, output):
 
 
 norm_modulate.register_autograd(lambda ctx, dy: (*norm_modulate_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None),
-                                   setup_context=save_norm_modulate)
+                                setup_context=save_norm_modulate)
 
 
 @jit
@@ -614,28 +623,24 @@ def add_gated_backward_kernel(d_out, y, stride, gate, dy, d_gate, length, ROWS: 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x.float() + y.float() * gate in fp32: x the residual stream, y a sub-layer's output, both (B, L, D); gate (B, 1 or L, D)."""
     x, y, out = by_rows(x), by_rows(y), x.new_empty(x.shape, dtype=torch.float32)
-    launch(add_gated_kernel, (x.shape[0] * x.shape[1],), x.device, x, x.stride(1), y, y.stride(1), per_sample(gate), out, x.shape[1],
+    launch(add_gated_kernel, (x.shape[0] * x.shape[1],), x.device, x, x.stride(1), y, y.stride(1), per_sample(gate, x), out, x.shape[1],
            **row_options(x.shape[2]))
     return out
 
 
-@add_gated.register_fake
-def _(x, y, gate):
-    return x.new_empty(x.shape, dtype=torch.float32)
+add_gated.register_fake(lambda x, y, gate: x.new_empty(x.shape, dtype=torch.float32))
 
 
 @torch.library.custom_op("motus::add_gated_backward", mutates_args=())
 def add_gated_backward_op(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     y, dy = by_rows(y), y.new_empty(y.shape)
     rows, programs, d_gate = mod_parts(y, gate)
-    launch(add_gated_backward_kernel, (programs, y.shape[0]), y.device, d_out.contiguous(), y, y.stride(1), per_sample(gate), dy, d_gate,
+    launch(add_gated_backward_kernel, (programs, y.shape[0]), y.device, d_out.contiguous(), y, y.stride(1), per_sample(gate, y), dy, d_gate,
            y.shape[1], ROWS=rows, **row_options(y.shape[2]))
     return dy, whole(d_gate, gate)
 
 
-@add_gated_backward_op.register_fake
-def _(d_out, y, gate):
-    return y.new_empty(y.shape), gate.new_empty(gate.shape)
+add_gated_backward_op.register_fake(lambda d_out, y, gate: (y.new_empty(y.shape), gate.new_empty(gate.shape)))
 
 
 def save_add_gated(ctx, inputs, output):
@@ -645,4 +650,4 @@ def save_add_gated(ctx, inputs, output):
 
 
 add_gated.register_autograd(lambda ctx, d_out: (d_out.to(ctx.dtype), *add_gated_backward_op(d_out, *ctx.saved_tensors)),
-                               setup_context=save_add_gated)
+                            setup_context=save_add_gated)

@@ -617,7 +617,7 @@ class Backbones(nn.Module):
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32; frame 0 alone makes latent frame 0."""
-        return self.vae.encode(rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1)
+        return self.vae.encode(rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1).contiguous()
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """latents (B, C, T, h, w) -> frames (B, F, H, W, 3) uint8."""

@@ -42,7 +42,7 @@ from backbones import pretrain
 from backbones.qwen3vl import Qwen3VLConfig
 from backbones.umt5 import T5Tokenizer, UMT5Config
 from backbones.wan import WanVAE, WanVAEConfig
-from backbones.weights import load_into, open_source, save_safetensors
+from backbones.weights import digest, load_into, open_source, save_safetensors
 from motus import (
     BACKBONES,
     FRESH_IN_STAGE_3,
@@ -54,6 +54,7 @@ from motus import (
     backbones_of,
     check_keys,
     newest_step,
+    open_weights,
     preset,
     save_part,
 )
@@ -232,26 +233,26 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizer: torch.optim.Optimize
     return stored.step
 
 
-def initialise(model: Motus, init: Path | None, stage: Stage, name: str) -> None:
-    """Fresh weights, then those of an earlier stage: from stage 1 the video expert, from stage 2 everything but what starts fresh."""
+def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str) -> None:
+    """Fresh weights, then those of an earlier stage, ours or published: from stage 1 the video expert, from stage 2 all but what starts
+    fresh."""
     model.init_weights()
     if init is None:
         return
-    folder = newest_step(init)
-    card = Card.read(folder / "config.json")
+    source, rename, card, absent = open_weights(init)
     if card.motus.video != model.config.video:
-        raise ValueError(f"--init {folder} has video expert {card.motus.video}; this run has {model.config.video}. "
+        raise ValueError(f"--init {init} has video expert {card.motus.video}; this run has {model.config.video}. "
                          "Use the same preset and sizes")
     if card.stage == "1":
         skip: tuple[str, ...] = ("action.", "und.")
     elif card.motus.finetune == model.config.finetune:
-        skip = ()
+        skip = absent
     elif stage.finetune:
-        skip = FRESH_IN_STAGE_3
+        skip = (*absent, *FRESH_IN_STAGE_3)
     else:
-        raise ValueError(f"--init {folder} is of stage {card.stage}; stage {name} starts from stage 1 or 2")
-    with open_source(folder / "ema.safetensors") as source:
-        load_into(model, source, ignore=skip, fresh=skip)
+        raise ValueError(f"--init {init} is of stage {card.stage}; stage {name} starts from stage 1 or 2")
+    with source:
+        load_into(model, source, rename, ignore=(*skip, "vlm."), fresh=skip)
 
 
 # -- the log ----------------------------------------------------------------------------------------------------------------
@@ -325,18 +326,28 @@ def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action"
 
 
 def toy_pool(args: argparse.Namespace, stage: Stage, card: Card, settings: Settings) -> tuple[data.Pool, Card]:
-    """Records the levels of the stage, runs the frozen backbones over windows of them, and notes the statistics on the card."""
-    episodes = data.toy_episodes(stage.levels, settings.episodes, settings.seed)
+    """Records the levels of the stage and runs the frozen backbones over windows of them, or reads what `python data.py cache` kept of
+    that; notes the statistics on the card."""
     stats = latents = None
-    if stage.actions == "real":
-        stats = data.statistics(episodes)
-        card = replace(card, statistics=stats.as_json())
     if stage.actions == "latent":
         if args.latent is None:
             raise ValueError("stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)")
-        latents = latent_action.encode_episodes(latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE)
         card = replace(card, latent_interval=data.RATE)
     backbones = backbones_of(args.preset, card.motus)
+    if args.cache:
+        made_by = backbones.fingerprint()
+        if stage.actions == "latent":
+            made_by["latent"] = digest(open_source(args.latent / LATENT_FILE).tensors)
+        pool = data.Pool.load(args.cache, made_by, card.motus)
+        if pool.about["levels"] != list(stage.levels):
+            raise ValueError(f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}")
+        return pool, replace(card, statistics=pool.statistics and pool.statistics.as_json())
+    episodes = data.toy_episodes(stage.levels, settings.episodes, settings.seed)
+    if stage.actions == "real":
+        stats = data.statistics(episodes)
+        card = replace(card, statistics=stats.as_json())
+    elif stage.actions == "latent":
+        latents = latent_action.encode_episodes(latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE)
     pool = data.Pool.encode(episodes, backbones, card.motus, settings.windows, settings.seed, stats, latents, und=stage.actions != "none")
     return pool, card
 
@@ -515,7 +526,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", required=True, help=f"one of {', '.join([*STAGES, *OTHER_STAGES])}")
     parser.add_argument("--preset", default="toy", help="row of the table in motus.py")
     parser.add_argument("--run", help="folder of this run (default runs/stageN)")
-    parser.add_argument("--init", type=Path, help="run or checkpoint of an earlier stage to start from")
+    parser.add_argument("--init", help="run, checkpoint or published weights of an earlier stage to start from")
+    parser.add_argument("--cache", type=Path, help="windows encoded beforehand by `python data.py cache`")
     parser.add_argument("--latent", type=Path, help="run of stage latent, read by stage 2")
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument("--steps", type=int, help="short for --set steps=N")

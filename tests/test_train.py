@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import train
 from backbones.weights import save_safetensors
 from motus import Backbones, Motus, newest_step
@@ -92,6 +93,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path):
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
     drop = lambda path: [{k: v for k, v in r.items() if k != "samples_per_s"} for r in csv.DictReader((path / "log.csv").open())]
     assert drop(whole) == drop(part)
+
+
+def test_cached_windows_train_to_the_same_weights(runs, tmp_path):
+    """Encoded beforehand or at the start: the same run. A cache of other levels is refused."""
+    file = tmp_path / "windows.safetensors"
+    data.main(["cache", "--levels", "6", "--episodes", "2", "--windows", "16", "--out", str(file)])
+    run("--stage", "3", "--init", str(runs / "s2"), "--cache", str(file), "--run", str(tmp_path / "cached"), "--steps", "4")
+    a, b = weights(runs / "s3"), weights(tmp_path / "cached")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="cut for another model|holds levels"):
+        run("--stage", "1", "--cache", str(file), "--run", str(tmp_path / "wrong"), "--steps", "1")
 
 
 def test_resuming_with_other_settings_is_refused(runs):

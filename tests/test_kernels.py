@@ -403,31 +403,20 @@ def launches(sm: int, dtype: torch.dtype, size: int | None) -> list[tuple]:
     return [(kernel.fn.__name__.removesuffix("_kernel"), kernel, args, options) for kernel, args, options in calls]
 
 
-def specialise(x, path: tuple[int, ...], constants: dict, attributes: dict):
-    """The type of an argument as Triton's launcher sees it: ones and None are constants, multiples of 16 and aligned pointers are known."""
-    if isinstance(x, tuple):
-        return tuple(specialise(y, (*path, i), constants, attributes) for i, y in enumerate(x))
-    if x is None or isinstance(x, int) and x == 1:
-        constants[path] = x
-        return "constexpr"
-    if isinstance(x, float):
-        return "fp32"
-    if (x.data_ptr() if isinstance(x, Tensor) else x) % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[x.dtype] if isinstance(x, Tensor) else "i32"
+class NoDevice:
+    """Stands where Triton asks its driver for the GPU to compile for."""
+
+    def __init__(self, sm: int):
+        from triton.backends.compiler import GPUTarget
+        self.get_current_target = lambda: GPUTarget("cuda", sm, 32)
+        self.get_current_device = lambda: sm                      # one cache of compiled kernels per architecture
 
 
 def compiled(kernel, args: tuple, options: dict, sm: int) -> dict:
-    """Compiles one launch for `sm` and reads the figures out of the machine code."""
+    """Compiles one launch for `sm` as Triton's launcher would, short of running it, and reads the figures out of the machine code."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    names, constants, attributes = kernel.arg_names, {}, {}
-    signature = {name: specialise(x, (i,), constants, attributes) for i, (name, x) in enumerate(zip(names, args))}
-    pipeline = {name: options[name] for name in ("num_warps", "num_stages")}
-    for name in options.keys() - pipeline.keys():
-        signature[name], constants[names.index(name),] = "constexpr", options[name]
-    out = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", sm, 32), options=pipeline)
+    triton.runtime.driver.set_active(NoDevice(sm))
+    out = kernel.warmup(*args, grid=(1,), **options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(out.asm["cubin"])
@@ -438,7 +427,8 @@ def compiled(kernel, args: tuple, options: dict, sm: int) -> dict:
         return len(re.findall(pattern, code))
 
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return {"tile": [options.get("OWN"), options.get("OTHER"), *pipeline.values()], "registers": int(registers), "stack": int(stack),
+    tile = [options.get("OWN"), options.get("OTHER"), options["num_warps"], options["num_stages"]]
+    return {"tile": tile, "registers": int(registers), "stack": int(stack),
             "spills": count(r"\b(?:LDL|STL)\b"), "shared": out.metadata.shared, "tensor_core": count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
             "async_copies": count(r"\bLDGSTS\b"), "wide_loads": count(r"\bLDG\.E\.128\b"),
             "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/")}

@@ -410,6 +410,7 @@ class NoDevice:
         from triton.backends.compiler import GPUTarget
         self.get_current_target = lambda: GPUTarget("cuda", sm, 32)
         self.get_current_device = lambda: sm                      # one cache of compiled kernels per architecture
+        self.get_current_stream = lambda device: 0
 
 
 def compiled(kernel, args: tuple, options: dict, sm: int) -> dict:

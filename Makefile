@@ -17,7 +17,7 @@ $(VENV)/.core: pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(VENV)/bin/pip install -q -e ".[test,oracles]"
+	$(VENV)/bin/pip install -q -e ".[test,oracles,data]"
 	$(VENV)/bin/pip install -q --no-deps ptlflow==0.4.2
 	touch $@
 

@@ -1,4 +1,4 @@
-# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: about ten minutes on two cores
+# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: ten to fifteen minutes
 # make test    the tests;  make test-slow  the long ones too
 # make toy     the same as the demo, for about an hour
 # make bench   ratios of speed

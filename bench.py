@@ -50,7 +50,7 @@ import train
 from attention import RMSNorm, joint_attention, quantise, rotate_interleaved
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.wan import WanVAE, WanVAEConfig, rope_3d
-from motus import Inputs, Motus, MotusConfig, backbones_of, gaussian, preset
+from motus import Inputs, Motus, MotusConfig, backbones_of, draw, gaussian, preset
 from sample import Placement, Policy, held_out_windows
 from worlds import tabletop
 
@@ -286,7 +286,7 @@ def training_ratio(batch: int, rounds: int) -> list[list]:
 
         def step() -> float:
             with attention(name):
-                loss = model.loss(inputs, torch.Generator().manual_seed(0)).total()
+                loss = model.loss(inputs, **draw(inputs, torch.Generator().manual_seed(0))).total()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip)

@@ -501,25 +501,13 @@ class Motus(nn.Module):
 
     # -- training --
 
-    def loss(self, inputs: Inputs, generator: torch.Generator | None = None, times: str = "official", given: float = 0.0,
-             t_video: Tensor | None = None, t_action: Tensor | None = None,
-             video_noise: Tensor | None = None, action_noise: Tensor | None = None) -> Losses:
-        """The training loss per sample. Times (B,) and noise are drawn from `generator` (CPU) unless passed; order: video time, action
-        time, video noise, action noise. In a share `given` of the samples one modality is given (`flow.give`). Without `inputs.actions`
-        the video expert is trained alone (stage 1)."""
+    def loss(self, inputs: Inputs, t_video: Tensor, video_noise: Tensor, t_action: Tensor | None = None,
+             action_noise: Tensor | None = None) -> Losses:
+        """The training loss per sample at times (B,) and noise as `draw` makes them. Without `inputs.actions` the video expert is
+        trained alone (stage 1)."""
         latents, actions = inputs.latents, inputs.actions
-        draw = flow.TIMES[times]
-        t_video = draw(len(inputs), generator).to(latents.device) if t_video is None else t_video
-        if actions is not None:
-            t_action = draw(len(inputs), generator).to(latents.device) if t_action is None else t_action
-            if given:
-                t_video, t_action = flow.give(t_video, t_action, given, generator)
-        video_noise = gaussian(latents, generator) if video_noise is None else video_noise
         noisy_video = flow.keep_observation(flow.mix(latents, video_noise, t_video), latents[:, :, :1])
-        noisy_action = None
-        if actions is not None:
-            action_noise = gaussian(actions, generator) if action_noise is None else action_noise
-            noisy_action = flow.mix(actions, action_noise, t_action)
+        noisy_action = None if actions is None else flow.mix(actions, action_noise, t_action)
         v_video, v_action = self.velocity(noisy_video, noisy_action, t_video, t_action, self.conditions(inputs))
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
         if actions is None:
@@ -594,6 +582,20 @@ class Motus(nn.Module):
         it a CUDA graph). One graph serves all five modes; another batch size or bucket of lengths compiles again."""
         self.compiled = tuple(torch.compile(part, fullgraph=True, dynamic=False, **options) for part in (self.evaluate, self.act))
         return self
+
+
+def draw(inputs: Inputs, generator: torch.Generator, times: str = "official", given: float = 0.0, size: int | None = None, first: int = 0
+         ) -> dict[str, Tensor]:
+    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a whole batch of `size` (default: these
+    inputs), of which `inputs` are the rows from `first` on; order: video time, action time, what is given, video noise, action noise.
+    In a share `given` of the samples one modality is given (`flow.give`)."""
+    size, acts = len(inputs) if size is None else size, inputs.actions is not None
+    drawn = {f"t_{kind}": flow.TIMES[times](size, generator) for kind in ("video", "action")[: 1 + acts]}
+    if acts and given:
+        drawn = dict(zip(drawn, flow.give(*drawn.values(), given, generator)))
+    for kind, like in (("video", inputs.latents), ("action", inputs.actions))[: 1 + acts]:
+        drawn[f"{kind}_noise"] = torch.randn(size, *like.shape[1:], generator=generator)
+    return {name: value[first:first + len(inputs)].to(inputs.latents.device) for name, value in drawn.items()}
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -67,6 +67,7 @@ from motus import (
     UndExpert,
     backbones_of,
     check_keys,
+    draw,
     newest_step,
     open_weights,
     preset,
@@ -407,53 +408,52 @@ def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action"
 
 
 def toy_pool(args: argparse.Namespace, stage: Stage, card: Card, settings: Settings) -> tuple[data.Pool, Card]:
-    """Records the levels of the stage and runs the frozen backbones over windows of them, or reads what `python data.py cache` kept of
-    that; notes the statistics on the card."""
+    """Records the levels of the stage and runs the frozen backbones over windows of them; notes the statistics on the card."""
     stats = latents = None
-    if stage.actions == "latent":
-        if args.latent is None:
-            raise ValueError("stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)")
-        card = replace(card, latent_interval=data.RATE)
-    backbones = backbones_of(args.preset, card.motus)
-    if args.cache:
-        made_by = backbones.fingerprint()
-        if stage.actions == "latent":
-            made_by["latent"] = digest(open_source(args.latent / LATENT_FILE).tensors)
-        pool = data.Pool.load(args.cache, made_by, card.motus)
-        if pool.about["levels"] != list(stage.levels):
-            raise ValueError(f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}")
-        return pool, replace(card, statistics=pool.statistics and pool.statistics.as_json())
     episodes = data.toy_episodes(stage.levels, settings.episodes, settings.seed)
     if stage.actions == "real":
         stats = data.statistics(episodes)
         card = replace(card, statistics=stats.as_json())
     elif stage.actions == "latent":
         latents = latent_action.encode_episodes(latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE)
-    pool = data.Pool.encode(episodes, backbones, card.motus, settings.windows, settings.seed, stats, latents, und=stage.actions != "none")
+        card = replace(card, latent_interval=data.RATE)
+    pool = data.Pool.encode(episodes, backbones_of(args.preset, card.motus), card.motus, settings.windows, settings.seed, stats, latents,
+                            und=stage.actions != "none")
     return pool, card
+
+
+def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[data.Pool, Card]:
+    """What `python data.py cache` kept, if it is of this stage and of today's backbones."""
+    about = data.about_cache(args.cache)
+    config = replace(card.motus, **about.get("sizes", {}))
+    made_by = backbones_of(args.preset, config).fingerprint()
+    if stage.actions == "latent" and args.latent:
+        made_by["latent"] = digest(open_source(args.latent / LATENT_FILE).tensors)
+    pool = data.Pool.load(args.cache, made_by, config)
+    if pool.about["levels"] != list(stage.levels):
+        raise ValueError(f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}")
+    robots = pool.statistics if isinstance(pool.statistics, tuple) else tuple(filter(None, [pool.statistics]))
+    interval = (robots[0].rate if robots else data.RATE) if stage.actions == "latent" else None
+    return pool, replace(card, motus=config, statistics=data.as_stored(robots), latent_interval=interval)
 
 
 def pool_for(args: argparse.Namespace, stage: Stage, card: Card, settings: Settings, ranks: scale.Ranks
              ) -> tuple[data.Pool | data.Stream, Card]:
-    """The windows of the stage: of --data if that is given, with the network as wide as its robots, else of the toy world."""
-    about = ranks.together(lambda: data.about_cache(args.cache) if args.cache else {})
-    if args.data is None and "sizes" not in about:
-        return ranks.together(lambda: toy_pool(args, stage, card, settings))
+    """The windows of the stage: cached ones, those of --data with the network as wide as its robots, or of the toy world."""
+    if stage.actions == "latent" and not (args.latent or args.data or args.cache):
+        raise ValueError("stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)")
     if args.cache:
-        config = replace(card.motus, **about.get("sizes", {}))
-        pool = ranks.together(lambda: data.Pool.load(args.cache, backbones_of(args.preset, config), config))
-        if pool.about["levels"] != list(stage.levels):
-            raise ValueError(f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}")
-        robots = pool.statistics if isinstance(pool.statistics, tuple) else (pool.statistics,)
-    else:
-        acts = stage.actions == "real"
-        pyramid = ranks.together(lambda: data.Pyramid(args.data, stage.levels, args.preset))
-        if not ranks.rank:
-            print(pyramid.describe(), file=sys.stderr)
-        measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world))) if acts else None
-        robots, config = pyramid.robots(acts, measured), pyramid.config(card.motus)
-        pool = ranks.together(lambda: data.pool_of(pyramid, robots, stage.levels, stage.actions, config, args.preset, settings.windows,
-                                                   settings.seed))
+        return ranks.together(lambda: cached_pool(args, stage, card))
+    if args.data is None:
+        return ranks.together(lambda: toy_pool(args, stage, card, settings))
+    acts = stage.actions == "real"
+    pyramid = ranks.together(lambda: data.Pyramid(args.data, stage.levels, args.preset))
+    if not ranks.rank:
+        print(pyramid.describe(), file=sys.stderr)
+    measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world))) if acts else None
+    robots, config = pyramid.robots(acts, measured), pyramid.config(card.motus)
+    pool = ranks.together(lambda: data.pool_of(pyramid, robots, stage.levels, stage.actions, config, args.preset, settings.windows,
+                                               settings.seed))
     interval = robots[0].rate if stage.actions == "latent" else None
     return pool, replace(card, motus=config, statistics=data.as_stored(robots), latent_interval=interval)
 
@@ -469,19 +469,8 @@ class Steps(Dataset):
         settings, (rank, world) = self.settings, self.place
         inputs = self.source.batch(settings.batch, settings.seed, step, rank, world)
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([settings.seed, step, 1]).generate_state(1)[0]))
-        noise = draw(inputs, generator, settings, rank)
+        noise = draw(inputs, generator, settings.times, settings.given, settings.batch, rank * len(inputs))
         return vars(inputs), noise, counts(inputs, noise)
-
-
-def draw(inputs: Inputs, generator: torch.Generator, settings: Settings, rank: int) -> dict[str, Tensor]:
-    """Times and noise, the arguments of `Motus.loss`, for a rank's rows of a batch; order as there."""
-    size, rows, acts = settings.batch, slice(rank * len(inputs), (rank + 1) * len(inputs)), inputs.actions is not None
-    drawn = {f"t_{kind}": flow.TIMES[settings.times](size, generator) for kind in ("video", "action")[: 1 + acts]}
-    if acts and settings.given:
-        drawn = dict(zip(drawn, flow.give(*drawn.values(), settings.given, generator)))
-    for kind, like in (("video", inputs.latents), ("action", inputs.actions))[: 1 + acts]:
-        drawn[f"{kind}_noise"] = torch.randn(size, *like.shape[1:], generator=generator)
-    return {name: value[rows] for name, value in drawn.items()}
 
 
 def counts(inputs: Inputs, noise: dict[str, Tensor]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ import test_motus  # noqa: E402
 
 import attention  # noqa: E402
 import kernels  # noqa: E402
-from motus import Motus  # noqa: E402
+from motus import Motus, draw  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 
@@ -323,9 +323,8 @@ def launched(monkeypatch) -> set[str]:
 
 def loss_and_gradients(model: Motus, **change) -> list[Tensor]:
     inputs = replace(test_motus.inputs_of(und=3), **change)
-    noise = torch.Generator().manual_seed(5)
     model.zero_grad()
-    losses = model.loss(inputs, noise)
+    losses = model.loss(inputs, **draw(inputs, torch.Generator().manual_seed(5)))
     losses.total().backward()
     return [losses.video, *([] if losses.action is None else [losses.action]), *(p.grad for p in model.parameters() if p.grad is not None)]
 

@@ -219,21 +219,15 @@ def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half, end):
 
 @pytest.mark.parametrize("given", [0.0, 0.5])
 def test_each_rank_draws_its_rows_of_the_noise_of_one_process(given):
-    """For one process what `Motus.loss` draws by itself, with a modality given or not; for two ranks the halves of that."""
+    """Two ranks draw the halves of that, with a modality given or not."""
     pool = data.Pool(train.Inputs(torch.zeros(6, 24, 2, 6, 6), torch.zeros(6, 3, 48), torch.ones(6, dtype=torch.int64),
                                   actions=torch.zeros(6, 12, 3)), torch.ones(6))
-    settings, seen = train.Settings(batch=4, steps=3, given=given), {}
+    settings = train.Settings(batch=4, steps=3, given=given)
     steps = [train.Steps(pool, settings, train.scale.Ranks(*place)) for place in ((0, 1), (0, 2), (1, 2))]
     (_, whole, have), (_, first, _), (_, second, _) = (part[2] for part in steps)
     assert have == ((whole["t_video"] > 0).sum(), (whole["t_action"] > 0).sum())
     assert all(torch.equal(torch.cat([first[name], second[name]]), whole[name]) for name in whole)
-    drawn = train.draw(pool.batch(4, 0, 2), torch.Generator().manual_seed(5), settings, 0)
-    model = Motus(train.preset("toy", finetune=False))
-    model.velocity = lambda video, action, t_video, t_action, conditions: (
-        seen.update(t_video=t_video, t_action=t_action) or (torch.zeros_like(video), torch.zeros_like(action)))
-    losses = model.loss(pool.batch(4, 0, 2), torch.Generator().manual_seed(5), "official", given)
-    assert torch.equal(seen["t_video"], drawn["t_video"]) and torch.equal(seen["t_action"], drawn["t_action"])
-    assert torch.allclose(losses.video, drawn["video_noise"][:, :, 1:].square().mean(dim=(1, 2, 3, 4)) / 2)
+    assert (whole["t_video"] == 0).any() == bool(given)
 
 
 def test_parts_of_a_batch_add_up_to_its_loss():

@@ -282,15 +282,16 @@ def training_ratio(batch: int, rounds: int) -> list[list]:
     def trainer(name: str) -> Callable[[], float]:
         torch.manual_seed(0)
         model = Motus(config).init_weights().train()
-        optimizer, ema = train.make_optimizer(model, settings, train.EXPERTS), train.EMA(model, settings.ema)
+        optimizers, ema = train.make_optimizers(model, settings, train.EXPERTS), train.EMA(model, settings.ema)
 
         def step() -> float:
             with attention(name):
                 loss = model.loss(inputs, **draw(inputs, torch.Generator().manual_seed(0))).total()
-                optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
                 loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             ema.update(model, 0)
             return loss.item()
         return step

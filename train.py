@@ -32,7 +32,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -110,6 +110,8 @@ class Settings:
     batch: int = 32
     lr: float = 1e-3
     video_lr: float = 6e-3                    # learning rate of the video expert; 0 means lr
+    optimizer: str = "adamw"                  # or "muon": Muon for the matrices of the blocks, AdamW for the rest
+    muon_lr: float = 0.04
     warmup: int = 50                          # steps of linear warm-up
     schedule: str = "cosine"                  # or "linear", "constant": how lr falls
     horizon: int = 0                          # steps until it has fallen; 0: all steps of the run
@@ -147,7 +149,8 @@ class Settings:
 # What may change when a run is resumed: it changes how the numbers are computed, not what they are.
 FREE = ("save_every", "keep", "log_every", "log_to", "workers", "micro", "checkpointing", "compile", "shards", "reshard", "peak", "timeout",
         "minutes")
-CHOICES = {"schedule": ("cosine", "linear", "constant"), "decay": ("matrices", "all"), "times": tuple(flow.TIMES),
+CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "linear", "constant"), "decay": ("matrices", "all"),
+           "times": tuple(flow.TIMES),
            "log_to": ("", "tensorboard", "wandb"), "precision": ("fp32", "bf16"), "params": ("fp32", "bf16"),
            "checkpointing": tuple(scale.CHECKPOINTING)}
 
@@ -193,25 +196,36 @@ def settings_for(preset_name: str, stage: str, changes: list[str]) -> Settings:
 # -- optimisation -----------------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: Motus, settings: Settings, experts: tuple[str, ...]) -> torch.optim.AdamW:
-    """AdamW over the trained experts; matrices decay, vectors and modulation tables only if asked for."""
-    groups = []
+def make_optimizers(model: Motus, settings: Settings, experts: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+    """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked for. With optimizer=muon the matrices
+    of the blocks have their own, Muon, whose steps change all directions of a matrix alike: half the steps for the toy's loss."""
+    groups, rotated = [], []
     for expert in experts:
-        named = [(n, p) for n, p in getattr(model, expert).named_parameters()]
+        named = [(f"{expert}.{n}", p) for n, p in getattr(model, expert).named_parameters()]
+        if settings.optimizer == "muon":
+            rotated += [p for n, p in named if p.dim() == 2 and ".blocks." in n]
+            named = [(n, p) for n, p in named if not (p.dim() == 2 and ".blocks." in n)]
         matrix = lambda n, p: settings.decay == "all" or p.dim() > 1 and not n.endswith(("modulation", "registers"))
         decays, rest = [p for n, p in named if matrix(n, p)], [p for n, p in named if not matrix(n, p)]
         lr = settings.video_lr if expert == "video" and settings.video_lr else settings.lr
         groups += [dict(params=decays, base=lr, weight_decay=settings.weight_decay), dict(params=rest, base=lr, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)
+    optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)]
+    if rotated:
+        optimizers.append(torch.optim.Muon([dict(params=rotated, base=settings.muon_lr)], weight_decay=settings.weight_decay))
+    return optimizers
 
 
-def set_lr(optimizer: torch.optim.Optimizer, settings: Settings, step: int) -> None:
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], settings: Settings, step: int) -> None:
     """Linear warm-up, times a cosine or a line to `floor` at the horizon."""
     progress = min(1.0, step / (settings.horizon or settings.steps))
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[settings.schedule]
     factor = min(1.0, (step + 1) / max(1, settings.warmup)) * (settings.floor + (1 - settings.floor) * left)
-    for group in optimizer.param_groups:
+    for group in groups_of(optimizers):
         group["lr"] = group["base"] * factor
+
+
+def groups_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 class EMA:
@@ -230,20 +244,25 @@ class EMA:
 # -- checkpoints ------------------------------------------------------------------------------------------------------------
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors."""
-    return {f"{i}.{k}": torch.as_tensor(v) for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
+def states_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Every trained parameter with what its optimizer keeps of it, which may be filled; in the order that numbers them in checkpoints."""
+    return [(p, optimizer.state[p]) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
-def save_checkpoint(saver: scale.Saver, step: int, model: Motus, ema: EMA, optimizer: torch.optim.Optimizer, card: Card, settings: Settings,
-                    about: dict[str, str]) -> None:
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state as named tensors."""
+    return {f"{i}.{k}": torch.as_tensor(v) for i, (_, state) in enumerate(states_of(optimizers)) for k, v in state.items()}
+
+
+def save_checkpoint(saver: scale.Saver, step: int, model: Motus, ema: EMA, optimizers: Sequence[torch.optim.Optimizer], card: Card,
+                    settings: Settings, about: dict[str, str]) -> None:
     """Begins to write run/step_NNNNNN; `about` says which code and data made it."""
     saver.save(step, {"model.safetensors": model.state_dict(), "ema.safetensors": ema.weights,
-                      "optimizer.safetensors": optimizer_tensors(optimizer)},
+                      "optimizer.safetensors": optimizer_tensors(optimizers)},
                {"config.json": replace(card, step=step).as_json(), "settings.json": json.dumps(asdict(settings) | about, indent=1)})
 
 
-def resume(folder: Path, model: Motus, ema: EMA, optimizer: torch.optim.Optimizer, card: Card, settings: Settings,
+def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.optim.Optimizer], card: Card, settings: Settings,
            about: dict[str, str]) -> int:
     """Fills model, EMA and optimizer from a checkpoint of the same run, whatever number of ranks wrote it; returns the number of steps
     done."""
@@ -266,13 +285,13 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizer: torch.optim.Optimize
         load_into(model, source)
     with open_source(folder / "ema.safetensors") as source:
         scale.fill(ema.weights, source)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = states_of(optimizers)
     with open_source(folder / "optimizer.safetensors") as source:
         for name in source.names():
             index, key = name.split(".")
-            p = parameters[int(index)]
-            optimizer.state[p][key] = torch.zeros_like(p) if source.shape(name) else torch.zeros((), device=p.device)
-        scale.fill(optimizer_tensors(optimizer), source)
+            p, state = states[int(index)]
+            state[key] = torch.zeros_like(p) if source.shape(name) else torch.zeros((), device=p.device)
+        scale.fill(optimizer_tensors(optimizers), source)
     return stored.step
 
 
@@ -627,12 +646,12 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
     compute.to_empty(device=ranks.device)
     if not args.resume:
         ranks.together(lambda: initialise(model, args.init, stage, args.stage, settings.seed))
-    optimizer = make_optimizer(model, settings, stage.experts)
+    optimizers = make_optimizers(model, settings, stage.experts)
     ema = EMA(model, settings.ema)
-    start = ranks.together(lambda: resume(newest_step(run), model, ema, optimizer, card, settings, about)) if args.resume else 0
+    start = ranks.together(lambda: resume(newest_step(run), model, ema, optimizers, card, settings, about)) if args.resume else 0
     ranks.same(newest_checkpoint=str(start))
     log, saver = Log(run / "log.csv", start, ranks, settings.log_to), scale.Saver(run, ranks, settings.keep)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for group in groups_of(optimizers) for p in group["params"]]
     micro, begun, stopped = settings.micro or settings.batch // ranks.world, time.monotonic(), []
     done, work = start, None
     if not ranks.rank:
@@ -655,8 +674,8 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
             watchdog.beat(f"computing step {step}")
             late = settings.minutes and time.monotonic() - begun > 60 * settings.minutes
             videos, acting, stop, failed = ranks.sums(*have, bool(stopped or late), saver.failed)
-            set_lr(optimizer, settings, step)
-            optimizer.zero_grad(set_to_none=True)
+            set_lr(optimizers, settings, step)
+            model.zero_grad(set_to_none=True)
             loss = 0.0
             for first in range(0, len(inputs), micro):
                 part = slice(first, first + micro)
@@ -671,11 +690,12 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
                 rows = source.rows(settings.batch, settings.seed, step).tolist()
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; windows {rows} of seed {settings.seed}. Nothing was "
                                  f"updated; the last checkpoint is intact. Lower --set lr (now {settings.lr})")
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             ema.update(model, step)
             # --------------------------------------------------------------------------
             done = step + 1
-            log.add("loss", loss), log.add("grad_norm", norm), log.add("lr", optimizer.param_groups[0]["lr"])
+            log.add("loss", loss), log.add("grad_norm", norm), log.add("lr", groups_of(optimizers)[0]["lr"])
             tokens, flops = work = work or scale.cost(model, inputs)
             log.add("samples", len(inputs)), log.add("tokens", tokens)
             if settings.peak:
@@ -686,7 +706,7 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
                 bar.set_postfix({k: f"{row[k]:.3f}" for k in ("video", "action") if k in row})
             if stop or failed or (settings.save_every and done % settings.save_every == 0):
                 watchdog.beat(f"writing the checkpoint of step {done}")
-                save_checkpoint(saver, done, model, ema, optimizer, card, settings, about)
+                save_checkpoint(saver, done, model, ema, optimizers, card, settings, about)
             if stop and done < settings.steps:
                 break
         watchdog.beat("writing the last checkpoint")

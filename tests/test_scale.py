@@ -502,7 +502,7 @@ def trace(config: motus.MotusConfig, world: int, experts: tuple[str, ...] = trai
             if experts == ("video",):
                 inputs, noise = replace(inputs, und=None, und_mask=None, state=None, actions=None, action_mask=None), {
                     name: noise[name] for name in ("t_video", "video_noise")}
-            optimizer, ema = train.make_optimizer(model, train.Settings(), experts), train.EMA(model, 0.99)
+            (optimizer,), ema = train.make_optimizers(model, train.Settings(), experts), train.EMA(model, 0.99)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             with Collectives() as seen:
                 losses = step(inputs, noise)

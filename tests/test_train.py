@@ -197,7 +197,7 @@ def test_weight_decay_leaves_out_vectors_and_tables_unless_asked():
     """By default matrices alone; `decay=all` is the official behaviour. Every trained parameter is in one group."""
     model = Motus(train.preset("toy"))
     for decay, wanted in (("matrices", False), ("all", True)):
-        optimizer = train.make_optimizer(model, train.Settings(decay=decay), train.EXPERTS)
+        optimizer, = train.make_optimizers(model, train.Settings(decay=decay), train.EXPERTS)
         groups = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         assert len(groups) == len(list(model.parameters()))
         for name, p in model.named_parameters():
@@ -208,11 +208,11 @@ def test_weight_decay_leaves_out_vectors_and_tables_unless_asked():
 @pytest.mark.parametrize("schedule, half, end", [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
 def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half, end):
     """Hand-sized: warm-up of 4 steps, horizon of 100."""
-    optimizer = train.make_optimizer(Motus(train.preset("toy")), train.Settings(), ("video",))
+    optimizer, = train.make_optimizers(Motus(train.preset("toy")), train.Settings(), ("video",))
     settings = train.Settings(steps=1000, warmup=4, horizon=100, schedule=schedule)
     rates = []
     for step in (0, 50, 100, 500):
-        train.set_lr(optimizer, settings, step)
+        train.set_lr([optimizer], settings, step)
         rates.append(optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["base"])
     assert rates[0] == pytest.approx(0.25, rel=0.01) and rates[1:] == pytest.approx([half, end, end])
 

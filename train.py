@@ -155,13 +155,14 @@ CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "linear", "con
            "checkpointing": tuple(scale.CHECKPOINTING)}
 
 
-# What differs from the defaults, per preset and stage.
+# What differs from the defaults, per preset and stage. The toy takes many small steps by Muon: what it learns in a minute decides.
+TOY_STEPS = dict(batch=16, lr=2e-3, optimizer="muon")
 DEFAULTS = {
     ("toy", "backbones"): dict(episodes=250),
-    ("toy", "1"): dict(steps=300),
+    ("toy", "1"): dict(TOY_STEPS, steps=500),
     ("toy", "latent"): dict(steps=1000, batch=128, lr=2e-3, episodes=40),
-    ("toy", "2"): dict(steps=400, given=0.2),
-    ("toy", "3"): dict(steps=2000, episodes=600, windows=8000, given=0.2),
+    ("toy", "2"): dict(TOY_STEPS, steps=600, given=0.2),
+    ("toy", "3"): dict(TOY_STEPS, steps=2500, episodes=600, windows=8000, given=0.2),
 }
 # The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion to the
 # GPU-hours of stage 2.

@@ -297,7 +297,8 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.opti
 
 def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, seed: int = 0) -> None:
     """Fresh weights, and those of an earlier stage, ours or published: from stage 1 the video expert, from stage 2 all but what starts
-    fresh. One tensor of the file at a time, and what starts fresh one expert at a time; a rank keeps its part of each."""
+    fresh. One tensor of the file at a time, and what starts fresh one layer at a time, each from a seed of its own; a rank keeps its part
+    of each. So no rank ever holds more than a layer, and the values are the same for any number of ranks."""
     skip: tuple[str, ...] = ("video.", "action.", "und.")
     if init is not None:
         source, rename, card, absent = open_weights(init)
@@ -312,18 +313,23 @@ def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, s
             skip = (*absent, *FRESH_IN_STAGE_3)
         else:
             raise ValueError(f"--init {init} is of stage {card.stage}; stage {name} starts from stage 1 or 2")
-    config = model.config
-    makers = (lambda: WanModel(config.video), lambda: ActionExpert(config), lambda: UndExpert(config))
+    one = replace(model.config, video=replace(model.config.video, layers=1))                 # layer 0 also draws what lies outside
+    makers = (lambda: WanModel(one.video), lambda: ActionExpert(one), lambda: UndExpert(one))
     for i, (expert, make) in enumerate(zip(EXPERTS, makers)):
-        wanted = {n: p for n, p in getattr(model, expert).named_parameters() if f"{expert}.{n}".startswith(skip)}
-        if wanted:
-            torch.manual_seed(seed * len(EXPERTS) + i)
-            fresh = make()
-            fresh.init_weights()
-            with torch.no_grad():
-                for n, value in fresh.named_parameters():
-                    if n in wanted:
-                        place(wanted[n], value)
+        named = {n: p for n, p in getattr(model, expert).named_parameters() if f"{expert}.{n}".startswith(skip)}
+        for layer in range(model.config.video.layers):
+            here = f"blocks.{layer}."
+            wanted = {n.replace(here, "blocks.0."): p for n, p in named.items()
+                      if n.startswith(here) or layer == 0 and not n.startswith("blocks.")}
+            if wanted:
+                torch.manual_seed(int(np.random.SeedSequence([seed, i, layer]).generate_state(1)[0]))
+                fresh = make()
+                fresh.init_weights()
+                with torch.no_grad():
+                    for n, value in fresh.named_parameters():
+                        if n in wanted:
+                            place(wanted[n], value)
+                del fresh, value                                                             # before the next layer is made
     if init is not None:
         with source:
             load_into(model, source, rename, ignore=(*skip, "vlm."), fresh=skip)

@@ -364,7 +364,7 @@ class Log:
             if to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
                 board = SummaryWriter(path.parent / "tensorboard", purge_step=start)
-                self.extra = lambda step, row: [board.add_scalar(name, value, step) for name, value in row.items()]
+                self.extra = lambda step, row: (*(board.add_scalar(name, x, step) for name, x in row.items()), board.flush())
             elif to == "wandb":
                 import wandb
                 wandb.init(project="motus", name=path.parent.name, dir=path.parent, id=path.parent.name, resume="allow")

@@ -149,12 +149,12 @@ VARIANTS = {"plain": [], "accumulated, all computed again": ["micro=2", "checkpo
             "kept gathered": ["reshard=0"]}
 
 
-def compare(caches: Path, folder: Path, stages: str, steps: int, variants: dict) -> dict[str, float]:
-    """Trains each stage on one process and, in each variant, on two; returns how far the losses are apart."""
+def compare(caches: Path, folder: Path, stages: str, steps: int, variants: dict, *common: str) -> dict[str, float]:
+    """Trains each stage on one process and, in each variant, on two, all with the `common` settings; how far the losses are apart."""
     jobs = []
     for stage in stages:
-        jobs.append(job(caches, folder / stage / "one", stage, 1, steps))
-        jobs += [job(caches, folder / stage / name, stage, 2, steps, *settings) for name, settings in variants.items()]
+        jobs.append(job(caches, folder / stage / "one", stage, 1, steps, *common))
+        jobs += [job(caches, folder / stage / name, stage, 2, steps, *common, *settings) for name, settings in variants.items()]
     assert all(end.startswith("next") for rank in together(folder, jobs) for end in rank)
     found = {f"stage {stage}, {name}": apart(folder / stage / "one", folder / stage / name) for stage in stages for name in variants}
     print(json.dumps(found, indent=1))
@@ -164,6 +164,12 @@ def compare(caches: Path, folder: Path, stages: str, steps: int, variants: dict)
 def test_two_ranks_train_like_one_process(caches, tmp_path):
     """The same global batch gives the same losses, divided between ranks and passes (stage 3, four steps)."""
     assert max(compare(caches, tmp_path, "3", 4, dict(list(VARIANTS.items())[:2])).values()) < 1e-6
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one_process_with_muon(caches, tmp_path):
+    """Its products of whole matrices see all ranks' parts."""
+    assert max(compare(caches, tmp_path, "3", 4, {"muon": []}, "optimizer=muon").values()) < 1e-6
 
 
 @pytest.mark.long

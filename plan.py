@@ -410,6 +410,7 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         rows.append((name, f"{trained / 1e9:.3g}B", f"{flops / 1e12:.4g}", f"{plan.gpus * rate:.1f}", f"{stage.hours:,.0f}",
                      f"{stage.hours * 3600 * rate / plan.batch:,.0f}", f"{stage.hours / plan.gpus / 24:.1f}"))
     lines += ["", f"stages of the paper, checkpointing {best}", *table(rows)]
+    lines += ["", f"train.py ... --set batch={plan.batch} micro={plan.micro(best)} checkpointing={best} params={plan.params}"]
     return "\n".join(lines)
 
 

@@ -51,6 +51,15 @@ class Moments:
         mean = rows.mean(0)
         return cls(len(rows), mean, ((rows - mean) ** 2).sum(0), rows.min(0), rows.max(0))
 
+    def packed(self) -> Tensor:
+        """As a tensor (5, dim), fp64."""
+        return torch.from_numpy(np.stack([np.full_like(self.mean, self.count), self.mean, self.square, self.min, self.max]))
+
+    @classmethod
+    def unpacked(cls, tensor: Tensor) -> "Moments":
+        count, *rest = tensor.numpy()
+        return cls(int(count[0]), *rest)
+
     def __add__(self, other: "Moments") -> "Moments":
         count, gap = self.count + other.count, other.mean - self.mean
         return Moments(count, self.mean + gap * other.count / count, self.square + other.square + gap**2 * self.count * other.count / count,
@@ -64,6 +73,14 @@ class Sample:
     keys: np.ndarray                          # (n,) uniform
     rows: np.ndarray                          # (n, dim)
     MOST = 1 << 16
+
+    def packed(self) -> Tensor:
+        """As a tensor (n, 1 + dim), fp64, which holds fp32 rows exactly."""
+        return torch.from_numpy(np.column_stack([self.keys, self.rows]))
+
+    @classmethod
+    def unpacked(cls, tensor: Tensor) -> "Sample":
+        return cls(tensor[:, 0].numpy(), tensor[:, 1:].float().numpy())
 
     def __add__(self, other: "Sample") -> "Sample":
         keys, rows = np.concatenate([self.keys, other.keys]), np.concatenate([self.rows, other.rows])
@@ -388,10 +405,10 @@ class Pyramid:
 
     # Statistics: each rank reads its share of the episodes once.
 
-    def measure(self, rank: int = 0, world: int = 1) -> tuple[dict, dict]:
-        """This rank's share of what `robots` adds up: moments of blocks of episodes, and samples of rows, of each robot's state (0) and
-        actions (1). Held-out episodes do not count."""
-        moments, samples, block = {}, {}, 0
+    def measure(self, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
+        """This rank's share of what `robots` adds up, under names [robot, state (0) or actions (1), block]: moments of blocks of episodes,
+        and samples of rows, which have no block. Held-out episodes do not count."""
+        found, samples, block = {}, {}, 0
         for i, o in enumerate(self.opened):
             for begin in range(0, o.trained, BLOCK) if o.reader.widths[1] else ():
                 if (block := block + 1) % world != rank:
@@ -400,20 +417,22 @@ class Pyramid:
                 for which, parts in enumerate(columns):
                     if parts[0] is not None:
                         rows, key = np.concatenate(parts), (o.source.embodiment, which)
-                        moments[*key, block] = Moments.of(rows)
+                        found[*key, block] = Moments.of(rows)
                         sample = Sample(np.random.default_rng([i, begin]).random(len(rows)), rows.astype(np.float32))
                         samples[key] = samples.get(key, Sample(sample.keys[:0], sample.rows[:0])) + sample
-        return moments, samples
+        found |= {(*key, None): sample for key, sample in samples.items()}
+        return {json.dumps(key): part.packed() for key, part in found.items()}
 
-    def robots(self, acting: bool, measured: Sequence[tuple[dict, dict]] | None = None) -> tuple[Statistics, ...]:
+    def robots(self, acting: bool, measured: Sequence[dict[str, Tensor]] | None = None) -> tuple[Statistics, ...]:
         """What a checkpoint is to know of each robot; if the stage acts, how its numbers are normalised, from what all ranks `measured`."""
         measured = [self.measure()] if acting and measured is None else measured or []
-        moments = {key: part for parts, _ in measured for key, part in parts.items()}
+        parts = [(json.loads(key), part) for parts in measured for key, part in parts.items()]
 
         def normaliser(name: str, which: int, kind: str) -> Normaliser | None:
-            parts = [moments[key] for key in sorted(moments) if key[:2] == (name, which)]    # in one order for any number of ranks
-            sample = [samples[name, which] for _, samples in measured if (name, which) in samples]
-            return Normaliser.of(reduce(Moments.__add__, parts), reduce(Sample.__add__, sample), kind) if parts else None
+            blocks = {block: part for (*key, block), part in parts if key == [name, which] and block is not None}
+            moments = [Moments.unpacked(blocks[block]) for block in sorted(blocks)]          # in one order for any number of ranks
+            samples = [Sample.unpacked(part) for key, part in parts if key == [name, which, None]]
+            return Normaliser.of(reduce(Moments.__add__, moments), reduce(Sample.__add__, samples), kind) if moments else None
 
         found = []
         for name in sorted({o.source.embodiment for o in self.opened if not acting or o.reader.widths[1]}):

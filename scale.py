@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,11 +46,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from backbones.weights import TensorSource, held, place, refuse, safetensors_header
+from backbones.weights import TensorSource, held, parts, refuse, safetensors_header
 from motus import Inputs, Losses, Motus
 
 T = TypeVar("T")
-MESSAGE = 8192                                # bytes of text that ranks exchange
 
 # -- ranks ------------------------------------------------------------------------------------------------------------------
 
@@ -65,14 +65,24 @@ class Ranks:
     control: Any = None                       # gloo groups of all ranks: for the step, and for the thread that writes checkpoints
     writing: Any = None
 
-    def texts(self, text: str, group: Any = None) -> list[str]:
-        """What every rank says."""
+    def exchange(self, said: bytes, group: Any = None) -> list[bytes]:
+        """What every rank says, in their order: first how long it is, then the bytes."""
         if self.world == 1:
-            return [text]
-        said = torch.frombuffer(bytearray(text.encode()[:MESSAGE].ljust(MESSAGE, b"\0")), dtype=torch.uint8)
-        heard = [torch.empty_like(said) for _ in range(self.world)]
-        dist.all_gather(heard, said, group=group or self.control)
-        return [bytes(x.numpy()).rstrip(b"\0").decode(errors="replace") for x in heard]
+            return [said]
+        heard = torch.empty(self.world, 1, dtype=torch.int64)
+        dist.all_gather(list(heard), torch.tensor([len(said)]), group=group or self.control)
+        lengths = heard.flatten().tolist()
+        heard = torch.empty(self.world, max(1, *lengths), dtype=torch.uint8)
+        padded = torch.frombuffer(bytearray(said.ljust(heard.shape[1], b"\0")), dtype=torch.uint8)
+        dist.all_gather(list(heard), padded, group=group or self.control)
+        return [row[:length].numpy().tobytes() for row, length in zip(heard, lengths)]
+
+    def texts(self, text: str, group: Any = None) -> list[str]:
+        return [said.decode() for said in self.exchange(text.encode(), group)]
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The named tensors of every rank, on the CPU. They travel as the bytes of a safetensors file: nothing is unpickled."""
+        return [safetensors.torch.load(said) for said in self.exchange(safetensors.torch.save(dict(tensors)))]
 
     def together(self, work: Callable[[], T], group: Any = None) -> T:
         """The result of `work`, which must not communicate. What it refuses on any rank is raised on every one, as one ValueError."""
@@ -88,13 +98,6 @@ class Ranks:
             first, text = next(iter(problems.items()))
             raise ValueError(text if len(problems) == self.world else f"rank {first} of {self.world}: {text}")
         return result
-
-    def gather(self, value: T) -> list[T]:
-        """The value of every rank, in their order."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value, group=self.control)
-        return values
 
     def same(self, **facts: str) -> None:
         """ValueError on every rank if any fact differs between ranks."""
@@ -411,5 +414,5 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
         found, wanted = (source.dtype(name), source.shape(name)), (tensors[name].dtype, tuple(tensors[name].shape))
         problems += [f"{name} is {found} in the file, {wanted} here"] * (found != wanted)
     refuse(source.path, "does not fit this run", problems)
-    for name, tensor in tensors.items():
-        place(tensor, source.read(name))
+    for tensor, values in zip(tensors.values(), parts(source, list(tensors.items()))):
+        held(tensor)[0].copy_(values)

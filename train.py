@@ -264,9 +264,9 @@ def save_checkpoint(saver: scale.Saver, step: int, model: Motus, ema: EMA, optim
 
 
 def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.optim.Optimizer], card: Card, settings: Settings,
-           about: dict[str, str]) -> int:
+           about: dict[str, str], anyway: bool = False) -> int:
     """Fills model, EMA and optimizer from a checkpoint of the same run, whatever number of ranks wrote it; returns the number of steps
-    done."""
+    done. Other settings or data are refused; other code too, unless it is to go on `anyway`."""
     stored = Card.read(folder / "config.json")
     for name in ("motus", "stage", "preset", "statistics", "latent_interval"):
         if getattr(stored, name) != getattr(card, name):
@@ -279,9 +279,9 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.opti
                              f"resume with --set {key}={before[key]}")
     if before.get("data", about["data"]) != about["data"]:
         raise ValueError(f"{folder} was trained on data {before['data']}, this run has {about['data']}; resume with the same data")
-    if before.get("code", about["code"]) != about["code"]:
-        print(f"warning: {folder} was written by code {before['code']}, this is {about['code']}; the run goes on, perhaps not bit for bit",
-              file=sys.stderr)
+    if before.get("code", about["code"]) != about["code"] and not anyway:
+        raise ValueError(f"{folder} was written by code {before['code']}, this is {about['code']}; check out the code it began with, or "
+                         "continue with --resume-anyway, perhaps not bit for bit")
     with open_source(folder / "model.safetensors") as source:
         load_into(model, source)
     with open_source(folder / "ema.safetensors") as source:
@@ -298,7 +298,8 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.opti
 
 def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, seed: int = 0) -> None:
     """Fresh weights, and those of an earlier stage, ours or published: from stage 1 the video expert, from stage 2 all but what starts
-    fresh. One tensor of the file at a time, and what starts fresh one expert at a time; a rank keeps its part of each."""
+    fresh. One tensor of the file at a time, and what starts fresh one layer at a time, each from a seed of its own; a rank keeps its part
+    of each. So no rank ever holds more than a layer, and the values are the same for any number of ranks."""
     skip: tuple[str, ...] = ("video.", "action.", "und.")
     if init is not None:
         source, rename, card, absent = open_weights(init)
@@ -313,18 +314,23 @@ def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, s
             skip = (*absent, *FRESH_IN_STAGE_3)
         else:
             raise ValueError(f"--init {init} is of stage {card.stage}; stage {name} starts from stage 1 or 2")
-    config = model.config
-    makers = (lambda: WanModel(config.video), lambda: ActionExpert(config), lambda: UndExpert(config))
+    one = replace(model.config, video=replace(model.config.video, layers=1))                 # layer 0 also draws what lies outside
+    makers = (lambda: WanModel(one.video), lambda: ActionExpert(one), lambda: UndExpert(one))
     for i, (expert, make) in enumerate(zip(EXPERTS, makers)):
-        wanted = {n: p for n, p in getattr(model, expert).named_parameters() if f"{expert}.{n}".startswith(skip)}
-        if wanted:
-            torch.manual_seed(seed * len(EXPERTS) + i)
-            fresh = make()
-            fresh.init_weights()
-            with torch.no_grad():
-                for n, value in fresh.named_parameters():
-                    if n in wanted:
-                        place(wanted[n], value)
+        named = {n: p for n, p in getattr(model, expert).named_parameters() if f"{expert}.{n}".startswith(skip)}
+        for layer in range(model.config.video.layers):
+            here = f"blocks.{layer}."
+            wanted = {n.replace(here, "blocks.0."): p for n, p in named.items()
+                      if n.startswith(here) or layer == 0 and not n.startswith("blocks.")}
+            if wanted:
+                torch.manual_seed(int(np.random.SeedSequence([seed, i, layer]).generate_state(1)[0]))
+                fresh = make()
+                fresh.init_weights()
+                with torch.no_grad():
+                    for n, value in fresh.named_parameters():
+                        if n in wanted:
+                            place(wanted[n], value)
+                del fresh, value                                                             # before the next layer is made
     if init is not None:
         with source:
             load_into(model, source, rename, ignore=(*skip, "vlm."), fresh=skip)
@@ -355,14 +361,17 @@ class Log:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(kept)
-        if to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(path.parent / "tensorboard", purge_step=start)
-            self.extra = lambda step, row: [board.add_scalar(name, value, step) for name, value in row.items()]
-        elif to == "wandb":
-            import wandb
-            wandb.init(project="motus", name=path.parent.name, dir=path.parent, id=path.parent.name, resume="allow")
-            self.extra = lambda step, row: wandb.log(row, step=step)
+        try:
+            if to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                board = SummaryWriter(path.parent / "tensorboard", purge_step=start)
+                self.extra = lambda step, row: (*(board.add_scalar(name, x, step) for name, x in row.items()), board.flush())
+            elif to == "wandb":
+                import wandb
+                wandb.init(project="motus", name=path.parent.name, dir=path.parent, id=path.parent.name, resume="allow")
+                self.extra = lambda step, row: wandb.log(row, step=step)
+        except ImportError as error:
+            raise ValueError(f"--set log_to={to}: {error}; pip install {to}, or leave log_to out: log.csv is written always") from error
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value * weight
@@ -392,13 +401,15 @@ class Log:
         row = {name: value for name, value in (row | speeds).items() if name in self.columns}
         if "mfu" in row:
             row["mfu"] /= self.ranks.world
-        if not self.ranks.rank:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow({"step": step, **{k: f"{v:.9g}" for k, v in row.items()}})
-            if self.extra:
-                self.extra(step, row)
+        self.ranks.together(lambda: None if self.ranks.rank else self.write(step, row))
         self.sums, self.counts, self.begun = {}, {}, time.perf_counter()
         return row
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow({"step": step, **{k: f"{v:.9g}" for k, v in row.items()}})
+        if self.extra:
+            self.extra(step, row)
 
     SPEEDS = {"samples": "samples_per_s", "tokens": "tokens_per_s", "flops": "mfu"}
 
@@ -631,7 +642,7 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
                **{name: str(value) for name, value in asdict(settings).items()})
     ranks.together(lambda: divide(settings, ranks.world))
     run = Path(args.run or f"runs/stage{args.stage}")
-    ranks.together(lambda: claim(run, args.resume, make=not ranks.rank))
+    ranks.together(lambda: claim(run, bool(args.resume), make=not ranks.rank))
     form = dict(finetune=True) if stage.finetune else dict(finetune=False, ratio=1, action_dim=14)
     card = Card(preset(args.preset, **form), args.stage, args.preset)
     source, card = pool_for(args, stage, card, settings, ranks)
@@ -649,9 +660,10 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
         ranks.together(lambda: initialise(model, args.init, stage, args.stage, settings.seed))
     optimizers = make_optimizers(model, settings, stage.experts)
     ema = EMA(model, settings.ema)
-    start = ranks.together(lambda: resume(newest_step(run), model, ema, optimizers, card, settings, about)) if args.resume else 0
+    start = ranks.together(lambda: resume(newest_step(run), model, ema, optimizers, card, settings, about, args.resume == "anyway")
+                           ) if args.resume else 0
     ranks.same(newest_checkpoint=str(start))
-    log, saver = Log(run / "log.csv", start, ranks, settings.log_to), scale.Saver(run, ranks, settings.keep)
+    log, saver = ranks.together(lambda: Log(run / "log.csv", start, ranks, settings.log_to)), scale.Saver(run, ranks, settings.keep)
     trained = [p for group in groups_of(optimizers) for p in group["params"]]
     micro, begun, stopped = settings.micro or settings.batch // ranks.world, time.monotonic(), []
     done, work = start, None
@@ -755,7 +767,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="dataset card, dataset folder or hub name (docs/data.md); default the toy world")
     parser.add_argument("--cache", type=Path, help="windows of `python data.py cache`, or tokens of `python latent_action.py tokens`")
     parser.add_argument("--latent", type=Path, help="run of stage latent, read by stage 2")
-    parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
+    parser.add_argument("--resume", action="store_const", const="same", help="continue the run from its newest checkpoint")
+    parser.add_argument("--resume-anyway", dest="resume", action="store_const", const="anyway",
+                        help="the same, although the code has changed since it was written")
     parser.add_argument("--steps", type=int, help="short for --set steps=N")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
                         help=f"change a setting: {', '.join(f.name for f in fields(Settings))}")
@@ -784,6 +798,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:                   # what the user, the data or the disk got wrong
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -33,8 +33,8 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -473,7 +473,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def _advise(tensor: Tensor, advice: str) -> None:
-    """Tell the kernel how the pages under a tensor will be used: WILLNEED, DONTNEED (mapped files only: it forgets them) or HUGEPAGE."""
+    """Tell the kernel how the pages under a tensor will be used: WILLNEED, DONTNEED (mapped files only: it forgets them), RANDOM (nothing
+    around them is wanted) or HUGEPAGE."""
+    if not tensor.is_contiguous() and tensor.stride(-1) == 1:                                # a part along an inner axis is many runs
+        for run in tensor:
+            _advise(run, advice)
+        return
     storage = tensor.untyped_storage()
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
@@ -535,17 +540,42 @@ def held(tensor: Tensor) -> tuple[Tensor, int, int]:
     return tensor.to_local(), 0, 0
 
 
-def place(tensor: Tensor, value: Tensor) -> None:
-    """Copy into `tensor` what this process holds of `value`, the whole of it; nothing else of it is read."""
+def part(tensor: Tensor, value: Tensor) -> Tensor:
+    """Of `value`, the whole of what `tensor` is to be, a view of what this process holds; nothing is read."""
     values, axis, start = held(tensor)
-    values.copy_(value.narrow(axis, start, values.shape[axis]) if values.dim() else value)   # casts on the way: no second copy
+    return value.narrow(axis, start, values.shape[axis]) if values.dim() else value
+
+
+def place(tensor: Tensor, value: Tensor) -> None:
+    """Copy into `tensor` what this process holds of `value`, the whole of it."""
+    held(tensor)[0].copy_(part(tensor, value))
+
+
+def parts(source: TensorSource, wanted: Sequence[tuple[str, Tensor]]) -> Iterator[Tensor]:
+    """For each (name in the file, tensor it is for) what this process holds of it, one after another: fetched from disk while the one
+    before is in use, its pages given back afterwards. Of a tensor that is sharded, nothing but the part is fetched; the kernel would read
+    megabytes around it."""
+    views, mapped = [], lambda tensor: tensor.untyped_storage().data_ptr() in source.mapped
+    for name, tensor in wanted:
+        views.append(part(tensor, source.read(name)))
+        if views[-1].numel() < source.read(name).numel() and mapped(views[-1]):
+            _advise(source.read(name), "RANDOM")
+    with ThreadPoolExecutor(1) as ahead:
+        fetch = lambda few: [ahead.submit(_advise, view, "WILLNEED") for view in few if mapped(view)]
+        coming = fetch(views[:1])
+        for i, view in enumerate(views):
+            wait(coming)
+            coming = fetch(views[i + 1:i + 2])
+            yield view
+            if mapped(view):
+                _advise(view, "DONTNEED")
 
 
 @torch.no_grad()
 def load_into(module: nn.Module, source: TensorSource, rename: Callable[[str], str | None] = str,
               dtype: torch.dtype | None = None, ignore: Iterable[str] = (), fresh: Iterable[str] = (), device: str = "cpu") -> Report:
     """Fill every parameter and saved buffer of `module` from `source`, one tensor at a time, replacing meta tensors by real ones. Of a
-    tensor that is sharded over ranks, each reads its own part.
+    tensor that is sharded over ranks, each fetches and reads its own part; `nbytes` of the report counts that.
 
     rename  name in the file -> name in the module, or None: knowingly dropped
     dtype   replaces the module's floating dtypes; None keeps each as it is
@@ -573,27 +603,21 @@ def load_into(module: nn.Module, source: TensorSource, rename: Callable[[str], s
                  for key, buffer in module.named_buffers() if buffer.is_meta and key not in wanted]
     refuse(source.path, f"does not fit {type(module).__name__}", problems)
 
-    views = [source.read(name) for name in plan.values()]
-    with ThreadPoolExecutor(1) as ahead:                 # fetches the next tensor from disk while this one is cast
-        for key, view, upcoming in zip(plan, views, views[1:] + [None]):
-            if upcoming is not None and upcoming.untyped_storage().data_ptr() in source.mapped:
-                ahead.submit(_advise, upcoming, "WILLNEED")
-            old = wanted[key]
-            kind = dtype if dtype and old.dtype in CASTABLE else old.dtype
-            new = old
-            if old.is_meta or old.dtype != kind:
-                new = torch.empty(view.shape, dtype=kind, device=device if old.is_meta else old.device)
-                if new.device.type == "cpu":
-                    _advise(new, "HUGEPAGE")             # fresh memory costs more time than the file when it comes in small pages
-            place(new, view)
-            if new is not old:
-                owner, _, leaf = key.rpartition(".")
-                new = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-                setattr(module.get_submodule(owner), leaf, new)
-            if view.untyped_storage().data_ptr() in source.mapped:
-                _advise(view, "DONTNEED")
-    return Report(source.path, len(plan), sum(view.nbytes for view in views), time.perf_counter() - begun, tuple(kept), tuple(dropped),
-                  tuple(ignored))
+    nbytes = 0
+    for key, view in zip(plan, parts(source, [(name, wanted[key]) for key, name in plan.items()])):
+        old, nbytes = wanted[key], nbytes + view.nbytes
+        kind = dtype if dtype and old.dtype in CASTABLE else old.dtype
+        new = old
+        if old.is_meta or old.dtype != kind:
+            new = torch.empty(view.shape, dtype=kind, device=device if old.is_meta else old.device)
+            if new.device.type == "cpu":
+                _advise(new, "HUGEPAGE")                 # fresh memory costs more time than the file when it comes in small pages
+        held(new)[0].copy_(view)                         # casts on the way: no second copy
+        if new is not old:
+            owner, _, leaf = key.rpartition(".")
+            new = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+            setattr(module.get_submodule(owner), leaf, new)
+    return Report(source.path, len(plan), nbytes, time.perf_counter() - begun, tuple(kept), tuple(dropped), tuple(ignored))
 
 
 # -- writing -------------------------------------------------------------------------------------------------------------------------

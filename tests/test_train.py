@@ -264,3 +264,20 @@ def test_a_tracker_beside_the_csv_gets_the_same_row(tmp_path, monkeypatch):
     row = log.row(7)
     assert said == [(7, row)] and row["loss"] == 2.0
     assert next(csv.DictReader((tmp_path / "log.csv").open()))["loss"] == "2"
+
+
+def test_tensorboard_gets_every_number_of_a_row(tmp_path):
+    """The real one, where it is installed: what is read back is what the csv holds."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = train.Log(tmp_path / "log.csv", 0, to="tensorboard")
+    log.add("loss", 2.0)
+    log.row(7)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 2.0)]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    """With the command that installs it, before anything is trained."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="log_to=wandb: .*pip install wandb"):
+        train.Log(tmp_path / "log.csv", 0, to="wandb")

@@ -205,6 +205,22 @@ def test_weight_decay_leaves_out_vectors_and_tables_unless_asked():
             assert groups[id(p)] == (0.01 if not vector or wanted else 0.0), name
 
 
+def test_muon_takes_the_steps_of_torchs_own():
+    """Three steps on square, wide and tall matrices: what they add differs by the rounding of torch's bf16 iteration."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((16, 16), (16, 16), (8, 24), (24, 8))]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = (train.Muon([dict(params=ours)], lr=0.1, weight_decay=0.01), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01))
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, x in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.02 * (b - x).norm()
+
+
 @pytest.mark.parametrize("schedule, half, end", [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
 def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half, end):
     """Hand-sized: warm-up of 4 steps, horizon of 100."""

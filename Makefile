@@ -38,8 +38,8 @@ demo: $(VENV)/.core
 
 toy:
 	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) EPISODES=200 LOOKS=clean,randomized EVALUATE="--splits eval,held_out" \
-		SET1="--steps 1000 --set episodes=200 windows=4000" SETL="--steps 3000" \
-		SET2="--steps 1500 --set episodes=200 windows=4000" SET3="--steps 8500 --set episodes=2000 windows=24000 ema=0.998"
+		SET1="--steps 1500 --set episodes=200 windows=4000" SETL="--steps 3000" \
+		SET2="--steps 2000 --set episodes=200 windows=4000" SET3="--steps 9000 --set episodes=2000 windows=24000 ema=0.998"
 
 smoke:
 	$(MAKE) demo RUN=$(RUN) EPISODES=4 SET1="--steps 8 --set episodes=3 windows=32" SETL="--steps 20 --set episodes=4" \

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -297,3 +298,11 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="log_to=wandb: .*pip install wandb"):
         train.Log(tmp_path / "log.csv", 0, to="wandb")
+
+
+def test_a_log_that_finds_no_room_says_which_file(tmp_path):
+    """And how to go on."""
+    log = train.Log(tmp_path / "log.csv", 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(ValueError, match="/dev/full could not be written: .*No space left on device; free space and continue"):
+        log.row(1)

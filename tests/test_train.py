@@ -222,6 +222,15 @@ def test_muon_takes_the_steps_of_torchs_own():
         assert (a - b).norm() < 0.02 * (b - x).norm()
 
 
+def test_the_video_expert_has_a_rate_of_its_own():
+    """`video_lr`; 0 gives it that of the others."""
+    model = Motus(train.preset("toy"))
+    for video_lr, wanted in ((0.5, 0.5), (0.0, 0.1)):
+        optimizer, = train.make_optimizers(model, train.Settings(lr=0.1, video_lr=video_lr), train.EXPERTS)
+        bases = {id(p): group["base"] for group in optimizer.param_groups for p in group["params"]}
+        assert {bases[id(p)] for p in model.video.parameters()} == {wanted} and {bases[id(p)] for p in model.und.parameters()} == {0.1}
+
+
 @pytest.mark.parametrize("schedule, half, end", [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
 def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half, end):
     """Hand-sized: warm-up of 4 steps, horizon of 100."""

@@ -441,8 +441,11 @@ class Log:
         return row
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow({"step": step, **{k: f"{v:.9g}" for k, v in row.items()}})
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow({"step": step, **{k: f"{v:.9g}" for k, v in row.items()}})
+        except OSError as error:
+            raise ValueError(f"{self.path} could not be written: {error}; free space and continue with --resume") from error
         if self.extra:
             self.extra(step, row)
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +222,15 @@ def test_muon_takes_the_steps_of_torchs_own():
         assert (a - b).norm() < 0.02 * (b - x).norm()
 
 
+def test_the_video_expert_has_a_rate_of_its_own():
+    """`video_lr`; 0 gives it that of the others."""
+    model = Motus(train.preset("toy"))
+    for video_lr, wanted in ((0.5, 0.5), (0.0, 0.1)):
+        optimizer, = train.make_optimizers(model, train.Settings(lr=0.1, video_lr=video_lr), train.EXPERTS)
+        bases = {id(p): group["base"] for group in optimizer.param_groups for p in group["params"]}
+        assert {bases[id(p)] for p in model.video.parameters()} == {wanted} and {bases[id(p)] for p in model.und.parameters()} == {0.1}
+
+
 @pytest.mark.parametrize("schedule, half, end", [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1.0, 1.0)])
 def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half, end):
     """Hand-sized: warm-up of 4 steps, horizon of 100."""
@@ -297,3 +307,11 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="log_to=wandb: .*pip install wandb"):
         train.Log(tmp_path / "log.csv", 0, to="wandb")
+
+
+def test_a_log_that_finds_no_room_says_which_file(tmp_path):
+    """And how to go on."""
+    log = train.Log(tmp_path / "log.csv", 0)
+    log.path = Path("/dev/full")
+    with pytest.raises(ValueError, match="/dev/full could not be written: .*No space left on device; free space and continue"):
+        log.row(1)

@@ -107,6 +107,16 @@ def test_a_small_step_on_two_ranks_needs_what_is_planned(ranks, checkpointing):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(("checkpointing", "micro"), [("none", 4), ("selective", 8), ("full", 8)])
+def test_the_step_of_preset_small_needs_what_is_planned(ranks, checkpointing, micro):
+    """Within 5 % of the traced step of all eighteen layers under FSDP2 on two ranks."""
+    planned = Plan("small", "3", 2, 24 * GB, batch=2 * micro).peak(checkpointing, micro)
+    found = traced("small", ranks(2), micro, checkpointing)
+    print(f"\nsmall, 2 ranks, {checkpointing}, {micro}: traced {found / GB:.3f} GB, planned {planned / GB:.3f}, {planned / found:.3f}")
+    assert planned == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("checkpointing", "micro"), [("none", 8), ("selective", 32), ("full", 32)])
 def test_the_full_step_on_eight_ranks_needs_what_is_planned(monkeypatch, ranks, checkpointing, micro):
     """Within 5 %: layers of full width are traced at two depths under FSDP2 on eight ranks, and continued to thirty."""

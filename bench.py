@@ -498,7 +498,7 @@ def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
     new = lambda *shape: torch.randn(shape, dtype=dtype, device="cuda")
     heads, size, lengths = 24, 128, (360, 21, UND)
     qkv = [tuple(new(1, n, heads, size) for _ in range(3)) for n in lengths]
-    masks = [None, None, torch.ones(1, UND, dtype=torch.bool, device="cuda")]
+    biases = [None, None, torch.zeros(1, UND, device="cuda")]
     x, y, shift, scale = new(1, 360, 3072).float(), new(1, 360, 3072), new(1, 1, 3072).float(), new(1, 1, 3072).float()
     q, k, rope = new(1, 360, 3072), new(1, 360, 3072), rope_3d((3, 12, 10), size, "cuda")
     norm = RMSNorm(3072).to("cuda", dtype)
@@ -507,14 +507,14 @@ def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
     def written_out(name: str) -> Callable[[], object]:
         def work() -> object:
             with attention(name):
-                return joint_attention(qkv, masks)
+                return joint_attention(qkv, biases)
         return work
 
     heads_of = lambda z: rearrange(z, "b l (n k) -> b l n k", k=size)
     rotated = lambda: [rotate_interleaved(heads_of(norm(z)), *rope).to(dtype) for z in (q, k)]
     modulated = lambda: (nn.functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).to(dtype)
     gated = lambda: x + y.float() * scale
-    cases = [("joint attention", 4 * total**2 * heads * size, 4 * 2 * total * heads * size, lambda: kernels.joint_attention(qkv, masks),
+    cases = [("joint attention", 4 * total**2 * heads * size, 4 * 2 * total * heads * size, lambda: kernels.joint_attention(qkv, biases),
               written_out("sdpa"), written_out("plain")),
              ("norm and rotate q, k", 0, 2 * moved(q, k), lambda: kernels.norm_rotate(q, k, norm.weight, norm.weight, norm.eps, size, rope),
               rotated, rotated),

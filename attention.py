@@ -105,7 +105,7 @@ def norm_modulate(x: Tensor, norm: LayerNorm, shift: Tensor, scale: Tensor, dtyp
     if fused(x):
         import kernels
         return kernels.norm_modulate(x, shift, scale, norm.eps, dtype)
-    return (norm(x).float() * (1 + scale) + shift).to(dtype)
+    return torch.addcmul(shift, norm(x).float(), 1 + scale).to(dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if fused(x):
         import kernels
         return kernels.add_gated(x, y, gate)
-    return x.float() + y.float() * gate
+    return torch.addcmul(x.float(), y.float(), gate)
 
 
 # -- linear maps ------------------------------------------------------------------------------------------------------------

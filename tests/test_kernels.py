@@ -33,8 +33,9 @@ from motus import Motus, draw  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 
-# Relative to the largest value. In fp32 the sums run in another order. In bf16 outputs and gradients are rounded (2^-9).
-TOLERANCE = {torch.float32: 1e-5 if DEVICE == "cpu" else 1e-4, torch.bfloat16: 3e-2}
+# Relative to the largest value. In fp32 the sums run in another order. In bf16 outputs and gradients are rounded (2^-9), and on a GPU also
+# what goes into the second products.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2} if DEVICE == "cpu" else {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 def close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
@@ -46,10 +47,14 @@ def close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> No
             assert (a.float() - b.float()).abs().max() <= TOLERANCE[dtype] * max(1.0, b.float().abs().max().item())
 
 
-def gradients(outputs: list[Tensor], inputs: list[Tensor], seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
-    return list(torch.autograd.grad(outputs, inputs, grads, retain_graph=True))
+def incoming(outputs: list[Tensor]) -> list[Tensor]:
+    """Random gradients of outputs."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
+
+
+def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(outputs, inputs, incoming(outputs), retain_graph=True))
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +94,19 @@ def plain_segments(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list
     return list(out.split([x.shape[1] for x in q], dim=1))
 
 
+def plain_gradients(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None], scale: float | None) -> list[Tensor]:
+    """Of q, k, v. Like any attention that saves its output, the kernels take delta = sum(o * do) of an o in bf16: that shifts the gradient of
+    a query's logits by p times the rounding error of delta, as if the log-sum-exp had a gradient too. In fp32 nothing is rounded."""
+    wide_q, wide_k, wide_v = ([x.float() for x in group] for group in (q, k, v))
+    out = plain_segments(wide_q, wide_k, wide_v, bias, scale)
+    row = torch.cat([x.new_zeros(x.shape[:2]) if b is None else b for x, b in zip(wide_k, bias)], dim=1)[:, None, None]
+    logits = torch.einsum("bqnk,bsnk->bnqs", torch.cat(wide_q, 1), torch.cat(wide_k, 1)) * (q[0].shape[3]**-0.5 if scale is None else scale)
+    rounded = [x.to(v[0].dtype) for x in out]
+    do = [x.float() for x in incoming(rounded)]
+    error = torch.cat([(d * (r.float() - x)).sum(-1) for d, r, x in zip(do, rounded, out)], dim=1)             # (B, Lq, N)
+    return list(torch.autograd.grad([*out, (logits + row).logsumexp(-1)], [*q, *k, *v], [*do, -error.detach().transpose(1, 2)]))
+
+
 def random_case(rng: random.Random, seed: int) -> None:
     """One draw: video always has keys; the others may be empty, padded, wholly padded, or carry log counts."""
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])
@@ -104,10 +122,9 @@ def random_case(rng: random.Random, seed: int) -> None:
                "count": torch.randint(1, 500, (batch, length)).float().log()}[kind]
         bias.append(None if row is None else row.to(DEVICE))
     scale = rng.choice([None, 0.3])
-    inputs = [*q, *k, *v]
-    expected, found = plain_segments(q, k, v, bias, scale), kernels.attend(q, k, v, bias, scale)
-    close(found, expected, dtype)
-    close(gradients(found, inputs), gradients(expected, inputs), dtype)
+    found = kernels.attend(q, k, v, bias, scale)
+    close(found, plain_segments(q, k, v, bias, scale), dtype)
+    close(gradients(found, [*q, *k, *v]), plain_gradients(q, k, v, bias, scale), dtype)
 
 
 @pytest.mark.parametrize("group", range(4))
@@ -414,7 +431,7 @@ def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
     """Wider than 4096, or in half precision."""
     monkeypatch.setenv("MOTUS_ATTENTION", "triton")
     for x in (torch.randn(1, 1, 4104), torch.randn(1, 1, 8).half()):
-        assert torch.equal(attention.add_gated(x, x, x), x.float() + x.float() * x) and not launched
+        assert torch.allclose(attention.add_gated(x, x, x), x.float() + x.float() * x) and not launched
     attention.add_gated(torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8))
     assert launched == {"add_gated"}
 

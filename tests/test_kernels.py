@@ -95,8 +95,8 @@ def plain_segments(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list
 
 
 def plain_gradients(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None], scale: float | None) -> list[Tensor]:
-    """Of q, k, v. Like any attention that saves its output, the kernels take delta = sum(o * do) of an o in bf16: that shifts the gradient of
-    a query's logits by p times the rounding error of delta, as if the log-sum-exp had a gradient too. In fp32 nothing is rounded."""
+    """Of q, k, v. Like any attention that saves its output, the kernels take delta = sum(o * do) of an o in bf16: that shifts the gradient
+    of a query's logits by p times the rounding error of delta, as if the log-sum-exp had a gradient too. In fp32 nothing is rounded."""
     wide_q, wide_k, wide_v = ([x.float() for x in group] for group in (q, k, v))
     out = plain_segments(wide_q, wide_k, wide_v, bias, scale)
     row = torch.cat([x.new_zeros(x.shape[:2]) if b is None else b for x, b in zip(wide_k, bias)], dim=1)[:, None, None]

@@ -55,7 +55,7 @@ class Tile(NamedTuple):
 # Chosen so that for every head size and on every card from the A100 on nothing spills and the shared memory suffices: docs/kernels.md has
 # the figures. The interpreter gets small tiles, so that tests see many of them.
 TILES = {torch.bfloat16: {"forward": Tile(64, 32, 4, 3), "dq": Tile(64, 32, 8, 2), "dkv": Tile(64, 32, 8, 2)},
-         torch.float32: {"forward": Tile(32, 32, 8, 2), "dq": Tile(16, 32, 8, 2), "dkv": Tile(16, 16, 4, 2)}}
+         torch.float32: {"forward": Tile(32, 32, 8, 2), "dq": Tile(16, 32, 8, 2), "dkv": Tile(16, 32, 8, 2)}}
 
 
 def tile(kernel: str, dtype: torch.dtype) -> Tile:

@@ -55,9 +55,18 @@ def choose(device: torch.device | str) -> tuple[str, str]:
     return ("triton", f"sm_{sm} and Triton are there") if sm >= 80 else ("sdpa", f"sm_{sm} has no bf16 tensor cores")
 
 
+# What the kernels are compiled and checked for ahead of time (docs/kernels.md); all else goes to torch.
+HEAD_SIZES, WIDEST, DTYPES = (32, 64, 128), 4096, (torch.bfloat16, torch.float32)
+
+
 def fused(x: Tensor) -> bool:
-    """Whether Triton kernels compute what comes of x."""
-    return choose(x.device)[0] == "triton"
+    """Whether the Triton kernels for rows take x (..., D)."""
+    return choose(x.device)[0] == "triton" and x.shape[-1] <= WIDEST and x.dtype in DTYPES
+
+
+def fused_heads(x: Tensor) -> bool:
+    """Whether the Triton attention takes heads x (B, L, N, K)."""
+    return choose(x.device)[0] == "triton" and x.shape[3] in HEAD_SIZES and x.dtype in DTYPES
 
 
 # -- norms ------------------------------------------------------------------------------------------------------------------
@@ -96,7 +105,7 @@ def norm_modulate(x: Tensor, norm: LayerNorm, shift: Tensor, scale: Tensor, dtyp
     if fused(x):
         import kernels
         return kernels.norm_modulate(x, shift, scale, norm.eps, dtype)
-    return (norm(x).float() * (1 + scale) + shift).to(dtype)
+    return torch.addcmul(shift, norm(x).float(), 1 + scale).to(dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -104,7 +113,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if fused(x):
         import kernels
         return kernels.add_gated(x, y, gate)
-    return x.float() + y.float() * gate
+    return torch.addcmul(x.float(), y.float(), gate)
 
 
 # -- linear maps ------------------------------------------------------------------------------------------------------------
@@ -204,13 +213,12 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """The attention that `choose` names. The kernels take heads up to 128 wide and one bias per key; the rest of a Triton run (the one
-    wide head of the video VAE, biases of pairs in the frozen encoders) goes to SDPA."""
-    name = choose(q.device)[0]
-    if name == "triton" and q.shape[3] <= 128 and (bias is None or bias.shape[1:3] == (1, 1)):
+    """The attention that `choose` names. The kernels take heads of HEAD_SIZES and one bias per key; the rest of a Triton run (the one
+    wide head of the video VAE, the toy's narrow ones, biases of pairs in the frozen encoders) goes to SDPA."""
+    if fused_heads(v) and (bias is None or bias.shape[1:3] == (1, 1)):
         import kernels
         return kernels.attention(q, k, v, bias, scale)
-    return (plain_attention if name == "plain" else sdpa_attention)(q, k, v, bias, scale)
+    return (plain_attention if choose(q.device)[0] == "plain" else sdpa_attention)(q, k, v, bias, scale)
 
 
 def key_bias(mask: Tensor) -> Tensor:
@@ -227,17 +235,16 @@ def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
     return torch.where(index < lengths[:, None], torch.zeros_like(count), collapsed)
 
 
-def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
+def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], biases: list[Tensor | None]) -> list[Tensor]:
     """One attention over the experts' segments. qkv: (q, k, v), each (B, L_i, N, K), per expert in the order video, action,
-    understanding; masks: (B, L_i) bool or None per expert, True where a key is real. Returns (B, L_i, N*K) per expert."""
-    if fused(qkv[0][0]):
+    understanding; biases: (B, L_i) fp32 or None per expert, what is added to the logits of a key. Returns (B, L_i, N*K) per expert."""
+    if fused_heads(qkv[0][2]):
         import kernels
-        return kernels.joint_attention(qkv, masks)
+        return kernels.joint_attention(qkv, biases)
     q, k, v = (torch.cat([x.to(qkv[0][2].dtype) for x in parts], dim=1) for parts in zip(*qkv))
     bias = None
-    if any(mask is not None for mask in masks):
-        real = [torch.ones(part[1].shape[:2], dtype=torch.bool, device=k.device) if mask is None else mask
-                for part, mask in zip(qkv, masks)]
-        bias = key_bias(torch.cat(real, dim=1))[:, None, None]                               # (B, 1, 1, Lv+La+Lu)
+    if any(x is not None for x in biases):
+        rows = [torch.zeros(part[1].shape[:2], device=k.device) if x is None else x for part, x in zip(qkv, biases)]
+        bias = torch.cat(rows, dim=1)[:, None, None]                                         # (B, 1, 1, Lv+La+Lu)
     out = rearrange(attention(q, k, v, bias), "b l n k -> b l (n k)")
     return list(out.split([part[0].shape[1] for part in qkv], dim=1))

@@ -52,6 +52,7 @@ from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.wan import WanVAE, WanVAEConfig, rope_3d
 from motus import Inputs, Motus, MotusConfig, backbones_of, draw, gaussian, preset
 from sample import Placement, Policy, held_out_windows
+from scale import parallelize
 from worlds import tabletop
 
 # -- measuring --------------------------------------------------------------------------------------------------------------
@@ -272,21 +273,23 @@ def sampler_ratios(steps: int, rounds: int, compiled: bool) -> list[list]:
             *sampler_ratio("3 layers of `small`", stack, lambda: fixed, lambda: fixed.und, lambda video: None, steps, rounds)]
 
 
-def training_ratio(batch: int, rounds: int) -> list[list]:
-    """A step of stage 3: forward, backward, clipping, optimizer and EMA, with fused attention and with attention written out."""
+def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
+    """A step of stage 3: forward, backward, clipping, optimizer and EMA, with fused attention, and with `compiled` also with each layer by
+    torch.compile, against attention written out."""
     settings, config = train.settings_for("toy", "3", [f"batch={batch}"]), preset("toy")
     backbones, episodes = backbones_of("toy", config), data.toy_episodes((6,), 4, seed=0)
     chosen = data.collect(episodes, data.windows_of(episodes, config)[:batch], config, data.statistics(episodes))
     inputs = backbones.inputs(chosen.frames, chosen.instruction, state=chosen.state, actions=chosen.actions, action_mask=chosen.action_mask)
 
-    def trainer(name: str) -> Callable[[], float]:
+    def trainer(name: str, compiled: bool = False) -> Callable[[], float]:
         torch.manual_seed(0)
         model = Motus(config).init_weights().train()
+        compute = parallelize(model, train.EXPERTS, compiled=compiled)
         optimizers, ema = train.make_optimizers(model, settings, train.EXPERTS), train.EMA(model, settings.ema)
 
         def step() -> float:
             with attention(name):
-                loss = model.loss(inputs, **draw(inputs, torch.Generator().manual_seed(0))).total()
+                loss = compute(inputs, draw(inputs, torch.Generator().manual_seed(0))).total()
                 model.zero_grad(set_to_none=True)
                 loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -296,9 +299,13 @@ def training_ratio(batch: int, rounds: int) -> list[list]:
             return loss.item()
         return step
 
-    ours, plain = trainer("sdpa"), trainer("plain")
-    difference = agree(torch.tensor([ours() for _ in range(3)]), torch.tensor([plain() for _ in range(3)]))
-    return [[f"training step, toy, batch {batch}", "attention written out", *in_turns(ours, plain, rounds), f"{difference:.1g} (loss)"]]
+    rows = []
+    for how in (False, True)[: 1 + compiled]:
+        ours, plain = trainer("sdpa", how), trainer("plain")
+        difference = agree(torch.tensor([ours() for _ in range(3)]), torch.tensor([plain() for _ in range(3)]))
+        rows.append([f"training step, toy, batch {batch}" + ", compiled" * how, "attention written out", *in_turns(ours, plain, rounds),
+                     f"{difference:.1g} (loss)"])
+    return rows
 
 
 # -- counting on the meta device --------------------------------------------------------------------------------------------
@@ -498,7 +505,7 @@ def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
     new = lambda *shape: torch.randn(shape, dtype=dtype, device="cuda")
     heads, size, lengths = 24, 128, (360, 21, UND)
     qkv = [tuple(new(1, n, heads, size) for _ in range(3)) for n in lengths]
-    masks = [None, None, torch.ones(1, UND, dtype=torch.bool, device="cuda")]
+    biases = [None, None, torch.zeros(1, UND, device="cuda")]
     x, y, shift, scale = new(1, 360, 3072).float(), new(1, 360, 3072), new(1, 1, 3072).float(), new(1, 1, 3072).float()
     q, k, rope = new(1, 360, 3072), new(1, 360, 3072), rope_3d((3, 12, 10), size, "cuda")
     norm = RMSNorm(3072).to("cuda", dtype)
@@ -507,14 +514,14 @@ def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
     def written_out(name: str) -> Callable[[], object]:
         def work() -> object:
             with attention(name):
-                return joint_attention(qkv, masks)
+                return joint_attention(qkv, biases)
         return work
 
     heads_of = lambda z: rearrange(z, "b l (n k) -> b l n k", k=size)
     rotated = lambda: [rotate_interleaved(heads_of(norm(z)), *rope).to(dtype) for z in (q, k)]
     modulated = lambda: (nn.functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift).to(dtype)
     gated = lambda: x + y.float() * scale
-    cases = [("joint attention", 4 * total**2 * heads * size, 4 * 2 * total * heads * size, lambda: kernels.joint_attention(qkv, masks),
+    cases = [("joint attention", 4 * total**2 * heads * size, 4 * 2 * total * heads * size, lambda: kernels.joint_attention(qkv, biases),
               written_out("sdpa"), written_out("plain")),
              ("norm and rotate q, k", 0, 2 * moved(q, k), lambda: kernels.norm_rotate(q, k, norm.weight, norm.weight, norm.eps, size, rope),
               rotated, rotated),
@@ -551,7 +558,7 @@ def gpu(steps: int) -> str:
 
 def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
     rows = [[name, other, 1000 * a, 1000 * b, ratio, same] for name, other, a, b, ratio, same in
-            sampler_ratios(steps, rounds, compiled) + training_ratio(batch, rounds)]
+            sampler_ratios(steps, rounds, compiled) + training_ratios(batch, rounds, compiled)]
     return table(["what", "against", "ours, ms", "other, ms", "other / ours", "largest difference"], rows)
 
 
@@ -599,7 +606,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fast", metavar="CKPT", help="closed loop of a stage-3 run under different placements of the sampler's steps")
     parser.add_argument("--int8", metavar="CKPT", help="drift of a stage-3 run with int8 weights in the video expert")
     parser.add_argument("--gpu", action="store_true", help="measure on the first GPU")
-    parser.add_argument("--compile", action="store_true", help="ratios: also the toy's steps as static graphs (minutes of C++ compiler)")
+    parser.add_argument("--compile", action="store_true", help="ratios: also the toy's graphs of torch.compile (minutes of C++ compiler)")
     parser.add_argument("--rounds", type=int, default=7, help="pairs that are timed")
     parser.add_argument("--batch", type=int, default=32, help="samples of a training step")
     parser.add_argument("--steps", type=int, default=10, help="Euler steps of the sampler")

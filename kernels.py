@@ -28,8 +28,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention import key_bias
-
 try:
     import triton
     import triton.language as tl
@@ -57,7 +55,7 @@ class Tile(NamedTuple):
 # Chosen so that for every head size and on every card from the A100 on nothing spills and the shared memory suffices: docs/kernels.md has
 # the figures. The interpreter gets small tiles, so that tests see many of them.
 TILES = {torch.bfloat16: {"forward": Tile(64, 32, 4, 3), "dq": Tile(64, 32, 8, 2), "dkv": Tile(64, 32, 8, 2)},
-         torch.float32: {"forward": Tile(32, 32, 8, 2), "dq": Tile(16, 32, 8, 2), "dkv": Tile(16, 16, 4, 2)}}
+         torch.float32: {"forward": Tile(32, 32, 8, 2), "dq": Tile(16, 32, 8, 2), "dkv": Tile(16, 32, 8, 2)}}
 
 
 def tile(kernel: str, dtype: torch.dtype) -> Tile:
@@ -362,10 +360,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale
     return attend([q], [k], [v], [None if bias is None else bias[:, 0, 0].expand(k.shape[:2])], scale)[0]
 
 
-def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], masks: list[Tensor | None]) -> list[Tensor]:
-    """`attention.joint_attention`: (q, k, v) and key mask per expert -> (B, L, N*K) per expert. Nothing is concatenated."""
+def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], biases: list[Tensor | None]) -> list[Tensor]:
+    """`attention.joint_attention`: (q, k, v) and bias of the keys per expert -> (B, L, N*K) per expert. Nothing is concatenated."""
     q, k, v = zip(*qkv)
-    out = attend(list(q), list(k), list(v), [None if mask is None else key_bias(mask) for mask in masks])
+    out = attend(list(q), list(k), list(v), biases)
     return [x.flatten(2) for x in out]
 
 

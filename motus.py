@@ -42,7 +42,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import flow
-from attention import LayerNorm, Linear, LinearFP32, RMSNorm, add_gated, joint_attention, mlp, norm_modulate, norm_rotate, quantise
+from attention import (
+    LayerNorm,
+    Linear,
+    LinearFP32,
+    RMSNorm,
+    add_gated,
+    joint_attention,
+    key_bias,
+    mlp,
+    norm_modulate,
+    norm_rotate,
+    quantise,
+)
 from backbones.published import is_published, load_text, load_vae, load_vlm, open_motus, read_tokenizer
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
@@ -140,6 +152,10 @@ class Inputs:
         real = torch.ones(self.und.shape[:2], dtype=torch.bool, device=self.und.device) if self.und_mask is None else self.und_mask
         return replace(self, context=context, und=pad(self.und, rows), und_mask=pad(real, rows, value=False))
 
+    def unmasked(self) -> "Inputs":
+        """Without a mask of understanding that masks nothing: attention is faster without a bias."""
+        return replace(self, und_mask=None) if self.und_mask is not None and self.und_mask.all() else self
+
     @classmethod
     def stack(cls, parts: "Sequence[Inputs]") -> "Inputs":
         """Joins batches along B; text and understanding are padded to the longest."""
@@ -162,7 +178,7 @@ class Conditions(NamedTuple):
     text: list[TextStates | TextKV]           # per layer
     und: Tensor | None                        # (B, Lu, D)
     und_qkv: QKV | None                       # of the first layer, if cached
-    und_mask: Tensor | None                   # (B, Lu)
+    und_bias: Tensor | None                   # (B, Lu) of its tokens as keys
     state: Tensor | None                      # (B, 1, D) state token
     action_mask: Tensor | None                # (B, S, A)
     positions: Tensor                         # (La, D) of the action expert's tokens
@@ -297,13 +313,12 @@ class ActionExpert(nn.Module):
         e = self.time_embedding(time_sinusoid(1000 * t[:, None], self.config.video.freq_dim))
         return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
 
-    def key_mask(self, action_mask: Tensor | None) -> Tensor | None:
-        """(B, S, A) -> (B, La): padded actions are no keys; state and registers always are."""
+    def key_bias(self, action_mask: Tensor | None) -> Tensor | None:
+        """(B, S, A) -> bias (B, La) of the tokens as keys: padded actions are none; state and registers always are."""
         if action_mask is None:
             return None
-        real = action_mask.any(dim=-1)
         ends = (1, self.config.registers) if self.config.finetune else (0, 0)
-        return nn.functional.pad(real, ends, value=True)
+        return nn.functional.pad(key_bias(action_mask.any(dim=-1)), ends)
 
     def actions_of(self, x: Tensor) -> Tensor:
         """Cuts state and registers off (B, La, ...)."""
@@ -336,22 +351,22 @@ class Layer(nn.Module):
         self.video, self.action, self.und, self.last = video, action, und, last
 
     def forward(self, xv: Tensor, xa: Tensor | None, xu: Tensor | None, time_video: Tensor, time_action: Tensor | None,
-                rope: tuple[Tensor, Tensor], text: TextStates | TextKV, action_keys: Tensor | None, und_keys: Tensor | None,
+                rope: tuple[Tensor, Tensor], text: TextStates | TextKV, action_bias: Tensor | None, und_bias: Tensor | None,
                 und_qkv: QKV | None = None, hold: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None, Held | None]:
         """xv (B, Lv, Dv), xa (B, La, Da) or None, xu (B, Lu, Du) or None -> the same three after one layer, and what `act` needs if it
         shall be held. `und_qkv`: what the understanding expert would project, if that is known."""
         mod_v = modulation(self.video.modulation, time_video)                                # shift1 scale1 gate1 shift2 scale2 gate2
         qkv = [self.video.pre_attention(xv, Modulation(*mod_v[:3]), rope)]
-        masks = [None]
+        biases = [None]
         if xa is not None:
             mod_a = modulation(self.action.modulation, time_action)
             qkv.append(self.action.pre_attention(xa, Modulation(*mod_a[:3])))
-            masks.append(action_keys)
+            biases.append(action_bias)
         if xu is not None:
             qkv.append(und_qkv or self.und.pre_attention(xu, queries=not self.last))         # nothing reads the last layer's xu
-            masks.append(und_keys)
+            biases.append(und_bias)
 
-        attended = joint_attention(qkv, masks)
+        attended = joint_attention(qkv, biases)
 
         xv = self.video.post_attention(xv, attended[0], Modulation(*mod_v[:3]), Modulation(*mod_v[3:]), text)
         if xa is not None:
@@ -360,12 +375,12 @@ class Layer(nn.Module):
             xu = self.und.post_attention(xu, attended[-1])
         return xv, xa, xu, Held(qkv[0][1:], None if xu is None else qkv[-1][1:]) if hold else None
 
-    def act(self, xa: Tensor, time_action: Tensor, held: Held, action_keys: Tensor | None, und_keys: Tensor | None) -> Tensor:
+    def act(self, xa: Tensor, time_action: Tensor, held: Held, action_bias: Tensor | None, und_bias: Tensor | None) -> Tensor:
         """The action expert alone: its tokens xa (B, La, Da) attend to themselves and to what is held of the others."""
         mod = modulation(self.action.modulation, time_action)
         silent = lambda k, v: (v[:, :0], k, v)                                               # keys and values without queries
         qkv = [silent(*held.video), self.action.pre_attention(xa, Modulation(*mod[:3])), *([silent(*held.und)] if held.und else [])]
-        attended = joint_attention(qkv, [None, action_keys, und_keys][: len(qkv)])
+        attended = joint_attention(qkv, [None, action_bias, und_bias][: len(qkv)])
         return self.action.post_attention(xa, attended[1], Modulation(*mod[:3]), Modulation(*mod[3:]))
 
 
@@ -458,7 +473,8 @@ class Motus(nn.Module):
         positions = position_table(chunk + (1 + config.registers) * config.finetune, config.action_width, inputs.latents.device)
         grid = [n // p for n, p in zip((config.latent_frames, *inputs.latents.shape[3:]), config.video.patch)]
         rope = rope_3d(grid, config.video.head_dim, inputs.latents.device)
-        return Conditions(text, und, und_qkv, inputs.und_mask, state, inputs.action_mask, positions, rope)
+        und_bias = None if inputs.und_mask is None else key_bias(inputs.und_mask)
+        return Conditions(text, und, und_qkv, und_bias, state, inputs.action_mask, positions, rope)
 
     def clock(self, t_video: Tensor, t_action: Tensor | None) -> Clock:
         """Times (B,) in [0, 1] -> what they mean to the network."""
@@ -477,10 +493,10 @@ class Motus(nn.Module):
         """`velocity` at times that are embedded already; the third result is what `act` needs, if it shall be held."""
         xv, grid = self.video.patchify(video)                                                # (B, Lv, Dv)
         (ev, time_video), (ea, time_action) = clock.video, clock.action or (None, None)
-        xa, action_keys = (None, None) if action is None else self.action_tokens(action, conditions)
+        xa, action_bias = (None, None) if action is None else self.action_tokens(action, conditions)
         xu, und_qkv, held = conditions.und, conditions.und_qkv, []                           # (B, Lu, Du)
         for layer, text in zip(self.layers, conditions.text):
-            xv, xa, xu, kept = layer(xv, xa, xu, time_video, time_action, conditions.rope, text, action_keys, conditions.und_mask,
+            xv, xa, xu, kept = layer(xv, xa, xu, time_video, time_action, conditions.rope, text, action_bias, conditions.und_bias,
                                      und_qkv, hold)
             und_qkv = None
             held.append(kept)
@@ -488,16 +504,16 @@ class Motus(nn.Module):
 
     def act(self, action: Tensor, clock: Clock, conditions: Conditions, held: list[Held]) -> Tensor:
         """The velocity (B, La, A) of the actions alone, while what the other experts showed at an earlier evaluation is held."""
-        (ea, time_action), (xa, action_keys) = clock.action, self.action_tokens(action, conditions)
+        (ea, time_action), (xa, action_bias) = clock.action, self.action_tokens(action, conditions)
         for layer, kept in zip(self.layers, held):
-            xa = layer.act(xa, time_action, kept, action_keys, conditions.und_mask)
+            xa = layer.act(xa, time_action, kept, action_bias, conditions.und_bias)
         return self.action.decoder(xa, ea)
 
     def action_tokens(self, action: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
-        """action (B, S, A) -> tokens (B, La, D) and which of them are keys (B, La), None for all."""
+        """action (B, S, A) -> tokens (B, La, D) and their bias (B, La) as keys, None for no bias."""
         mask = conditions.action_mask
         action = action if mask is None else action * mask                                   # dimensions that do not exist are zero
-        return self.action.embed(action, conditions.state, conditions.positions), self.action.key_mask(mask)
+        return self.action.embed(action, conditions.state, conditions.positions), self.action.key_bias(mask)
 
     # -- training --
 
@@ -550,8 +566,7 @@ class Motus(nn.Module):
         if action is None:
             action = gaussian(observation.new_empty(len(inputs), config.chunk, config.action_dim), generator)
         evaluate, act = self.compiled or (self.evaluate, self.act)
-        if self.compiled:
-            inputs = inputs.padded(self.BUCKET)
+        inputs = inputs.padded(self.BUCKET) if self.compiled else inputs.unmasked()
         if row.video != flow.GIVEN:
             video = flow.keep_observation(video, observation)
         conditions = self.conditions(inputs, cache=True)

@@ -153,6 +153,7 @@ def test_padding_to_buckets_changes_nothing(model):
     inputs, noise = given(model), noises(model)
     padded = inputs.padded(6)
     assert padded.context.shape[1] == 5 and padded.und.shape[1] == 12 and padded.und_mask.sum() == 14
+    assert padded.unmasked().und_mask is not None and inputs.padded(7).unmasked().und_mask is None      # nothing to mask, no mask
     for bucket in (6, 4, 8):
         found = outcome(model, "joint", inputs.padded(bucket), noise)
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(outcome(model, "joint", inputs, noise), found))

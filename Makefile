@@ -1,4 +1,4 @@
-# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: about eleven minutes
+# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: under ten minutes
 # make test    the tests;  make test-slow  those over twenty seconds too;  make test-long  those of many minutes too
 # make toy     the same as the demo, for about an hour
 # make bench   ratios of speed
@@ -6,11 +6,11 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
-# The toy is a chain of small operations: two threads help on an idle machine, and collapse when another process wants the second core.
-IDLE := $(shell awk '{ print ($$1 < 0.7) ? 2 : 1 }' /proc/loadavg 2>/dev/null || echo 2)
-export OMP_NUM_THREADS ?= $(IDLE)
+# The toy is a chain of small operations: a second thread hardly helps it, so each command has one, and two of them run at a time.
+export OMP_NUM_THREADS ?= 1
+ASIDE := TQDM_DISABLE=1
 
-.PHONY: demo toy test test-slow test-long lint bench report smoke
+.PHONY: demo run toy test test-slow test-long lint bench smoke
 
 $(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,27 +23,46 @@ $(VENV)/.test: $(VENV)/.core
 	$(PY) -c "import triton" 2> /dev/null || $(VENV)/bin/pip install -q --no-deps triton==3.9.0
 	touch $@
 
-# SET1, SETL, SET2, SET3, EPISODES change the size of each part; `make toy` and `make smoke` are the same recipe at other sizes.
+# What a run is made of. A part that is there is not made again, so a run that was interrupted goes on where it was.
+demo: $(VENV)/.core
+	@$(MAKE) --no-print-directory -j2 run
+	@echo "look at $(RUN)/report.html; for another run: make demo RUN=runs/again"
+
+# Sizes; `make toy` and `make smoke` are the same recipe at others.
 EPISODES ?= 100
 LOOKS ?= clean
-demo: $(VENV)/.core
-	@test ! -e $(RUN) || { echo "$(RUN) exists; remove it, or name another folder: make demo RUN=runs/again"; exit 1; }
+VIDEOS ?= --episodes 100 --windows 2000
+DEMONSTRATIONS ?= --episodes 600 --windows 8000
+
+run: $(RUN)/report.md
+
+$(RUN)/stage1/curve.png:
 	$(PY) train.py --stage 1 --run $(RUN)/stage1 $(SET1)
-	$(PY) train.py --stage latent --run $(RUN)/latent $(SETL)
-	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --run $(RUN)/stage2 $(SET2)
-	$(PY) train.py --stage 3 --init $(RUN)/stage2 --run $(RUN)/stage3 $(SET3)
-	$(PY) sample.py --ckpt $(RUN)/stage3 --mode all --steps 2 --episodes 64 --out $(RUN)/samples $(SAMPLE)
+$(RUN)/latent/figures.json:
+	$(ASIDE) $(PY) train.py --stage latent --run $(RUN)/latent $(SETL)
+$(RUN)/windows2.safetensors: $(RUN)/latent/figures.json
+	$(ASIDE) $(PY) data.py cache --levels 2,3,4,5 --latent $(RUN)/latent/latent_action.safetensors --out $@ $(VIDEOS)
+$(RUN)/windows3.safetensors:
+	$(ASIDE) $(PY) data.py cache --levels 6 --out $@ $(DEMONSTRATIONS)
+$(RUN)/stage2/curve.png: $(RUN)/stage1/curve.png $(RUN)/windows2.safetensors
+	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --cache $(RUN)/windows2.safetensors --run $(RUN)/stage2 $(SET2)
+$(RUN)/stage3/curve.png: $(RUN)/stage2/curve.png $(RUN)/windows3.safetensors
+	$(PY) train.py --stage 3 --init $(RUN)/stage2 --cache $(RUN)/windows3.safetensors --run $(RUN)/stage3 $(SET3)
+$(RUN)/samples/figures.json: $(RUN)/stage3/curve.png
+	$(ASIDE) $(PY) sample.py --ckpt $(RUN)/stage3 --mode all --steps 2 --episodes 64 --out $(RUN)/samples $(SAMPLE)
+$(RUN)/evaluation/evaluation.json: $(RUN)/stage3/curve.png
 	$(PY) evaluate.py --ckpt $(RUN)/stage3 --modes joint,vla --episodes $(EPISODES) --looks $(LOOKS) --steps 2 --execute 2 --max-steps 150 --random --gif 2 --out $(RUN)/evaluation $(EVALUATE)
+$(RUN)/report.md: $(RUN)/samples/figures.json $(RUN)/evaluation/evaluation.json
 	$(PY) report.py --run $(RUN)
 
 toy:
 	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) EPISODES=200 LOOKS=clean,randomized EVALUATE="--splits eval,held_out" \
-		SET1="--steps 1500 --set episodes=200 windows=4000" SETL="--steps 3000" \
-		SET2="--steps 2000 --set episodes=200 windows=4000" SET3="--steps 9000 --set episodes=2000 windows=24000 ema=0.998"
+		VIDEOS="--episodes 200 --windows 4000" DEMONSTRATIONS="--episodes 2000 --windows 24000" \
+		SET1="--steps 1500 --set episodes=200 windows=4000" SETL="--steps 3000" SET2="--steps 2000" SET3="--steps 9000 --set ema=0.998"
 
 smoke:
-	$(MAKE) demo RUN=$(RUN) EPISODES=4 SET1="--steps 8 --set episodes=3 windows=32" SETL="--steps 20 --set episodes=4" \
-		SET2="--steps 8 --set episodes=3 windows=32" SET3="--steps 8 --set episodes=4 windows=32" \
+	$(MAKE) demo RUN=$(RUN) EPISODES=4 VIDEOS="--episodes 3 --windows 32" DEMONSTRATIONS="--episodes 4 --windows 32" \
+		SET1="--steps 8 --set episodes=3 windows=32" SETL="--steps 20 --set episodes=4" SET2="--steps 8" SET3="--steps 8" \
 		SAMPLE="--episodes 4 --steps 2" EVALUATE="--max-steps 24 --steps 2"
 
 test: $(VENV)/.test

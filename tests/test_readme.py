@@ -201,9 +201,8 @@ def test_the_commands_that_make_runs_exist(target, monkeypatch):
     assert shutil.which("make"), "the README's two commands need make"
     make = ["make", "-n", target, "RUN=runs/none", "VENV=.venv"]
     printed = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    lines = [line.split(".venv/bin/python ", 1)[1] for line in printed.splitlines() if line.startswith(".venv/bin/python ")]
-    programs = [line for line in lines if not line.startswith("-m")]
-    assert len(programs) == 7
+    programs = re.findall(r"^(?:TQDM_DISABLE=1 )?\.venv/bin/python (?!-m)(.*)$", printed, re.MULTILINE)
+    assert len(programs) == 9
     for line in programs:
         check_python(shlex.split(line), monkeypatch)
         monkeypatch.undo()

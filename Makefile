@@ -42,7 +42,7 @@ $(RUN)/latent/figures.json:
 	$(ASIDE) $(PY) train.py --stage latent --run $(RUN)/latent $(SETL)
 $(RUN)/windows2.safetensors: $(RUN)/latent/figures.json
 	$(ASIDE) $(PY) data.py cache --levels 2,3,4,5 --latent $(RUN)/latent/latent_action.safetensors --out $@ $(VIDEOS)
-$(RUN)/windows3.safetensors:
+$(RUN)/windows3.safetensors: | $(RUN)/windows2.safetensors      # not of them, but after them: they are needed first
 	$(ASIDE) $(PY) data.py cache --levels 6 --out $@ $(DEMONSTRATIONS)
 $(RUN)/stage2/curve.png: $(RUN)/stage1/curve.png $(RUN)/windows2.safetensors
 	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --cache $(RUN)/windows2.safetensors --run $(RUN)/stage2 $(SET2)

@@ -181,6 +181,7 @@ class Conditions(NamedTuple):
     und_bias: Tensor | None                   # (B, Lu) of its tokens as keys
     state: Tensor | None                      # (B, 1, D) state token
     action_mask: Tensor | None                # (B, S, A)
+    action_bias: Tensor | None                # (B, La) of the action expert's tokens as keys
     positions: Tensor                         # (La, D) of the action expert's tokens
     rope: tuple[Tensor, Tensor]               # cos and sin (Lv, K/2) of the video tokens
 
@@ -474,7 +475,8 @@ class Motus(nn.Module):
         grid = [n // p for n, p in zip((config.latent_frames, *inputs.latents.shape[3:]), config.video.patch)]
         rope = rope_3d(grid, config.video.head_dim, inputs.latents.device)
         und_bias = None if inputs.und_mask is None else key_bias(inputs.und_mask)
-        return Conditions(text, und, und_qkv, und_bias, state, inputs.action_mask, positions, rope)
+        action_bias = self.action.key_bias(inputs.action_mask)
+        return Conditions(text, und, und_qkv, und_bias, state, inputs.action_mask, action_bias, positions, rope)
 
     def clock(self, t_video: Tensor, t_action: Tensor | None) -> Clock:
         """Times (B,) in [0, 1] -> what they mean to the network."""
@@ -493,27 +495,27 @@ class Motus(nn.Module):
         """`velocity` at times that are embedded already; the third result is what `act` needs, if it shall be held."""
         xv, grid = self.video.patchify(video)                                                # (B, Lv, Dv)
         (ev, time_video), (ea, time_action) = clock.video, clock.action or (None, None)
-        xa, action_bias = (None, None) if action is None else self.action_tokens(action, conditions)
+        xa = None if action is None else self.action_tokens(action, conditions)
         xu, und_qkv, held = conditions.und, conditions.und_qkv, []                           # (B, Lu, Du)
         for layer, text in zip(self.layers, conditions.text):
-            xv, xa, xu, kept = layer(xv, xa, xu, time_video, time_action, conditions.rope, text, action_bias, conditions.und_bias,
-                                     und_qkv, hold)
+            xv, xa, xu, kept = layer(xv, xa, xu, time_video, time_action, conditions.rope, text, conditions.action_bias,
+                                     conditions.und_bias, und_qkv, hold)
             und_qkv = None
             held.append(kept)
         return self.video.unpatchify(self.video.head(xv, ev), grid), None if xa is None else self.action.decoder(xa, ea), held
 
     def act(self, action: Tensor, clock: Clock, conditions: Conditions, held: list[Held]) -> Tensor:
         """The velocity (B, La, A) of the actions alone, while what the other experts showed at an earlier evaluation is held."""
-        (ea, time_action), (xa, action_bias) = clock.action, self.action_tokens(action, conditions)
+        (ea, time_action), xa = clock.action, self.action_tokens(action, conditions)
         for layer, kept in zip(self.layers, held):
-            xa = layer.act(xa, time_action, kept, action_bias, conditions.und_bias)
+            xa = layer.act(xa, time_action, kept, conditions.action_bias, conditions.und_bias)
         return self.action.decoder(xa, ea)
 
-    def action_tokens(self, action: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor | None]:
-        """action (B, S, A) -> tokens (B, La, D) and their bias (B, La) as keys, None for no bias."""
+    def action_tokens(self, action: Tensor, conditions: Conditions) -> Tensor:
+        """action (B, S, A) -> tokens (B, La, D)."""
         mask = conditions.action_mask
         action = action if mask is None else action * mask                                   # dimensions that do not exist are zero
-        return self.action.embed(action, conditions.state, conditions.positions), self.action.key_bias(mask)
+        return self.action.embed(action, conditions.state, conditions.positions)
 
     # -- training --
 

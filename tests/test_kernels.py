@@ -604,19 +604,23 @@ def written(rows: dict[str, dict]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""# What the compiler makes of the kernels
 
-`python tests/test_kernels.py` writes this page: every configuration that `attention.py` hands to `kernels.py`, compiled ahead of time by
+`python tests/test_kernels.py` writes this page: what `attention.py` hands to `kernels.py`, compiled ahead of time by
 Triton {triton.__version__}, without a GPU (2-core AMD EPYC virtual machine, 2026-11-23). `make test-long` compiles all of it again and
 compares every figure. These are counts, not speeds.
 
 A configuration is a kernel, its tiles, a dtype, and a head size K or a row of width D. The attention takes head sizes 32, 64 (`small`) and
 128 (`full`) in bf16 and fp32, here with a bias on two of three key segments; other sizes (the toy's 16, the one wide head of the video
 VAE), other dtypes and biases of pairs of tokens (the frozen encoders) go to SDPA. The row kernels take rows up to 4096 wide, here the full
-model's 3072 and 1024 with rotation; wider ones go to torch. fp32 products are three TF32 ones, exact to fp32 rounding.
+model's 3072 and 1024 with rotation; wider ones go to torch. fp32 products are three TF32 ones, nearly as exact.
 
 Tile: rows of a program's own tile x rows of the tiles it walks through (or rows per program), warps, stages. Registers per thread, at most
 255. Stack bytes and spills (local loads and stores) must be 0. Shared memory in bytes; a block may use {limits()}.
 The rest counts machine instructions: on tensor cores (of 16, 64 or 128 rows: HMMA, HGMMA, UTCHMMA), asynchronous copies from
 global to shared memory, loads of 16 bytes, and all.
+
+Against the plain version, `pytest tests/test_kernels.py -m long` runs 200 random shapes in Triton's interpreter in 134 s of one thread, a
+layer of the full model in 128 s, the official training steps, sample and five modes through the kernels in 127 s, and offsets beyond 2^31
+in 6 s; 24 more shapes are in every run of the tests.
 
 {table}
 """

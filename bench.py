@@ -274,9 +274,9 @@ def sampler_ratios(steps: int, rounds: int, compiled: bool) -> list[list]:
 
 
 def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
-    """A step of stage 3: forward, backward, clipping, optimizer and EMA, with fused attention, and with `compiled` also with each layer by
-    torch.compile, against attention written out."""
-    settings, config = train.settings_for("toy", "3", [f"batch={batch}"]), preset("toy")
+    """A step of stage 3: forward, backward, clipping, AdamW (as in the first version) and EMA, with fused attention, and with `compiled`
+    also with each layer by torch.compile, against attention written out."""
+    settings, config = train.settings_for("toy", "3", [f"batch={batch}", "optimizer=adamw"]), preset("toy")
     backbones, episodes = backbones_of("toy", config), data.toy_episodes((6,), 4, seed=0)
     chosen = data.collect(episodes, data.windows_of(episodes, config)[:batch], config, data.statistics(episodes))
     inputs = backbones.inputs(chosen.frames, chosen.instruction, state=chosen.state, actions=chosen.actions, action_mask=chosen.action_mask)

@@ -430,8 +430,9 @@ def test_the_kernels_take_what_they_are_compiled_for_and_sdpa_the_rest(dtype, mo
 def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
     """Wider than 4096, or in half precision."""
     monkeypatch.setenv("MOTUS_ATTENTION", "triton")
+    torch.manual_seed(0)
     for x in (torch.randn(1, 1, 4104), torch.randn(1, 1, 8).half()):
-        assert torch.allclose(attention.add_gated(x, x, x), x.float() + x.float() * x) and not launched
+        assert torch.allclose(attention.add_gated(x, x, x), x.float() + x.float() * x, atol=1e-6) and not launched
     attention.add_gated(torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8))
     assert launched == {"add_gated"}
 

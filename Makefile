@@ -32,7 +32,7 @@ demo: $(VENV)/.core
 EPISODES ?= 100
 LOOKS ?= clean
 VIDEOS ?= --episodes 100 --windows 2000
-DEMONSTRATIONS ?= --episodes 600 --windows 8000
+DEMONSTRATIONS ?= --episodes 1000 --windows 12000
 
 run: $(RUN)/report.md
 
@@ -55,10 +55,12 @@ $(RUN)/evaluation/evaluation.json: $(RUN)/stage3/curve.png
 $(RUN)/report.md: $(RUN)/samples/figures.json $(RUN)/evaluation/evaluation.json
 	$(PY) report.py --run $(RUN)
 
+ADAMW := optimizer=adamw batch=32 lr=1e-3
 toy:
 	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) EPISODES=200 LOOKS=clean,randomized EVALUATE="--splits eval,held_out" \
 		VIDEOS="--episodes 200 --windows 4000" DEMONSTRATIONS="--episodes 2000 --windows 24000" \
-		SET1="--steps 1500 --set episodes=200 windows=4000" SETL="--steps 3000" SET2="--steps 2000" SET3="--steps 9000 --set ema=0.998"
+		SET1="--steps 1000 --set episodes=200 windows=4000 $(ADAMW)" SETL="--steps 3000" \
+		SET2="--steps 1500 --set $(ADAMW)" SET3="--steps 8500 --set ema=0.998 $(ADAMW)"
 
 smoke:
 	$(MAKE) demo RUN=$(RUN) EPISODES=4 VIDEOS="--episodes 3 --windows 32" DEMONSTRATIONS="--episodes 4 --windows 32" \

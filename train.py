@@ -162,7 +162,7 @@ DEFAULTS = {
     ("toy", "1"): dict(TOY_STEPS, steps=500),
     ("toy", "latent"): dict(steps=1000, batch=128, lr=2e-3, episodes=40),
     ("toy", "2"): dict(TOY_STEPS, steps=600, given=0.2),
-    ("toy", "3"): dict(TOY_STEPS, steps=2500, episodes=600, windows=8000, given=0.2),
+    ("toy", "3"): dict(TOY_STEPS, steps=2500, episodes=1000, windows=12000, given=0.2),
 }
 # The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion to the
 # GPU-hours of stage 2.

@@ -38,6 +38,7 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -53,7 +54,7 @@ import official_io
 from backbones.weights import digest, open_source, read_metadata, save_safetensors
 from lerobot_io import write_v3
 from motus import Backbones, Card, Inputs, MotusConfig, backbones_of, preset
-from pyramid import Normaliser, Pyramid, Source, Statistics, as_stored, open_recordings, shares, widened
+from pyramid import Normaliser, Pyramid, Source, Statistics, as_stored, open_recordings, placed, shares, tiled, widened
 from recordings import Storage
 from worlds import tabletop
 
@@ -338,29 +339,46 @@ def pool_of(pyramid: Pyramid, robots: Sequence[Statistics], levels: Sequence[int
 # -- what the toy backbones are pre-trained on ------------------------------------------------------------------------------
 
 
-class ToyWeb:
-    """The toy's level 1: clips, and pictures with instructions and where the named disc is, from all embodiments and both looks."""
+class Web(ABC):
+    """Level 1 for backbones of small size: `videos` (T, H, W, 3) uint8 with their `rates`, the rows per video frame; `sentences`; and
+    pictures with instructions and `targets`, numbers to be seen in them, of which the first two say where the `named` thing is, 0 to 1
+    from left and top."""
 
-    TARGETS = ("disc x", "disc y", "effector x", "effector y", "opening", "right", "down", "push")
+    named: str
+    targets: tuple[str, ...]
+    videos: list[np.ndarray]
+    rates: list[int]
+    sentences: list[str]
+
+    def clips(self, seed: int, size: int = 16, frames: int = 5) -> Tensor:
+        """(B, F, H, W, 3) uint8 at the video rate."""
+        rng = np.random.default_rng([abs(seed), seed < 0])
+        clips = []
+        for i in rng.integers(len(self.videos), size=size):
+            video, rate = self.videos[i], self.rates[i]
+            start = rng.integers(max(1, len(video) - rate * (frames - 1)))
+            clips.append(video[np.minimum(start + rate * np.arange(frames), len(video) - 1)])
+        return torch.from_numpy(np.stack(clips))
+
+    @abstractmethod
+    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
+        """Pictures (B, H, W, 3) uint8, an instruction about each, and what is to be seen (B, targets)."""
+
+
+class ToyWeb(Web):
+    """The toy's, from all embodiments and both looks, with instructions about any disc that is there. Places are in [0, 1], directions
+    -1, 0, 1."""
+
+    named, targets = "disc", ("disc x", "disc y", "effector x", "effector y", "opening", "right", "down", "push")
 
     def __init__(self, episodes: int, seed: int, held_out: bool = False):
         self.split = "eval" if held_out else "train"
         self.episodes = toy_episodes((2, 3, 4, 5, 6), episodes, seed, self.split)
+        self.videos, self.rates = [episode.frames for episode in self.episodes], [RATE] * len(self.episodes)
         self.tasks = tabletop.instructions("train")
         self.sentences = [tabletop.sentence(*task) for task in self.tasks]
 
-    def clips(self, seed: int, size: int = 16, frames: int = 5) -> Tensor:
-        """(B, F, H, W, 3) uint8 at the toy's video rate."""
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        clips = []
-        for i in rng.integers(len(self.episodes), size=size):
-            video = self.episodes[i].frames
-            start = rng.integers(max(1, len(video) - RATE * (frames - 1)))
-            clips.append(video[np.minimum(start + RATE * np.arange(frames), len(video) - 1)])
-        return torch.from_numpy(np.stack(clips))
-
     def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        """Pictures (B, H, W, 3), an instruction about a disc in each, and TARGETS (B, 8): positions in [0, 1], direction in -1, 0, 1."""
         rng = np.random.default_rng([abs(seed), seed < 0])
         pictures, texts, targets = [], [], []
         for i in rng.integers(len(self.episodes), size=size):
@@ -374,6 +392,39 @@ class ToyWeb:
             texts.append(tabletop.sentence(skill, colour, side))
             targets.append([*present[colour], *shot.effector, shot.opening, *direction, skill == "push"])
         return torch.from_numpy(np.stack(pictures)), texts, torch.tensor(np.array(targets), dtype=torch.float32)
+
+
+class CardWeb(Web):
+    """A card's, where a simulator recorded what it knew (`worlds.World.labels`), in its own units: at most `most` episodes, all in memory,
+    of those that are trained on or of those that are held out. Nothing else reads labels; a policy sees pictures and its own state."""
+
+    named = "object"
+
+    def __init__(self, pyramid: Pyramid, most: int, seed: int, held_out: bool = False):
+        found = [(o, e) for o in pyramid.opened for e in (range(o.trained, len(o.reader.lengths)) if held_out else range(o.trained))]
+        if not found:
+            raise ValueError(f"card {pyramid.name}: no episode is held out, and backbones are tried on some; set \"held_out\" of a source")
+        chosen = [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:most]]
+        self.targets = tuple(chosen[0][0].reader.labels(chosen[0][1]))
+        self.videos, self.rates, self.texts, self.labels = [], [], [], []
+        for o, e in tqdm(chosen, desc="read episodes", leave=False):
+            labels, fps = o.reader.labels(e), o.reader.fps
+            if tuple(labels) != self.targets or self.targets[:2] != ("object x", "object y") or o.reader.given.t_layout:
+                raise ValueError(f"card {pyramid.name}: episode {e} of {o.source.path} has the labels {list(labels)} of its first camera; "
+                                 "due are the same in all episodes, object x and object y first, and cameras side by side: record the "
+                                 "dataset with `python evaluate.py record`")
+            seen, rows = o.reader.window(e, 0, np.arange(o.reader.lengths[e]) / fps, ()), np.stack(list(labels.values()), axis=1)
+            for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:            # and y after it
+                rows[:, x:x + 2] = placed(rows[:, x:x + 2], seen.frames, pyramid.size)
+            self.videos.append(tiled(seen.frames, pyramid.size)), self.rates.append(max(1, round(fps / pyramid.video_hz)))
+            self.texts.append(seen.instruction), self.labels.append(rows)
+        self.sentences = sorted(set(self.texts))
+
+    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
+        rng = np.random.default_rng([abs(seed), seed < 0])
+        at = [(i, rng.integers(len(self.videos[i]))) for i in rng.integers(len(self.videos), size=size)]
+        pictures, targets = (np.stack([part[i][t] for i, t in at]) for part in (self.videos, self.labels))
+        return torch.from_numpy(pictures), [self.texts[i] for i, _ in at], torch.from_numpy(targets).float()
 
 
 # -- the commands -----------------------------------------------------------------------------------------------------------

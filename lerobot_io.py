@@ -43,6 +43,7 @@ PATHS = {
              "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"}}
 AXES = ["height", "width", "channels"]
 USUAL = Storage()
+LABELS = "observation.environment_state"
 DEFAULTS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64"}
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -272,12 +273,12 @@ class LeRobotDataset(Recordings):
             raise self._fault(episode, "data", f"{path.name} breaks while it is read ({error})", "fetch or write it again") from error
         self.shelf.give(key, opened)
 
-    def _load(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
+    def _load(self, episode: int, *more: str) -> tuple[dict[str, np.ndarray], list[ValueError]]:
         """Columns of an episode, each (T, width), and every fault in them."""
         length, start, rows, faults = self.episodes[episode].length, int(self.start[episode]), {}, []
         blame = lambda *words: faults.append(self._fault(episode, *words))
         kinds = {k: (t, 1) for k, t in DEFAULTS.items()}
-        kinds |= {k: (self.features[k]["dtype"], self.features[k]["shape"][0]) for k in (self.state_key, self.action_key) if k}
+        kinds |= {k: (self.features[k]["dtype"], self.features[k]["shape"][0]) for k in (self.state_key, self.action_key, *more) if k}
         table = pa.Table.from_batches([part for _, part in self._slice(episode, list(kinds), 0, length, 4096)])
         for key, (dtype, width) in kinds.items():
             column, again = table[key].combine_chunks(), "write the column again or correct info.json"
@@ -320,6 +321,19 @@ class LeRobotDataset(Recordings):
     def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
         rows, faults = self._load(episode)
         return {role: rows[key] for role, key in self.titles.items() if key in rows}, faults
+
+    def labels(self, episode: int) -> dict[str, np.ndarray]:
+        """What only the simulator knew, as `worlds.World.labels` says: name -> (T,); empty if it was not recorded, or without names. It is
+        there for frozen backbones to learn from; no window holds it, so no policy is given it."""
+        names = self.features.get(LABELS, {}).get("names")
+        if not isinstance(names, list):
+            return {}
+        rows, faults = self._load(episode, LABELS)
+        if faults:
+            raise faults[0]
+        if len(names) != rows[LABELS].shape[1]:
+            raise self._fault(None, LABELS, f"has {len(names)} names for {rows[LABELS].shape[1]} numbers", "give each its name")
+        return dict(zip(names, rows[LABELS].T))
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
         return [self.tasks[int(self.rows(episode)["task_index"][row, 0])]]
@@ -423,9 +437,11 @@ class Writer:
         Image.fromarray(picture).save(file, "PNG", compress_level=1)
         return {"bytes": file.getvalue(), "path": f"frame-{i:06d}.png"}
 
-    def add(self, frames: Mapping[str, Iterable[np.ndarray]], states: np.ndarray | None, actions: np.ndarray | None, task: str) -> None:
-        """One episode."""
+    def add(self, frames: Mapping[str, Iterable[np.ndarray]], states: np.ndarray | None, actions: np.ndarray | None, task: str,
+            labels: Mapping[str, Sequence[float]] | None = None) -> None:
+        """One episode; `labels`: name -> T numbers."""
         given, kinds, columns, stats, videos = {"observation.state": states, "action": actions}, {}, {}, {}, {}
+        given |= {LABELS: np.stack(list(labels.values()), axis=1)} if labels else {}
         size, fps = self.storage.chunks_size, self.fps
         length = next((len(v) for v in given.values() if v is not None), None)
         if not isinstance(task, str) or not task:
@@ -435,7 +451,8 @@ class Writer:
                 v = np.asarray(v, np.float32)
                 if v.ndim != 2 or not v.size or len(v) != length or not np.isfinite(v).all():
                     raise self._fault(key, f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite", f"give finite ({length}, dimensions)")
-                kinds[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": [f"{key.split('.')[-1]}_{i}" for i in range(v.shape[1])]}
+                names = list(labels) if key == LABELS else [f"{key.split('.')[-1]}_{i}" for i in range(v.shape[1])]
+                kinds[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": names}
                 columns[key] = pa.FixedSizeListArray.from_arrays(v.ravel(), v.shape[1]) if v.shape[1] > 1 else pa.array(v[:, 0])
                 stats[key] = measure(v, length)
         for key, source in frames.items():
@@ -551,7 +568,8 @@ def _write(writer: Writer, episodes: Iterable[tuple]) -> None:
 
 def write_v3(root: str | Path, episodes: Iterable[tuple], fps: float, storage: Storage = USUAL) -> None:
     """Writes a v3.0 dataset. episodes: (frames, states (T, P) or None, actions (T, A) or None, task); frames is a dict camera -> T pictures
-    (H, W, 3) uint8, any iterable. ValueError for what is wrong in them; nothing is left behind then."""
+    (H, W, 3) uint8, any iterable; a fifth entry may be what only a simulator knows, a dict name -> T numbers. ValueError for what is wrong
+    in them; nothing is left behind then."""
     _write(Writer("v3.0", root, fps, storage), episodes)
 
 

@@ -177,7 +177,7 @@ def as_stored(robots: Sequence[Statistics]) -> dict | None:
 
 # -- dataset cards ----------------------------------------------------------------------------------------------------------
 
-SIZES = {"toy": (48, 48), "small": (256, 256), "full": (384, 320)}        # of the picture that a preset sees, H x W
+SIZES = {"toy": (48, 48), "sim": (96, 96), "small": (256, 256), "full": (384, 320)}        # of the picture that a preset sees, H x W
 VIDEO_HZ = 5.0                                # the paper's
 BLOCK = 16                                    # episodes whose numbers are measured together
 
@@ -297,6 +297,14 @@ def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     views = [v if v.shape[1] == views[0].shape[1] else fit(v, views[0].shape[1], round(v.shape[2] * views[0].shape[1] / v.shape[1]))
              for v in views]
     return fit(np.concatenate(views, axis=2), *size)
+
+
+def placed(places: np.ndarray, frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Places (n, 2) in the first camera's picture, 0 to 1 from left and top, where `tiled` puts them."""
+    (_, height, width, _), *rest = (view.shape for view in frames.values())
+    whole = np.array([width + sum(round(w * height / h) for _, h, w, _ in rest), height])
+    scaled, size = whole * min(size[0] / whole[1], size[1] / whole[0]), np.array(size[::-1])
+    return (places * (width, height) / whole * scaled + (size - scaled) / 2) / size
 
 
 def widened(x: np.ndarray | Tensor, width: int) -> Tensor:

@@ -239,8 +239,12 @@ class Recordings:
         columns(episode)                 those of "state" and "action" that can be read, and every fault; `titles`: names in the files
         texts(episode, row)              its instructions, of which each window gets one
         views(episode, rows)             pictures (H, W, 3) uint8 of these rows, which must rise: camera -> iterator
+        labels(episode)                  what only a simulator knew of each row: name -> (T,); nothing in most formats
         describe()                       what it is and what of it is used
     """
+
+    def labels(self, episode: int) -> dict[str, np.ndarray]:
+        return {}
 
     def __init__(self, root: Path, mapping: "Choice | Mapping | None" = None, open_files: int = 24):
         if av is None:

@@ -11,7 +11,8 @@
     3        6                video, action, understanding  video + action    the robot's, with its state
 
 From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over. VLM, VAE and text encoder are frozen
-throughout. `--stage backbones` pre-trains their toy instances, whose weights are in the repository.
+throughout. `--stage backbones` pre-trains their small instances, whose weights are in the repository: the toy's, and with `--data` a
+simulator's.
 
     torchrun --nproc-per-node 8 -- train.py --full --stage 3 --init motus-stage2 --cache FILE       eight GPUs; docs/scale.md for more
 
@@ -127,7 +128,7 @@ class Settings:
     times: str = "official"                   # or "logit_normal": see flow.py
     given: float = 0.0                        # share of samples in which one modality is given, as in world_model and idm
     seed: int = 0
-    episodes: int = 100                       # per pyramid level
+    episodes: int = 100                       # per pyramid level; of a card in all (stage backbones)
     windows: int = 2000                       # encoded once, batches are drawn from them; 0, with --data: encoded when needed
     save_every: int = 0                       # steps between checkpoints; 0 saves the last only
     keep: int = 2                             # newest checkpoints that are kept
@@ -155,14 +156,19 @@ CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "linear", "con
            "checkpointing": tuple(scale.CHECKPOINTING)}
 
 
-# What differs from the defaults, per preset and stage. The toy takes many small steps by Muon: what it learns in a minute decides.
-TOY_STEPS = dict(batch=16, lr=2e-3, optimizer="muon")
+# What differs from the defaults, per preset and stage. Small networks take many small steps by Muon: what is learnt in a minute decides.
+SMALL_STEPS = dict(batch=16, lr=2e-3, optimizer="muon")
 DEFAULTS = {
     ("toy", "backbones"): dict(episodes=250),
-    ("toy", "1"): dict(TOY_STEPS, steps=500),
+    ("toy", "1"): dict(SMALL_STEPS, steps=500),
     ("toy", "latent"): dict(steps=1000, batch=128, lr=2e-3, episodes=40),
-    ("toy", "2"): dict(TOY_STEPS, steps=600, given=0.2),
-    ("toy", "3"): dict(TOY_STEPS, steps=2500, episodes=1000, windows=12000, given=0.2),
+    ("toy", "2"): dict(SMALL_STEPS, steps=600, given=0.2),
+    ("toy", "3"): dict(SMALL_STEPS, steps=2500, episodes=1000, windows=12000, given=0.2),
+}
+DEFAULTS |= {
+    ("sim", "backbones"): dict(episodes=2000),
+    ("sim", "1"): dict(SMALL_STEPS, steps=3000, windows=10_000),
+    ("sim", "3"): dict(SMALL_STEPS, steps=9000, windows=10_000, given=0.2, ema=0.998),
 }
 # The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion to the
 # GPU-hours of stage 2.
@@ -620,50 +626,70 @@ def train_latent(args: argparse.Namespace) -> Path:
     return run / LATENT_FILE
 
 
+# Steps of each part, in whose place `--steps` is taken, and samples per step.
+BACKBONE_STEPS = {"toy": dict(text=400, vlm=4000, vae=3000, dcae=2200), "sim": dict(text=400, vlm=1700, vae=1600)}
+BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
+
+
 def train_backbones(args: argparse.Namespace) -> None:
-    """Pre-trains the toy's video VAE, text encoder, VLM and DC-AE on all levels of the toy world and stores them with their figures."""
-    settings = settings_for("toy", "backbones", args.set)
+    """Pre-trains video VAE, text encoder and VLM of a small preset and stores them with their figures: on all levels of the toy world, and
+    a DC-AE with them, or on the episodes of a card whose simulator recorded labels (`data.CardWeb`)."""
+    name = args.preset
+    if name not in BACKBONE_STEPS or (name != "toy" and not args.data):
+        raise ValueError(f"--preset is {name!r}, --data {args.data!r}; backbones are made for presets {', '.join(BACKBONE_STEPS)}, from a "
+                         "card with labels (docs/metaworld) but for the toy")
+    settings, config = settings_for(name, "backbones", args.set), preset(name)
     torch.manual_seed(settings.seed)
-    folder, steps = Path(args.run or BACKBONES["toy"]), (lambda n: args.steps or n)
-    web, held = data.ToyWeb(settings.episodes, settings.seed), data.ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
+    folder, steps, batch = Path(args.run or BACKBONES[name]), (lambda part: args.steps or BACKBONE_STEPS[name][part]), BACKBONE_BATCH[name]
+    if args.data:
+        pyramid = data.Pyramid(args.data, name=name)
+        web, held = (data.CardWeb(pyramid, settings.episodes, settings.seed, held_out) for held_out in (False, True))
+    else:
+        web = data.ToyWeb(settings.episodes, settings.seed)
+        held = data.ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
+    height, width = web.videos[0].shape[1:3]
     pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
     prompt = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
     pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)
     figures = {}
 
-    tokenizer = T5Tokenizer(folder / "text.json", TOY.video.text_len)
-    text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=TOY.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2,
+    tokenizer = T5Tokenizer(folder / "text.json", config.video.text_len)
+    text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=config.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2,
                       buckets=16, max_distance=32)
-    save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps(400)), torch.float16)
+    save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps("text")), torch.float16)
 
     tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
     vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), image_token=tokenizer.token_to_id("<|image_pad|>"),
-                        width=TOY.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4, mrope=(4, 4, 4),
+                        width=config.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4, mrope=(4, 4, 4),
                         vision_width=64, vision_ffn=192, vision_layers=3, vision_heads=4, vision_theta=1e2, taps=(0, 1),
-                        side=6, patch=8, merge=2, min_pixels=256, max_pixels=data.tabletop.IMAGE**2)
-    model, probes = pretrain.pretrain_vlm(vlm, tokenizer, web.grounded, len(web.TARGETS), steps(4000))
+                        side=max(height, width) // 8, patch=8, merge=2, min_pixels=256, max_pixels=height * width)
+    model, probes = pretrain.pretrain_vlm(vlm, tokenizer, lambda seed: web.grounded(seed, batch["vlm"]), len(web.targets), steps("vlm"))
     save_part(folder / "vlm.safetensors", model, torch.float16)
     pictures, texts, target = held.grounded(-1, 512)
     with torch.no_grad():
-        which, where, _, cell = pretrain.ground(model, probes, tokenizer, pictures, texts, target)
-    figures["vlm_named_disc_found"] = (which.argmax(1) == cell).float().mean().item()
-    figures["vlm_position_error_px"] = (where - target[:, :2]).norm(dim=1).mean().item() * data.tabletop.IMAGE
+        which, where, everything, cell = pretrain.ground(model, probes, tokenizer, pictures, texts, target)
+    figures[f"vlm_named_{web.named}_found"] = (which.argmax(1) == cell).float().mean().item()
+    figures["vlm_position_error_px"] = ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
+    if args.data:
+        figures |= {f"vlm_error {what}": value for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())}
 
-    vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=TOY.video.latent, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                       mean=(0.0,) * TOY.video.latent, std=(1.0,) * TOY.video.latent)
+    z = config.video.latent
+    vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=z, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+                       mean=(0.0,) * z, std=(1.0,) * z)
     model = WanVAE(vae)
-    pretrain.pretrain_vae(model, lambda seed: web.clips(seed, 12), steps(3000))
+    pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
     save_part(folder / "vae.safetensors", model)
     figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))
 
-    flow = latent_action.LatentActionModel(latent_action.PRESETS["toy"])
-    pairs = latent_action.toy_pairs(web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval)
-    losses = latent_action.pretrain_dcae(flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps(2200))
-    figures |= {f"dcae_{name}_loss": float(np.mean(values[-100:])) for name, values in losses.items()}
-    flow.save_dcae(folder / "dcae.safetensors")
-    pretrain.write_card(folder, command="python train.py --stage backbones", **figures)
+    if not args.data:
+        flow = latent_action.LatentActionModel(latent_action.PRESETS["toy"])
+        pairs = latent_action.toy_pairs(web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval)
+        losses = latent_action.pretrain_dcae(flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps("dcae"))
+        figures |= {f"dcae_{kind}_loss": float(np.mean(values[-100:])) for kind, values in losses.items()}
+        flow.save_dcae(folder / "dcae.safetensors")
+    command = f"python train.py --stage backbones{f' --preset {name} --data {args.data}' if args.data else ''}"
+    pretrain.write_card(folder, command=command, **figures)
     print(json.dumps(figures, indent=1))
-
 
 
 def train(args: argparse.Namespace) -> Path:

@@ -29,6 +29,9 @@ class Line(World):
         front[:, self.goal] = 255
         return {"front": front, "side": side}
 
+    def labels(self):
+        return {"object x": (self.goal + 0.5) / self.size, "object y": 0.5, "walked": self.x}
+
     def expert(self):
         if self.task == "stumble" and self.seed % 2 == 0:
             return np.zeros(1)

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 import data
+import evaluate
 import sample
 import train
 from backbones.weights import save_safetensors
+from lerobot_io import DEFAULTS
 from motus import Card, Inputs, newest_step, preset
+from worlds.fleet import Order
 
 CONFIG = preset("toy")                        # 4 frames, 3 actions per frame: 12 actions
 
@@ -106,6 +109,50 @@ def test_grounding_targets_are_where_the_named_disc_is():
         x, y = (target[:2] * picture.shape[0]).long().clamp(0, picture.shape[0] - 1)
         hits += int(picture[y, x, strong]) > int(picture[y, x, weak])
     assert hits > 0.8 * len(texts)                                                           # a robot may cover the disc
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Twenty episodes of the walking point, as `python evaluate.py record` writes them, the last of which is held out."""
+    pytest.importorskip("pyarrow"), pytest.importorskip("av")
+    out = tmp_path_factory.mktemp("line") / "set"
+    evaluate.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
+    return out
+
+
+def web_of(path, folder, **card):
+    """What backbones learn from a card with this dataset alone."""
+    (folder / "card.json").write_text(json.dumps({"size": [32, 64], "sources": [{"path": str(path)} | card]}))
+    return data.CardWeb(data.Pyramid(folder, name="sim"), 9, 0), data.CardWeb(data.Pyramid(folder, name="sim"), 9, 0, held_out=True)
+
+
+@pytest.mark.parametrize("cameras", (["observation.images.front"], ["observation.images.front", "observation.images.side"]))
+def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras):
+    """The light is at the labelled place of the picture, be it framed in black or one of two; trained-on and held-out episodes differ."""
+    web, held = web_of(line, tmp_path, mapping={"cameras": cameras})
+    assert web.targets == ("object x", "object y", "walked") and (len(web.videos), len(held.videos)) == (9, 1)
+    assert web.sentences == ["walk to the light"] and web.clips(1, 3).shape == (3, 5, 32, 64, 3)
+    pictures, texts, targets = web.grounded(3, 40)
+    columns = pictures[:, 16, :, 0].float().argmax(dim=1)
+    assert texts == ["walk to the light"] * 40 and (columns - targets[:, 0] * 64).abs().max() < 1 and (targets[:, 1] == 0.5).all()
+    assert columns.unique().numel() > 3 and targets[:, 2].unique().numel() > 5
+
+
+def test_labels_reach_no_policy(line):
+    """The column is neither state nor action nor in any window, and the widths of a network do not count it."""
+    pyramid = data.Pyramid(line, name="sim")
+    reader = pyramid.opened[0].reader
+    assert (reader.state_key, reader.action_key, reader.widths) == ("observation.state", "action", (2, 1)) and reader.labels(0)
+    assert pyramid.window((0, 0, 0), "real")[5].shape == (2,) and set(reader.rows(0)) - {"observation.state", "action"} == set(DEFAULTS)
+    assert (pyramid.config(preset("sim")).state_dim, pyramid.config(preset("sim")).action_dim) == (2, 1)
+
+
+def test_backbones_need_labels_and_held_out_episodes(line, card, tmp_path):
+    """A dataset of a real robot has no labels, one without held-out episodes no figures: both are told what to do."""
+    with pytest.raises(ValueError, match=r"has the labels \[\].*record the dataset"):
+        data.CardWeb(data.Pyramid(card, (6,)), 2, 0)
+    with pytest.raises(ValueError, match="no episode is held out"):
+        web_of(line, tmp_path, held_out=0)
 
 
 # -- one's own data ---------------------------------------------------------------------------------------------------------

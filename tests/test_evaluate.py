@@ -163,10 +163,23 @@ def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
         rows = dataset.rows(i)
         assert np.array_equal(rows["observation.state"], again.states) and np.array_equal(rows["action"][:, 0], again.actions[:, 0])
         assert dataset.episodes[i].tasks == (again.instruction,) and kept["disturbed"] == again.disturbed
+        labels = dataset.labels(i)
+        assert list(labels) == ["object x", "object y", "walked"] and np.array_equal(labels["walked"], again.states[:, 0])
         for camera, pictures in again.frames.items():
             stored = np.stack(list(dataset.pictures(i, f"observation.images.{camera}", range(len(pictures)))))
             assert np.abs(stored.astype(int) - np.stack(pictures)).mean() < 4
     assert 0 < sum(e["disturbed"] for e in card["episodes"]) < 8
+
+
+def test_the_last_of_each_task_are_recorded_last(tmp_path):
+    """So that what a card holds out has all tasks: of twenty episodes of two tasks the last two are one of each."""
+    pytest.importorskip("pyarrow"), pytest.importorskip("av")
+    card = evaluate.record(Order("fake_world", settings=(("size", 16),), after=1), ["walk", "stumble"], 20, tmp_path / "set")
+    tasks = [e["task"] for e in card["episodes"]]
+    assert tasks == ["walk"] * 19 + ["stumble"] * 19 + ["walk", "stumble"]
+    for task in ("walk", "stumble"):
+        assert [e["seed"] for e in card["episodes"] if e["task"] == task] == [
+            seed for seed in episode_seeds(0, RECORDED, 80) if task == "walk" or seed % 2][:20]
 
 
 class Reader:

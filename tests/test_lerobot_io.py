@@ -107,6 +107,31 @@ def test_a_lossless_codec_returns_the_same_pictures(tmp_path):
     assert np.array_equal(seen.frames[key("a")], noise) and seen.actions is None and seen.state is None
 
 
+@pytest.mark.parametrize("version", WRITERS)
+def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, version):
+    """Labels come back under their names and change nothing else; numbers that are not finite, or too few of them, are refused, and so are
+    names that do not fit."""
+    plain = list(episodes(cameras=("one",)))
+    labels = [{"cup x": np.arange(len(states)) / 8, "cup y": np.zeros(len(states))} for _, states, _, _ in plain]
+    WRITERS[version](tmp_path / "d", [(*episode, known) for episode, known in zip(plain, labels)], FPS)
+    WRITERS[version](tmp_path / "plain", plain, FPS)
+    with_labels, without = opened(tmp_path / "d"), opened(tmp_path / "plain")
+    for e, known in enumerate(labels):
+        assert {k: v.tolist() for k, v in with_labels.labels(e).items()} == {k: v.tolist() for k, v in known.items()}
+        assert without.labels(e) == {}
+        a, b = (dataset.window(e, 0.2, (0, 0.1), (0, 0.1)) for dataset in (with_labels, without))
+        assert np.array_equal(a.state, b.state) and np.array_equal(a.actions, b.actions) and a.state.shape == (3,)
+    assert not with_labels.check()
+    for wrong in ({"cup x": [np.nan] * len(plain[0][1])}, {"cup x": [0.0]}):
+        with pytest.raises(ValueError, match="observation.environment_state: is .* give finite"):
+            WRITERS[version](tmp_path / "wrong", [(*plain[0], wrong)], FPS)
+    info = json.loads((tmp_path / "d/meta/info.json").read_text())
+    info["features"][lerobot_io.LABELS]["names"] = ["cup x"]
+    (tmp_path / "d/meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="has 1 names for 2 numbers"):
+        opened(tmp_path / "d").labels(0)
+
+
 def test_v3_files_roll_over_and_number_on(tmp_path):
     """With tiny limits every episode has its own files, in folders of two; data and video roll by themselves."""
     write_v3(tmp_path / "d", episodes(cameras=("one",)), FPS, Storage(data_mb=1e-6, video_mb=0.0012, chunks_size=2))

@@ -135,7 +135,7 @@ def test_parameters_of_the_full_model_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["--preset", "huge"], "preset is 'huge'; allowed: toy, small, full"),
+    (["--preset", "huge"], "preset is 'huge'; allowed: toy, sim, small, full"),
     (["--gpus", "0"], "--gpus is 0; a batch of 256 divides among 1, 2, 4"),
     (["--gpus", "6"], "--gpus is 6; a batch of 256 divides among 1, 2, 4"),
     (["--memory", "0"], "--memory is 0"),

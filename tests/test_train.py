@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import evaluate
+import motus
 import train
 from backbones.weights import save_safetensors
 from motus import Backbones, Motus, newest_step
+from worlds.fleet import Order
 
 SMALL = ["--set", "episodes=2", "windows=16", "batch=4", "log_every=1"]
 
@@ -122,7 +125,7 @@ def test_an_existing_run_is_never_overwritten(runs):
 
 @pytest.mark.parametrize("argv, words", [
     (["--stage", "4"], "--stage is '4'; allowed: 1, 2, 3, latent, backbones"),
-    (["--stage", "1", "--preset", "tox"], "preset is 'tox'; allowed: toy, small, full"),
+    (["--stage", "1", "--preset", "tox"], "preset is 'tox'; allowed: toy, sim, small, full"),
     (["--stage", "1", "--set", "stepz=3"], "unknown key 'stepz'.*did you mean 'steps'"),
     (["--stage", "1", "--set", "steps=many"], "--set steps takes int, found 'many'"),
     (["--stage", "1", "--set", "steps"], "--set takes key=value, found 'steps'"),
@@ -189,6 +192,23 @@ def test_backbones_are_pretrained_by_one_command(tmp_path):
     inputs = backbones.inputs(frames, ["push the red disc to the left"])
     assert inputs.latents.shape == (1, 24, 2, 6, 6) and inputs.und.shape[2] == train.TOY.vlm_dim
     assert json.loads((tmp_path / "card.json").read_text())["command"] == "python train.py --stage backbones"
+
+
+def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypatch):
+    """Two steps of each on what `evaluate.py record` wrote; stage 3 of that preset then trains on the same recording."""
+    pytest.importorskip("pyarrow"), pytest.importorskip("av")
+    monkeypatch.setitem(motus.BACKBONES, "sim", tmp_path / "weights")
+    evaluate.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, tmp_path / "set")
+    sim = ["--preset", "sim", "--data", str(tmp_path / "set")]
+    train.main(["--stage", "backbones", *sim, "--run", str(tmp_path / "weights"), "--steps", "2"])
+    figures = json.loads((tmp_path / "weights" / "card.json").read_text())
+    assert figures["command"] == f"python train.py --stage backbones --preset sim --data {tmp_path / 'set'}"
+    assert {"vlm_named_object_found", "vlm_position_error_px", "vlm_error walked", "vae_psnr_moving_db"} < set(figures)
+    train.main(["--stage", "3", *sim, "--run", str(tmp_path / "run"), "--steps", "1", "--set", "windows=4", "batch=2"])
+    assert motus.Card.read(newest_step(tmp_path / "run") / "config.json").motus.action_dim == 1
+    for arguments in (["--preset", "sim"], ["--preset", "small", "--data", "x"]):
+        with pytest.raises(ValueError, match="backbones are made for presets toy, sim"):
+            train.main(["--stage", "backbones", *arguments])
 
 
 # -- settings of large runs, each alone -------------------------------------------------------------------------------------

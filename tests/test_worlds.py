@@ -198,6 +198,22 @@ def test_only_the_instruction_tells_opening_from_closing(meta):
     assert ways[0].instruction != ways[1].instruction
 
 
+def test_labels_say_where_the_pixels_of_a_thing_are(meta):
+    """The red button is red where the label says that the named object is, in the upright picture of the first camera; a policy's
+    observation has no labels, and the two ways of one faucet have different goals."""
+    world = meta("button-press-topdown", size=96, cameras="corner4")
+    for seed in (1, 2, 3):
+        picture, labels = world.reset(seed)["images"]["corner4"].astype(int), world.labels()
+        x, y = (int(96 * labels[f"object {axis}"]) for axis in "xy")
+        patch = picture[y - 7:y + 1, x - 4:x + 5].reshape(-1, 3)                            # the label is at the button's foot
+        assert ((patch[:, 0] > 100) & (patch[:, 1:].max(1) < 80)).any() and set(world.observe()) == {"images", "state"}
+        assert labels["opening"] == pytest.approx(world.state()[3]) and labels["hand z m"] == pytest.approx(world.state()[2])
+    ways = [meta(f"faucet-{way}", cameras="corner4") for way in ("open", "close")]
+    (here, there) = [(way.reset(1), way.labels())[1] for way in ways]
+    assert here["object x"] == pytest.approx(there["object x"], abs=0.03) and abs(here["goal x"] - there["goal x"]) > 0.1
+    assert set(meta("reach", cameras="").labels()) & {"object x", "goal x"} == set()
+
+
 def test_a_world_that_goes_leaves_the_others_their_pictures(meta):
     """A renderer that is thrown away while another lives takes none of its textures along; nor do two tasks recorded in one process."""
     settings = (("size", 32), ("cameras", "corner4"))

@@ -66,6 +66,12 @@ class World(ABC):
         """What a policy sees now: `images` as rendered, and `state`."""
         return {"images": self.render(), "state": self.state()}
 
+    def labels(self) -> dict[str, float]:
+        """What the simulator knows and no robot would, for recordings: first "object x" and "object y", the place of the thing that the
+        instruction names in the first camera's picture (0 to 1 from left and top), then what else is worth seeing. The frozen backbones
+        learn to tell it from picture and instruction (`train.py --stage backbones`); a policy is never given it."""
+        return {}
+
     def expert(self) -> np.ndarray:
         """The scripted expert's action (A,) for the present state, within what the robot can do."""
         raise ValueError(f"{type(self).__name__} has no scripted expert; bring demonstrations as a LeRobot dataset")

@@ -147,6 +147,7 @@ class Recording:
     frames: dict[str, list[np.ndarray]] = field(default_factory=dict)         # camera -> T pictures (H, W, 3); empty without success
     states: np.ndarray | None = None          # (T, P)
     actions: np.ndarray | None = None         # (T, A)
+    labels: dict[str, list[float]] = field(default_factory=dict)              # name -> T numbers: `World.labels`
     instruction: str = ""
 
 
@@ -172,7 +173,7 @@ def attempt(order: Order) -> Recording:
     seen, rows, left, shove, pushed = world.reset(order.seed), [], order.after, 0.0, 0
     while len(rows) < world.max_steps and left > 0:
         action = world.expert()
-        rows.append((seen["images"], seen["state"], action))
+        rows.append((seen["images"], seen["state"], action, world.labels()))
         if disturbed:
             if pushed == 0 and rng.random() < SHOVES / world.fps:
                 shove, pushed = order.recovery * rng.standard_normal(action.shape), max(1, round(SHOVE * world.fps))
@@ -183,9 +184,10 @@ def attempt(order: Order) -> Recording:
     result = Recording(order.task, order.seed, disturbed, world.success, time.process_time() - begun, world.robot, world.fps)
     if not world.success:
         return result
-    images, states, actions = zip(*rows)
+    images, states, actions, labels = zip(*rows)
     return replace(result, frames={camera: [image[camera] for image in images] for camera in images[0]}, states=np.stack(states),
-                   actions=np.stack(actions).astype(np.float32), instruction=world.instruction)
+                   actions=np.stack(actions).astype(np.float32), labels={name: [row[name] for row in labels] for name in labels[0]},
+                   instruction=world.instruction)
 
 
 def attempts(orders: Iterable[Order], workers: int) -> Iterator[Recording]:

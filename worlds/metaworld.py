@@ -95,6 +95,15 @@ class MetaWorld(World):
         picture = self.eye.picture(self.env.data, camera)
         return np.ascontiguousarray(picture[::-1, ::-1] if camera.startswith("corner") else picture)
 
+    def labels(self) -> dict[str, float]:
+        points = {"object": self.full[4:7], "goal": self.full[36:39], "hand": self.full[:3]}
+        found = {"opening": self.full[3]} | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
+        if not self.cameras:
+            return found
+        places = Eye.places(self.env.model, self.env.data, self.cameras[0], np.stack(list(points.values())))
+        places = 1 - places if self.cameras[0].startswith("corner") else places
+        return {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)} | found
+
     def expert(self) -> np.ndarray:
         with warnings.catch_warnings():                                                     # that its commands exceed 1 is known
             warnings.simplefilter("ignore")

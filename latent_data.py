@@ -47,6 +47,7 @@ from latent_action import (
     true_flows,
     true_labels,
 )
+from lerobot_io import COLUMN, KNOWN
 from worlds.tabletop import record
 
 Labels = Tensor                               # (T, A), the rows of the flow, NaN in columns that the embodiment lacks
@@ -186,13 +187,11 @@ def export(model: LatentActionModel, clips: dict[str, Clip], out: Path, made: di
     return summary
 
 
-COLUMN = "latent_action"
-
-
 def add_column(dataset: "lerobot_io.LeRobotDataset", folder: Path, out: Path) -> None:
     """Writes to `out` the LeRobot dataset with the columns latent_action (14,), as `export` wrote them to `folder`, not standardised, and
     latent_action_valid, False where there is none: in the last rows, which repeat the one before, and in episodes that were skipped, which
-    have zeros. Videos are linked where the file system can, else copied. ValueError if `out` exists; a failure leaves nothing behind."""
+    have zeros. The column's `info` says how many seconds one spans, and with which mean and std to standardise them. Videos are linked
+    where the file system can, else copied. ValueError if `out` exists; a failure leaves nothing behind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     if out.exists() or COLUMN in dataset.features:
@@ -208,10 +207,12 @@ def add_column(dataset: "lerobot_io.LeRobotDataset", folder: Path, out: Path) ->
             rows[episode], valid[episode] = np.concatenate([z, z[-1:]]), np.append(ok, False)
     width = max(z.shape[1] for z in rows.values())
     rows = {e: z if z.shape[1] else np.zeros((len(z), width), np.float32) for e, z in rows.items()}
-    stats = {e: {COLUMN: lerobot_io.measure(z, len(z)), f"{COLUMN}_valid": lerobot_io.measure(valid[e][:, None], len(z))}
+    stats = {e: {COLUMN: lerobot_io.measure(z, len(z)), KNOWN: lerobot_io.measure(valid[e][:, None], len(z))}
              for e, z in rows.items()}
-    features = {COLUMN: {"dtype": "float32", "shape": [width], "names": [f"z{i}" for i in range(width)]},
-                f"{COLUMN}_valid": {"dtype": "bool", "shape": [1], "names": None}}
+    about = json.loads((folder.parent / "statistics.json").read_text())
+    info = {"seconds": about["made"]["interval"] / dataset.fps, "mean": about["mean"], "std": about["std"]}
+    features = {COLUMN: {"dtype": "float32", "shape": [width], "names": [f"z{i}" for i in range(width)], "info": info},
+                KNOWN: {"dtype": "bool", "shape": [1], "names": None}}
     part = out.with_name(out.name + ".part")
     try:
         for path in sorted(p for p in dataset.root.rglob("*") if p.is_file()):
@@ -222,13 +223,13 @@ def add_column(dataset: "lerobot_io.LeRobotDataset", folder: Path, out: Path) ->
                 at = list(zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist()))
                 z = np.stack([rows[e][i] for e, i in at])
                 table = table.append_column(COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), width))
-                table = table.append_column(f"{COLUMN}_valid", pa.array([bool(valid[e][i]) for e, i in at]))
+                table = table.append_column(KNOWN, pa.array([bool(valid[e][i]) for e, i in at]))
                 meta = {k: v for k, v in (table.schema.metadata or {}).items()}
                 if b"huggingface" in meta:
                     kinds = json.loads(meta[b"huggingface"])
                     value = lambda dtype: {"dtype": dtype, "_type": "Value"}
                     kinds["info"]["features"] |= {COLUMN: {"feature": value("float32"), "length": width, "_type": "Sequence"},
-                                                  f"{COLUMN}_valid": value("bool")}
+                                                  KNOWN: value("bool")}
                     meta[b"huggingface"] = json.dumps(kinds).encode()
                 pq.write_table(table.replace_schema_metadata(meta), target, write_page_checksum=True)
             elif path.relative_to(dataset.root).parts[0] == "meta":

@@ -44,6 +44,7 @@ PATHS = {
 AXES = ["height", "width", "channels"]
 USUAL = Storage()
 LABELS = "observation.environment_state"
+COLUMN, KNOWN = "latent_action", "latent_action_valid"                        # added by `python latent_action.py encode --column`
 DEFAULTS = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64", "index": "int64", "task_index": "int64"}
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ class LeRobotDataset(Recordings):
             elif ragged or len(values) != length * width:
                 blame(key, f"has {len(values)} values in {length} rows, due {width} in each", again)
             else:
-                rows[key] = values.to_numpy().reshape(length, width)
+                rows[key] = values.to_numpy(zero_copy_only=False).reshape(length, width)         # booleans are bits in the file
                 if len(bad := np.argwhere(~np.isfinite(rows[key]))):
                     blame(key, f"row {bad[0][0]}, dimension {bad[0][1]} is {rows[key][tuple(bad[0])]} (of {len(bad)})", "repair or drop it")
         at = np.arange(length)[:, None]
@@ -328,12 +329,17 @@ class LeRobotDataset(Recordings):
         names = self.features.get(LABELS, {}).get("names")
         if not isinstance(names, list):
             return {}
-        rows, faults = self._load(episode, LABELS)
+        rows = self.others(episode, LABELS)[LABELS]
+        if len(names) != rows.shape[1]:
+            raise self._fault(None, LABELS, f"has {len(names)} names for {rows.shape[1]} numbers", "give each its name")
+        return dict(zip(names, rows.T))
+
+    def others(self, episode: int, *keys: str) -> dict[str, np.ndarray]:
+        """Columns that not every dataset has, (T, width) each, tested like the rest."""
+        rows, faults = self._load(episode, *keys)
         if faults:
             raise faults[0]
-        if len(names) != rows[LABELS].shape[1]:
-            raise self._fault(None, LABELS, f"has {len(names)} names for {rows[LABELS].shape[1]} numbers", "give each its name")
-        return dict(zip(names, rows[LABELS].T))
+        return {key: rows[key] for key in keys}
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
         return [self.tasks[int(self.rows(episode)["task_index"][row, 0])]]

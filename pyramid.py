@@ -26,7 +26,7 @@ from torch import Tensor
 
 import official_io
 from backbones.weights import open_source, read_json
-from lerobot_io import LeRobotDataset
+from lerobot_io import COLUMN, KNOWN, LeRobotDataset
 from motus import MotusConfig, check_keys, preset
 from recordings import Choice, Recordings, fit
 
@@ -240,6 +240,22 @@ class LatentFiles:
             raise ValueError(f"{path} is missing; encode the dataset's latent actions again")
         with open_source(path) as source:
             return (source.read("latent_action").numpy() - self.mean) / self.std, source.read("valid").numpy()
+
+
+class LatentColumn:
+    """The same from columns of the dataset itself, as `python latent_action.py encode --data DATASET --out FOLDER --column NEW` adds them
+    to the dataset NEW."""
+
+    def __init__(self, reader: LeRobotDataset):
+        self.reader, about = reader, reader.features[COLUMN].get("info") or {}
+        if not {"mean", "std", "seconds"} <= about.keys():
+            raise ValueError(f"{reader.name}: column {COLUMN} lacks its info (mean, std, seconds) in info.json; write it again with "
+                             "`python latent_action.py encode --column`, or name a folder of latents in the card")
+        self.seconds, self.mean, self.std = about["seconds"], *(np.array(about[key], np.float32) for key in ("mean", "std"))
+
+    def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = self.reader.others(episode, COLUMN, KNOWN)
+        return (rows[COLUMN] - self.mean) / self.std, rows[KNOWN][:, 0]
 
 
 class Opened:
@@ -489,15 +505,17 @@ class Pyramid:
         return i, tiled(seen.frames, self.size), seen.video_mask, chunk, mask, seen.state, seen.instruction
 
     def latent_rows(self, i: int, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        """Latent actions of an episode, a row per frame, and which are known: of an official folder, or those beside the card."""
+        """Latent actions of an episode, a row per frame, and which are known: of an official folder, of the dataset's
+        own column, or those beside the card; where a card names a folder, that."""
         o = self.opened[i]
         rows = getattr(o.reader, "latents", lambda e: None)(episode)
         if rows is not None:
             return rows, np.ones(len(rows), bool)
-        o.latents = o.latents or LatentFiles(o.folder, o.reader.fps)
+        column = not o.source.latents and COLUMN in getattr(o.reader, "features", {})
+        o.latents = o.latents or (LatentColumn(o.reader) if column else LatentFiles(o.folder, o.reader.fps))
         if abs(o.latents.seconds * self.video_hz - 1) > 1e-6:
-            raise ValueError(f"{o.folder}: a latent action spans {o.latents.seconds:g} s, a video step {1 / self.video_hz:g} s; encode "
-                             "them with an interval of as many frames, or choose another video_hz")
+            raise ValueError(f"{o.reader.name if column else o.folder}: a latent action spans {o.latents.seconds:g} s, a video step "
+                             f"{1 / self.video_hz:g} s; encode them with an interval of as many frames, or choose another video_hz")
         return o.latents(episode)
 
     def describe(self, full: bool = True) -> str:

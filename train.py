@@ -69,6 +69,7 @@ from motus import (
     backbones_of,
     check_keys,
     draw,
+    load_part,
     newest_step,
     open_weights,
     preset,
@@ -627,7 +628,7 @@ def train_latent(args: argparse.Namespace) -> Path:
 
 
 # Steps of each part, in whose place `--steps` is taken, and samples per step.
-BACKBONE_STEPS = {"toy": dict(text=400, vlm=4000, vae=3000, dcae=2200), "sim": dict(text=400, vlm=1700, vae=1600)}
+BACKBONE_STEPS = {"toy": dict(text=400, vlm=4000, vae=3000, dcae=2200), "sim": dict(text=400, vlm=1700, vae=1000)}
 BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
 
 
@@ -677,6 +678,8 @@ def train_backbones(args: argparse.Namespace) -> None:
     vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=z, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
                        mean=(0.0,) * z, std=(1.0,) * z)
     model = WanVAE(vae)
+    if args.data:                                                      # the toy's is the same network, and has begun to see: half the time
+        model = load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig)
     pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
     save_part(folder / "vae.safetensors", model)
     figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))

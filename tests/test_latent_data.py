@@ -9,6 +9,7 @@ import torch
 import latent_action as la
 import latent_data as ld
 import lerobot_io
+import pyramid
 import train
 from backbones import dpflow
 from backbones.weights import open_source
@@ -192,6 +193,16 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
     valid = [v for table in tables for v in table["latent_action_valid"].to_pylist()]
     assert np.array_equal(rows[:9], np.concatenate([z, z[-1:]])) and not rows[9:].any()
     assert valid == [True] * 6 + [False] * 12
+    stage2 = pyramid.Pyramid(tmp_path / "new", (5,))                                         # reads the column, and standardises it
+    stored = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    wanted = (np.concatenate([z, z[-1:]]) - np.float32(stored["mean"])) / np.float32(stored["std"])
+    with pytest.raises(ValueError, match="spans 0.3 s, a video step 0.2 s"):
+        stage2.latent_rows(0, 0)
+    stage2.video_hz = 10 / 3
+    for episode, (due, known) in enumerate([(wanted, 6), ((wanted * 0 - np.float32(stored["mean"])) / np.float32(stored["std"]), 0)]):
+        rows, mask = stage2.latent_rows(0, episode)
+        np.testing.assert_allclose(rows, due, atol=1e-6)
+        assert mask.tolist() == [True] * known + [False] * (9 - known)
     with pytest.raises(SystemExit, match="exists"):
         encode("--weights", tmp_path / "m.safetensors", "--data", tmp_path / "set", "--side", 96, "--out", tmp_path / "out",
                "--column", tmp_path / "new")

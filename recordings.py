@@ -121,16 +121,21 @@ class Video:
 
 class Shelf:
     """The last few open files and tables. `take` removes one, so that it has one user; `give` puts it back and closes the oldest.
-    Keys hold the process id: a forked loader worker must not move its parent's file offsets."""
+    Keys hold the process id: a forked loader worker must not move its parent's file offsets. They are numbers and strings only: comparing
+    a Path runs Python code, in which another thread may change the dictionary under a `pop`; then a popitem lost its key."""
 
     def __init__(self, size: int):
         self.items, self.size = OrderedDict(), size
 
+    @staticmethod
+    def _key(key: tuple) -> tuple:
+        return os.getpid(), *map(str, key)
+
     def take(self, key: tuple):
-        return self.items.pop((os.getpid(), *key), None)
+        return self.items.pop(self._key(key), None)
 
     def give(self, key: tuple, item) -> None:
-        self.items[(os.getpid(), *key)] = item
+        self.items[self._key(key)] = item
         while len(self.items) > self.size:
             (owner, *_), old = self.items.popitem(last=False)
             if hasattr(old, "close") and owner == os.getpid():

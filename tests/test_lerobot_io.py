@@ -174,6 +174,30 @@ def test_windows_decoded_by_threads_equal_windows_alone(whole):
 # -- choices, layouts, the hub ----------------------------------------------------------------------------------------------
 
 
+def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
+    """In a process of its own, for it used to crash there: comparing keys with a Path let another thread in, in the middle of a `pop`."""
+    code = """if True:
+        import sys, threading
+        from pathlib import Path
+        from recordings import Shelf
+        sys.setswitchinterval(1e-6)
+        shelf, faults = Shelf(2), []
+        def work(n):
+            try:
+                for i in range(40_000):
+                    key = "video", Path(f"/a/{i * n % 3}")
+                    shelf.give(key, shelf.take(key) or object())
+            except BaseException as error:
+                faults.append(repr(error))
+        threads = [threading.Thread(target=work, args=(7 + n,)) for n in range(4)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+        assert not faults and len(shelf.items) <= 2, (faults, shelf.items)
+        """
+    root = Path(recordings.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_t_layout_has_the_official_sizes():
     """240 x 320 with halved wrists is 360 x 320, centred on 384 x 320 with 12 black rows; three 480 x 640 cameras give the same."""
     def flat(value, *size):

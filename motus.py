@@ -817,7 +817,7 @@ PRESETS = {
         video=WanConfig(patch=(1, 1, 1), width=64, ffn=192, layers=4, heads=4, latent=24, text_dim=48, text_len=16, freq_dim=64),
         frames=4, ratio=3, action_width=64, action_dim=3, state_dim=3, und_width=48, vlm_dim=96),
     "sim": MotusConfig(
-        video=WanConfig(patch=(1, 2, 2), width=128, ffn=384, layers=6, heads=4, latent=24, text_dim=48, text_len=32, freq_dim=64),
+        video=WanConfig(patch=(1, 2, 2), width=96, ffn=288, layers=4, heads=3, latent=24, text_dim=48, text_len=32, freq_dim=64),
         frames=4, ratio=4, action_width=96, action_dim=4, state_dim=4, und_width=64, vlm_dim=96),
     "small": MotusConfig(
         video=WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),

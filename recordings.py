@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -121,24 +120,20 @@ class Video:
 
 class Shelf:
     """The last few open files and tables. `take` removes one, so that it has one user; `give` puts it back and closes the oldest.
-    Keys hold the process id: a forked loader worker must not move its parent's file offsets. They are numbers and strings only: comparing
-    a Path runs Python code, in which another thread may change the dictionary under a `pop`; then a popitem lost its key."""
+    Keys hold the process id: a forked loader worker must not move its parent's file offsets. A plain dictionary, each of whose methods is
+    whole to other threads; OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
 
     def __init__(self, size: int):
-        self.items, self.size = OrderedDict(), size
-
-    @staticmethod
-    def _key(key: tuple) -> tuple:
-        return os.getpid(), *map(str, key)
+        self.items, self.size = {}, size
 
     def take(self, key: tuple):
-        return self.items.pop(self._key(key), None)
+        return self.items.pop((os.getpid(), *key), None)
 
     def give(self, key: tuple, item) -> None:
-        self.items[self._key(key)] = item
-        while len(self.items) > self.size:
-            (owner, *_), old = self.items.popitem(last=False)
-            if hasattr(old, "close") and owner == os.getpid():
+        self.items[os.getpid(), *key] = item
+        for key in list(self.items)[: max(0, len(self.items) - self.size)]:
+            old = self.items.pop(key, None)                                                  # None if another thread was faster
+            if hasattr(old, "close") and key[0] == os.getpid():
                 old.close()
 
 

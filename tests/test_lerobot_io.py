@@ -175,18 +175,21 @@ def test_windows_decoded_by_threads_equal_windows_alone(whole):
 
 
 def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
-    """In a process of its own, for it used to crash there: comparing keys with a Path let another thread in, in the middle of a `pop`."""
+    """In a process of its own, for it used to crash there: comparing keys, and the end of an item, let other threads in halfway."""
     code = """if True:
         import sys, threading
         from pathlib import Path
         from recordings import Shelf
         sys.setswitchinterval(1e-6)
         shelf, faults = Shelf(2), []
+        class Film:
+            def __del__(self):
+                return [i for i in range(20)]
         def work(n):
             try:
                 for i in range(40_000):
                     key = "video", Path(f"/a/{i * n % 3}")
-                    shelf.give(key, shelf.take(key) or object())
+                    shelf.give(key, shelf.take(key) or Film())
             except BaseException as error:
                 faults.append(repr(error))
         threads = [threading.Thread(target=work, args=(7 + n,)) for n in range(4)]

@@ -165,11 +165,11 @@ DEFAULTS = {
     ("toy", "latent"): dict(steps=1000, batch=128, lr=2e-3, episodes=40),
     ("toy", "2"): dict(SMALL_STEPS, steps=600, given=0.2),
     ("toy", "3"): dict(SMALL_STEPS, steps=2500, episodes=1000, windows=12000, given=0.2),
-}
-DEFAULTS |= {
     ("sim", "backbones"): dict(episodes=2000),
-    ("sim", "1"): dict(SMALL_STEPS, steps=3000, windows=10_000),
-    ("sim", "3"): dict(SMALL_STEPS, steps=9000, windows=10_000, given=0.2, ema=0.998),
+    ("sim", "1"): dict(SMALL_STEPS, steps=1500, windows=5000),
+    ("sim", "latent"): dict(steps=1500, batch=128, lr=2e-3),
+    ("sim", "2"): dict(SMALL_STEPS, steps=1500, windows=5000, given=0.2),
+    ("sim", "3"): dict(SMALL_STEPS, steps=6000, windows=20_000, given=0.2, ema=0.998),
 }
 # The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion to the
 # GPU-hours of stage 2.

@@ -182,5 +182,5 @@ def test_impossible_sizes_are_refused_by_name(change, words):
 
 def test_unknown_preset_is_refused_by_name():
     """The error lists what there is."""
-    with pytest.raises(ValueError, match="'toi'.*toy, small, full"):
+    with pytest.raises(ValueError, match="'toi'.*toy, sim, small, full"):
         preset("toi")

@@ -50,12 +50,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import latent_action
-import official_io
 from backbones.weights import digest, open_source, read_metadata, save_safetensors
-from lerobot_io import write_v3
+from formats import official
+from formats.lerobot import write_v3
+from formats.recordings import Storage
 from motus import Backbones, Card, Inputs, MotusConfig, backbones_of, preset
 from pyramid import Normaliser, Pyramid, Source, Statistics, as_stored, open_recordings, placed, shares, tiled, widened
-from recordings import Storage
 from worlds import tabletop
 
 # -- the toy pyramid --------------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add["inspect"].add_argument("--out", help="picture to write (default inspect.png)")
     add["inspect"].add_argument("--card", help="card to write, with every choice that was made")
     add["convert"].add_argument("out", help="folder to write")
-    add["convert"].add_argument("--to", required=True, help=", ".join(official_io.FORMS))
+    add["convert"].add_argument("--to", required=True, help=", ".join(official.FORMS))
     for name in ("convert", "record"):
         add[name].add_argument("--lossless", action="store_true", help="videos keep every value")
     add["record"].add_argument("--levels", default="2,3,4,5,6", help="of the pyramid, with commas")
@@ -573,7 +573,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{len(faults)} faults\n" + "\n".join(faults))
         print("no fault found")
     elif args.command == "convert":
-        official_io.convert(open_recordings(args.data), args.out, args.to, args.lossless)
+        official.convert(open_recordings(args.data), args.out, args.to, args.lossless)
         print(f"wrote {args.out}")
     elif args.command == "record":
         print(f"wrote {record(args.out, [int(n) for n in args.levels.split(',')], args.episodes, args.held_out, args.seed, args.lossless)}")

@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lerobot_io import Storage, write_v3
+from formats.lerobot import Storage, write_v3
+from formats.recordings import fit
+from formats.recordings import t_layout as as_t
 from motus import newest_step
-from recordings import fit
-from recordings import t_layout as as_t
 from sample import FAST, Policy, film
 from worlds import EVALUATED, RECORDED, episode_seeds, simulator, tabletop
 from worlds.fleet import PROCESSES, Fleet, Order, Recording, attempts

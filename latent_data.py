@@ -30,9 +30,10 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-import lerobot_io
 from backbones.dpflow import CHECKPOINTS, LICENCE_NOTICE, DISFlow, FlowEstimator, fetch, load_dpflow
 from backbones.weights import open_source, read_metadata, save_safetensors
+from formats import lerobot
+from formats.lerobot import COLUMN, KNOWN
 from latent_action import (
     LABELLED,
     PRESETS,
@@ -47,7 +48,6 @@ from latent_action import (
     true_flows,
     true_labels,
 )
-from lerobot_io import COLUMN, KNOWN
 from worlds.tabletop import record
 
 Labels = Tensor                               # (T, A), the rows of the flow, NaN in columns that the embodiment lacks
@@ -176,18 +176,18 @@ def export(model: LatentActionModel, clips: dict[str, Clip], out: Path, made: di
     for path in files:
         with open_source(path) as source:
             tensors = {key: source.read(key).clone() for key in source.names()}
-        parts.append(lerobot_io.measure(tensors["latent_action"][tensors["valid"]].numpy(), int(tensors["valid"].sum())))
+        parts.append(lerobot.measure(tensors["latent_action"][tensors["valid"]].numpy(), int(tensors["valid"].sum())))
         if pt:
             torch.save(tensors | made, folder / f".{path.stem}.tmp")
             (folder / f".{path.stem}.tmp").replace(path.with_suffix(".pt"))
-    measured = {key: value.tolist() for key, value in lerobot_io.pool(parts).items()}
+    measured = {key: value.tolist() for key, value in lerobot.pool(parts).items()}
     statistics = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist(), "of these clips": measured, "made": made}
     for name, content in (("statistics.json", statistics), ("summary.json", summary)):
         (out / name).write_text(json.dumps(content, indent=1))
     return summary
 
 
-def add_column(dataset: "lerobot_io.LeRobotDataset", folder: Path, out: Path) -> None:
+def add_column(dataset: "lerobot.LeRobotDataset", folder: Path, out: Path) -> None:
     """Writes to `out` the LeRobot dataset with the columns latent_action (14,), as `export` wrote them to `folder`, not standardised, and
     latent_action_valid, False where there is none: in the last rows, which repeat the one before, and in episodes that were skipped, which
     have zeros. The column's `info` says how many seconds one spans, and with which mean and std to standardise them. Videos are linked
@@ -207,7 +207,7 @@ def add_column(dataset: "lerobot_io.LeRobotDataset", folder: Path, out: Path) ->
             rows[episode], valid[episode] = np.concatenate([z, z[-1:]]), np.append(ok, False)
     width = max(z.shape[1] for z in rows.values())
     rows = {e: z if z.shape[1] else np.zeros((len(z), width), np.float32) for e, z in rows.items()}
-    stats = {e: {COLUMN: lerobot_io.measure(z, len(z)), KNOWN: lerobot_io.measure(valid[e][:, None], len(z))}
+    stats = {e: {COLUMN: lerobot.measure(z, len(z)), KNOWN: lerobot.measure(valid[e][:, None], len(z))}
              for e, z in rows.items()}
     about = json.loads((folder.parent / "statistics.json").read_text())
     info = {"seconds": about["made"]["interval"] / dataset.fps, "mean": about["mean"], "std": about["std"]}
@@ -243,12 +243,12 @@ def add_column(dataset: "lerobot_io.LeRobotDataset", folder: Path, out: Path) ->
         info["features"] |= features
         (part / "meta/info.json").write_text(json.dumps(info, indent=4))
         if (path := part / "meta/stats.json").exists():
-            whole = {key: lerobot_io.pool([stats[e][key] for e in stats]) for key in features}
-            path.write_text(json.dumps(json.loads(path.read_text()) | lerobot_io.as_lists(whole, features)))
+            whole = {key: lerobot.pool([stats[e][key] for e in stats]) for key in features}
+            path.write_text(json.dumps(json.loads(path.read_text()) | lerobot.as_lists(whole, features)))
         if (path := part / "meta/episodes_stats.jsonl").exists():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             for line in lines:
-                line["stats"] |= lerobot_io.as_lists(stats[line["episode_index"]], features)
+                line["stats"] |= lerobot.as_lists(stats[line["episode_index"]], features)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         part.rename(out)
     except BaseException:
@@ -269,7 +269,7 @@ def estimator_of(name: str, upscale: int, device: str) -> FlowEstimator | None:
     return load_dpflow(name).to(device)
 
 
-def lerobot_labels(dataset: lerobot_io.LeRobotDataset, interval: int, slots: list[int],
+def lerobot_labels(dataset: lerobot.LeRobotDataset, interval: int, slots: list[int],
                    dims: int) -> tuple[Callable[[int], Labels], list[float]]:
     """Labels of a dataset's episodes and their scale: the change of the measured state over exactly the interval, by its root mean square
     over all episodes, not centred, so that no motion is 0. `slots[k]` is the dimension of the state that mu[k] is aligned with, -1 for
@@ -319,7 +319,7 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig, device: str) 
         films = {name: lambda e=e: iter(rearrange(torch.from_numpy(e.frames), "t h w c -> t c h w").float() / 255)
                  for name, e in episodes.items()}
     elif (Path(args.data) / "meta" / "info.json").exists():
-        dataset = lerobot_io.LeRobotDataset.open(args.data)
+        dataset = lerobot.LeRobotDataset.open(args.data)
         camera, episodes, labels = args.camera or dataset.cameras[0], range(len(dataset.episodes)), {}
         if camera not in dataset.sizes:
             raise ValueError(f"--camera is {camera}; {args.data} has {list(dataset.sizes)}")
@@ -452,7 +452,7 @@ def main(argv: list[str] | None = None) -> None:
             report = export(model, clips, args.out, made, args.compensate, args.pt)
             if args.column:
                 folder = args.out / f"latent_action_dim{model.config.latent_dim}"
-                add_column(lerobot_io.LeRobotDataset.open(args.data, quiet=True), folder, args.column)
+                add_column(lerobot.LeRobotDataset.open(args.data, quiet=True), folder, args.column)
         print(json.dumps(report, indent=1))
     except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")

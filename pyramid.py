@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import official_io
 from backbones.weights import open_source, read_json
-from lerobot_io import COLUMN, KNOWN, LeRobotDataset
+from formats.lerobot import COLUMN, KNOWN, LeRobotDataset
+from formats.official import OfficialFolder, is_official
+from formats.recordings import Choice, Recordings, fit
 from motus import MotusConfig, check_keys, preset
-from recordings import Choice, Recordings, fit
 
 # -- normalisation ----------------------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Opened:
         if not folder.is_dir() and (source.path.startswith((".", "/")) or source.path.count("/") != 1):
             raise ValueError(f"source {source.path}: no folder {folder}; correct the path, which is relative to the card")
         self.reader = open_recordings(folder if folder.is_dir() else source.path, source.mapping)
-        official, count = isinstance(self.reader, official_io.OfficialFolder), len(self.reader.lengths)
+        official, count = isinstance(self.reader, OfficialFolder), len(self.reader.lengths)
         held = source.held_out if source.held_out >= 0 else count // 20
         if held >= count:
             raise ValueError(f"source {source.path}: held_out is {held} of {count} episodes; leave at least one to train on")
@@ -296,8 +296,8 @@ def open_recordings(path: str | Path, mapping: dict | None = None) -> Recordings
     """The reader that a dataset needs. Where no cameras are chosen: a ready concatenated view, else head and two wrists as the T-layout,
     else the first."""
     choice = Choice.of(mapping)
-    if Path(path).is_dir() and not (Path(path) / "meta").exists() and official_io.is_official(Path(path)):
-        return official_io.OfficialFolder(Path(path), choice)
+    if Path(path).is_dir() and not (Path(path) / "meta").exists() and is_official(Path(path)):
+        return OfficialFolder(Path(path), choice)
     reader = LeRobotDataset.open(path, choice, quiet=True)
     if choice.cameras or choice.t_layout or len(reader.cameras) < 2:
         return reader

@@ -33,8 +33,8 @@ import data
 import flow
 from attention import choose
 from backbones.published import holds_vlm
+from formats.recordings import fit
 from motus import Card, Inputs, Motus, Prediction, backbones_of, gaussian, newest_step, preset
-from recordings import fit
 
 # -- a checkpoint, ready to run ---------------------------------------------------------------------------------------------
 

@@ -198,9 +198,9 @@ class Watchdog:
 
 
 def code_digest() -> str:
-    """Sixteen hexadecimal digits that change with any source file of the repository's root and its backbones."""
+    """Sixteen hexadecimal digits that change with any source file of the repository's root, its backbones and formats."""
     root, state = Path(__file__).parent, hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("backbones/*.py")]):
+    for path in sorted([*root.glob("*.py"), *root.glob("backbones/*.py"), *root.glob("formats/*.py")]):
         state.update(path.name.encode() + path.read_bytes())
     return state.hexdigest()[:16]
 

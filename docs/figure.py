@@ -147,7 +147,7 @@ FIGURES = {"docs/motus.svg": draw_motus, "docs/pyramid.svg": draw_pyramid}
 # -- the generated parts of the README --------------------------------------------------------------------------------------
 
 READING_ORDER = ("attention", "flow", "motus", "latent_action", "data", "train", "sample", "evaluate", "report", "bench", "scale", "plan",
-                 "kernels", "pyramid", "recordings", "lerobot_io", "official_io", "latent_data")
+                 "kernels", "pyramid", "latent_data")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable[int] = ()) -> str:
@@ -160,7 +160,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable
 def sources(root: Path) -> list[Path]:
     """The source files in reading order: the method, then what else lies in the root, then the folders."""
     top = sorted(root.glob("*.py"), key=lambda p: (READING_ORDER.index(p.stem) if p.stem in READING_ORDER else len(READING_ORDER), p.stem))
-    return [*top, *(p for folder in ("backbones", "worlds", "docs") for p in sorted((root / folder).glob("*.py")) if p.stem != "__init__")]
+    folders = [p for folder in ("backbones", "formats", "worlds", "docs") for p in sorted((root / folder).glob("*.py"))]
+    return [*top, *(p for p in folders if p.stem != "__init__")]
 
 
 def description(path: Path) -> str:

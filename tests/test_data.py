@@ -14,7 +14,7 @@ import evaluate
 import sample
 import train
 from backbones.weights import save_safetensors
-from lerobot_io import DEFAULTS
+from formats.lerobot import DEFAULTS
 from motus import Card, Inputs, newest_step, preset
 from worlds.fleet import Order
 

@@ -9,8 +9,8 @@ from test_sample import write_checkpoint
 
 import evaluate
 from evaluate import RandomPolicy, read_card, rollout, save_films, settings_of, summary, table, view, wilson, world_seeds
-from lerobot_io import LeRobotDataset
-from recordings import t_layout
+from formats.lerobot import LeRobotDataset
+from formats.recordings import t_layout
 from worlds import EVALUATED, RECORDED, episode_seeds
 from worlds.fleet import Fleet, Order, attempt
 from worlds.tabletop import SKILLS, Tabletop

@@ -8,11 +8,11 @@ import torch
 
 import latent_action as la
 import latent_data as ld
-import lerobot_io
 import pyramid
 import train
 from backbones import dpflow
 from backbones.weights import open_source
+from formats import lerobot
 from worlds.tabletop import record
 
 TOY = la.PRESETS["toy"]
@@ -175,7 +175,7 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
     films = [e.frames[:9].repeat(2, axis=1).repeat(2, axis=2) for e in record(6, 2, 0)]
     films[1][:] = 128
     states = np.random.default_rng(0).normal(size=(2, 9, 3))
-    write = lerobot_io.write_v3 if version == "v3.0" else lerobot_io.write_v21
+    write = lerobot.write_v3 if version == "v3.0" else lerobot.write_v21
     write(tmp_path / "set", (({"top": list(film)}, state, -state, "go") for film, state in zip(films, states)), fps=10)
     model_of().save(tmp_path / "m.safetensors")
     encode("--weights", tmp_path / "m.safetensors", "--data", tmp_path / "set", "--side", 96, "--out", tmp_path / "out",
@@ -184,7 +184,7 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
     assert summary["clips"] == 1 and "more than one colour" in summary["skipped"]["episode_000001"]
     made = json.loads((tmp_path / "out" / "statistics.json").read_text())["made"]
     assert made["interval"] == 3 and made["fps"] == 10
-    new = lerobot_io.LeRobotDataset.open(tmp_path / "new", quiet=True)
+    new = lerobot.LeRobotDataset.open(tmp_path / "new", quiet=True)
     assert new.check() == [] and new.features["latent_action"]["shape"] == [14]
     with open_source(tmp_path / "out" / "latent_action_dim14" / "episode_000000.safetensors") as source:
         z = source.read("latent_action").numpy()
@@ -213,8 +213,8 @@ def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
     pytest.importorskip("av")
     states = np.stack([np.arange(8.0) ** 2, np.ones(8), np.arange(8.0)], axis=1)
     films = [np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)]
-    lerobot_io.write_v3(tmp_path / "set", (({"top": list(film)}, states, states, "go") for film in films), fps=10)
-    dataset = lerobot_io.LeRobotDataset.open(tmp_path / "set", quiet=True)
+    lerobot.write_v3(tmp_path / "set", (({"top": list(film)}, states, states, "go") for film in films), fps=10)
+    dataset = lerobot.LeRobotDataset.open(tmp_path / "set", quiet=True)
     label, scale = ld.lerobot_labels(dataset, 3, [2, -1, 0, 1], 5)
     rows = label(0).numpy()
     assert rows.shape == (7, 5) and np.isnan(rows[:, [1, 3, 4]]).all()

@@ -13,10 +13,10 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 import data  # noqa: E402
 import pyramid as pyramid_module  # noqa: E402
-from lerobot_io import write_v3  # noqa: E402
+from formats.lerobot import write_v3  # noqa: E402
+from formats.recordings import Storage  # noqa: E402
 from motus import preset  # noqa: E402
 from pyramid import Moments, Normaliser, Pyramid, Sample, shares  # noqa: E402
-from recordings import Storage  # noqa: E402
 
 CONFIG = preset("toy")
 

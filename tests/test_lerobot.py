@@ -21,10 +21,9 @@ from PIL import Image
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 av = pytest.importorskip("av")
-import lerobot_io  # noqa: E402
-import recordings  # noqa: E402
-from lerobot_io import LeRobotDataset, write_v3, write_v21  # noqa: E402
-from recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout  # noqa: E402
+from formats import lerobot, recordings  # noqa: E402
+from formats.lerobot import LeRobotDataset, write_v3, write_v21  # noqa: E402
+from formats.recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout  # noqa: E402
 
 FPS, CAMERAS, LENGTHS = 10, ("high", "left", "right"), (11, 14, 12, 13)
 WRITERS = {"v3.0": write_v3, "v2.1": write_v21}
@@ -126,7 +125,7 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, versio
         with pytest.raises(ValueError, match="observation.environment_state: is .* give finite"):
             WRITERS[version](tmp_path / "wrong", [(*plain[0], wrong)], FPS)
     info = json.loads((tmp_path / "d/meta/info.json").read_text())
-    info["features"][lerobot_io.LABELS]["names"] = ["cup x"]
+    info["features"][lerobot.LABELS]["names"] = ["cup x"]
     (tmp_path / "d/meta/info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match="has 1 names for 2 numbers"):
         opened(tmp_path / "d").labels(0)
@@ -179,7 +178,7 @@ def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
     code = """if True:
         import sys, threading
         from pathlib import Path
-        from recordings import Shelf
+        from formats.recordings import Shelf
         sys.setswitchinterval(1e-6)
         shelf, faults = Shelf(2), []
         class Film:
@@ -196,7 +195,7 @@ def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
         [thread.start() for thread in threads], [thread.join() for thread in threads]
         assert not faults and len(shelf.items) <= 2, (faults, shelf.items)
         """
-    root = Path(recordings.__file__).parent
+    root = Path(recordings.__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
@@ -258,7 +257,7 @@ def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'motus\[hub\]'"):
         opened("user/name")
-    for module in (recordings, lerobot_io):
+    for module in (recordings, lerobot):
         monkeypatch.setattr(module, "av", None)
     for use in (lambda: opened(whole["v3.0"]), lambda: write_v3("x", [], 1)):
         with pytest.raises(ValueError, match=r"pip install 'motus\[data\]'"):

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from backbones.weights import read_json, read_torch
-from lerobot_io import write_v3, write_v21
-from recordings import MAX_BYTES, ROBOTWIN_SCENE, Choice, Film, Recordings, Storage, av, t_layout
+from formats.lerobot import write_v3, write_v21
+from formats.recordings import MAX_BYTES, ROBOTWIN_SCENE, Choice, Film, Recordings, Storage, av, t_layout
 
 VIEW, PARTS = "cam_concatenated", ("qpos", "latent_action_dim14")
 WORDINGS = "meta/wordings.json"               # in a LeRobot dataset that was converted: every wording of each episode

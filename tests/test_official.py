@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("pyarrow")
 av = pytest.importorskip("av")
-from lerobot_io import LeRobotDataset, write_v3  # noqa: E402
-from official_io import WORDINGS, OfficialFolder, convert, is_official  # noqa: E402
+from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
+from formats.official import WORDINGS, OfficialFolder, convert, is_official  # noqa: E402
+from formats.recordings import ROBOTWIN_SCENE, Film, Storage  # noqa: E402
 from pyramid import Pyramid  # noqa: E402
-from recordings import ROBOTWIN_SCENE, Film, Storage  # noqa: E402
 
 EXACT = Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),))
 LENGTHS = {"clean/lift_cup/7": 60, "clean/lift_cup/12": 20, "randomized/lift_cup/0": 55, "clean/open_door/a": 58}

@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from recordings import MAX_BYTES, MISSING, TOLERANCE, Choice, Film, Recordings, Storage, av
-from recordings import fit as fit  # what those who write datasets need of pictures is here too
-from recordings import t_layout as t_layout
+from formats.recordings import MAX_BYTES, MISSING, TOLERANCE, Choice, Film, Recordings, Storage, av
+from formats.recordings import fit as fit  # what those who write datasets need of pictures is here too
+from formats.recordings import t_layout as t_layout
 
 try:
     import pyarrow as pa

@@ -1,6 +1,6 @@
 """Episodes on disk, whatever their format: windows by time, checks of everything, pictures, mp4 read and written with `av` alone.
 
-`lerobot_io.py` and `official_io.py` know formats; what they share is here. Row i of an episode is at i / fps seconds. A wanted time takes
+`lerobot.py` and `official.py` know formats; what they share is here. Row i of an episode is at i / fps seconds. A wanted time takes
 the nearest row. What lies outside the episode repeats its first or last row and is masked.
 
 Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i / fps, within LeRobot's own 0.1 ms; nothing

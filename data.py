@@ -432,15 +432,20 @@ class CardWeb(Web):
 TOY_FPS = 15                                  # at which the toy world is written: RATE steps per frame are the paper's 5 Hz
 
 
-def record(out: str | Path, levels: Sequence[int], episodes: int, held_out: int, seed: int = 0, lossless: bool = False) -> Path:
+def record(out: str | Path, levels: Sequence[int], episodes: int, held_out: int, seed: int = 0, lossless: bool = False,
+           robots: Sequence[str] = (TARGET,)) -> Path:
     """Writes the toy pyramid as LeRobot v3.0 datasets, one per level and robot, `held_out` episodes of other layouts at the end of each;
-    returns its card. Of an episode's T + 1 frames the last, after which nothing is done, is left out."""
+    returns its card. In level 6 there are as many of each of `robots`. Of an episode's T + 1 frames the last, after which nothing is done,
+    is left out."""
+    if unfit := [robot for robot in robots if not getattr(tabletop.EMBODIMENTS.get(robot), "has_actions", False)] or not robots:
+        raise ValueError(f"robots are {list(robots)}, of which {unfit} cannot demonstrate; allowed: "
+                         f"{[name for name, body in tabletop.EMBODIMENTS.items() if body.has_actions]}")
     out, sources = Path(out), []
     exact = dict(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)) if lossless else {}
     for level in levels:
-        found = {"train": toy_episodes((level,), episodes, seed)}
-        found["eval"] = toy_episodes((level,), held_out, seed, "eval") if held_out else []
-        bodies = tabletop.LEVELS[level]["bodies"]
+        bodies, turns = (robots, robots) if level == 6 else (tabletop.LEVELS[level]["bodies"], [None])       # None: all, in turn
+        found = {split: [e for body in turns for e in tabletop.record(level, count, seed, body, split)] if count else []
+                 for split, count in (("train", episodes), ("eval", held_out))}
         for body in bodies:
             chosen = {split: [e for e in part if e.embodiment == body] for split, part in found.items()}
             rows = ((dict(front=e.frames[:-1]), *(None if e.actions is None else x for x in (e.states[:-1], e.actions)),
@@ -553,6 +558,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("convert", "record"):
         add[name].add_argument("--lossless", action="store_true", help="videos keep every value")
     add["record"].add_argument("--levels", default="2,3,4,5,6", help="of the pyramid, with commas")
+    add["record"].add_argument("--robots", default=TARGET, help="whose demonstrations level 6 has, with commas: gripper, arm, gantry")
     add["record"].add_argument("--held-out", type=int, default=8, help="episodes of other layouts, per level")
     add["cache"].add_argument("--data", help="card or dataset; default the toy world")
     add["cache"].add_argument("--stage", default="", help="that is to read it, with --data: 1, 2 or 3")
@@ -576,7 +582,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         official.convert(open_recordings(args.data), args.out, args.to, args.lossless)
         print(f"wrote {args.out}")
     elif args.command == "record":
-        print(f"wrote {record(args.out, [int(n) for n in args.levels.split(',')], args.episodes, args.held_out, args.seed, args.lossless)}")
+        levels, robots = [int(n) for n in args.levels.split(",")], args.robots.split(",")
+        print(f"wrote {record(args.out, levels, args.episodes, args.held_out, args.seed, args.lossless, robots)}")
     else:
         if args.data:
             levels, actions = ONE_STAGE.get(args.stage) or ((), "")

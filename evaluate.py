@@ -302,7 +302,7 @@ def simulate(args: argparse.Namespace) -> None:
     if known := {e["seed"] for e in like["episodes"]}.intersection(itertools.chain(*scenes.values())):
         raise ValueError(f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; choose another --seed")
     modes = names(args.modes, ("joint", "vla"), "--modes") if args.ckpt else []
-    policy = Policy.load(args.ckpt, modes[0], args.steps) if args.ckpt else None
+    policy = Policy.load(args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot) if args.ckpt else None
     if not (policy or args.random or args.expert):
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
     out = Path(args.out or (newest_step(args.ckpt) / "evaluation" if args.ckpt else "runs/evaluation"))
@@ -351,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return record_command(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="run folder of stage 3, or one of its step_NNNNNN; a simulator may do without")
+    parser.add_argument("--robot", default="", help="which robot acts, where the checkpoint knows several")
     parser.add_argument("--modes", default="joint", help="joint, vla, or both with a comma")
     parser.add_argument("--splits", default="eval", help=f"of {', '.join(tabletop.SPLITS)}, with commas")
     parser.add_argument("--looks", default="clean,randomized", help="clean, randomized, or both with a comma")
@@ -386,11 +387,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     looks = names(args.looks, LOOKS, "--looks")
     if args.ckpt is None:
         raise ValueError("--ckpt is missing; name a run folder of stage 3")
-    policy = Policy.load(args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None)
+    policy = Policy.load(args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot)
     config, body = policy.card.motus, policy.statistics.embodiment
     actors = dict.fromkeys(modes, policy)
     if args.random:
-        actors["random"] = RandomPolicy(config.chunk, config.action_dim)
+        actors["random"] = RandomPolicy(config.chunk, policy.own_width)
     (out := Path(args.out or newest_step(args.ckpt) / "evaluation")).mkdir(parents=True, exist_ok=True)
 
     def play(name: str, split: str, look: str, seed: int, count: int, rate: int = 0) -> Rollouts:

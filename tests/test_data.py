@@ -208,6 +208,12 @@ def test_two_robots_train_together_and_each_acts_in_its_own_numbers(card, tmp_pa
         assert actions.shape == (1, 12, width) and policy.statistics.embodiment == robot
     sample.main(["--ckpt", str(tmp_path / "run"), "--robot", "arm", "--data", str(tmp_path), "--mode", "idm", "--steps", "1",
                  "--episodes", "1"])
+    few = ["--episodes", "2", "--max-steps", "8", "--steps", "1", "--looks", "clean"]
+    evaluate.main(["--ckpt", str(tmp_path / "run"), "--robot", "arm", "--out", str(tmp_path / "out"), "--random", *few])
+    rows = json.loads((tmp_path / "out/evaluation.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["joint", "random"]
+    with pytest.raises(ValueError, match="this checkpoint knows 'arm', 'gripper'"):
+        evaluate.main(["--ckpt", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *few])
 
 
 def test_windows_encoded_when_needed_resume_to_the_sample(card, tmp_path):

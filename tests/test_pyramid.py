@@ -63,6 +63,19 @@ def test_windows_of_a_recorded_dataset_are_those_of_the_toy(card):
     torch.testing.assert_close(robot.state.invert(ours.state), stats.state.invert(toy.state), atol=1e-6, rtol=0)
 
 
+def test_level_6_is_recorded_for_each_robot_that_is_named(tmp_path):
+    """As many demonstrations of each, the target robot's as if it were alone; a hand, whose actions nobody has, cannot demonstrate."""
+    two = Pyramid(data.record(tmp_path / "two", (6,), 2, 1, 3, robots=("gripper", "arm")), (6,))
+    one = Pyramid(data.record(tmp_path / "one", (6,), 2, 1, 3), (6,))
+    assert [(o.source.embodiment, o.trained, len(o.reader.lengths), o.reader.widths) for o in two.opened] == [
+        ("gripper", 2, 3, (3, 3)), ("arm", 2, 3, (4, 4))]
+    for episode in range(3):
+        for ours, theirs in zip(two.opened[0].reader.numbers(episode), one.opened[0].reader.numbers(episode)):
+            assert np.array_equal(ours, theirs)
+    with pytest.raises(ValueError, match=r"robots are \['hand'\].*allowed: \['gripper', 'arm', 'gantry'\]"):
+        data.record(tmp_path / "no", (6,), 1, 0, robots=("hand",))
+
+
 def test_compressed_video_shows_the_same_but_for_the_codec(tmp_path):
     """Above 30 dB of the recorded pixels."""
     episodes = data.toy_episodes((6,), 1, seed=3)

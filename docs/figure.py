@@ -270,18 +270,43 @@ def samples_result(stored: dict) -> str:
     return command("sample.py", stored) + "\n\n" + table(("mode", "figure", *columns), rows, right=range(2, 2 + len(columns)))
 
 
+def success(row: dict, group: str) -> str:
+    """A rate in per cent with its interval."""
+    if group not in row:
+        return ""
+    low, high = row[group]["interval"]
+    return f"{100 * row[group]['rate']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {row[group]['episodes']}"
+
+
+def simulator_result(stored: dict) -> str:
+    """The same of a simulator, by task; what each seed's scenes gave is in the last line."""
+    played, tasks = stored.pop("rows"), stored["tasks"]
+    stored |= {"tasks": ",".join(tasks), "settings": None}
+    rows = [(task, *(success(row, task) for row in played)) for task in (*tasks, "all")]
+    rows.append(("seeds", *(", ".join(map(str, row["successes_per_seed"].values())) for row in played)))
+    head = ("success %", *(f"`{row['policy']}`" for row in played))
+    return command("evaluate.py", {k: v for k, v in stored.items() if k != "settings"}) + "\n\n" + table(head, rows)
+
+
+def downstream_result(stored: dict) -> str:
+    """Success with and without stage 2, of every seed, and the demonstrations that it saves."""
+    cells, (mode, found) = stored["cells"], next(iter(stored["savings"].items()))
+    arms, seeds, counts = (list(dict.fromkeys(key.split("/")[i] for key in cells)) for i in range(3))
+    rates = lambda arm, n: [100 * c["successes"] / c["episodes"] for s in seeds if (c := cells.get(f"{arm}/{s}/{n}", {}).get(mode))]
+    cell = lambda one: f"{sum(one) / len(one):.0f} ({', '.join(f'{rate:.0f}' for rate in one)})"
+    rows = [(arm, *(cell(rates(arm, n)) for n in counts)) for arm in arms]
+    low, high = found["interval"]
+    head = (f"success %, {mode}, mean and seeds", *(f"{n} demonstrations" for n in counts))
+    return (f"{stored['about']}\n\n{table(head, rows)}\n\nWithout stage 2 it takes {found['saving']:.2f} times the demonstrations for the "
+            f"same success, 95 % interval {low:.2f} to {high:.2f}.")
+
+
 def evaluation_result(stored: dict) -> str:
     """Success in per cent with its interval at 95 %."""
     played = stored.pop("rows")
     groups = list(dict.fromkeys(name for row in played for name, value in row.items() if isinstance(value, dict) and "rate" in value))
 
-    def cell(row: dict, group: str) -> str:
-        if group not in row:
-            return ""
-        low, high = row[group]["interval"]
-        return f"{100 * row[group]['rate']:.1f} [{100 * low:.1f}, {100 * high:.1f}] of {row[group]['episodes']}"
-
-    rows = [(f"`{row['policy']}`", row["split"], row["look"], *(cell(row, group) for group in groups),
+    rows = [(f"`{row['policy']}`", row["split"], row["look"], *(success(row, group) for group in groups),
              "" if row["mean_steps"] is None else f"{row['mean_steps']:.1f}") for row in played]
     head = ("policy", "split", "look", *(f"success %, {group}" for group in groups), "steps")
     return command("evaluate.py", stored) + "\n\n" + table(head, rows)
@@ -295,6 +320,10 @@ RESULTS: tuple[tuple[str, str, Callable[[dict], str], str], ...] = (
      "python sample.py --ckpt runs/toy/stage3 --mode all --out docs/toy/samples"),
     ("docs/toy/**/evaluation.json", "Acting in closed loop", evaluation_result,
      "python evaluate.py --ckpt runs/toy/stage3 --modes joint,vla --random --out docs/toy/evaluation"),
+    ("docs/latent_action/downstream.json", "Demonstrations that latent actions save", downstream_result,
+     "python docs/latent_action/downstream.py"),
+    ("docs/metaworld/evaluation.json", "MetaWorld in closed loop", simulator_result,
+     "python evaluate.py --sim metaworld --like data/eight --ckpt runs/eight --out docs/metaworld"),
 )
 
 

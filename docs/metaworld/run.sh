@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# All of docs/metaworld: recordings, the model, and what demonstrations and stages 1 and 2 are worth. What is there is not made again.
+# About three hours on one core; PYTHON names a Python with the extras sim, data and flow.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+P=${PYTHON:-python}
+EIGHT=faucet-open,faucet-close,drawer-open,button-press-topdown,plate-slide,door-unlock,handle-press,window-open
+OTHERS=drawer-close,window-close,coffee-button,button-press,handle-press-side,plate-slide-side,dial-turn,door-lock
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+mkdir -p data runs/metaworld
+
+record() { # folder, tasks, episodes of each, seed, rows after success
+  [ -d "data/$1" ] || $P evaluate.py record --sim metaworld --tasks "$2" --episodes "$3" --seed "$4" --after "$5" --noise 0.2 --recovery 0.5 \
+    --workers 1 --set cameras=corner4 --out "data/$1"
+}
+windows() { # stage, data, most, cache
+  [ -f "runs/metaworld/$4.safetensors" ] || $P data.py cache --data "data/$2" --stage "$1" --preset sim --windows "$3" --out "runs/metaworld/$4.safetensors"
+}
+stage() { # stage, cache, run, more
+  [ -d "runs/metaworld/$3" ] || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --run "runs/metaworld/$3" "${@:4}"
+}
+try() { # run, dataset whose tasks it is tried in, folder of the result, more
+  [ -f "$3/evaluation.json" ] || $P evaluate.py --sim metaworld --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 --steps 4 --workers 1 --out "$3" "${@:4}"
+}
+
+# The model: a hundred demonstrations of each task. The backbones are in weights/sim; data/backbones.json made them.
+record eight $EIGHT 40 0 10
+record more $EIGHT 60 1 10
+echo '{"sources": [{"path": "eight", "level": 6}, {"path": "more", "level": 3}]}' > data/backbones.json
+echo '{"sources": [{"path": "eight", "level": 6, "weight": 4}, {"path": "more", "level": 6, "weight": 6}]}' > data/hundred.json
+windows 3 hundred.json 20000 hundred
+stage 3 hundred main
+try main eight docs/metaworld --modes joint,vla --episodes 25 --execute 8 --gif 1
+
+# How many demonstrations, and what stages 1 and 2 on video of eight other tasks are worth; each arm 1500 steps of stage 3.
+record ten $EIGHT 10 0 10
+record others $OTHERS 60 2 4
+windows 3 ten 20000 ten
+echo '{"sources": [{"path": "others", "level": 3, "latents": "others_latent"}]}' > data/others.json
+windows 1 others.json 5000 video
+stage 1 video stage1
+L="--data data/others --side 96"
+[ -f runs/metaworld/dcae.safetensors ] || $P latent_action.py pretrain --preset sim --labelled --init weights/toy/dcae.safetensors $L --steps 600 \
+  --out runs/metaworld/dcae.safetensors
+$P latent_action.py tokens --preset sim --labelled --dcae runs/metaworld/dcae.safetensors $L --out runs/metaworld/tokens
+[ -d runs/metaworld/latent ] || $P train.py --stage latent --preset sim --init runs/metaworld/dcae.safetensors --cache runs/metaworld/tokens \
+  --run runs/metaworld/latent
+$P latent_action.py encode --weights runs/metaworld/latent/latent_action.safetensors $L --out data/others_latent
+windows 2 others.json 5000 latents
+stage 2 latents stage2 --init runs/metaworld/stage1
+arm() { # run, cache, more
+  stage 3 "$2" "$1" --steps 1500 "${@:3}"
+  try "$1" ten "docs/metaworld/$1" --modes joint --episodes 10 --execute 8
+}
+arm ten ten
+arm ten_stage1 ten --init runs/metaworld/stage1
+arm ten_stage2 ten --init runs/metaworld/stage2
+arm hundred hundred

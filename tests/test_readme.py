@@ -92,7 +92,8 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
         f"{arm}/{seed}/{n}": {"joint": {"successes": n // 10 * arm.count("stage") + seed, "episodes": 100}}
         for arm in ("stage 1", "stages 1, 2") for seed in (0, 1) for n in (100, 200)}}
     files = {"docs/toy/samples/figures.json": samples, "docs/toy/evaluation.json": evaluation, "docs/toy/latent/figures.json": probes,
-             "weights/toy/card.json": card, "docs/metaworld/evaluation.json": simulated, "docs/latent_action/downstream.json": downstream}
+             "weights/toy/card.json": card, "docs/metaworld/one_step/evaluation.json": simulated,
+             "docs/latent_action/downstream.json": downstream}
     for path, stored in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(stored))

@@ -19,8 +19,9 @@ windows() { # stage, data, most, cache
 stage() { # stage, cache, run, more
   [ -d "runs/metaworld/$3" ] || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --run "runs/metaworld/$3" "${@:4}"
 }
-try() { # run, dataset whose tasks it is tried in, folder of the result, more
-  [ -f "$3/evaluation.json" ] || $P evaluate.py --sim metaworld --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 --steps 4 --workers 1 --out "$3" "${@:4}"
+try() { # run, dataset whose tasks it is tried in, folder of the result, Euler steps, more
+  [ -f "docs/metaworld/$3/evaluation.json" ] || $P evaluate.py --sim metaworld --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 \
+    --execute 8 --workers 1 --out "docs/metaworld/$3" --steps "$4" "${@:5}"
 }
 
 # The model: a hundred demonstrations of each task. The backbones are in weights/sim; data/backbones.json made them.
@@ -30,7 +31,8 @@ echo '{"sources": [{"path": "eight", "level": 6}, {"path": "more", "level": 3}]}
 echo '{"sources": [{"path": "eight", "level": 6, "weight": 4}, {"path": "more", "level": 6, "weight": 6}]}' > data/hundred.json
 windows 3 hundred.json 20000 hundred
 stage 3 hundred main
-try main eight docs/metaworld --modes joint,vla --episodes 25 --execute 8 --gif 1
+try main eight one_step 1 --modes joint,vla --episodes 25 --gif 1 --random --expert
+try main eight two_steps 2 --modes joint,vla --episodes 25 --gif 1
 
 # How many demonstrations, and what stages 1 and 2 on video of eight other tasks are worth; each arm 1500 steps of stage 3.
 record ten $EIGHT 10 0 10
@@ -50,7 +52,7 @@ windows 2 others.json 5000 latents
 stage 2 latents stage2 --init runs/metaworld/stage1
 arm() { # run, cache, more
   stage 3 "$2" "$1" --steps 1500 "${@:3}"
-  try "$1" ten "docs/metaworld/$1" --modes joint --episodes 10 --execute 8
+  try "$1" ten "$1" 1 --modes joint --episodes 10
 }
 arm ten ten
 arm ten_stage1 ten --init runs/metaworld/stage1

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -172,8 +173,14 @@ def check_python(words: list[str], monkeypatch) -> None:
 
     name, *words = words[1:] if words[0] == "-m" else words
     program = name.removesuffix(".py").replace("/", ".")
-    assert (ROOT / (program.replace(".", "/") + ".py")).is_file(), f"python {name} is no program of this repository"
-    main = getattr(importlib.import_module(program.removeprefix("docs.")), "main", None)
+    path = ROOT / (program.replace(".", "/") + ".py")
+    assert path.is_file(), f"python {name} is no program of this repository"
+    if program.startswith("docs."):                                                          # no package: a module by its path
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    else:
+        module = importlib.import_module(program)
+    main = getattr(module, "main", None)
     if main is None or not inspect.signature(main).parameters:
         assert not [word for word in words if word.startswith("-")]
         return

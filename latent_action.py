@@ -408,8 +408,8 @@ class MixedSampler:
         self.pools = [np.flatnonzero(pool) for pool in (labelled.numpy(), ~labelled.numpy())]
         self.batch, self.share, self.seed, self.start = batch, fraction * batch, seed, np.random.default_rng(seed).random()
         if (fraction > 0 and not len(self.pools[0])) or (fraction < 1 and not len(self.pools[1])):
-            raise ValueError(f"fraction is {fraction}, but {len(self.pools[0])} rows are labelled and {len(self.pools[1])} are not; each "
-                             "part that is drawn from needs rows")
+            raise ValueError(f"fraction is {fraction}, but {len(self.pools[0])} rows are labelled and {len(self.pools[1])} are not; both "
+                             "are drawn from: give labels to a part of the clips (latent_action.py tokens --labelled 0.1)")
 
     def __call__(self, step: int) -> Tensor:
         count = math.floor((step + 1) * self.share + self.start) - math.floor(step * self.share + self.start)

@@ -305,15 +305,20 @@ def lerobot_labels(dataset: lerobot.LeRobotDataset, interval: int, slots: list[i
 def clips_of(args: argparse.Namespace, config: LatentActionConfig, device: str) -> tuple[dict[str, Clip], dict]:
     """What the command line names: clips by name, and how their flow and labels are measured."""
     toy, interval, label = args.data == "toy", config.interval, lambda one: {}
+    if not 0 <= args.labelled <= 1:
+        raise ValueError(f"--labelled is {args.labelled:g}; allowed: a share from 0 to 1")
     if args.flow == "true" and not toy:
         raise ValueError("--flow true is known of the toy world only; for videos take dis or DPFlow")
     estimator = estimator_of(args.flow, 4 if toy else 1, device)
     made = {"flow": estimator.name if estimator else "true", "composed": args.composed, "side": "as is" if toy else args.side}
+    made |= {"labelled": args.labelled} if 0 < args.labelled < 1 else {}
+    some = lambda names: [name for i, name in enumerate(names) if int((i + 1) * args.labelled) > int(i * args.labelled)]     # evenly spread
     if toy:
         levels = [int(level) for level in str(args.level).split(",")]
         episodes = {f"{e.embodiment}_level{level}_seed{args.seed}_{i:05d}": e for level in levels for i, e in enumerate(
             record(level, args.episodes, args.seed, args.embodiment, pictures=estimator is not None))}
-        labels = {name: partial(true_labels, e, interval) for name, e in episodes.items() if args.labelled and e.level in LABELLED}
+        known = some(name for name, e in episodes.items() if e.level in LABELLED)
+        labels = {name: partial(true_labels, episodes[name], interval) for name in known}
         if estimator is None:
             return {name: Clip(partial(true_flows, e, interval), labels.get(name, lambda: None)) for name, e in episodes.items()}, made
         films = {name: lambda e=e: iter(rearrange(torch.from_numpy(e.frames), "t h w c -> t c h w").float() / 255)
@@ -326,7 +331,7 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig, device: str) 
         if args.labelled:
             slots = [int(slot) for slot in args.slots.split(",")] if args.slots else []
             label, made["label_scale"] = lerobot_labels(dataset, interval, slots, config.action_dim)
-            labels = {f"episode_{e:06d}": partial(label, e) for e in episodes}
+            labels = {f"episode_{e:06d}": partial(label, e) for e in some(episodes)}
         films = {f"episode_{e:06d}": lambda e=e: (square(picture, args.side) for picture in dataset.pictures(
             e, camera, range(dataset.episodes[e].length))) for e in episodes}
         made |= {"fps": dataset.fps, "camera": camera}
@@ -417,7 +422,8 @@ def main(argv: list[str] | None = None) -> None:
             add("--column", type=Path, metavar="FOLDER", help="write the LeRobot dataset of --data to FOLDER, with a column latent_action")
         else:
             add("--preset", default="toy", help=", ".join(PRESETS))
-            add("--labelled", action="store_true", help="take labels: of LeRobot data the change of the state")
+            add("--labelled", type=float, nargs="?", const=1.0, default=0.0, metavar="SHARE", help="take labels, of LeRobot data the "
+                "change of the state, of this share of the clips (default: of all); stage latent wants rows without labels too")
             add("--slots", help="dimensions of the state that the first latents are aligned with, with commas, -1 for none (default: all)")
         if command == "tokens":
             add("--dcae", required=True, type=Path, help="DC-AE weights: published, or of python latent_action.py pretrain")
@@ -446,7 +452,7 @@ def main(argv: list[str] | None = None) -> None:
             clips, made = clips_of(args, model.config, device)
             report = write_tokens(model, clips, args.out, made, args.compensate)
         else:
-            args.labelled, args.slots = False, None
+            args.labelled, args.slots = 0.0, None
             model = LatentActionModel.load(args.weights).to(device)
             clips, made = clips_of(args, model.config, device)
             report = export(model, clips, args.out, made, args.compensate, args.pt)

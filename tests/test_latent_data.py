@@ -13,9 +13,10 @@ import train
 from backbones import dpflow
 from backbones.weights import open_source
 from formats import lerobot
+from motus import BACKBONES
 from worlds.tabletop import record
 
-TOY = la.PRESETS["toy"]
+TOY, DCAE = la.PRESETS["toy"], BACKBONES["toy"] / "dcae.safetensors"
 
 
 def model_of(seed: int = 0) -> la.LatentActionModel:
@@ -206,6 +207,21 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
     with pytest.raises(SystemExit, match="exists"):
         encode("--weights", tmp_path / "m.safetensors", "--data", tmp_path / "set", "--side", 96, "--out", tmp_path / "out",
                "--column", tmp_path / "new")
+
+
+def test_a_share_of_the_clips_keeps_its_labels(tmp_path):
+    """Every second of four, and those files are of no other share; where all are labelled, stage latent says what to do."""
+    some = ("tokens", "--data", "toy", "--flow", "true", "--level", "6", "--episodes", "4", "--dcae", str(DCAE))
+    ld.main([*some, "--labelled", "0.5", "--out", str(tmp_path / "half")])
+    masks = [open_source(path).read("mask") for path in sorted((tmp_path / "half/tokens").iterdir())]
+    assert [bool(mask.any()) for mask in masks] == [False, True, False, True]
+    with pytest.raises(SystemExit, match="labelled"):
+        ld.main([*some, "--labelled", "0.25", "--out", str(tmp_path / "half")])
+    with pytest.raises(SystemExit, match="--labelled is 2; allowed: a share from 0 to 1"):
+        ld.main([*some, "--labelled", "2", "--out", str(tmp_path / "no")])
+    ld.main([*some, "--labelled", "--out", str(tmp_path / "all")])
+    with pytest.raises(ValueError, match="0 are not.*tokens --labelled 0.1"):
+        train.main(["--stage", "latent", "--cache", str(tmp_path / "all"), "--run", str(tmp_path / "run"), "--steps", "1"])
 
 
 def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):

@@ -44,7 +44,7 @@ stage 1 video stage1
 L="--data data/others --side 96"
 [ -f runs/metaworld/dcae.safetensors ] || $P latent_action.py pretrain --preset sim --labelled --init weights/toy/dcae.safetensors $L --steps 600 \
   --out runs/metaworld/dcae.safetensors
-$P latent_action.py tokens --preset sim --labelled --dcae runs/metaworld/dcae.safetensors $L --out runs/metaworld/tokens
+$P latent_action.py tokens --preset sim --labelled 0.1 --dcae runs/metaworld/dcae.safetensors $L --out runs/metaworld/tokens
 [ -d runs/metaworld/latent ] || $P train.py --stage latent --preset sim --init runs/metaworld/dcae.safetensors --cache runs/metaworld/tokens \
   --run runs/metaworld/latent
 $P latent_action.py encode --weights runs/metaworld/latent/latent_action.safetensors $L --out data/others_latent

@@ -295,10 +295,11 @@ def downstream_result(stored: dict) -> str:
     rates = lambda arm, n: [100 * c["successes"] / c["episodes"] for s in seeds if (c := cells.get(f"{arm}/{s}/{n}", {}).get(mode))]
     cell = lambda one: f"{sum(one) / len(one):.0f} ({', '.join(f'{rate:.0f}' for rate in one)})"
     rows = [(arm, *(cell(rates(arm, n)) for n in counts)) for arm in arms]
-    low, high = found["interval"]
+    rows.append(("times as many without stage 2", *(f"{'' if reached else 'more than '}{ratio:.1f} [{low:.1f}, {high:.1f}]" for ratio, (
+        low, high), reached in zip(found["saving"], found["interval"], found["reached"]))))
     head = (f"success %, {mode}, mean and seeds", *(f"{n} demonstrations" for n in counts))
-    return (f"{stored['about']}\n\n{table(head, rows)}\n\nWithout stage 2 it takes {found['saving']:.2f} times the demonstrations for the "
-            f"same success, 95 % interval {low:.2f} to {high:.2f}.")
+    return (f"{stored['about']}\n\n{table(head, rows)}\n\nThe last line: demonstrations that the arm without stage 2 needs for the success "
+            f"above it, of no more than {counts[-1]}.")
 
 
 def evaluation_result(stored: dict) -> str:

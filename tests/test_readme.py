@@ -89,7 +89,8 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
     card = {"command": "python train.py --stage backbones", "vae_psnr_db": 31.25}
     simulated = {"sim": "metaworld", "tasks": ["push"], "ckpt": "runs/y", "settings": {"size": 96}, "rows": [
         {"policy": "joint", "all": rate, "push": rate, "successes_per_seed": {"0": 3, "1": 1}}]}
-    downstream = {"about": "`python d.py`", "savings": {"joint": {"saving": 2.25, "interval": [1.5, 3.0]}}, "cells": {
+    downstream = {"about": "`python d.py`", "savings": {"joint": {
+        "saving": [2.0, 1.0], "interval": [[1.5, 2], [0.5, 1]], "reached": [False, True]}}, "cells": {
         f"{arm}/{seed}/{n}": {"joint": {"successes": n // 10 * arm.count("stage") + seed, "episodes": 100}}
         for arm in ("stage 1", "stages 1, 2") for seed in (0, 1) for n in (100, 200)}}
     files = {"docs/toy/samples/figures.json": samples, "docs/toy/evaluation.json": evaluation, "docs/toy/latent/figures.json": probes,
@@ -101,7 +102,7 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
     text = figure.results(tmp_path)
     for part in ("python sample.py --ckpt runs/x --mode idm\n", "| `idm` | action MSE | 0.125 |", "| `vae_psnr_db` | 31.250 |",
                  "python evaluate.py --sim metaworld --tasks push --ckpt runs/y\n", "| push | 50.0 [25.0, 75.0] of 8 |", "| seeds | 3, 1 |",
-                 "| stages 1, 2 | 10 (10, 11) | 20 (20, 21) |", "takes 2.25 times the demonstrations",
+                 "| stages 1, 2 | 10 (10, 11) | 20 (20, 21) |", "more than 2.0 [1.5, 2.0] | 1.0 [0.5, 1.0] |",
                  "| target robot | 0.750 | 0.500 | 0.250 |",
                  "python evaluate.py --ckpt runs/x --seed 0 1 --random\n",
                  "| `vla` | eval | clean | 50.0 [25.0, 75.0] of 8 | 50.0 [25.0, 75.0] of 8 |  |"):

@@ -12,7 +12,8 @@ nothing but what happened between stage 1 and stage 3.
 
 Blocks that carry over move at `--set3` rates; in stage 3 those of the video expert have their own, `video_lr`. Writes downstream.json,
 downstream.md and downstream.png to --out after every cell. The saving is the ratio of the demonstrations that both arms need for the same
-success: read from the curve of success over log n, pooled over seeds, its interval from resampled seeds and worlds.
+success: read from the curve of success over log n, pooled over seeds, its interval from resampled seeds and worlds. Where the arm without
+stage 2 does not reach it at all, the ratio is a lower bound.
 """
 
 import argparse
@@ -92,33 +93,29 @@ def cell(args: argparse.Namespace, seed: int, n: int, arm: str, init: Path | Non
 
 
 def needed(counts: np.ndarray, rates: np.ndarray, wanted: float) -> float:
-    """Demonstrations for a success of `wanted`: linear in log n, on the curve made to rise; NaN outside it and if it does not."""
+    """Demonstrations for a success of `wanted`: linear in log n, on the curve made to rise. Beyond its ends the count there, which is then
+    too many (a success that the fewest exceed) or too few (one that the most do not reach)."""
     rising = np.maximum.accumulate(rates)
-    if not rising[0] <= wanted <= rising[-1] or rising[0] == rising[-1]:
-        return float("nan")
-    k = min(int(np.searchsorted(rising, wanted, "left")), len(counts) - 1)
-    if k == 0 or rising[k] == rising[k - 1]:
-        return float(counts[k])
+    k = int(np.searchsorted(rising, wanted, "left"))
+    if k in (0, len(counts)):
+        return float(counts[min(k, len(counts) - 1)])
     part = (wanted - rising[k - 1]) / (rising[k] - rising[k - 1])
     return float(np.exp(np.log(counts[k - 1]) + part * np.log(counts[k] / counts[k - 1])))
 
 
-def saving(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> float:
-    """How many times the demonstrations the arm `without` needs for the success of the other: the geometric mean over the counts of the
-    other at which it reaches that success."""
-    ratios = [needed(counts, without, rate) / n for n, rate in zip(counts, within)]
-    ratios = [ratio for ratio in ratios if ratio == ratio]
-    return float(np.exp(np.mean(np.log(ratios)))) if ratios else float("nan")
+def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.ndarray:
+    """For each count at which the arm `within` was tried: how many times as many the arm `without` needs for the same success."""
+    return np.array([needed(counts, without, rate) / n for n, rate in zip(counts, within)])
 
 
-def interval(counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int, draws: int = 2000) -> list[float]:
-    """95 % interval of `saving`, of success rates (seeds, counts): seeds drawn with replacement, worlds of each cell drawn anew."""
+def interval(counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int, draws: int = 2000) -> np.ndarray:
+    """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with replacement, worlds of each cell drawn
+    anew."""
     rng, found = np.random.default_rng(0), []
     for _ in range(draws):
         rows = rng.integers(len(without), size=len(without))
-        found.append(saving(counts, *(rng.binomial(worlds, rates[rows]).mean(axis=0) / worlds for rates in (without, within))))
-    found = [value for value in found if value == value]
-    return [float(v) for v in np.percentile(found, [2.5, 97.5])] if found else [float("nan")] * 2
+        found.append(savings(counts, *(rng.binomial(worlds, rates[rows]).mean(axis=0) / worlds for rates in (without, within))))
+    return np.percentile(found, [2.5, 97.5], axis=0).T
 
 
 def write(results: dict[str, dict], args: argparse.Namespace) -> None:
@@ -133,7 +130,7 @@ def write(results: dict[str, dict], args: argparse.Namespace) -> None:
              "with Wilson's interval; in brackets each seed's.\n", "| mode | arm | " + " | ".join(f"n = {n}" for n in counts) + " |",
              "|---|---|" + "---|" * len(counts)]
     figure, axes = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 3.4), constrained_layout=True, squeeze=False)
-    savings = {}
+    saved = {}
     for axis, mode in zip(axes[0], modes):
         for arm in arms:
             cells, drawn = [], []
@@ -156,16 +153,18 @@ def write(results: dict[str, dict], args: argparse.Namespace) -> None:
         if whole:
             rates = [np.array([[one(arm, s, n, mode)["successes"] / args.episodes for n in counts] for s in whole])
                      for arm in list(ARMS)[:2]]
-            savings[mode] = {"seeds": len(whole), "saving": saving(counts, *(r.mean(axis=0) for r in rates)),
-                             "interval": interval(counts, *rates, args.episodes)}
-    for mode, found in ((mode, found) for mode, found in savings.items() if found["saving"] == found["saving"]):
-        low, high = found["interval"]
-        lines.append(f"\nIn {mode} mode, without stage 2 it takes **{found['saving']:.2f}** times the demonstrations for the same success, "
-                     f"95 % interval {low:.2f} to {high:.2f}, {found['seeds']} seeds.")
+            middle = [r.mean(axis=0) for r in rates]
+            saved[mode] = {"seeds": len(whole), "saving": savings(counts, *middle).tolist(), "interval": interval(
+                counts, *rates, args.episodes).tolist(), "reached": (middle[1] <= middle[0].max()).tolist()}
+    for mode, found in saved.items():
+        for n, ratio, (low, high), reached in zip(counts[:-1], found["saving"], found["interval"], found["reached"]):
+            lines.append(f"\nFor the success of {n} demonstrations after stage 2, {mode}, it takes {'' if reached else 'more than '}"
+                         f"**{ratio:.2f}** times as many without it, 95 % interval {low:.2f} to {high:.2f} over {found['seeds']} seeds; no "
+                         f"more than {counts[-1] / n:g} times were tried.")
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "downstream.png", dpi=110)
     plt.close(figure)
-    stored = {"about": args.about, "savings": savings, "cells": results}
+    stored = {"about": args.about, "savings": saved, "cells": results}
     (args.out / "downstream.json").write_text(json.dumps(stored, indent=1))
     (args.out / "downstream.md").write_text("\n".join(lines) + "\n\n![Success over demonstrations](downstream.png)\n")
 

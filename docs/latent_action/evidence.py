@@ -141,7 +141,8 @@ def trained(data: Data, variant: str, seed: int, steps: int) -> la.LatentActionM
 
 @torch.no_grad()
 def picture(data: Data, model: la.LatentActionModel, out: Path) -> None:
-    """Above: motions of each body, their colours, what the DC-AE and the 14 numbers keep. Below: one number at a time, up and down."""
+    """Above: motions of each body, their colours, what the DC-AE and the 14 numbers keep. Below: the first motion with one number
+    turned up and down, and the others as they go with it on average (a line fitted to the target robot's rows)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -156,7 +157,8 @@ def picture(data: Data, model: la.LatentActionModel, out: Path) -> None:
     mu = model.encode(tokens)[0]
     kept = {"DC-AE": la.CODES[model.config.code][1](model.picture_of(tokens), radius), "14 numbers": model.flow_of(mu)}
     colours = lambda x: (la.flow_to_colour(x, radius) / 2 + 0.5).permute(0, 2, 3, 1).clamp(0, 1).numpy()
-    turns = [*range(3), 3 + int(model.encode(data.features("tokens")[0])[0].var(dim=0)[3:].argmax())]
+    seen = model.encode(data.features("tokens")[0][: len(data.pairs["train"].flow)])[0][data.pairs["train"].level == 6]
+    turns = [*range(3), 3 + int(seen.var(dim=0)[3:].argmax())]
     figure, axes = plt.subplots(5 + len(turns), 5, figsize=(7, 12.6), constrained_layout=True)
     for line, row in zip(axes, range(5)):
         frame = data.episodes["eval"][held.index[rows[row], 0]].frames[held.index[rows[row], 1]]
@@ -169,12 +171,12 @@ def picture(data: Data, model: la.LatentActionModel, out: Path) -> None:
         beside = zip(MOTION, held.labels[rows[row]], mu[row])
         line[4].text(0, 0.5, "\n".join(f"{name} {a:+.2f}, mu {b:+.2f}" for name, a, b in beside), fontsize=8)
     for line, d in zip(axes[5:], turns):
-        for axis, value in zip(line, (-0.8, -0.4, 0.0, 0.4, 0.8)):
-            z = mu[1:2].clone()
-            z[0, :3] = 0
-            z[0, d] = value if d < 3 else z[0, d] + value * model.latent_std[d]
-            axis.imshow(colours(model.flow_of(z))[0])
-            axis.set_title(f"{MOTION[d] if d < 3 else f'number {d}'} {value:+.1f}{'' if d < 3 else ' std'}", fontsize=8)
+        away = seen - seen.mean(dim=0)
+        slope = (away * away[:, d:d + 1]).mean(dim=0) / away[:, d].square().mean()
+        for axis, value in zip(line, (-2.0, -1.0, 0.0, 1.0, 2.0)):
+            z = mu[0] + slope * value * away[:, d].std()
+            axis.imshow(colours(model.flow_of(z[None]))[0])
+            axis.set_title(f"{MOTION[d] if d < 3 else f'number {d}'} {value:+.0f} std", fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()
     figure.savefig(out, dpi=90)

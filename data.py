@@ -443,16 +443,17 @@ def record(out: str | Path, levels: Sequence[int], episodes: int, held_out: int,
     out, sources = Path(out), []
     exact = dict(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)) if lossless else {}
     for level in levels:
-        bodies, turns = (robots, robots) if level == 6 else (tabletop.LEVELS[level]["bodies"], [None])       # None: all, in turn
-        found = {split: [e for body in turns for e in tabletop.record(level, count, seed, body, split)] if count else []
-                 for split, count in (("train", episodes), ("eval", held_out))}
+        turns = robots if level == 6 else (None,)                                            # None: the level's own bodies, in turn
+        wanted = {"train": episodes, "eval": held_out} if held_out else {"train": episodes}
+        found = {split: [e for body in turns for e in tabletop.record(level, count, seed, body, split)] for split, count in wanted.items()}
+        bodies = robots if level == 6 else tabletop.LEVELS[level]["bodies"]
         for body in bodies:
             chosen = {split: [e for e in part if e.embodiment == body] for split, part in found.items()}
             rows = ((dict(front=e.frames[:-1]), *(None if e.actions is None else x for x in (e.states[:-1], e.actions)),
                      e.instruction or "no task") for part in chosen.values() for e in part)
             write_v3(out / f"level{level}_{body}", rows, TOY_FPS, Storage(robot=body, **exact))
-            sources.append(Source(f"level{level}_{body}", level, body, 1 / len(bodies), CONTAINS[level], held_out=len(chosen["eval"]),
-                                  mapping={"instruction": ""} if level == 4 else {}))
+            sources.append(Source(f"level{level}_{body}", level, body, 1 / len(bodies), CONTAINS[level],
+                                  held_out=len(chosen.get("eval", ())), mapping={"instruction": ""} if level == 4 else {}))
     card = {"about": "the toy pyramid", "video_hz": TOY_FPS / RATE, "action_hz": TOY_FPS,
             "sources": [{k: v for k, v in asdict(source).items() if v != getattr(Source("x"), k)} for source in sources]}
     (out / "card.json").write_text(json.dumps(card, indent=1))

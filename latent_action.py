@@ -80,13 +80,12 @@ class LatentActionConfig:
         return self.image // self.dcae.factor
 
 
+# The toy sees its 48 x 48 pixels as they are, because its fingers are two pixels wide: nine tokens of 32, and flow in planes.
+TOY = LatentActionConfig(DCAEConfig((16, 32, 64, 64), (0, 1, 1, 0), (0, 0, 1, 0), latent_channels=32, conv_stages=4),
+                         image=48, radius=7.5, code="planes", hidden=(256, 128), interval=3, action_dim=3)
 PRESETS = {
-    # The toy sees its 48 x 48 pixels as they are, because its fingers are two pixels wide: nine tokens of 32, and flow in planes.
-    "toy": LatentActionConfig(DCAEConfig((16, 32, 64, 64), (0, 1, 1, 0), (0, 0, 1, 0), latent_channels=32, conv_stages=4),
-                              image=48, radius=7.5, code="planes", hidden=(256, 128), interval=3, action_dim=3),
-    # A simulator at 20 rows a second; the flow of its pictures of 96 is seen at half their size.
-    "sim": LatentActionConfig(DCAEConfig((16, 32, 64, 64), (0, 1, 1, 0), (0, 0, 1, 0), latent_channels=32, conv_stages=4),
-                              image=48, radius=7.5, code="planes", hidden=(256, 128), interval=4, action_dim=4),
+    "toy": TOY,
+    "sim": replace(TOY, interval=4, action_dim=4),               # 20 rows a second; the flow of pictures of 96, at half their size
     "small": LatentActionConfig(DCAEConfig((32, 64, 128, 128, 256, 256, 512), (1, 1, 2, 2, 2, 2, 2), (1, 1, 2, 2, 2, 2, 2), 128),
                                 image=256, radius=32.0, hidden=(512, 256), interval=6, action_dim=14),
     "full": LatentActionConfig(DCAES["f128c512"], image=256, radius=32.0, hidden=(512, 256), interval=6, action_dim=14),

@@ -227,7 +227,8 @@ class LatentFiles:
         if not {"mean", "std", "made"} <= about.keys():
             raise ValueError(f"{folder} holds no latent actions (statistics.json with mean, std, made); make them with `python "
                              "latent_action.py encode --data DATASET`, or name their folder with \"latents\" in the card")
-        self.folder, self.seconds, self.skipped = folder, about["made"]["interval"] / fps, summary.get("skipped", {})
+        self.folder, self.name, self.skipped = folder, str(folder), summary.get("skipped", {})
+        self.seconds = about["made"]["interval"] / fps
         self.mean, self.std = np.array(about["mean"], np.float32), np.array(about["std"], np.float32)
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
@@ -247,14 +248,14 @@ class LatentColumn:
     to the dataset NEW."""
 
     def __init__(self, reader: LeRobotDataset):
-        self.reader, about = reader, reader.features[COLUMN].get("info") or {}
+        self.reader, self.name, about = reader, reader.name, reader.features[COLUMN].get("info") or {}
         if not {"mean", "std", "seconds"} <= about.keys():
             raise ValueError(f"{reader.name}: column {COLUMN} lacks its info (mean, std, seconds) in info.json; write it again with "
                              "`python latent_action.py encode --column`, or name a folder of latents in the card")
         self.seconds, self.mean, self.std = about["seconds"], *(np.array(about[key], np.float32) for key in ("mean", "std"))
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.reader.others(episode, COLUMN, KNOWN)
+        rows = self.reader.rows(episode, COLUMN, KNOWN)
         return (rows[COLUMN] - self.mean) / self.std, rows[KNOWN][:, 0]
 
 
@@ -511,10 +512,11 @@ class Pyramid:
         rows = getattr(o.reader, "latents", lambda e: None)(episode)
         if rows is not None:
             return rows, np.ones(len(rows), bool)
-        column = not o.source.latents and COLUMN in getattr(o.reader, "features", {})
-        o.latents = o.latents or (LatentColumn(o.reader) if column else LatentFiles(o.folder, o.reader.fps))
+        if o.latents is None:
+            own = not o.source.latents and COLUMN in getattr(o.reader, "features", {})
+            o.latents = LatentColumn(o.reader) if own else LatentFiles(o.folder, o.reader.fps)
         if abs(o.latents.seconds * self.video_hz - 1) > 1e-6:
-            raise ValueError(f"{o.reader.name if column else o.folder}: a latent action spans {o.latents.seconds:g} s, a video step "
+            raise ValueError(f"{o.latents.name}: a latent action spans {o.latents.seconds:g} s, a video step "
                              f"{1 / self.video_hz:g} s; encode them with an interval of as many frames, or choose another video_hz")
         return o.latents(episode)
 

@@ -677,9 +677,8 @@ def train_backbones(args: argparse.Namespace) -> None:
     z = config.video.latent
     vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=z, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
                        mean=(0.0,) * z, std=(1.0,) * z)
-    model = WanVAE(vae)
-    if args.data:                                                      # the toy's is the same network, and has begun to see: half the time
-        model = load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig)
+    # The toy's is the same network and has begun to see; to go on from it saves half the time.
+    model = load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig) if args.data else WanVAE(vae)
     pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
     save_part(folder / "vae.safetensors", model)
     figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))

@@ -26,8 +26,6 @@ import numpy as np
 from PIL import Image
 
 from formats.recordings import MAX_BYTES, MISSING, TOLERANCE, Choice, Film, Recordings, Storage, av
-from formats.recordings import fit as fit  # what those who write datasets need of pictures is here too
-from formats.recordings import t_layout as t_layout
 
 try:
     import pyarrow as pa
@@ -306,13 +304,13 @@ class LeRobotDataset(Recordings):
             blame("task_index", f"is {min(unknown)}, which meta/tasks lacks", f"add the task, or choose from {sorted(self.tasks)[:20]}")
         return rows, faults
 
-    def rows(self, episode: int) -> dict[str, np.ndarray]:
-        """The tested columns of an episode: state (T, P) and action (T, A) under their own names, and LeRobot's five (T, 1)."""
-        if (rows := self.shelf.take(("rows", episode))) is None:
-            rows, faults = self._load(episode)
+    def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
+        """The tested columns of an episode: state (T, P) and action (T, A) under their own names, LeRobot's five (T, 1), and `more`."""
+        if (rows := self.shelf.take(("rows", episode, *more))) is None:
+            rows, faults = self._load(episode, *more)
             if faults:
                 raise faults[0]
-        self.shelf.give(("rows", episode), rows)
+        self.shelf.give(("rows", episode, *more), rows)
         return rows
 
     def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -329,17 +327,10 @@ class LeRobotDataset(Recordings):
         names = self.features.get(LABELS, {}).get("names")
         if not isinstance(names, list):
             return {}
-        rows = self.others(episode, LABELS)[LABELS]
+        rows = self.rows(episode, LABELS)[LABELS]
         if len(names) != rows.shape[1]:
             raise self._fault(None, LABELS, f"has {len(names)} names for {rows.shape[1]} numbers", "give each its name")
         return dict(zip(names, rows.T))
-
-    def others(self, episode: int, *keys: str) -> dict[str, np.ndarray]:
-        """Columns that not every dataset has, (T, width) each, tested like the rest."""
-        rows, faults = self._load(episode, *keys)
-        if faults:
-            raise faults[0]
-        return {key: rows[key] for key in keys}
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
         return [self.tasks[int(self.rows(episode)["task_index"][row, 0])]]

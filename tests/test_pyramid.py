@@ -74,6 +74,10 @@ def test_level_6_is_recorded_for_each_robot_that_is_named(tmp_path):
             assert np.array_equal(ours, theirs)
     with pytest.raises(ValueError, match=r"robots are \['hand'\].*allowed: \['gripper', 'arm', 'gantry'\]"):
         data.record(tmp_path / "no", (6,), 1, 0, robots=("hand",))
+    with pytest.raises(ValueError, match="level is 7; the tabletop records levels"):
+        data.record(tmp_path / "no", (7,), 1, 0)
+    with pytest.raises(ValueError, match="episodes is 0; record at least one"):
+        data.record(tmp_path / "no", (6,), 0, 1)
 
 
 def test_compressed_video_shows_the_same_but_for_the_codec(tmp_path):

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
@@ -209,6 +210,18 @@ def test_a_command_names_a_program_and_options_that_exist(command, monkeypatch):
         extras = re.fullmatch(r"pip install -e \.\[([\w,]+)\]", " ".join(words))
         assert extras, f"the README runs {command!r}; allowed: python, torchrun, make, pip install -e .[EXTRA]"
         assert set(extras[1].split(",")) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+
+def test_the_commands_of_the_simulator_script_exist(tmp_path, monkeypatch):
+    """Every line that docs/metaworld/run.sh would run, where nothing is there yet, is one that the programs parse."""
+    (script := tmp_path / "docs/metaworld/run.sh").parent.mkdir(parents=True)
+    script.write_text((ROOT / "docs/metaworld/run.sh").read_text())
+    printed = subprocess.run(["bash", script], env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True, check=True).stdout
+    lines = [shlex.split(line) for line in printed.splitlines()]
+    assert {line[0] for line in lines} == {"evaluate.py", "data.py", "train.py", "latent_action.py"} and len(lines) > 20
+    for words in lines:
+        with monkeypatch.context() as patch:
+            check_python(words, patch)
 
 
 @pytest.mark.parametrize("target", ["demo", "toy", "smoke"])

@@ -17,7 +17,7 @@ windows() { # stage, data, most, cache
   [ -f "runs/metaworld/$4.safetensors" ] || $P data.py cache --data "data/$2" --stage "$1" --preset sim --windows "$3" --out "runs/metaworld/$4.safetensors"
 }
 stage() { # stage, cache, run, more
-  [ -d "runs/metaworld/$3" ] || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --run "runs/metaworld/$3" "${@:4}"
+  compgen -G "runs/metaworld/$3/step_*" > /dev/null || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --run "runs/metaworld/$3" "${@:4}"
 }
 try() { # run, dataset whose tasks it is tried in, folder of the result, Euler steps, more
   [ -f "docs/metaworld/$3/evaluation.json" ] || $P evaluate.py --sim metaworld --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 \
@@ -45,7 +45,7 @@ L="--data data/others --side 96"
 [ -f runs/metaworld/dcae.safetensors ] || $P latent_action.py pretrain --preset sim --labelled --init weights/toy/dcae.safetensors $L --steps 600 \
   --out runs/metaworld/dcae.safetensors
 $P latent_action.py tokens --preset sim --labelled 0.1 --dcae runs/metaworld/dcae.safetensors $L --out runs/metaworld/tokens
-[ -d runs/metaworld/latent ] || $P train.py --stage latent --preset sim --init runs/metaworld/dcae.safetensors --cache runs/metaworld/tokens \
+[ -f runs/metaworld/latent/latent_action.safetensors ] || $P train.py --stage latent --preset sim --init runs/metaworld/dcae.safetensors --cache runs/metaworld/tokens \
   --run runs/metaworld/latent
 $P latent_action.py encode --weights runs/metaworld/latent/latent_action.safetensors $L --out data/others_latent
 windows 2 others.json 5000 latents

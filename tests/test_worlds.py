@@ -211,7 +211,8 @@ def test_labels_say_where_the_pixels_of_a_thing_are(meta):
     ways = [meta(f"faucet-{way}", cameras="corner4") for way in ("open", "close")]
     (here, there) = [(way.reset(1), way.labels())[1] for way in ways]
     assert here["object x"] == pytest.approx(there["object x"], abs=0.03) and abs(here["goal x"] - there["goal x"]) > 0.1
-    assert set(meta("reach", cameras="").labels()) & {"object x", "goal x"} == set()
+    blind = meta("reach", cameras="")
+    assert blind.reset(0)["images"] == {} and set(blind.labels()) & {"object x", "goal x"} == set()
 
 
 def test_a_world_that_goes_leaves_the_others_their_pictures(meta):
@@ -253,6 +254,30 @@ def test_two_arms_hand_the_cube_over_and_gym_aloha_agrees():
         if world.success:
             break
     assert world.success and found.reward == 4
+
+
+def test_two_arms_run_at_the_rate_of_the_other_robot_and_their_labels_lie_on_the_cube():
+    """hold=2.5 is 20 Hz, the rate of MetaWorld: half an action per command, as long an episode, and the expert succeeds; the label of the
+    cube is on its red pixels of a picture wider than high, in both corners of the table."""
+    pytest.importorskip("gym_aloha"), pytest.importorskip("mujoco")
+    world = aloha.make(cameras="", hold=2.5)
+    assert (world.fps, world.max_steps, world.commands) == (20, 160, 5) and solved(world, range(2)) == 2
+    seconds = []
+    for hold in (2.5, 5):
+        world = aloha.make(cameras="", hold=hold)
+        world.reset(0)
+        begun = world.data.time
+        world.step(world.expert())
+        seconds.append(world.data.time - begun)
+    assert seconds == pytest.approx([0.05, 0.1]) and "object x" not in world.labels()
+    world = aloha.make(size=128, cameras="head")
+    for seed in range(4):
+        picture, labels = world.reset(seed)["images"]["head"].astype(int), world.labels()
+        red = np.argwhere((picture[..., 0] > 150) & (picture[..., 1:].max(-1) < 100)).mean(0) + 0.5
+        assert np.abs(red / (96, 128) - (labels["object y"], labels["object x"])).max() < 0.02
+        assert labels["opening"] == pytest.approx(world.state()[13])
+    with pytest.raises(ValueError, match="hold is 3"):
+        aloha.make(hold=3)
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ The scene is gym-aloha's, of which only the model files are read; MuJoCo steps i
     pictures   head (above the table), left_wrist and right_wrist, 4 : 3, in the order of the official T-layout
 
 - The 14 numbers and three cameras are those of the official Motus robot, so this is the small stand-in for it.
-- An action is the end of a straight line in joint space that takes `hold` steps of the 50 Hz; hold=5 makes 10 Hz, hold=1 is ALOHA's own.
+- An action is the end of a straight line in joint space that takes `hold` steps of the 50 Hz: hold=5 makes 10 Hz, 2.5 the 20 Hz of the
+  MetaWorld robot, hold=1 is ALOHA's own.
 - The expert lays waypoints for both hands around the cube and a meeting point, and finds the joint positions of each hand by damped least
   squares on the arm's Jacobian. It is planned at `reset` and played without looking: absolute positions bring a disturbed arm back.
 - Success is gym-aloha's highest reward: the left hand's left finger touches the cube and the table does not.
@@ -48,19 +49,20 @@ class TransferCube(World):
 
     robot, action_dim, instruction = "aloha", 14, TASKS["transfer-cube"]
 
-    def __init__(self, task: str = "transfer-cube", size: int = 128, cameras: str = "head,left_wrist,right_wrist", hold: int = 5):
+    def __init__(self, task: str = "transfer-cube", size: int = 128, cameras: str = "head,left_wrist,right_wrist", hold: float = 5):
         choice(task, tuple(TASKS))
         package = importlib.util.find_spec("gym_aloha")
         if package is None or importlib.util.find_spec("mujoco") is None:
             raise ValueError(MISSING)
         import mujoco
-        if not 16 <= size <= 640 or size % 4 or hold not in (1, 2, 5, 10):
-            raise ValueError(f"size is {size}, hold is {hold}; allowed: a multiple of 4 from 16 to 640, and 1, 2, 5, 10")
-        self.mujoco, self.hold, self.fps, self.max_steps = mujoco, hold, 50 // hold, 400 // hold
+        if not 16 <= size <= 640 or size % 4 or hold not in (1, 2, 2.5, 5, 10):
+            raise ValueError(f"size is {size}, hold is {hold}; allowed: a multiple of 4 from 16 to 640, and 1, 2, 2.5, 5, 10")
+        self.mujoco, self.hold, self.fps, self.max_steps = mujoco, hold, round(50 / hold), round(400 / hold)
         self.cameras = tuple(choice(name, tuple(CAMERAS), "camera") for name in cameras.split(",") if name)
         scene = Path(package.submodule_search_locations[0]) / "assets" / "bimanual_viperx_transfer_cube.xml"
         self.model = mujoco.MjModel.from_xml_path(str(scene))
-        self.data, self.substeps = mujoco.MjData(self.model), round(0.02 / self.model.opt.timestep)
+        self.commands = int(hold) if hold == int(hold) else int(2 * hold)                  # of one action: every 0.02 s, or 0.01
+        self.data, self.substeps = mujoco.MjData(self.model), round(0.02 * hold / self.commands / self.model.opt.timestep)
         names = ("red_box", "table", "vx300s_left/10_left_gripper_finger")
         self.cube, self.table, self.finger = (self.model.geom(name).id for name in names)
         self.eye = Eye(self.model, size * 3 // 4, size) if self.cameras else None
@@ -78,8 +80,8 @@ class TransferCube(World):
 
     def step(self, action: np.ndarray) -> None:
         action = checked(action, self)
-        for k in range(1, self.hold + 1):
-            target = self.last + (action - self.last) * k / self.hold
+        for k in range(1, self.commands + 1):
+            target = self.last + (action - self.last) * k / self.commands
             for arm, first in zip(target.reshape(2, 7), ARMS.values()):
                 opening = CLOSED + (OPEN - CLOSED) * np.clip(arm[6], 0, 1)
                 self.data.ctrl[first:first + 8] = [*arm[:6], opening, -opening]
@@ -94,6 +96,15 @@ class TransferCube(World):
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
+
+    def labels(self) -> dict[str, float]:
+        cube, hand = self.data.geom_xpos[self.cube], tip(self.data, self.model.body("vx300s_right/gripper_link").id)
+        points = {"object": cube, "goal": MEET, "hand": hand}
+        found = {"opening": self.state()[13]} | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
+        if not self.cameras:
+            return found
+        places = Eye.places(self.model, self.data, CAMERAS[self.cameras[0]], np.stack(list(points.values())), 4 / 3)
+        return {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)} | found
 
     def expert(self) -> np.ndarray:
         self.plan = self._plan() if self.plan is None else self.plan
@@ -116,7 +127,7 @@ class TransferCube(World):
                 "right": [(0, begin["right"][0], straight, 0), (90, over, down, 1), (130, cube, down, 1), (170, cube, down, 0),
                           (220, MEET, down, 0), (310, MEET, down, 0), (340, MEET, down, 1), (380, beside, down, 1)]}
         plan = []
-        for now in range(self.hold, 400 + self.hold, self.hold):
+        for now in self.hold * np.arange(1, self.max_steps + 1):
             row = []
             for arm, first in ARMS.items():
                 times = [way[0] for way in ways[arm]]

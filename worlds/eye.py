@@ -31,11 +31,12 @@ class Eye:
         return ((twice[::2, ::2] + twice[1::2, ::2] + twice[::2, 1::2] + twice[1::2, 1::2] + 2) // 4).astype(np.uint8)
 
     @staticmethod
-    def places(model: object, data: object, camera: str, points: np.ndarray) -> np.ndarray:
-        """Where points (n, 3) of the world are in a camera's square picture: (n, 2), 0 to 1 from left and top, at most one side outside."""
+    def places(model: object, data: object, camera: str, points: np.ndarray, aspect: float = 1.0) -> np.ndarray:
+        """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as high: (n, 2), 0 to 1 from left and top, at
+        most one side outside."""
         seen = (points - data.camera(camera).xpos) @ data.camera(camera).xmat.reshape(3, 3)    # x right, y up, z towards the camera
         half = np.maximum(-seen[:, 2:], 1e-3) * np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
-        return np.clip(0.5 + seen[:, :2] * (0.5, -0.5) / half, -1, 2)
+        return np.clip(0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half, -1, 2)
 
     def __del__(self):
         # MuJoCo deletes an old renderer's textures in whatever context is current: in that of another renderer, unless its own is.

@@ -53,7 +53,7 @@ import latent_action
 from backbones.weights import digest, open_source, read_metadata, save_safetensors
 from formats import official
 from formats.lerobot import write_v3
-from formats.recordings import Storage
+from formats.recordings import Storage, t_place
 from motus import Backbones, Card, Inputs, MotusConfig, backbones_of, preset
 from pyramid import Normaliser, Pyramid, Source, Statistics, as_stored, open_recordings, placed, shares, tiled, widened
 from worlds import tabletop
@@ -409,12 +409,14 @@ class CardWeb(Web):
         self.videos, self.rates, self.texts, self.labels = [], [], [], []
         for o, e in tqdm(chosen, desc="read episodes", leave=False):
             labels, fps = o.reader.labels(e), o.reader.fps
-            if tuple(labels) != self.targets or self.targets[:2] != ("object x", "object y") or o.reader.given.t_layout:
+            if tuple(labels) != self.targets or self.targets[:2] != ("object x", "object y"):
                 raise ValueError(f"card {pyramid.name}: episode {e} of {o.source.path} has the labels {list(labels)} of its first camera; "
-                                 "due are the same in all episodes, object x and object y first, and cameras side by side: record the "
-                                 "dataset with `python evaluate.py record`")
+                                 "due are the same in all episodes, object x and object y first: record the dataset with "
+                                 "`python evaluate.py record`")
             seen, rows = o.reader.window(e, 0, np.arange(o.reader.lengths[e]) / fps, ()), np.stack(list(labels.values()), axis=1)
             for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:            # and y after it
+                if o.reader.given.t_layout:
+                    rows[:, x:x + 2] = t_place(rows[:, x:x + 2], o.reader.sizes[o.reader.cameras[0]])
                 rows[:, x:x + 2] = placed(rows[:, x:x + 2], seen.frames, pyramid.size)
             self.videos.append(tiled(seen.frames, pyramid.size)), self.rates.append(max(1, round(fps / pyramid.video_hz)))
             self.texts.append(seen.instruction), self.labels.append(rows)

@@ -72,6 +72,13 @@ def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int 
     return fit(np.concatenate([head, wrists], axis=-3), height, width)
 
 
+def t_place(places: np.ndarray, head: tuple[int, int], height: int = 384, width: int = 320) -> np.ndarray:
+    """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where `t_layout` puts them."""
+    whole, size = np.array([head[1], head[0] + head[0] // 2]), np.array([width, height])
+    scaled = whole * (size / whole).min()
+    return (places * (head[1], head[0]) / whole * scaled + (size - scaled) / 2) / size
+
+
 # -- files ------------------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import evaluate
 import sample
 import train
 from backbones.weights import save_safetensors
-from formats.lerobot import DEFAULTS
+from formats.lerobot import DEFAULTS, write_v3
 from motus import Card, Inputs, newest_step, preset
 from worlds.fleet import Order
 
@@ -136,6 +136,25 @@ def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras)
     columns = pictures[:, 16, :, 0].float().argmax(dim=1)
     assert texts == ["walk to the light"] * 40 and (columns - targets[:, 0] * 64).abs().max() < 1 and (targets[:, 1] == 0.5).all()
     assert columns.unique().numel() > 3 and targets[:, 2].unique().numel() > 5
+
+
+def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
+    """Head, left and right become one T; the label follows the spot in the head's picture into it."""
+    pytest.importorskip("pyarrow"), pytest.importorskip("av")
+    dark, spots = np.zeros((12, 48, 64, 3), np.uint8), [(30, 20), (10, 40)]                  # x, y
+    episodes = []
+    for x, y in spots:
+        head = dark.copy()
+        head[:, y - 3:y + 3, x - 3:x + 3] = 255
+        labels = {"object x": np.full(12, x / 64), "object y": np.full(12, y / 48)}
+        numbers = np.random.default_rng(x).normal(size=(12, 2)).astype(np.float32)
+        episodes.append(({"head": head, "left_wrist": dark, "right_wrist": dark}, numbers, numbers, "hand it over", labels))
+    write_v3(tmp_path / "arms", episodes, 10)
+    (tmp_path / "card.json").write_text(json.dumps({"size": [96, 96], "sources": [{"path": "arms", "held_out": 0, "embodiment": "arms"}]}))
+    web = data.CardWeb(data.Pyramid(tmp_path / "card.json", name="sim"), 9, 0)
+    pictures, _, targets = web.grounded(0, 16)
+    for picture, (x, y) in zip(pictures.numpy(), targets.numpy() * 96):
+        assert np.abs(np.argwhere(picture[..., 0] > 128).mean(0) + 0.5 - (y, x)).max() < 1
 
 
 def test_labels_reach_no_policy(line):

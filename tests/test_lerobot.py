@@ -23,7 +23,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 av = pytest.importorskip("av")
 from formats import lerobot, recordings  # noqa: E402
 from formats.lerobot import LeRobotDataset, write_v3, write_v21  # noqa: E402
-from formats.recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout  # noqa: E402
+from formats.recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout, t_place  # noqa: E402
 
 FPS, CAMERAS, LENGTHS = 10, ("high", "left", "right"), (11, 14, 12, 13)
 WRITERS = {"v3.0": write_v3, "v2.1": write_v21}
@@ -212,6 +212,16 @@ def test_the_t_layout_has_the_official_sizes():
     assert fit(flat(9, 100, 50), 64, 64)[32].any(-1).sum() == 32
     with pytest.raises(ValueError, match="left is float32"):
         t_layout(flat(1, 4, 4), flat(1, 4, 4).astype(np.float32), flat(1, 4, 4))
+
+
+@pytest.mark.parametrize("head", ((240, 320), (96, 128), (100, 100)))
+def test_a_place_in_the_head_picture_is_found_in_the_t(head):
+    """A white spot of the head picture is where `t_place` says, whatever the shape of the camera."""
+    picture, wrist = np.zeros((*head, 3), np.uint8), np.zeros((*head, 3), np.uint8)
+    picture[20:28, 60:68] = 255
+    spot = np.argwhere(t_layout(picture, wrist, wrist)[..., 0] > 128).mean(0) + 0.5
+    place = t_place(np.array([[64 / head[1], 24 / head[0]]]), head)[0]
+    assert np.abs(place * (320, 384) - spot[::-1]).max() < 1.5
 
 
 def test_resizing_agrees_with_opencv():

@@ -29,6 +29,7 @@ C latent channels, Lt text rows, Dt text width, Dv VLM width.
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -636,6 +637,7 @@ class Card:
     statistics: dict | None = None            # normalisation, rates and embodiment (`data.Statistics`), stage 3
     latent_interval: int | None = None        # action steps that one latent action spans, stage 2
     step: int = 0
+    backbones: dict | None = None             # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small presets
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -826,7 +828,7 @@ PRESETS = {
 }
 
 
-# Where the frozen backbones of a preset live.
+# Where the frozen backbones of a preset live; MOTUS_BACKBONES names a folder that `--stage backbones --run` filled instead.
 BACKBONES = {"toy": Path(__file__).parent / "weights" / "toy", "sim": Path(__file__).parent / "weights" / "sim", "full": Path("weights")}
 
 
@@ -843,5 +845,6 @@ def backbones_of(name: str, config: MotusConfig, text: str | Path | None = None,
     Motus file `motus`, if given."""
     if name not in BACKBONES:
         raise ValueError(f"preset {name!r} has no backbones in the repository; allowed: {', '.join(BACKBONES)}")
-    backbones = Backbones.load(BACKBONES[name], config.video.text_len, [part for part in parts if not (text and part == "text")], motus)
+    folder = os.environ.get("MOTUS_BACKBONES") or BACKBONES[name]
+    backbones = Backbones.load(folder, config.video.text_len, [part for part in parts if not (text and part == "text")], motus)
     return backbones.load_text(text, config.video.text_dim) if text else backbones

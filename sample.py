@@ -67,7 +67,12 @@ class Policy:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.card, self.mode, self.placement = model.to(self.device).eval(), card, mode, placement or Placement(steps)
         self.check_mode(mode)
-        self.backbones = backbones_of(card.preset, card.motus, text, motus).to(self.device)
+        backbones = backbones_of(card.preset, card.motus, text, motus)
+        theirs = card.backbones or {}
+        if other := [part for part, made in theirs.items() if backbones.fingerprint(part).get(part, made) != made]:
+            raise ValueError("the checkpoint was trained with other frozen backbones than these "
+                             f"({', '.join(other)} differs); name the folder of its own in MOTUS_BACKBONES, or train again")
+        self.backbones = backbones.to(self.device)
         robots = (card.statistics or {}).get("robots", [card.statistics])
         named = robot if card.stage == "3" or robot else (robots[0] or {}).get("embodiment", "")
         self.statistics = data.Statistics.from_json(card.statistics, named) if card.statistics else None

@@ -712,6 +712,9 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
     form = dict(finetune=True) if stage.finetune else dict(finetune=False, ratio=1, action_dim=14)
     card = Card(preset(args.preset, **form), args.stage, args.preset)
     source, card = pool_for(args, stage, card, settings, ranks)
+    if args.preset in BACKBONE_STEPS:                                                        # the others are published and do not change
+        parts = ("vae", "text") if stage.actions == "none" else ("vae", "text", "vlm")
+        card = replace(card, backbones=backbones_of(args.preset, card.motus, parts=parts).fingerprint())
     about = {"code": scale.code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
 

@@ -17,6 +17,7 @@ import motus
 import train
 from backbones.weights import save_safetensors
 from motus import Backbones, Motus, newest_step
+from sample import Policy
 from worlds.fleet import Order
 
 SMALL = ["--set", "episodes=2", "windows=16", "batch=4", "log_every=1"]
@@ -195,9 +196,10 @@ def test_backbones_are_pretrained_by_one_command(tmp_path):
 
 
 def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypatch):
-    """Two steps of each on what `evaluate.py record` wrote; stage 3 of that preset then trains on the same recording."""
+    """Two steps of each on what `evaluate.py record` wrote; stage 3 of that preset then trains on the same recording with those of the
+    folder that MOTUS_BACKBONES names, and its checkpoint acts with no others."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
-    monkeypatch.setitem(motus.BACKBONES, "sim", tmp_path / "weights")
+    monkeypatch.setenv("MOTUS_BACKBONES", str(tmp_path / "weights"))
     evaluate.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, tmp_path / "set")
     sim = ["--preset", "sim", "--data", str(tmp_path / "set")]
     train.main(["--stage", "backbones", *sim, "--run", str(tmp_path / "weights"), "--steps", "2"])
@@ -206,6 +208,10 @@ def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypat
     assert {"vlm_named_object_found", "vlm_position_error_px", "vlm_error walked", "vae_psnr_moving_db"} < set(figures)
     train.main(["--stage", "3", *sim, "--run", str(tmp_path / "run"), "--steps", "1", "--set", "windows=4", "batch=2"])
     assert motus.Card.read(newest_step(tmp_path / "run") / "config.json").motus.action_dim == 1
+    assert Policy.load(tmp_path / "run").backbones.fingerprint() == Backbones.load(tmp_path / "weights").fingerprint()
+    monkeypatch.delenv("MOTUS_BACKBONES")
+    with pytest.raises(ValueError, match="other frozen backbones than these .*MOTUS_BACKBONES"):
+        Policy.load(tmp_path / "run")
     for arguments in (["--preset", "sim"], ["--preset", "small", "--data", "x"]):
         with pytest.raises(ValueError, match="backbones are made for presets toy, sim"):
             train.main(["--stage", "backbones", *arguments])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All of docs/metaworld: recordings, the model, and what demonstrations and stages 1 and 2 are worth. What is there is not made again.
-# About three hours on one core; PYTHON names a Python with the extras sim, data and flow.
+# All of docs/metaworld: recordings, the model, what demonstrations and stages 1 and 2 are worth, and two robots in one model. What is there
+# is not made again. About five hours on one core; PYTHON names a Python with the extras sim, data and flow.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 P=${PYTHON:-python}
@@ -20,7 +20,7 @@ stage() { # stage, cache, run, more
   compgen -G "runs/metaworld/$3/step_*" > /dev/null || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --run "runs/metaworld/$3" "${@:4}"
 }
 try() { # run, dataset whose tasks it is tried in, folder of the result, Euler steps, more
-  [ -f "docs/metaworld/$3/evaluation.json" ] || $P evaluate.py --sim metaworld --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 \
+  [ -f "docs/metaworld/$3/evaluation.json" ] || $P evaluate.py --sim "${SIM:-metaworld}" --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 \
     --execute 8 --workers 1 --out "docs/metaworld/$3" --steps "$4" "${@:5}"
 }
 
@@ -58,3 +58,22 @@ arm ten ten
 arm ten_stage1 ten --init runs/metaworld/stage1
 arm ten_stage2 ten --init runs/metaworld/stage2
 arm hundred hundred
+
+# Two robots in one model: the Sawyer arm of MetaWorld, and the two arms of ALOHA. The second is alone first; `main` is the first alone.
+arms() { # folder, episodes, seed
+  [ -d "data/$1" ] || $P evaluate.py record --sim aloha --tasks transfer-cube --episodes "$2" --seed "$3" --noise 0.03 --after 10 --workers 1 \
+    --set hold=2.5 --out "data/$1"
+}
+arms aloha 100 0
+arms aloha2 200 1
+ARMS='{"path": "aloha", "level": 6, "weight": 4, "embodiment": "aloha"}, {"path": "aloha2", "level": 6, "weight": 6, "embodiment": "aloha"}'
+SAWYER='{"path": "eight", "level": 6, "weight": 4, "embodiment": "sawyer"}, {"path": "more", "level": 6, "weight": 6, "embodiment": "sawyer"}'
+echo "{\"sources\": [$ARMS]}" > data/arms.json
+echo "{\"sources\": [$SAWYER, $ARMS]}" > data/two.json
+windows 3 arms.json 20000 arms
+stage 3 arms arms
+SIM=aloha try arms aloha aloha 1 --modes joint,vla --episodes 50 --gif 1 --random --expert
+windows 3 two.json 40000 two
+stage 3 two two --steps 12000
+SIM=aloha try two aloha two_aloha 1 --robot aloha --modes joint --episodes 50
+try two eight two_sawyer 1 --robot sawyer --modes joint --episodes 25

@@ -27,7 +27,7 @@ from torch import Tensor
 from backbones.weights import open_source, read_json
 from formats.lerobot import COLUMN, KNOWN, LeRobotDataset
 from formats.official import OfficialFolder, is_official
-from formats.recordings import Choice, Recordings, fit
+from formats.recordings import Choice, Recordings, fit, fit_place
 from motus import MotusConfig, check_keys, preset
 
 # -- normalisation ----------------------------------------------------------------------------------------------------------
@@ -319,9 +319,8 @@ def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
 def placed(places: np.ndarray, frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """Places (n, 2) in the first camera's picture, 0 to 1 from left and top, where `tiled` puts them."""
     (_, height, width, _), *rest = (view.shape for view in frames.values())
-    whole = np.array([width + sum(round(w * height / h) for _, h, w, _ in rest), height])
-    scaled, size = whole * min(size[0] / whole[1], size[1] / whole[0]), np.array(size[::-1])
-    return (places * (width, height) / whole * scaled + (size - scaled) / 2) / size
+    whole = height, width + sum(round(w * height / h) for _, h, w, _ in rest)
+    return fit_place(places, (height, width), whole, size)
 
 
 def widened(x: np.ndarray | Tensor, width: int) -> Tensor:

@@ -714,7 +714,7 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
     source, card = pool_for(args, stage, card, settings, ranks)
     if args.preset in BACKBONE_STEPS:                                                        # the others are published and do not change
         parts = ("vae", "text") if stage.actions == "none" else ("vae", "text", "vlm")
-        card = replace(card, backbones=backbones_of(args.preset, card.motus, parts=parts).fingerprint())
+        card = replace(card, backbones=ranks.together(lambda: backbones_of(args.preset, card.motus, parts=parts).fingerprint()))
     about = {"code": scale.code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
 

@@ -61,6 +61,14 @@ def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
+def fit_place(places: np.ndarray, part: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Places (n, 2) in the `part` (height, width) at the top left of a picture of size `whole`, 0 to 1 from left and top, where `fit` puts
+    them when the whole is fitted to `size`."""
+    part, whole, size = (np.array(x[::-1]) for x in (part, whole, size))                     # width, height
+    scaled = whole * (size / whole).min()
+    return (places * part / whole * scaled + (size - scaled) / 2) / size
+
+
 def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int = 384, width: int = 320) -> np.ndarray:
     """The official three-camera picture: head on top, both wrists at half the head's size below, fitted to height x width.
     All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give 360 x 320 and 12 black rows above and below."""
@@ -74,9 +82,7 @@ def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int 
 
 def t_place(places: np.ndarray, head: tuple[int, int], height: int = 384, width: int = 320) -> np.ndarray:
     """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where `t_layout` puts them."""
-    whole, size = np.array([head[1], head[0] + head[0] // 2]), np.array([width, height])
-    scaled = whole * (size / whole).min()
-    return (places * (head[1], head[0]) / whole * scaled + (size - scaled) / 2) / size
+    return fit_place(places, head, (head[0] + head[0] // 2, head[1]), (height, width))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------

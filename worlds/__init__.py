@@ -28,7 +28,7 @@ Shapes: H W pixels, A action dimensions, P state dimensions.
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -83,6 +83,12 @@ def checked(action: np.ndarray, world: World) -> np.ndarray:
     if action.shape != (world.action_dim,) or not np.isfinite(action).all():
         raise ValueError(f"action is {action}; {world.robot} takes {world.action_dim} finite numbers")
     return action
+
+
+def as_labels(points: Mapping[str, np.ndarray], opening: float, places: np.ndarray | None = None) -> dict[str, float]:
+    """`World.labels` of named points in metres, with their places (n, 2) in the first camera's picture where there is one."""
+    seen = {} if places is None else {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)}
+    return seen | {"opening": opening} | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
 
 
 def choice(value: str, allowed: Sequence[str], field: str = "task") -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from worlds import World, checked, choice
+from worlds import World, as_labels, checked, choice
 from worlds.eye import Eye
 
 TASKS = {"transfer-cube": "pick up the red cube with the right arm and hand it over to the left arm"}
@@ -100,11 +100,8 @@ class TransferCube(World):
     def labels(self) -> dict[str, float]:
         cube, hand = self.data.geom_xpos[self.cube], tip(self.data, self.model.body("vx300s_right/gripper_link").id)
         points = {"object": cube, "goal": MEET, "hand": hand}
-        found = {"opening": self.state()[13]} | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
-        if not self.cameras:
-            return found
-        places = Eye.places(self.model, self.data, CAMERAS[self.cameras[0]], np.stack(list(points.values())), 4 / 3)
-        return {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)} | found
+        seen = Eye.places(self.model, self.data, CAMERAS[self.cameras[0]], np.stack(list(points.values())), 4 / 3) if self.cameras else None
+        return as_labels(points, self.state()[13], seen)
 
     def expert(self) -> np.ndarray:
         self.plan = self._plan() if self.plan is None else self.plan

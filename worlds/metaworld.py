@@ -22,7 +22,7 @@ import warnings
 
 import numpy as np
 
-from worlds import World, checked, choice
+from worlds import World, as_labels, checked, choice
 from worlds.eye import Eye
 
 TASKS = {
@@ -97,12 +97,10 @@ class MetaWorld(World):
 
     def labels(self) -> dict[str, float]:
         points = {"object": self.full[4:7], "goal": self.full[36:39], "hand": self.full[:3]}
-        found = {"opening": self.full[3]} | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
         if not self.cameras:
-            return found
+            return as_labels(points, self.full[3])
         places = Eye.places(self.env.model, self.env.data, self.cameras[0], np.stack(list(points.values())))
-        places = 1 - places if self.cameras[0].startswith("corner") else places
-        return {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)} | found
+        return as_labels(points, self.full[3], 1 - places if self.cameras[0].startswith("corner") else places)
 
     def expert(self) -> np.ndarray:
         with warnings.catch_warnings():                                                     # that its commands exceed 1 is known

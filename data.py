@@ -244,14 +244,23 @@ class Pool:
         share = shares(weights, size, rng)
         return torch.tensor([int(groups[g][rng.integers(len(groups[g]))]) for g in share])
 
+    def mix(self, pyramid: Pyramid) -> None:
+        """Takes the weights of a card for its sources, which are encoded already."""
+        theirs, ours = self.about.get("sources"), sources_of(pyramid)
+        if theirs != ours:
+            raise ValueError(f"card {pyramid.name} mixes sources {ours}; the cache holds windows of {theirs or 'no card'}: a card with "
+                             "other weights of the same sources is due, or windows written again with `python data.py cache`")
+        self.about |= {"weights": pyramid.weights.tolist()}
+
     def batch(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Inputs:
         """The part of batch `step`, `size` windows in all, that belongs to `rank`."""
         return self.inputs.rows(self.rows(size, seed, step)[rank * size // world:(rank + 1) * size // world])
 
     def digest(self) -> str:
-        """Changes with the levels of the windows and with what 16 of them hold."""
+        """Changes with the levels of the windows, how they are mixed, and what 16 of them hold."""
         some = self.inputs.rows(torch.arange(len(self))[:: -(-len(self) // 16)])
-        return digest({k: v for k, v in vars(some).items() if v is not None} | {"level": self.level})
+        return digest({k: v for k, v in vars(some).items() if v is not None} | {"level": self.level},
+                      json.dumps((self.about or {}).get("weights")))
 
 
 class Stream:
@@ -332,8 +341,13 @@ def pool_of(pyramid: Pyramid, robots: Sequence[Statistics], levels: Sequence[int
     pool.source = rows[:, 0].clone()
     sizes = {key: getattr(config, key) for key in ("ratio", "action_dim", "state_dim")}
     pool.statistics, pool.about = robots, {"data": pyramid.name, "levels": list(levels), "sizes": sizes, "seed": seed,
-                                         "weights": pyramid.weights.tolist()}
+                                         "weights": pyramid.weights.tolist(), "sources": sources_of(pyramid)}
     return pool
+
+
+def sources_of(pyramid: Pyramid) -> list[list]:
+    """Which datasets these are, in their order, whatever their weights: folder, level and robot."""
+    return [[Path(o.source.path).name, o.source.level, o.source.embodiment] for o in pyramid.opened]
 
 
 # -- what the toy backbones are pre-trained on ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import difflib
 import json
 import math
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -499,7 +500,7 @@ def toy_pool(args: argparse.Namespace, stage: Stage, card: Card, settings: Setti
 
 
 def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[data.Pool, Card]:
-    """What `python data.py cache` kept, if it is of this stage and of today's backbones."""
+    """What `python data.py cache` kept, if it is of this stage and of today's backbones; mixed by the weights of --data, if given."""
     about = data.about_cache(args.cache)
     config = replace(card.motus, **about.get("sizes", {}))
     made_by = backbones_of(args.preset, config).fingerprint()
@@ -508,6 +509,8 @@ def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[dat
     pool = data.Pool.load(args.cache, made_by, config)
     if pool.about["levels"] != list(stage.levels):
         raise ValueError(f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}")
+    if args.data:
+        pool.mix(data.Pyramid(args.data, stage.levels, args.preset))
     robots = pool.statistics if isinstance(pool.statistics, tuple) else tuple(filter(None, [pool.statistics]))
     interval = (robots[0].rate if robots else data.RATE) if stage.actions == "latent" else None
     return pool, replace(card, motus=config, statistics=data.as_stored(robots), latent_interval=interval)
@@ -634,11 +637,15 @@ BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
 
 def train_backbones(args: argparse.Namespace) -> None:
     """Pre-trains video VAE, text encoder and VLM of a small preset and stores them with their figures: on all levels of the toy world, and
-    a DC-AE with them, or on the episodes of a card whose simulator recorded labels (`data.CardWeb`)."""
-    name = args.preset
+    a DC-AE with them, or on the episodes of a card whose simulator recorded labels (`data.CardWeb`). Parts of `--keep` are copied from
+    those of the repository instead."""
+    name, kept = args.preset, [part for part in args.keep.split(",") if part]
     if name not in BACKBONE_STEPS or (name != "toy" and not args.data):
         raise ValueError(f"--preset is {name!r}, --data {args.data!r}; backbones are made for presets {', '.join(BACKBONE_STEPS)}, from a "
                          "card with labels (docs/metaworld) but for the toy")
+    if set(kept) - set(BACKBONE_STEPS[name]) or kept and not args.run:
+        raise ValueError(f"--keep is {args.keep!r}, --run {args.run!r}; allowed: parts among {', '.join(BACKBONE_STEPS[name])}, and a "
+                         "folder to copy them to")
     settings, config = settings_for(name, "backbones", args.set), preset(name)
     torch.manual_seed(settings.seed)
     folder, steps, batch = Path(args.run or BACKBONES[name]), (lambda part: args.steps or BACKBONE_STEPS[name][part]), BACKBONE_BATCH[name]
@@ -649,47 +656,55 @@ def train_backbones(args: argparse.Namespace) -> None:
         web = data.ToyWeb(settings.episodes, settings.seed)
         held = data.ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
     height, width = web.videos[0].shape[1:3]
-    pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
-    prompt = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
-    pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)
-    figures = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in BACKBONES[name].iterdir():
+        if file.stem in kept:
+            shutil.copyfile(file, folder / file.name)
+    figures = {"kept": kept} if kept else {}
 
-    tokenizer = T5Tokenizer(folder / "text.json", config.video.text_len)
-    text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=config.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2,
-                      buckets=16, max_distance=32)
-    save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps("text")), torch.float16)
+    if "text" not in kept:
+        pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
+        tokenizer = T5Tokenizer(folder / "text.json", config.video.text_len)
+        text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=config.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2,
+                          buckets=16, max_distance=32)
+        save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps("text")), torch.float16)
 
-    tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
-    vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), image_token=tokenizer.token_to_id("<|image_pad|>"),
-                        width=config.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4, mrope=(4, 4, 4),
-                        vision_width=64, vision_ffn=192, vision_layers=3, vision_heads=4, vision_theta=1e2, taps=(0, 1),
-                        side=max(height, width) // 8, patch=8, merge=2, min_pixels=256, max_pixels=height * width)
-    model, probes = pretrain.pretrain_vlm(vlm, tokenizer, lambda seed: web.grounded(seed, batch["vlm"]), len(web.targets), steps("vlm"))
-    save_part(folder / "vlm.safetensors", model, torch.float16)
-    pictures, texts, target = held.grounded(-1, 512)
-    with torch.no_grad():
-        which, where, everything, cell = pretrain.ground(model, probes, tokenizer, pictures, texts, target)
-    figures[f"vlm_named_{web.named}_found"] = (which.argmax(1) == cell).float().mean().item()
-    figures["vlm_position_error_px"] = ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
-    if args.data:
-        figures |= {f"vlm_error {what}": value for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())}
+    if "vlm" not in kept:
+        prompt = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
+        pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)
+        tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
+        vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), image_token=tokenizer.token_to_id("<|image_pad|>"),
+                            width=config.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4, mrope=(4, 4, 4),
+                            vision_width=64, vision_ffn=192, vision_layers=3, vision_heads=4, vision_theta=1e2, taps=(0, 1),
+                            side=max(height, width) // 8, patch=8, merge=2, min_pixels=256, max_pixels=height * width)
+        model, probes = pretrain.pretrain_vlm(vlm, tokenizer, lambda seed: web.grounded(seed, batch["vlm"]), len(web.targets), steps("vlm"))
+        save_part(folder / "vlm.safetensors", model, torch.float16)
+        pictures, texts, target = held.grounded(-1, 512)
+        with torch.no_grad():
+            which, where, everything, cell = pretrain.ground(model, probes, tokenizer, pictures, texts, target)
+        figures[f"vlm_named_{web.named}_found"] = (which.argmax(1) == cell).float().mean().item()
+        figures["vlm_position_error_px"] = ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
+        if args.data:
+            figures |= {f"vlm_error {what}": value for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())}
 
-    z = config.video.latent
-    vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=z, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                       mean=(0.0,) * z, std=(1.0,) * z)
-    # The toy's is the same network and has begun to see; to go on from it saves half the time.
-    model = load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig) if args.data else WanVAE(vae)
-    pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
-    save_part(folder / "vae.safetensors", model)
-    figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))
+    if "vae" not in kept:
+        z = config.video.latent
+        vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=z, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+                           mean=(0.0,) * z, std=(1.0,) * z)
+        # The toy's is the same network and has begun to see; to go on from it saves half the time.
+        model = load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig) if args.data else WanVAE(vae)
+        pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
+        save_part(folder / "vae.safetensors", model)
+        figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))
 
-    if not args.data:
+    if not args.data and "dcae" not in kept:
         flow = latent_action.LatentActionModel(latent_action.PRESETS["toy"])
         pairs = latent_action.toy_pairs(web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval)
         losses = latent_action.pretrain_dcae(flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps("dcae"))
         figures |= {f"dcae_{kind}_loss": float(np.mean(values[-100:])) for kind, values in losses.items()}
         flow.save_dcae(folder / "dcae.safetensors")
-    command = f"python train.py --stage backbones{f' --preset {name} --data {args.data}' if args.data else ''}"
+    command = ("python train.py --stage backbones" + (f" --preset {name} --data {args.data}" if args.data else "")
+               + (f" --keep {args.keep}" if kept else "") + (f" --steps {args.steps}" if args.steps else ""))
     pretrain.write_card(folder, command=command, **figures)
     print(json.dumps(figures, indent=1))
 
@@ -834,8 +849,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", help="folder of this run (default runs/stageN)")
     parser.add_argument("--init", help="run, checkpoint or published weights of an earlier stage to start from")
     parser.add_argument("--data", help="dataset card, dataset folder or hub name (docs/data.md); default the toy world")
-    parser.add_argument("--cache", type=Path, help="windows of `python data.py cache`, or tokens of `python latent_action.py tokens`")
+    parser.add_argument("--cache", type=Path, help="windows of `python data.py cache` (then --data may mix them by other weights), "
+                        "or tokens of `python latent_action.py tokens`")
     parser.add_argument("--latent", type=Path, help="run of stage latent, read by stage 2")
+    parser.add_argument("--keep", default="", help="parts that stage backbones takes from the repository: text, vlm, vae, dcae")
     parser.add_argument("--resume", action="store_const", const="same", help="continue the run from its newest checkpoint")
     parser.add_argument("--resume-anyway", dest="resume", action="store_const", const="anyway",
                         help="the same, although the code has changed since it was written")

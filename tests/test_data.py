@@ -4,6 +4,7 @@ own data: record, inspect, check, convert, train, sample."""
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import sample
 import train
 from backbones.weights import save_safetensors
 from formats.lerobot import DEFAULTS, write_v3
-from motus import Card, Inputs, newest_step, preset
+from motus import Card, Inputs, backbones_of, newest_step, preset
 from worlds.fleet import Order
 
 CONFIG = preset("toy")                        # 4 frames, 3 actions per frame: 12 actions
@@ -269,6 +270,30 @@ def test_a_cache_of_a_card_trains_as_the_card_does(card, tmp_path):
         data.main(["cache", "--data", str(card), "--out", str(file)])
     with pytest.raises(ValueError, match="cut for another model|holds levels"):
         train.main(["--stage", "1", "--cache", str(file), "--run", str(tmp_path / "wrong"), "--steps", "1"])
+
+
+def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
+    """`--cache FILE --data CARD` trains as the windows encoded under that card's weights would be mixed; a run does not go on with other
+    weights, and a card of other sources is refused."""
+    file, other, fewer = tmp_path / "windows.safetensors", card.parent / "other.json", card.parent / "fewer.json"
+    data.main(["cache", "--data", str(card), "--stage", "1", "--windows", "64", "--out", str(file)])
+    lines = json.loads(card.read_text())
+    names = [Path(line["path"]).name for line in lines["sources"] if line.get("level") in (2, 3, 5)]
+    for line in lines["sources"]:
+        line["weight"] = 1000.0 if Path(line["path"]).name == names[0] else 0.001
+    other.write_text(json.dumps(lines))
+    fewer.write_text(json.dumps({**lines, "sources": lines["sources"][:1]}))
+    config = preset("toy", **data.about_cache(file)["sizes"], finetune=False)
+    pool = data.Pool.load(file, backbones_of("toy", config), config)
+    before, digest = set(pool.source[pool.rows(32, 0, 0)].tolist()), pool.digest()
+    pool.mix(data.Pyramid(other, (2, 3, 5)))
+    assert len(before) == len(names) > 1 and set(pool.source[pool.rows(32, 0, 0)].tolist()) == {0} and pool.digest() != digest
+    with pytest.raises(ValueError, match="same sources"):
+        pool.mix(data.Pyramid(fewer, (2, 3, 5)))
+    argv = ["--stage", "1", "--cache", str(file), "--run", str(tmp_path / "run"), "--steps", "2", "--set", "batch=4"]
+    train.main([*argv, "--data", str(other)])
+    with pytest.raises(ValueError, match="resume with the same data"):
+        train.main([*argv, "--resume"])
 
 
 def write_latents(folder, lengths, interval=3, skipped=()):

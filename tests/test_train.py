@@ -192,7 +192,21 @@ def test_backbones_are_pretrained_by_one_command(tmp_path):
     frames = torch.zeros(1, 5, 48, 48, 3, dtype=torch.uint8)
     inputs = backbones.inputs(frames, ["push the red disc to the left"])
     assert inputs.latents.shape == (1, 24, 2, 6, 6) and inputs.und.shape[2] == train.TOY.vlm_dim
-    assert json.loads((tmp_path / "card.json").read_text())["command"] == "python train.py --stage backbones"
+    assert json.loads((tmp_path / "card.json").read_text())["command"] == "python train.py --stage backbones --steps 2"
+
+
+def test_backbones_that_are_kept_are_those_of_the_repository(tmp_path):
+    """`--keep` copies parts and pre-trains the rest; it needs a folder of its own and knows the parts."""
+    keep = ["--stage", "backbones", "--steps", "2", "--set", "episodes=2", "--keep"]
+    train.main([*keep, "vae,vlm,dcae", "--run", str(tmp_path / "new")])
+    same = {file.name: file.read_bytes() == (tmp_path / "new" / file.name).read_bytes() for file in motus.BACKBONES["toy"].iterdir()}
+    assert {name for name in same if not same[name]} - {"text.json"} == {"text.safetensors", "card.json"}    # the words of its episodes
+    assert json.loads((tmp_path / "new/card.json").read_text())["kept"] == ["vae", "vlm", "dcae"]
+    for bad in (["eyes", "--run", str(tmp_path / "x")], ["vae"]):
+        with pytest.raises(ValueError, match="allowed: parts among text, vlm, vae, dcae, and a folder"):
+            train.main([*keep, *bad])
+
+
 
 
 def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypatch):
@@ -204,7 +218,7 @@ def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypat
     sim = ["--preset", "sim", "--data", str(tmp_path / "set")]
     train.main(["--stage", "backbones", *sim, "--run", str(tmp_path / "weights"), "--steps", "2"])
     figures = json.loads((tmp_path / "weights" / "card.json").read_text())
-    assert figures["command"] == f"python train.py --stage backbones --preset sim --data {tmp_path / 'set'}"
+    assert figures["command"] == f"python train.py --stage backbones --preset sim --data {tmp_path / 'set'} --steps 2"
     assert {"vlm_named_object_found", "vlm_position_error_px", "vlm_error walked", "vae_psnr_moving_db"} < set(figures)
     train.main(["--stage", "3", *sim, "--run", str(tmp_path / "run"), "--steps", "1", "--set", "windows=4", "batch=2"])
     assert motus.Card.read(newest_step(tmp_path / "run") / "config.json").motus.action_dim == 1

@@ -64,12 +64,20 @@ arms() { # folder, episodes, seed
   [ -d "data/$1" ] || $P evaluate.py record --sim aloha --tasks transfer-cube --episodes "$2" --seed "$3" --noise 0.03 --after 10 --workers 1 \
     --set hold=2.5 --out "data/$1"
 }
+card() { # file, weight of the Sawyer, weight of the arms; 0 leaves a robot out
+  local sources=
+  for source in eight:4:sawyer:$2 more:6:sawyer:$2 aloha:4:aloha:$3 aloha2:6:aloha:$3; do
+    IFS=: read -r path weight robot times <<< "$source"
+    [ "$times" = 0 ] || sources+="${sources:+, }{\"path\": \"$path\", \"level\": 6, \"weight\": $((weight * times)), \"embodiment\": \"$robot\"}"
+  done
+  echo "{\"sources\": [$sources]}" > "data/$1"
+}
 arms aloha 100 0
 arms aloha2 200 1
-ARMS='{"path": "aloha", "level": 6, "weight": 4, "embodiment": "aloha"}, {"path": "aloha2", "level": 6, "weight": 6, "embodiment": "aloha"}'
-SAWYER='{"path": "eight", "level": 6, "weight": 4, "embodiment": "sawyer"}, {"path": "more", "level": 6, "weight": 6, "embodiment": "sawyer"}'
-echo "{\"sources\": [$ARMS]}" > data/arms.json
-echo "{\"sources\": [$SAWYER, $ARMS]}" > data/two.json
+card sawyer.json 1 0
+card arms.json 0 1
+card two.json 1 1
+card more_arms.json 1 3
 windows 3 arms.json 20000 arms
 stage 3 arms arms
 SIM=aloha try arms aloha aloha 1 --modes joint,vla --episodes 50 --gif 1 --random --expert
@@ -77,3 +85,18 @@ windows 3 two.json 40000 two
 stage 3 two two --steps 12000
 SIM=aloha try two aloha two_aloha 1 --robot aloha --modes joint --episodes 50
 try two eight two_sawyer 1 --robot sawyer --modes joint --episodes 25
+
+# The same with a VLM that was taught both robots, and longer; together, three windows of the arms come with one of the Sawyer.
+[ -f runs/metaworld/taught/card.json ] || $P train.py --stage backbones --preset sim --data data/two.json --keep vae --steps 2400 \
+  --run runs/metaworld/taught
+export MOTUS_BACKBONES=runs/metaworld/taught
+windows 3 sawyer.json 20000 taught_sawyer
+windows 3 arms.json 20000 taught_arms
+windows 3 two.json 40000 taught_two
+stage 3 taught_sawyer taught_sawyer --steps 8000 --set compile=1
+stage 3 taught_arms taught_arms --steps 8000 --set compile=1
+stage 3 taught_two taught_two --steps 16000 --set compile=1 --data data/more_arms.json
+try taught_sawyer eight taught_sawyer 1 --modes joint --episodes 25
+SIM=aloha try taught_arms aloha taught_aloha 1 --modes joint --episodes 50 --gif 1
+SIM=aloha try taught_two aloha taught_two_aloha 1 --robot aloha --modes joint --episodes 50 --gif 1
+try taught_two eight taught_two_sawyer 1 --robot sawyer --modes joint --episodes 25

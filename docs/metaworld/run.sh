@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All of docs/metaworld: recordings, the model, what demonstrations and stages 1 and 2 are worth, and two robots in one model. What is there
-# is not made again. About five hours on one core; PYTHON names a Python with the extras sim, data and flow.
+# is not made again. About eight hours on one core; PYTHON names a Python with the extras sim, data and flow.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 P=${PYTHON:-python}

@@ -528,9 +528,9 @@ def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
              ("norm and modulate", 0, moved(x, q), lambda: kernels.norm_modulate(x, shift, scale, 1e-6, dtype), modulated, modulated),
              ("gated residual", 0, 2 * moved(x) + moved(y), lambda: kernels.add_gated(x, y, scale), gated, gated)]
     rows = []
-    for name, flops, size, ours, torch_s, plain in cases:
+    for name, flops, bytes_moved, ours, torch_s, plain in cases:
         times = [gpu_ms(ours), gpu_ms(torch_s), gpu_ms(torch.compile(plain))]
-        rows.append([name, *times, 100 * flops / peak / times[0] * 1e3, 100 * size / bandwidth / times[0] * 1e3])
+        rows.append([name, *times, 100 * flops / peak / times[0] * 1e3, 100 * bytes_moved / bandwidth / times[0] * 1e3])
     return table([f"kernel, {dtype}", "ours, ms", "SDPA or eager, ms", "torch.compile of the plain version, ms", f"% of the peak of {card}",
                   "% of its bandwidth"], rows)
 

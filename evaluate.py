@@ -49,9 +49,17 @@ class RandomPolicy:
     def __init__(self, chunk: int, dim: int):
         self.chunk, self.dim, self.mode, self.generator = chunk, dim, "random", torch.Generator()
 
-    def predict(self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str], video: bool = True) -> tuple[np.ndarray, None]:
+    def predict(
+        self,
+        images: np.ndarray,
+        states: np.ndarray,
+        instructions: Sequence[str],
+        video: bool = True,
+    ) -> tuple[np.ndarray, None]:
         """-> actions (n, S, A), and no imagined video; a policy that has one returns (n, 1 + F, H, W, 3) uint8."""
-        return 2 * torch.rand(len(images), self.chunk, self.dim, generator=self.generator).numpy() - 1, None
+        return 2 * torch.rand(
+            len(images), self.chunk, self.dim, generator=self.generator
+        ).numpy() - 1, None
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------------
@@ -62,15 +70,33 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes of {trials} trials; there is no rate")
     rate, spread = successes / trials, z * z / trials
-    middle, half = rate + spread / 2, z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
+    middle, half = (
+        rate + spread / 2,
+        z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials)),
+    )
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
-def summary(success: np.ndarray, skill: np.ndarray, steps: np.ndarray, skills: Sequence[str] = tabletop.SKILLS) -> dict:
+def summary(
+    success: np.ndarray,
+    skill: np.ndarray,
+    steps: np.ndarray,
+    skills: Sequence[str] = tabletop.SKILLS,
+) -> dict:
     """success (n,) bool, skill (n,) index into `skills`, steps (n,) -> rates with their intervals, over all and per skill."""
-    parts = {"all": np.ones(len(success), bool), **{name: skill == i for i, name in enumerate(skills)}}
-    counts = {name: (int(success[part].sum()), int(part.sum())) for name, part in parts.items() if part.any()}
-    rates = {name: {"successes": k, "episodes": n, "rate": k / n, "interval": wilson(k, n)} for name, (k, n) in counts.items()}
+    parts = {
+        "all": np.ones(len(success), bool),
+        **{name: skill == i for i, name in enumerate(skills)},
+    }
+    counts = {
+        name: (int(success[part].sum()), int(part.sum()))
+        for name, part in parts.items()
+        if part.any()
+    }
+    rates = {
+        name: {"successes": k, "episodes": n, "rate": k / n, "interval": wilson(k, n)}
+        for name, (k, n) in counts.items()
+    }
     return {**rates, "mean_steps": float(steps[success].mean()) if success.any() else None}
 
 
@@ -81,15 +107,22 @@ def summary(success: np.ndarray, skill: np.ndarray, steps: np.ndarray, skills: S
 class Rollouts:
     """n finished worlds; `films` holds pairs (real, imagined or None) of pictures (H, W, 3), if they were asked for."""
 
-    success: np.ndarray                       # (n,) bool
-    skill: np.ndarray                         # (n,) index into tabletop.SKILLS
-    steps: np.ndarray                         # (n,) actions until success, max_steps without
+    success: np.ndarray  # (n,) bool
+    skill: np.ndarray  # (n,) index into tabletop.SKILLS
+    steps: np.ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
     films: list[list[tuple[np.ndarray, np.ndarray | None]]] = field(default_factory=list)
 
 
-def rollout(policy: Policy | RandomPolicy, world: tabletop.Tabletop | Fleet, seeds: Sequence[int], max_steps: int = 100,
-            execute: int | None = None, noise: float = 0.0, rate: int = 0) -> Rollouts:
+def rollout(
+    policy: Policy | RandomPolicy,
+    world: tabletop.Tabletop | Fleet,
+    seeds: Sequence[int],
+    max_steps: int = 100,
+    execute: int | None = None,
+    noise: float = 0.0,
+    rate: int = 0,
+) -> Rollouts:
     """Acts in all worlds of `seeds` at once; only unsolved ones ask the policy. `execute` actions of each chunk are carried out (None:
     all), disturbed by Gaussian noise of that std. With `rate`, the action steps per video frame, every world is filmed."""
     world.reset(seeds)
@@ -98,24 +131,39 @@ def rollout(policy: Policy | RandomPolicy, world: tabletop.Tabletop | Fleet, see
     while done < max_steps and not world.success.all():
         obs, asking = world.observe(), np.flatnonzero(~world.success)
         instructions = [obs["instruction"][i] for i in asking]
-        actions, imagined = policy.predict(obs["image"][asking], obs["state"][asking], instructions, video=rate > 0)
+        actions, imagined = policy.predict(
+            obs["image"][asking], obs["state"][asking], instructions, video=rate > 0
+        )
         length = actions.shape[1] if execute is None else execute
         if not 1 <= length <= actions.shape[1] or not np.isfinite(actions).all():
-            raise ValueError(f"execute is {execute}, allowed 1 to {actions.shape[1]}, the actions of a chunk; "
-                             f"{np.isfinite(actions).mean():.0%} of the actions are finite, all must be")
+            raise ValueError(
+                f"execute is {execute}, allowed 1 to {actions.shape[1]}, the actions of a chunk; "
+                f"{np.isfinite(actions).mean():.0%} of the actions are finite, all must be"
+            )
         length = min(length, max_steps - done)
         for k in range(length + 1):
             if rate and k % rate == 0:
                 real = world.render()
                 for row, i in enumerate(asking):
-                    films[i].append((real[i], None if imagined is None else imagined[row, k // rate]))
+                    films[i].append(
+                        (real[i], None if imagined is None else imagined[row, k // rate])
+                    )
             if k < length:
-                unsolved, now = ~world.success, np.zeros((n, actions.shape[2]))              # what a solved world does counts no more
+                unsolved, now = (
+                    ~world.success,
+                    np.zeros((n, actions.shape[2])),
+                )  # what a solved world does counts no more
                 now[asking] = actions[:, k]
                 world.advance(now + noise * rng.standard_normal(now.shape))
                 done += 1
                 steps[unsolved & world.success] = done
-    return Rollouts(world.success.copy(), world.skill.copy(), steps, list(world.instruction), films if rate else [])
+    return Rollouts(
+        world.success.copy(),
+        world.skill.copy(),
+        steps,
+        list(world.instruction),
+        films if rate else [],
+    )
 
 
 def world_seeds(seed: int, episodes: int) -> list[int]:
@@ -127,10 +175,18 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
     """A GIF per world: what happened, beside what the policy imagined when it last looked; a new look shows as a pause."""
     for i, pictures in enumerate(rollouts.films):
         real, imagined = zip(*pictures)
-        columns = {"real": np.stack(real)} | ({"imagined": np.stack(imagined)} if imagined[0] is not None else {})
+        columns = {"real": np.stack(real)} | (
+            {"imagined": np.stack(imagined)} if imagined[0] is not None else {}
+        )
         ending = "solved" if rollouts.success[i] else "not solved"
         scale = max(1, 192 // len(real[0]))
-        film(folder / f"{name}_{i}.gif", columns, f"{rollouts.instruction[i]} ({ending})", scale, ms=150)
+        film(
+            folder / f"{name}_{i}.gif",
+            columns,
+            f"{rollouts.instruction[i]} ({ending})",
+            scale,
+            ms=150,
+        )
 
 
 def rate(row: dict, name: str) -> str:
@@ -144,17 +200,38 @@ def rate(row: dict, name: str) -> str:
 def columns(*lines: Sequence[str]) -> str:
     """Lines of cells as text."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as text: success in per cent with its interval, success per skill, mean steps of the solved worlds."""
-    head = ("policy", "split", "look", "success %", *(f"{skill} %" for skill in tabletop.SKILLS), "steps")
-    return columns(head, *((r["policy"], r["split"], r["look"], *(rate(r, name) for name in ("all", *tabletop.SKILLS)),
-                            "-" if r["mean_steps"] is None else f"{r['mean_steps']:.1f}") for r in rows))
+    head = (
+        "policy",
+        "split",
+        "look",
+        "success %",
+        *(f"{skill} %" for skill in tabletop.SKILLS),
+        "steps",
+    )
+    return columns(
+        head,
+        *(
+            (
+                r["policy"],
+                r["split"],
+                r["look"],
+                *(rate(r, name) for name in ("all", *tabletop.SKILLS)),
+                "-" if r["mean_steps"] is None else f"{r['mean_steps']:.1f}",
+            )
+            for r in rows
+        ),
+    )
 
 
 # -- simulators -------------------------------------------------------------------------------------------------------------
+
 
 def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
     """A list with commas, each one allowed."""
@@ -164,7 +241,7 @@ def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
     return chosen
 
 
-CARD = "meta/sim.json"                        # in a recorded dataset: simulator, settings, and the task and seed of every episode
+CARD = "meta/sim.json"  # in a recorded dataset: simulator, settings, and the task and seed of every episode
 
 
 class Expert:
@@ -175,27 +252,52 @@ class Expert:
     def __init__(self, fleet: Fleet):
         self.fleet = fleet
 
-    def predict(self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str], video: bool = True) -> tuple[np.ndarray, None]:
+    def predict(
+        self,
+        images: np.ndarray,
+        states: np.ndarray,
+        instructions: Sequence[str],
+        video: bool = True,
+    ) -> tuple[np.ndarray, None]:
         return self.fleet.expert()[:, None], None
 
 
-def view(images: dict[str, np.ndarray], cameras: Sequence[str] = (), t_layout: bool = False, size: Sequence[int] = ()) -> np.ndarray:
+def view(
+    images: dict[str, np.ndarray],
+    cameras: Sequence[str] = (),
+    t_layout: bool = False,
+    size: Sequence[int] = (),
+) -> np.ndarray:
     """The one picture (H, W, 3) that a policy sees of a world's cameras, all of them unless named: side by side, or head, left and right as
     the official T; fitted to `size`, its height and width. A world without cameras shows one black pixel."""
     if missing := [camera for camera in cameras if camera not in images]:
-        raise ValueError(f"camera {missing[0]!r} is due; the simulator shows {', '.join(images) or 'none'}: choose with --cameras or --set")
+        raise ValueError(
+            f"camera {missing[0]!r} is due; the simulator shows {', '.join(images) or 'none'}: choose with --cameras or --set"
+        )
     shown = [images[camera] for camera in cameras or images]
     if t_layout and len(shown) != 3:
-        raise ValueError(f"--t-layout takes head, left and right; found {len(shown)} cameras; name three with --cameras")
-    picture = as_t(*shown) if t_layout else np.concatenate(shown, axis=1) if shown else np.zeros((1, 1, 3), np.uint8)
+        raise ValueError(
+            f"--t-layout takes head, left and right; found {len(shown)} cameras; name three with --cameras"
+        )
+    picture = (
+        as_t(*shown)
+        if t_layout
+        else np.concatenate(shown, axis=1)
+        if shown
+        else np.zeros((1, 1, 3), np.uint8)
+    )
     return fit(picture, *size) if size else picture
 
 
 def look_of(args: argparse.Namespace, policy: Policy | None) -> Callable[[dict], np.ndarray]:
     """The view that a checkpoint was trained on, as far as it knows it, or the one that is asked for."""
     known = policy.statistics.as_json() if policy else {}
-    return partial(view, cameras=args.cameras.split(",") if args.cameras else known.get("cameras", ()),
-                   t_layout=args.t_layout or known.get("t_layout", False), size=args.picture or known.get("size", ()))
+    return partial(
+        view,
+        cameras=args.cameras.split(",") if args.cameras else known.get("cameras", ()),
+        t_layout=args.t_layout or known.get("t_layout", False),
+        size=args.picture or known.get("size", ()),
+    )
 
 
 def settings_of(sim: str, changes: Sequence[str]) -> dict:
@@ -204,7 +306,9 @@ def settings_of(sim: str, changes: Sequence[str]) -> dict:
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or key not in allowed:
-            raise ValueError(f"--set takes key=value, found {change!r}; keys of simulator {sim}: {', '.join(allowed)}")
+            raise ValueError(
+                f"--set takes key=value, found {change!r}; keys of simulator {sim}: {', '.join(allowed)}"
+            )
         try:
             found[key] = json.loads(value)
         except ValueError:
@@ -212,7 +316,14 @@ def settings_of(sim: str, changes: Sequence[str]) -> dict:
     return found
 
 
-def record(order: Order, tasks: Sequence[str], episodes: int, out: str | Path, seed: int = 0, workers: int = 1) -> dict:
+def record(
+    order: Order,
+    tasks: Sequence[str],
+    episodes: int,
+    out: str | Path,
+    seed: int = 0,
+    workers: int = 1,
+) -> dict:
     """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and returns its card. A failed try counts
     and the next seed is taken, so which episodes are kept does not depend on the number of processes. The last twentieth of each task
     comes last of all: there dataset cards hold out."""
@@ -222,124 +333,305 @@ def record(order: Order, tasks: Sequence[str], episodes: int, out: str | Path, s
     def successes() -> Iterator[Recording]:
         with tqdm(total=len(tasks) * episodes, desc="record", unit="episode") as bar:
             for wanted in (episodes - episodes // 20, episodes):
-                while any((due := {task: wanted - sum(r.success for r in tries) for task, tries in tried.items()}).values()):
+                while any(
+                    (
+                        due := {
+                            task: wanted - sum(r.success for r in tries)
+                            for task, tries in tried.items()
+                        }
+                    ).values()
+                ):
                     for task, tries in tried.items():
                         if len(tries) > 3 * episodes + 10:
-                            raise ValueError(f"task {task}: the expert solved {wanted - due[task]} of {len(tries)}; lower the disturbance")
-                    orders = [replace(order, task=task, seed=s) for task, tries in tried.items()
-                              for s in episode_seeds(seed, RECORDED, len(tries) + due[task])[len(tries):]]
+                            raise ValueError(
+                                f"task {task}: the expert solved {wanted - due[task]} of {len(tries)}; lower the disturbance"
+                            )
+                    orders = [
+                        replace(order, task=task, seed=s)
+                        for task, tries in tried.items()
+                        for s in episode_seeds(seed, RECORDED, len(tries) + due[task])[len(tries) :]
+                    ]
                     for recording in attempts(orders, workers):
-                        tried[recording.task].append(replace(recording, frames={}, states=None, actions=None, labels={}))
+                        tried[recording.task].append(
+                            replace(recording, frames={}, states=None, actions=None, labels={})
+                        )
                         if recording.success:
-                            kept.append({"task": recording.task, "seed": recording.seed, "disturbed": recording.disturbed,
-                                         "rows": len(recording.actions)})
+                            kept.append(
+                                {
+                                    "task": recording.task,
+                                    "seed": recording.seed,
+                                    "disturbed": recording.disturbed,
+                                    "rows": len(recording.actions),
+                                }
+                            )
                             yield recording
                         bar.update(recording.success)
 
     stream = successes()
     first = next(stream)
-    write_v3(out, ((r.frames, r.states, r.actions, r.instruction, r.labels) for r in itertools.chain([first], stream)), first.fps,
-             Storage(robot=first.robot))
+    write_v3(
+        out,
+        (
+            (r.frames, r.states, r.actions, r.instruction, r.labels)
+            for r in itertools.chain([first], stream)
+        ),
+        first.fps,
+        Storage(robot=first.robot),
+    )
     rows = {task: [e["rows"] for e in kept if e["task"] == task] for task in tasks}
-    card = {"sim": order.sim, "settings": dict(order.settings), "robot": first.robot, "fps": first.fps, "seed": seed,
-            "noise": order.noise, "recovery": order.recovery, "disturbed": order.disturbed, "seconds": time.monotonic() - begun,
-            "tasks": {task: {"tries": len(tries), "successes": episodes, "mean_rows": sum(rows[task]) / episodes,
-                             "cpu_seconds_per_try": sum(r.seconds for r in tries) / len(tries)} for task, tries in tried.items()},
-            "episodes": kept}
+    card = {
+        "sim": order.sim,
+        "settings": dict(order.settings),
+        "robot": first.robot,
+        "fps": first.fps,
+        "seed": seed,
+        "noise": order.noise,
+        "recovery": order.recovery,
+        "disturbed": order.disturbed,
+        "seconds": time.monotonic() - begun,
+        "tasks": {
+            task: {
+                "tries": len(tries),
+                "successes": episodes,
+                "mean_rows": sum(rows[task]) / episodes,
+                "cpu_seconds_per_try": sum(r.seconds for r in tries) / len(tries),
+            }
+            for task, tries in tried.items()
+        },
+        "episodes": kept,
+    }
     (Path(out) / CARD).write_text(json.dumps(card, indent=1))
     return card
 
 
 def record_command(argv: Sequence[str]) -> None:
     """`evaluate.py record`."""
-    parser = argparse.ArgumentParser("evaluate.py record", description="Records a simulator's scripted experts as a LeRobot v3.0 dataset.")
+    parser = argparse.ArgumentParser(
+        "evaluate.py record",
+        description="Records a simulator's scripted experts as a LeRobot v3.0 dataset.",
+    )
     parser.add_argument("--sim", required=True, help="a file of worlds/, or a module on PYTHONPATH")
     parser.add_argument("--tasks", required=True, help="with commas")
     parser.add_argument("--episodes", type=int, default=50, help="successes per task")
     parser.add_argument("--out", required=True, help="folder of the dataset, which must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what disturbs")
-    parser.add_argument("--noise", type=float, default=0.0, help="std of noise on what is done, in robot units; what is meant is stored")
-    parser.add_argument("--recovery", type=float, default=0.0, help="std of shoves, about one a second, from which the expert recovers")
-    parser.add_argument("--disturbed", type=float, default=0.5, help="share of the episodes that are disturbed, if any are")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="std of noise on what is done, in robot units; what is meant is stored",
+    )
+    parser.add_argument(
+        "--recovery",
+        type=float,
+        default=0.0,
+        help="std of shoves, about one a second, from which the expert recovers",
+    )
+    parser.add_argument(
+        "--disturbed",
+        type=float,
+        default=0.5,
+        help="share of the episodes that are disturbed, if any are",
+    )
     parser.add_argument("--after", type=int, default=4, help="rows kept from success on")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the simulator, such as size=96")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the simulator, such as size=96",
+    )
     args = parser.parse_args(argv)
     tasks = names(args.tasks, tuple(simulator(args.sim).TASKS), "--tasks")
-    if min(args.episodes, args.workers, args.after) < 1 or min(args.seed, args.noise, args.recovery) < 0 or not 0 <= args.disturbed <= 1:
-        raise ValueError(f"--episodes {args.episodes}, --workers {args.workers}, --after {args.after} are at least 1, --seed {args.seed}, "
-                         f"--noise {args.noise}, --recovery {args.recovery} at least 0, --disturbed {args.disturbed} is in 0..1")
-    order = Order(args.sim, settings=tuple(settings_of(args.sim, args.set).items()), noise=args.noise, recovery=args.recovery,
-                  disturbed=args.disturbed, after=args.after)
+    if (
+        min(args.episodes, args.workers, args.after) < 1
+        or min(args.seed, args.noise, args.recovery) < 0
+        or not 0 <= args.disturbed <= 1
+    ):
+        raise ValueError(
+            f"--episodes {args.episodes}, --workers {args.workers}, --after {args.after} are at least 1, --seed {args.seed}, "
+            f"--noise {args.noise}, --recovery {args.recovery} at least 0, --disturbed {args.disturbed} is in 0..1"
+        )
+    order = Order(
+        args.sim,
+        settings=tuple(settings_of(args.sim, args.set).items()),
+        noise=args.noise,
+        recovery=args.recovery,
+        disturbed=args.disturbed,
+        after=args.after,
+    )
     card = record(order, tasks, args.episodes, args.out, args.seed, args.workers)
-    print(columns(("task", "expert %", "rows", "CPU s per try"),
-                  *((task, rate({task: {**found, "episodes": found["tries"], "rate": found["successes"] / found["tries"],
-                                        "interval": wilson(found["successes"], found["tries"])}}, task),
-                     f"{found['mean_rows']:.1f}", f"{found['cpu_seconds_per_try']:.2f}") for task, found in card["tasks"].items())))
-    size, rows = sum(path.stat().st_size for path in Path(args.out).rglob("*.*")), sum(e["rows"] for e in card["episodes"])
-    print(f"wrote {args.out}: {len(card['episodes'])} episodes, {rows} rows at {card['fps']:g} per second, {size / 1e6:.1f} MB, "
-          f"{card['seconds']:.0f} s")
+    print(
+        columns(
+            ("task", "expert %", "rows", "CPU s per try"),
+            *(
+                (
+                    task,
+                    rate(
+                        {
+                            task: {
+                                **found,
+                                "episodes": found["tries"],
+                                "rate": found["successes"] / found["tries"],
+                                "interval": wilson(found["successes"], found["tries"]),
+                            }
+                        },
+                        task,
+                    ),
+                    f"{found['mean_rows']:.1f}",
+                    f"{found['cpu_seconds_per_try']:.2f}",
+                )
+                for task, found in card["tasks"].items()
+            ),
+        )
+    )
+    size, rows = (
+        sum(path.stat().st_size for path in Path(args.out).rglob("*.*")),
+        sum(e["rows"] for e in card["episodes"]),
+    )
+    print(
+        f"wrote {args.out}: {len(card['episodes'])} episodes, {rows} rows at {card['fps']:g} per second, {size / 1e6:.1f} MB, "
+        f"{card['seconds']:.0f} s"
+    )
 
 
 def read_card(dataset: str | Path) -> dict:
     """The card that `record` left in a dataset."""
     path = Path(dataset) / CARD
     if not path.is_file():
-        raise ValueError(f"{dataset} has no {CARD}; --like takes a dataset that `evaluate.py record` wrote")
+        raise ValueError(
+            f"{dataset} has no {CARD}; --like takes a dataset that `evaluate.py record` wrote"
+        )
     card = json.loads(path.read_text())
-    if absent := [key for key in ("sim", "settings", "tasks", "fps", "episodes") if key not in card]:
+    if absent := [
+        key for key in ("sim", "settings", "tasks", "fps", "episodes") if key not in card
+    ]:
         raise ValueError(f"{path} lacks {absent[0]!r}; record the dataset again")
     return card
 
 
 def simulate(args: argparse.Namespace) -> None:
     """Closed loop in a simulator: a row per policy, with a rate per task."""
-    like = read_card(args.like) if args.like else {"sim": args.sim, "settings": {}, "tasks": {}, "episodes": []}
+    like = (
+        read_card(args.like)
+        if args.like
+        else {"sim": args.sim, "settings": {}, "tasks": {}, "episodes": []}
+    )
     if like["sim"] != args.sim:
         raise ValueError(f"{args.like} was recorded in {like['sim']}, --sim is {args.sim}")
-    tasks = names(args.tasks or ",".join(like["tasks"]), tuple(simulator(args.sim).TASKS), "--tasks")
-    settings, scenes = like["settings"] | settings_of(args.sim, args.set), {seed: world_seeds(seed, args.episodes) for seed in args.seed}
-    if known := {e["seed"] for e in like["episodes"]}.intersection(itertools.chain(*scenes.values())):
-        raise ValueError(f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; choose another --seed")
+    tasks = names(
+        args.tasks or ",".join(like["tasks"]), tuple(simulator(args.sim).TASKS), "--tasks"
+    )
+    settings, scenes = (
+        like["settings"] | settings_of(args.sim, args.set),
+        {seed: world_seeds(seed, args.episodes) for seed in args.seed},
+    )
+    if known := {e["seed"] for e in like["episodes"]}.intersection(
+        itertools.chain(*scenes.values())
+    ):
+        raise ValueError(
+            f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; choose another --seed"
+        )
     modes = names(args.modes, ("joint", "vla"), "--modes") if args.ckpt else []
-    policy = Policy.load(args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot) if args.ckpt else None
+    policy = (
+        Policy.load(
+            args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot
+        )
+        if args.ckpt
+        else None
+    )
     if not (policy or args.random or args.expert):
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
-    out = Path(args.out or (newest_step(args.ckpt) / "evaluation" if args.ckpt else "runs/evaluation"))
+    out = Path(
+        args.out or (newest_step(args.ckpt) / "evaluation" if args.ckpt else "runs/evaluation")
+    )
     out.mkdir(parents=True, exist_ok=True)
 
-    def play(name: str, actor: Policy | RandomPolicy | Expert, fleet: Fleet, seed: int, gifs: int) -> Iterator[Rollouts]:
+    def play(
+        name: str, actor: Policy | RandomPolicy | Expert, fleet: Fleet, seed: int, gifs: int
+    ) -> Iterator[Rollouts]:
         """All scenes of a seed, as many at once as the fleet holds; the first `gifs` are filmed."""
-        actor.mode, steps, execute = name, args.max_steps or fleet.max_steps, None if name == "expert" else args.execute
+        actor.mode, steps, execute = (
+            name,
+            args.max_steps or fleet.max_steps,
+            None if name == "expert" else args.execute,
+        )
         actor.generator.manual_seed(seed)
         for start in range(0, args.episodes, fleet.size):
             films = gifs if start == 0 else 0
-            done = rollout(actor, fleet, scenes[seed][start:start + fleet.size], steps, execute, args.noise, policy.rate if films else 0)
+            done = rollout(
+                actor,
+                fleet,
+                scenes[seed][start : start + fleet.size],
+                steps,
+                execute,
+                args.noise,
+                policy.rate if films else 0,
+            )
             done.films = done.films[:films]
             save_films(done, out, f"{name}_{task}")
             yield done
 
-    found: dict[str, list[tuple[int, int, bool, int]]] = {}          # policy -> task, seed, success and steps of each episode
+    found: dict[
+        str, list[tuple[int, int, bool, int]]
+    ] = {}  # policy -> task, seed, success and steps of each episode
     for k, task in enumerate(tqdm(tasks, desc="tasks", unit="task")):
-        with Fleet(args.sim, task, min(args.batch, args.episodes), look_of(args, policy), settings, args.workers) as fleet:
-            if policy and (hz := policy.statistics.as_json().get("action_hz", 0)) not in (0, fleet.fps):
-                raise ValueError(f"{args.ckpt} acts {hz:g} times a second, the simulator {fleet.fps:g} times; change its rate with --set")
+        with Fleet(
+            args.sim,
+            task,
+            min(args.batch, args.episodes),
+            look_of(args, policy),
+            settings,
+            args.workers,
+        ) as fleet:
+            if policy and (hz := policy.statistics.as_json().get("action_hz", 0)) not in (
+                0,
+                fleet.fps,
+            ):
+                raise ValueError(
+                    f"{args.ckpt} acts {hz:g} times a second, the simulator {fleet.fps:g} times; change its rate with --set"
+                )
             actors: dict[str, Policy | RandomPolicy | Expert] = dict.fromkeys(modes, policy)
-            actors |= {"random": RandomPolicy(args.execute or 8, fleet.action_dim)} if args.random else {}
+            actors |= (
+                {"random": RandomPolicy(args.execute or 8, fleet.action_dim)} if args.random else {}
+            )
             actors |= {"expert": Expert(fleet)} if args.expert else {}
             for (name, actor), seed in itertools.product(actors.items(), args.seed):
-                for done in play(name, actor, fleet, seed, args.gif if actor is policy and seed == args.seed[0] else 0):
-                    found.setdefault(name, []).extend((k, seed, *episode) for episode in zip(done.success, done.steps))
+                for done in play(
+                    name,
+                    actor,
+                    fleet,
+                    seed,
+                    args.gif if actor is policy and seed == args.seed[0] else 0,
+                ):
+                    found.setdefault(name, []).extend(
+                        (k, seed, *episode) for episode in zip(done.success, done.steps)
+                    )
     rows = []
     for name, episodes in found.items():
         index, seeds, success, steps = (np.array(column) for column in zip(*episodes))
         per_seed = {seed: int(success[seeds == seed].sum()) for seed in args.seed}
-        rows.append({"policy": name, **summary(success, index, steps, tasks), "successes_per_seed": per_seed})
-    (out / "evaluation.json").write_text(json.dumps({**vars(args), "tasks": tasks, "settings": settings, "rows": rows}, indent=1))
-    print(columns(("task", *(f"{row['policy']} %" for row in rows)),
-                  *((name, *(rate(row, name) for row in rows)) for name in (*tasks, "all"))))
-    print(f"{len(args.seed)} seeds of {args.episodes} episodes per task, at most {args.max_steps or fleet.max_steps} actions at "
-          f"{fleet.fps:g} per second; wrote {out}")
+        rows.append(
+            {
+                "policy": name,
+                **summary(success, index, steps, tasks),
+                "successes_per_seed": per_seed,
+            }
+        )
+    (out / "evaluation.json").write_text(
+        json.dumps({**vars(args), "tasks": tasks, "settings": settings, "rows": rows}, indent=1)
+    )
+    print(
+        columns(
+            ("task", *(f"{row['policy']} %" for row in rows)),
+            *((name, *(rate(row, name) for row in rows)) for name in (*tasks, "all")),
+        )
+    )
+    print(
+        f"{len(args.seed)} seeds of {args.episodes} episodes per task, at most {args.max_steps or fleet.max_steps} actions at "
+        f"{fleet.fps:g} per second; wrote {out}"
+    )
 
 
 # -- the command ------------------------------------------------------------------------------------------------------------
@@ -349,72 +641,172 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "record":
         return record_command(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="run folder of stage 3, or one of its step_NNNNNN; a simulator may do without")
-    parser.add_argument("--robot", default="", help="which robot acts, where the checkpoint knows several")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ckpt",
+        help="run folder of stage 3, or one of its step_NNNNNN; a simulator may do without",
+    )
+    parser.add_argument(
+        "--robot", default="", help="which robot acts, where the checkpoint knows several"
+    )
     parser.add_argument("--modes", default="joint", help="joint, vla, or both with a comma")
-    parser.add_argument("--splits", default="eval", help=f"of {', '.join(tabletop.SPLITS)}, with commas")
-    parser.add_argument("--looks", default="clean,randomized", help="clean, randomized, or both with a comma")
+    parser.add_argument(
+        "--splits", default="eval", help=f"of {', '.join(tabletop.SPLITS)}, with commas"
+    )
+    parser.add_argument(
+        "--looks", default="clean,randomized", help="clean, randomized, or both with a comma"
+    )
     parser.add_argument("--episodes", type=int, default=50, help="worlds per row and seed")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more, of worlds and noise; a row pools them")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="one or more, of worlds and noise; a row pools them",
+    )
     parser.add_argument("--steps", type=int, default=10, help="Euler steps")
-    parser.add_argument("--fast", action="store_true", help=f"actions first: {FAST.steps} steps, {FAST.joint} joint (docs/speed.md)")
-    parser.add_argument("--execute", type=int, help="actions carried out before the next look (default: the whole chunk)")
-    parser.add_argument("--max-steps", type=int, help="actions per episode (default: 100; a simulator has its own)")
-    parser.add_argument("--noise", type=float, default=0.0, help="std of Gaussian noise on the actions, in robot units")
+    parser.add_argument(
+        "--fast",
+        action="store_true",
+        help=f"actions first: {FAST.steps} steps, {FAST.joint} joint (docs/speed.md)",
+    )
+    parser.add_argument(
+        "--execute",
+        type=int,
+        help="actions carried out before the next look (default: the whole chunk)",
+    )
+    parser.add_argument(
+        "--max-steps", type=int, help="actions per episode (default: 100; a simulator has its own)"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="std of Gaussian noise on the actions, in robot units",
+    )
     parser.add_argument("--random", action="store_true", help="add rows of a random policy")
-    parser.add_argument("--gif", type=int, default=0, metavar="K", help="film K worlds per row, with the imagined video beside")
-    parser.add_argument("--out", help="folder for evaluation.json and films (default: evaluation/ in the checkpoint)")
+    parser.add_argument(
+        "--gif",
+        type=int,
+        default=0,
+        metavar="K",
+        help="film K worlds per row, with the imagined video beside",
+    )
+    parser.add_argument(
+        "--out",
+        help="folder for evaluation.json and films (default: evaluation/ in the checkpoint)",
+    )
     sims = parser.add_argument_group("in a simulator")
-    sims.add_argument("--sim", help="a file of worlds/, or a module on PYTHONPATH; without it, the toy's tabletop")
-    sims.add_argument("--like", metavar="DATASET", help="tasks and settings of a recording, whose scenes are then forbidden")
+    sims.add_argument(
+        "--sim", help="a file of worlds/, or a module on PYTHONPATH; without it, the toy's tabletop"
+    )
+    sims.add_argument(
+        "--like",
+        metavar="DATASET",
+        help="tasks and settings of a recording, whose scenes are then forbidden",
+    )
     sims.add_argument("--tasks", help="with commas (default: those of --like)")
-    sims.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the simulator, such as size=96")
-    sims.add_argument("--cameras", help="which make the picture, with commas, side by side (default: all)")
-    sims.add_argument("--t-layout", action="store_true", help="head, left, right as the official T instead")
-    sims.add_argument("--picture", type=int, nargs=2, metavar=("H", "W"), help="size that the picture is fitted to")
+    sims.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the simulator, such as size=96",
+    )
+    sims.add_argument(
+        "--cameras", help="which make the picture, with commas, side by side (default: all)"
+    )
+    sims.add_argument(
+        "--t-layout", action="store_true", help="head, left, right as the official T instead"
+    )
+    sims.add_argument(
+        "--picture",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="size that the picture is fitted to",
+    )
     sims.add_argument("--batch", type=int, default=10, help="worlds at once")
     sims.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     sims.add_argument("--expert", action="store_true", help="add rows of the scripted expert")
     args = parser.parse_args(argv)
-    if args.episodes < 1 or (args.max_steps or 1) < 1 or min(args.seed) < 0 or min(args.batch, args.workers) < 1:
-        raise ValueError(f"--episodes {args.episodes}, --max-steps {args.max_steps}, --batch {args.batch}, --workers {args.workers} are at "
-                         f"least 1, --seed {args.seed} at least 0")
+    if (
+        args.episodes < 1
+        or (args.max_steps or 1) < 1
+        or min(args.seed) < 0
+        or min(args.batch, args.workers) < 1
+    ):
+        raise ValueError(
+            f"--episodes {args.episodes}, --max-steps {args.max_steps}, --batch {args.batch}, --workers {args.workers} are at "
+            f"least 1, --seed {args.seed} at least 0"
+        )
     if args.sim:
         return simulate(args)
     args.max_steps = args.max_steps or 100
-    modes, splits = names(args.modes, ("joint", "vla"), "--modes"), names(args.splits, tabletop.SPLITS, "--splits")
+    modes, splits = (
+        names(args.modes, ("joint", "vla"), "--modes"),
+        names(args.splits, tabletop.SPLITS, "--splits"),
+    )
     looks = names(args.looks, LOOKS, "--looks")
     if args.ckpt is None:
         raise ValueError("--ckpt is missing; name a run folder of stage 3")
-    policy = Policy.load(args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot)
+    policy = Policy.load(
+        args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot
+    )
     config, body = policy.card.motus, policy.statistics.embodiment
     actors = dict.fromkeys(modes, policy)
     if args.random:
         actors["random"] = RandomPolicy(config.chunk, policy.own_width)
-    (out := Path(args.out or newest_step(args.ckpt) / "evaluation")).mkdir(parents=True, exist_ok=True)
+    (out := Path(args.out or newest_step(args.ckpt) / "evaluation")).mkdir(
+        parents=True, exist_ok=True
+    )
 
     def play(name: str, split: str, look: str, seed: int, count: int, rate: int = 0) -> Rollouts:
         actors[name].mode = name
         actors[name].generator.manual_seed(seed)
         world = tabletop.Tabletop(count, body, look == "randomized", split)
-        return rollout(actors[name], world, world_seeds(seed, count), args.max_steps, args.execute, args.noise, rate)
+        return rollout(
+            actors[name],
+            world,
+            world_seeds(seed, count),
+            args.max_steps,
+            args.execute,
+            args.noise,
+            rate,
+        )
 
     rows = []
     for name, split, look in itertools.product(actors, splits, looks):
         played = [play(name, split, look, seed, args.episodes) for seed in args.seed]
-        pooled = summary(*(np.concatenate([getattr(r, key) for r in played]) for key in ("success", "skill", "steps")))
+        pooled = summary(
+            *(
+                np.concatenate([getattr(r, key) for r in played])
+                for key in ("success", "skill", "steps")
+            )
+        )
         per_seed = {seed: int(r.success.sum()) for seed, r in zip(args.seed, played)}
-        rows.append({"policy": name, "split": split, "look": look, **pooled, "successes_per_seed": per_seed})
+        rows.append(
+            {"policy": name, "split": split, "look": look, **pooled, "successes_per_seed": per_seed}
+        )
         if args.gif:
-            save_films(play(name, split, look, args.seed[0], args.gif, policy.rate), out, f"{name}_{split}_{look}")
+            save_films(
+                play(name, split, look, args.seed[0], args.gif, policy.rate),
+                out,
+                f"{name}_{split}_{look}",
+            )
     (out / "evaluation.json").write_text(json.dumps({**vars(args), "rows": rows}, indent=1))
     print(table(rows))
-    print(f"{len(args.seed)} seeds of {args.episodes} episodes, {policy.placement.steps} Euler steps, on {policy.device}; wrote {out}")
+    print(
+        f"{len(args.seed)} seeds of {args.episodes} episodes, {policy.placement.steps} Euler steps, on {policy.device}; wrote {out}"
+    )
 
 
 if __name__ == "__main__":
-    PROCESSES.set_forkserver_preload(["evaluate"])                   # every process runs the imports of this file; so they are run once
+    PROCESSES.set_forkserver_preload(
+        ["evaluate"]
+    )  # every process runs the imports of this file; so they are run once
     try:
         main()
     except ValueError as error:

@@ -74,12 +74,16 @@ def official_table(shift: float = TRAIN_SHIFT) -> Tensor:
     return shifted(1 - torch.arange(TABLE_SIZE, dtype=torch.float64) / TABLE_SIZE, shift).float()
 
 
-def official_times(n: int, generator: torch.Generator | None = None, shift: float = TRAIN_SHIFT) -> Tensor:
+def official_times(
+    n: int, generator: torch.Generator | None = None, shift: float = TRAIN_SHIFT
+) -> Tensor:
     """n training times as the released code draws them: uniform over the rows of the shifted table."""
     return official_table(shift)[torch.randint(TABLE_SIZE, (n,), generator=generator)]
 
 
-def logit_normal_times(n: int, generator: torch.Generator | None = None, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def logit_normal_times(
+    n: int, generator: torch.Generator | None = None, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
     """n training times as the paper states them: the sigmoid of a normal variable."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
@@ -87,12 +91,16 @@ def logit_normal_times(n: int, generator: torch.Generator | None = None, mean: f
 TIMES = {"official": official_times, "logit_normal": logit_normal_times}
 
 
-def give(t_video: Tensor, t_action: Tensor, share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def give(
+    t_video: Tensor, t_action: Tensor, share: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """In `share` of the samples one modality, either with equal chance, is given: its time becomes 0, as in modes `world_model` and `idm`.
     It then carries no loss (from clean data nobody can tell the noise). Official training has share 0 and meets times below 0.05 once
     in a hundred draws: enough for a long training, too rare for a short one to learn to read what it is given."""
     chance = torch.rand(len(t_video), generator=generator).to(t_video.device)
-    return t_video.masked_fill(chance < share / 2, 0.0), t_action.masked_fill((chance >= share / 2) & (chance < share), 0.0)
+    return t_video.masked_fill(chance < share / 2, 0.0), t_action.masked_fill(
+        (chance >= share / 2) & (chance < share), 0.0
+    )
 
 
 def sampling_times(steps: int, shift: float = 1.0) -> Tensor:
@@ -129,7 +137,7 @@ def keep_observation(latents: Tensor, observation: Tensor) -> Tensor:
 def video_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared error per sample (B,), mean over (C, T, h, w). Frame 0 is the observation: its error is zero, yet it counts in the
     mean, as official. mask (B, T): False where a frame lies past the end of the episode; such frames leave the mean."""
-    error = (velocity - target).square().mean(dim=(1, 3, 4))                                 # (B, T)
+    error = (velocity - target).square().mean(dim=(1, 3, 4))  # (B, T)
     error = torch.cat([torch.zeros_like(error[:, :1]), error[:, 1:]], dim=1)
     return masked_mean(error, mask)
 
@@ -137,7 +145,9 @@ def video_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> 
 def action_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared error per sample (B,), mean over the real entries of (S, A). mask (B, S, A): False for steps past the end of the
     episode and for dimensions that the embodiment lacks."""
-    return masked_mean((velocity - target).square().flatten(1), None if mask is None else mask.flatten(1))
+    return masked_mean(
+        (velocity - target).square().flatten(1), None if mask is None else mask.flatten(1)
+    )
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -153,8 +163,15 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
-def sample(velocity: Velocity, video: Tensor, action: Tensor, observation: Tensor | None, mode: str,
-           steps: int = 10, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample(
+    velocity: Velocity,
+    video: Tensor,
+    action: Tensor,
+    observation: Tensor | None,
+    mode: str,
+    steps: int = 10,
+    shift: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Euler integration of both modalities from noise to data.
 
     velocity(video, action, t_video (B,), t_action (B,)) -> (v_video, v_action). `video` (B, C, T, h, w) and `action` (B, S, A) hold
@@ -166,7 +183,9 @@ def sample(velocity: Velocity, video: Tensor, action: Tensor, observation: Tenso
     if observation is not None:
         video = keep_observation(video, observation)
     times = sampling_times(steps, shift)
-    t_video, t_action = (times_of(what, times).to(video.device)[:, None].expand(-1, len(video)) for what in row)
+    t_video, t_action = (
+        times_of(what, times).to(video.device)[:, None].expand(-1, len(video)) for what in row
+    )
     for i, (t, t_next) in enumerate(zip(times.tolist(), times[1:].tolist())):
         v_video, v_action = velocity(video, action, t_video[i], t_action[i])
         if row.video == DENOISE and v_video is not None:

@@ -54,8 +54,18 @@ class Tile(NamedTuple):
 
 # Chosen so that for every head size and on every card from the A100 on nothing spills and the shared memory suffices: docs/kernels.md has
 # the figures. The interpreter gets small tiles, so that tests see many of them.
-TILES = {torch.bfloat16: {"forward": Tile(64, 32, 4, 3), "dq": Tile(64, 32, 8, 2), "dkv": Tile(64, 32, 8, 2)},
-         torch.float32: {"forward": Tile(32, 32, 8, 2), "dq": Tile(16, 32, 8, 2), "dkv": Tile(16, 32, 8, 2)}}
+TILES = {
+    torch.bfloat16: {
+        "forward": Tile(64, 32, 4, 3),
+        "dq": Tile(64, 32, 8, 2),
+        "dkv": Tile(64, 32, 8, 2),
+    },
+    torch.float32: {
+        "forward": Tile(32, 32, 8, 2),
+        "dq": Tile(16, 32, 8, 2),
+        "dkv": Tile(16, 32, 8, 2),
+    },
+}
 
 
 def tile(kernel: str, dtype: torch.dtype) -> Tile:
@@ -65,11 +75,15 @@ def tile(kernel: str, dtype: torch.dtype) -> Tile:
 def check(device: torch.device) -> None:
     """Refuses a device on which no kernel can run."""
     if triton is None:
-        raise ValueError("a Triton kernel was asked for, but Triton is not installed: pip install 'motus[kernels]', or set "
-                         "MOTUS_ATTENTION to sdpa or plain")
+        raise ValueError(
+            "a Triton kernel was asked for, but Triton is not installed: pip install 'motus[kernels]', or set "
+            "MOTUS_ATTENTION to sdpa or plain"
+        )
     if device.type != "cuda" and not INTERPRET:
-        raise ValueError(f"a Triton kernel was asked for on {device.type}: use a CUDA device, set MOTUS_ATTENTION to sdpa or plain, or set "
-                         "TRITON_INTERPRET=1 before Triton is imported to run the kernels, slowly, on a CPU")
+        raise ValueError(
+            f"a Triton kernel was asked for on {device.type}: use a CUDA device, set MOTUS_ATTENTION to sdpa or plain, or set "
+            "TRITON_INTERPRET=1 before Triton is imported to run the kernels, slowly, on a CPU"
+        )
 
 
 def power_of_2(n: int) -> int:
@@ -133,11 +147,21 @@ def cell(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: 
 
 
 @jit
-def fetch(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, UP: tl.constexpr):
+def fetch(
+    segment,
+    length,
+    b,
+    h,
+    start,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    UP: tl.constexpr,
+):
     """(ROWS, KP) of one head, zero outside."""
     at, mask = cell(segment, length, b, h, start, ROWS, K, KP)
     x = tl.load(at, mask=mask, other=0.0)
-    if UP:                                               # the interpreter would compute on the bit patterns of bf16
+    if UP:  # the interpreter would compute on the bit patterns of bf16
         x = x.to(tl.float32)
     return x
 
@@ -158,41 +182,94 @@ def bias_of(bias, length, b, rows):
 
 
 @jit
-def forward_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, o, lse, heads, scale,
-                   K: tl.constexpr, KP: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr):
+def forward_kernel(
+    q,
+    k,
+    v,
+    q0,
+    q1,
+    q2,
+    k0,
+    k1,
+    k2,
+    bias,
+    o,
+    lse,
+    heads,
+    scale,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     q_lengths, k_lengths = (q0, q1, q2), (k0, k1, k2)
     which, start, before = find_tile(tl.program_id(0), q_lengths, OWN)
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     rows = start + tl.arange(0, OWN)
     length = pick(which, q_lengths)
     query = fetch(pick(which, q), length, b, h, start, OWN, K, KP, UP)
-    top = tl.full((OWN,), float("-inf"), tl.float32)     # running maximum, sum and weighted values, logits in units of log 2
+    top = tl.full(
+        (OWN,), float("-inf"), tl.float32
+    )  # running maximum, sum and weighted values, logits in units of log 2
     total = tl.zeros((OWN,), tl.float32)
     out = tl.zeros((OWN, KP), tl.float32)
     for s in tl.static_range(3):
         for j in range(0, k_lengths[s], OTHER):
             columns = j + tl.arange(0, OTHER)
             key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (
+                scale * 1.4426950408889634
+            )
             logits += bias_of(bias[s], k_lengths[s], b, columns)[None, :]
             new_top = tl.maximum(top, tl.max(logits, 1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top)         # all keys padded so far: -inf - -inf would be NaN
+            finite = tl.where(
+                new_top == float("-inf"), 0.0, new_top
+            )  # all keys padded so far: -inf - -inf would be NaN
             p = tl.exp2(logits - finite[:, None])
             shrink = tl.exp2(top - finite)
             total = total * shrink + tl.sum(p, 1)
             value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            out = out * shrink[:, None] + tl.dot(p.to(value.dtype), value, input_precision=PRECISION)
+            out = out * shrink[:, None] + tl.dot(
+                p.to(value.dtype), value, input_precision=PRECISION
+            )
             top = new_top
     empty = total == 0.0
     put(pick(which, o), length, b, h, start, out / tl.where(empty, 1.0, total)[:, None], OWN, K, KP)
-    log_sum = tl.where(empty, 0.0, (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    log_sum = tl.where(
+        empty, 0.0, (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
+    )
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2) + before + rows
     tl.store(lse + at, log_sum, mask=rows < length)
 
 
 @jit
-def dq_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, o, do, dq, lse, delta, heads, scale,
-              K: tl.constexpr, KP: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr):
+def dq_kernel(
+    q,
+    k,
+    v,
+    q0,
+    q1,
+    q2,
+    k0,
+    k1,
+    k2,
+    bias,
+    o,
+    do,
+    dq,
+    lse,
+    delta,
+    heads,
+    scale,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     q_lengths, k_lengths = (q0, q1, q2), (k0, k1, k2)
     which, start, before = find_tile(tl.program_id(0), q_lengths, OWN)
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -200,7 +277,11 @@ def dq_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, o, do, dq, lse, delta, head
     length = pick(which, q_lengths)
     query = fetch(pick(which, q), length, b, h, start, OWN, K, KP, UP)
     d_out = fetch(pick(which, do), length, b, h, start, OWN, K, KP, UP)
-    diff = tl.sum(d_out.to(tl.float32) * fetch(pick(which, o), length, b, h, start, OWN, K, KP, UP).to(tl.float32), 1)
+    diff = tl.sum(
+        d_out.to(tl.float32)
+        * fetch(pick(which, o), length, b, h, start, OWN, K, KP, UP).to(tl.float32),
+        1,
+    )
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2) + before + rows
     tl.store(delta + at, diff, mask=rows < length)
     log_sum = tl.load(lse + at, mask=rows < length, other=0.0) * 1.4426950408889634
@@ -209,18 +290,45 @@ def dq_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, o, do, dq, lse, delta, head
         for j in range(0, k_lengths[s], OTHER):
             columns = j + tl.arange(0, OTHER)
             key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (
+                scale * 1.4426950408889634
+            )
             logits += bias_of(bias[s], k_lengths[s], b, columns)[None, :]
             p = tl.exp2(logits - log_sum[:, None])
             value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
             d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
-            d_query += tl.dot((p * (d_p - diff[:, None])).to(key.dtype), key, input_precision=PRECISION)
+            d_query += tl.dot(
+                (p * (d_p - diff[:, None])).to(key.dtype), key, input_precision=PRECISION
+            )
     put(pick(which, dq), length, b, h, start, d_query * scale, OWN, K, KP)
 
 
 @jit
-def dkv_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, do, dk, dv, lse, delta, heads, scale,
-               K: tl.constexpr, KP: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr):
+def dkv_kernel(
+    q,
+    k,
+    v,
+    q0,
+    q1,
+    q2,
+    k0,
+    k1,
+    k2,
+    bias,
+    do,
+    dk,
+    dv,
+    lse,
+    delta,
+    heads,
+    scale,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    UP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     q_lengths, k_lengths = (q0, q1, q2), (k0, k1, k2)
     which, start, _ = find_tile(tl.program_id(0), k_lengths, OWN)
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
@@ -228,7 +336,7 @@ def dkv_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, do, dk, dv, lse, delta, he
     length = pick(which, k_lengths)
     key = fetch(pick(which, k), length, b, h, start, OWN, K, KP, UP)
     value = fetch(pick(which, v), length, b, h, start, OWN, K, KP, UP)
-    offset = bias_of(bias[0], length, b, columns)              # not `pick`: a bias may be None
+    offset = bias_of(bias[0], length, b, columns)  # not `pick`: a bias may be None
     if which == 1:
         offset = bias_of(bias[1], length, b, columns)
     elif which == 2:
@@ -240,14 +348,23 @@ def dkv_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, do, dk, dv, lse, delta, he
         for i in range(0, q_lengths[s], OTHER):
             rows = i + tl.arange(0, OTHER)
             query = fetch(q[s], q_lengths[s], b, h, i, OTHER, K, KP, UP)
-            log_sum = tl.load(lse + at + rows, mask=rows < q_lengths[s], other=float("inf")) * 1.4426950408889634
-            logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            p = tl.exp2(logits + offset[:, None] - log_sum[None, :])           # (keys, queries), 0 for queries that do not exist
+            log_sum = (
+                tl.load(lse + at + rows, mask=rows < q_lengths[s], other=float("inf"))
+                * 1.4426950408889634
+            )
+            logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (
+                scale * 1.4426950408889634
+            )
+            p = tl.exp2(
+                logits + offset[:, None] - log_sum[None, :]
+            )  # (keys, queries), 0 for queries that do not exist
             d_out = fetch(do[s], q_lengths[s], b, h, i, OTHER, K, KP, UP)
             d_value += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
             diff = tl.load(delta + at + rows, mask=rows < q_lengths[s], other=0.0)
             d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
-            d_key += tl.dot((p * (d_p - diff[None, :])).to(query.dtype), query, input_precision=PRECISION)
+            d_key += tl.dot(
+                (p * (d_p - diff[None, :])).to(query.dtype), query, input_precision=PRECISION
+            )
         at += q_lengths[s]
     put(pick(which, dk), length, b, h, start, d_key * scale, OWN, K, KP)
     put(pick(which, dv), length, b, h, start, d_value, OWN, K, KP)
@@ -258,7 +375,10 @@ def dkv_kernel(q, k, v, q0, q1, q2, k0, k1, k2, bias, do, dk, dv, lse, delta, he
 
 def segments(*groups: list[Tensor]) -> list[tuple]:
     """Lists of one to three (B, L, N, K) tensors -> kernel arguments: three segments each, the missing ones repeat the first."""
-    return [tuple((x, x.stride(0), x.stride(1)) for x in group + group[:1] * (3 - len(group))) for group in groups]
+    return [
+        tuple((x, x.stride(0), x.stride(1)) for x in group + group[:1] * (3 - len(group)))
+        for group in groups
+    ]
 
 
 def lengths(group: list[Tensor]) -> tuple[int, ...]:
@@ -271,8 +391,16 @@ def by_heads(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
-def launch_attention(kernel: str, q: list[Tensor], k: list[Tensor], bias: list[Tensor], biased: str, groups: list[list[Tensor]],
-                     rows: tuple[Tensor, ...], scale: float) -> None:
+def launch_attention(
+    kernel: str,
+    q: list[Tensor],
+    k: list[Tensor],
+    bias: list[Tensor],
+    biased: str,
+    groups: list[list[Tensor]],
+    rows: tuple[Tensor, ...],
+    scale: float,
+) -> None:
     """Launches over the tiles of k for "dkv", of q otherwise. biased: the digits of the key segments that `bias` belongs to, like "12";
     groups: the further lists of segments; rows: lse and delta."""
     batch, _, heads, size = q[0].shape
@@ -281,16 +409,38 @@ def launch_attention(kernel: str, q: list[Tensor], k: list[Tensor], bias: list[T
     bias_args = tuple(dict(zip(biased, bias)).get(s) for s in "012")
     q_args, k_args, v_args, *rest = segments(q, k, *groups)
     grid = (sum(ceil_div(x.shape[1], own) for x in (k if kernel == "dkv" else q)), batch * heads)
-    launch(KERNELS[kernel], grid, q[0].device, q_args, k_args, v_args, *lengths(q), *lengths(k), bias_args, *rest, *rows, heads, scale,
-           K=size, KP=padded, OWN=own, OTHER=other, UP=INTERPRET and q[0].dtype == torch.bfloat16, PRECISION="tf32x3",
-           num_warps=pipeline[0], num_stages=pipeline[1])
+    launch(
+        KERNELS[kernel],
+        grid,
+        q[0].device,
+        q_args,
+        k_args,
+        v_args,
+        *lengths(q),
+        *lengths(k),
+        bias_args,
+        *rest,
+        *rows,
+        heads,
+        scale,
+        K=size,
+        KP=padded,
+        OWN=own,
+        OTHER=other,
+        UP=INTERPRET and q[0].dtype == torch.bfloat16,
+        PRECISION="tf32x3",
+        num_warps=pipeline[0],
+        num_stages=pipeline[1],
+    )
 
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
 
 @torch.library.custom_op("motus::attention", mutates_args=())
-def attention_op(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor], biased: str, scale: float) -> list[Tensor]:
+def attention_op(
+    q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor], biased: str, scale: float
+) -> list[Tensor]:
     """-> the attended values per query segment, each (B, L, N, K) contiguous, and the log-sum-exp (B, N, sum of L) in fp32."""
     q, k, v = ([by_heads(x) for x in group] for group in (q, k, v))
     *o, lse = empty_outputs(q, k, v, bias, biased, scale)
@@ -301,16 +451,28 @@ def attention_op(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[T
 @attention_op.register_fake
 def empty_outputs(q, k, v, bias, biased, scale):
     batch, _, heads, _ = q[0].shape
-    return [*(x.new_empty(x.shape) for x in q), q[0].new_empty((batch, heads, sum(x.shape[1] for x in q)), dtype=torch.float32)]
+    return [
+        *(x.new_empty(x.shape) for x in q),
+        q[0].new_empty((batch, heads, sum(x.shape[1] for x in q)), dtype=torch.float32),
+    ]
 
 
 @torch.library.custom_op("motus::attention_backward", mutates_args=())
-def attention_backward_op(do: list[Tensor], q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor], biased: str,
-                          o: list[Tensor], lse: Tensor, scale: float) -> list[Tensor]:
+def attention_backward_op(
+    do: list[Tensor],
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    bias: list[Tensor],
+    biased: str,
+    o: list[Tensor],
+    lse: Tensor,
+    scale: float,
+) -> list[Tensor]:
     """-> dq, dk, dv of all segments, in one list."""
     do, q, k, v = ([by_heads(x) for x in group] for group in (do, q, k, v))
     grads = empty_grads(do, q, k, v, bias, biased, o, lse, scale)
-    dq, dk, dv = grads[:len(q)], grads[len(q):-len(v)], grads[-len(v):]
+    dq, dk, dv = grads[: len(q)], grads[len(q) : -len(v)], grads[-len(v) :]
     delta = torch.empty_like(lse)
     launch_attention("dq", q, k, bias, biased, [v, o, do, dq], (lse, delta), scale)
     launch_attention("dkv", q, k, bias, biased, [v, do, dk, dv], (lse, delta), scale)
@@ -333,34 +495,54 @@ def attention_gradients(ctx, grads):
     q, k, v, bias, o = ([next(saved) for _ in range(size)] for size in ctx.sizes)
     do = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, o)]
     d = attention_backward_op(do, q, k, v, bias, ctx.biased, o, next(saved), ctx.scale)
-    return d[:len(q)], d[len(q):-len(v)], d[-len(v):], [None] * len(bias), None, None
+    return d[: len(q)], d[len(q) : -len(v)], d[-len(v) :], [None] * len(bias), None, None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=save_attention)
 
 
-def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None], scale: float | None = None) -> list[Tensor]:
+def attend(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    bias: list[Tensor | None],
+    scale: float | None = None,
+) -> list[Tensor]:
     """Softmax attention of one to three query segments over one to three key segments. q, k, v: (B, L, N, K) each; bias: (B, L) fp32 per
     key segment, or None. Computes in the dtype of the first v (bf16 or fp32). Returns (B, L, N, K) contiguous per query segment."""
     size, dtype = q[0].shape[3], v[0].dtype
     if size > 128 or dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"head size {size} and {dtype}: the Triton attention takes head sizes to 128 in float32 or bfloat16; set "
-                         "MOTUS_ATTENTION to sdpa")
-    assert all(x.shape[0] == q[0].shape[0] and x.shape[2:] == q[0].shape[2:] for x in (*q, *k, *v)), "B, N, K must be the same"
-    assert len(k) == len(v) == len(bias) and all(x.shape == y.shape for x, y in zip(k, v)), "every key has a value"
-    assert all(x is None or x.shape == y.shape[:2] for x, y in zip(bias, k)), "a bias has one number per key"
+        raise ValueError(
+            f"head size {size} and {dtype}: the Triton attention takes head sizes to 128 in float32 or bfloat16; set "
+            "MOTUS_ATTENTION to sdpa"
+        )
+    assert all(
+        x.shape[0] == q[0].shape[0] and x.shape[2:] == q[0].shape[2:] for x in (*q, *k, *v)
+    ), "B, N, K must be the same"
+    assert len(k) == len(v) == len(bias) and all(x.shape == y.shape for x, y in zip(k, v)), (
+        "every key has a value"
+    )
+    assert all(x is None or x.shape == y.shape[:2] for x, y in zip(bias, k)), (
+        "a bias has one number per key"
+    )
     q, k, v = ([x.to(dtype) for x in group] for group in (q, k, v))
     biased = "".join(str(s) for s, x in enumerate(bias) if x is not None)
     bias = [x.float().contiguous() for x in bias if x is not None]
     return attention_op(q, k, v, bias, biased, size**-0.5 if scale is None else scale)[:-1]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """`attention.attention` for a bias that is absent or (B, 1, 1, Lk), one number per key."""
-    return attend([q], [k], [v], [None if bias is None else bias[:, 0, 0].expand(k.shape[:2])], scale)[0]
+    return attend(
+        [q], [k], [v], [None if bias is None else bias[:, 0, 0].expand(k.shape[:2])], scale
+    )[0]
 
 
-def joint_attention(qkv: list[tuple[Tensor, Tensor, Tensor]], biases: list[Tensor | None]) -> list[Tensor]:
+def joint_attention(
+    qkv: list[tuple[Tensor, Tensor, Tensor]], biases: list[Tensor | None]
+) -> list[Tensor]:
     """`attention.joint_attention`: (q, k, v) and bias of the keys per expert -> (B, L, N*K) per expert. Nothing is concatenated."""
     q, k, v = zip(*qkv)
     out = attend(list(q), list(k), list(v), biases)
@@ -389,7 +571,9 @@ def by_rows(x: Tensor) -> tuple[Tensor, int]:
 
 def per_sample(mod: Tensor, x: Tensor) -> tuple[Tensor, int, int]:
     """Kernel argument for the modulation (B, 1 or L, D) of x (B, L, D): pointer, batch stride, row stride."""
-    assert mod.shape in (x.shape, (x.shape[0], 1, x.shape[2])), f"{tuple(mod.shape)} does not modulate {tuple(x.shape)}"
+    assert mod.shape in (x.shape, (x.shape[0], 1, x.shape[2])), (
+        f"{tuple(mod.shape)} does not modulate {tuple(x.shape)}"
+    )
     mod = mod if mod.stride(2) == 1 else mod.contiguous()
     return mod, mod.stride(0), mod.stride(1) if mod.shape[1] > 1 else 0
 
@@ -406,7 +590,9 @@ def store_row(x, row, i, value, WIDTH: tl.constexpr):
 
 @jit
 def load_mod(x, b, token, i, WIDTH: tl.constexpr):
-    return tl.load(x[0] + b.to(tl.int64) * x[1] + token.to(tl.int64) * x[2] + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    return tl.load(
+        x[0] + b.to(tl.int64) * x[1] + token.to(tl.int64) * x[2] + i, mask=i < WIDTH, other=0.0
+    ).to(tl.float32)
 
 
 @jit
@@ -426,7 +612,9 @@ def rotate(x, cos, sin, token, sign: tl.constexpr, K: tl.constexpr, BLOCK: tl.co
 
 
 @jit
-def norm_rotate_kernel(q, k, cos, sin, length, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def norm_rotate_kernel(
+    q, k, cos, sin, length, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of q (program axis 1 is 0) or of k (1), each the tuple (x, its row stride, weight, y)."""
     x, stride, weight, y = q
     if tl.program_id(1) == 1:
@@ -441,8 +629,19 @@ def norm_rotate_kernel(q, k, cos, sin, length, eps, K: tl.constexpr, WIDTH: tl.c
 
 
 @jit
-def norm_rotate_backward_kernel(q, k, cos, sin, rows, length, eps, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-                                BLOCK: tl.constexpr):
+def norm_rotate_backward_kernel(
+    q,
+    k,
+    cos,
+    sin,
+    rows,
+    length,
+    eps,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, parts of d_weight)."""
     x, stride, weight, dy, dx, parts = q
     if tl.program_id(1) == 1:
@@ -458,17 +657,43 @@ def norm_rotate_backward_kernel(q, k, cos, sin, rows, length, eps, K: tl.constex
         inverse = tl.rsqrt(tl.sum(value * value, 0) / WIDTH + eps)
         normed, d_normed = value * inverse, d_out * w
         d_weight += d_out * as_stored(normed, x)
-        store_row(dx, row, i, inverse * (d_normed - normed * (tl.sum(d_normed * normed, 0) / WIDTH)), WIDTH)
+        store_row(
+            dx,
+            row,
+            i,
+            inverse * (d_normed - normed * (tl.sum(d_normed * normed, 0) / WIDTH)),
+            WIDTH,
+        )
     store_row(parts, tl.program_id(0), i, d_weight, WIDTH)
 
 
 @torch.library.custom_op("motus::norm_rotate", mutates_args=())
-def norm_rotate_op(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float,
-                   size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def norm_rotate_op(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     yq, yk = empty_rotated(q, k, weight_q, weight_k, cos, sin, eps, size, dtype)
     batch, length, width = q.shape
-    launch(norm_rotate_kernel, (batch * length, 2), q.device, (*by_rows(q), weight_q, yq), (*by_rows(k), weight_k, yk), cos, sin,
-           length, eps, K=size, **row_options(width))
+    launch(
+        norm_rotate_kernel,
+        (batch * length, 2),
+        q.device,
+        (*by_rows(q), weight_q, yq),
+        (*by_rows(k), weight_k, yk),
+        cos,
+        sin,
+        length,
+        eps,
+        K=size,
+        **row_options(width),
+    )
     return yq, yk
 
 
@@ -478,20 +703,44 @@ def empty_rotated(q, k, weight_q, weight_k, cos, sin, eps, size, dtype):
 
 
 @torch.library.custom_op("motus::norm_rotate_backward", mutates_args=())
-def norm_rotate_backward_op(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor | None,
-                            sin: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_rotate_backward_op(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, width = q.shape
     dxq, dxk = (x.new_empty(x.shape) for x in (q, k))
     programs = ceil_div(batch * length, ROWS)
     pq, pk = (x.new_empty((programs, width), dtype=torch.float32) for x in (q, k))
-    launch(norm_rotate_backward_kernel, (programs, 2), q.device, (*by_rows(q), weight_q, dq.contiguous(), dxq, pq),
-           (*by_rows(k), weight_k, dk.contiguous(), dxk, pk), cos, sin, batch * length, length, eps, K=dq.shape[3], ROWS=ROWS,
-           **row_options(width))
+    launch(
+        norm_rotate_backward_kernel,
+        (programs, 2),
+        q.device,
+        (*by_rows(q), weight_q, dq.contiguous(), dxq, pq),
+        (*by_rows(k), weight_k, dk.contiguous(), dxk, pk),
+        cos,
+        sin,
+        batch * length,
+        length,
+        eps,
+        K=dq.shape[3],
+        ROWS=ROWS,
+        **row_options(width),
+    )
     return dxq, dxk, pq.sum(0).to(weight_q.dtype), pk.sum(0).to(weight_k.dtype)
 
 
 norm_rotate_backward_op.register_fake(
-    lambda dq, dk, q, k, weight_q, weight_k, cos, sin, eps: tuple(x.new_empty(x.shape) for x in (q, k, weight_q, weight_k)))
+    lambda dq, dk, q, k, weight_q, weight_k, cos, sin, eps: tuple(
+        x.new_empty(x.shape) for x in (q, k, weight_q, weight_k)
+    )
+)
 
 
 def save_norm_rotate(ctx, inputs, output):
@@ -500,12 +749,28 @@ def save_norm_rotate(ctx, inputs, output):
 
 
 norm_rotate_op.register_autograd(
-    lambda ctx, dq, dk: (*norm_rotate_backward_op(dq, dk, *ctx.saved_tensors, ctx.eps), None, None, None, None, None),
-    setup_context=save_norm_rotate)
+    lambda ctx, dq, dk: (
+        *norm_rotate_backward_op(dq, dk, *ctx.saved_tensors, ctx.eps),
+        None,
+        None,
+        None,
+        None,
+        None,
+    ),
+    setup_context=save_norm_rotate,
+)
 
 
-def norm_rotate(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float, size: int, rope: tuple[Tensor, Tensor] | None = None,
-                dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def norm_rotate(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    eps: float,
+    size: int,
+    rope: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """The way of projected queries and keys (B, L, N*size) to the joint attention: RMS norm over the full width, rotation if `rope` gives
     cos and sin (L, size/2), split into heads. Returns two (B, L, N, size) in `dtype` (default: that of q)."""
     cos, sin = rope or (None, None)
@@ -513,22 +778,42 @@ def norm_rotate(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, eps: f
 
 
 @jit
-def norm_modulate_kernel(x, stride, shift, scale, y, length, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def norm_modulate_kernel(
+    x, stride, shift, scale, y, length, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
     value = load_row(x, row, stride, i, WIDTH)
     centred = tl.where(i < WIDTH, value - tl.sum(value, 0) / WIDTH, 0.0)
     normed = as_stored(centred * tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps), x)
     b, token = row // length, row % length
-    store_row(y, row, i, normed * (1 + load_mod(scale, b, token, i, WIDTH)) + load_mod(shift, b, token, i, WIDTH), WIDTH)
+    store_row(
+        y,
+        row,
+        i,
+        normed * (1 + load_mod(scale, b, token, i, WIDTH)) + load_mod(shift, b, token, i, WIDTH),
+        WIDTH,
+    )
 
 
 @jit
-def norm_modulate_backward_kernel(dy, x, stride, scale, dx, d_shift, d_scale, length, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-                                  BLOCK: tl.constexpr):
+def norm_modulate_backward_kernel(
+    dy,
+    x,
+    stride,
+    scale,
+    dx,
+    d_shift,
+    d_scale,
+    length,
+    eps,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """ROWS tokens (program axis 0) of one sample (axis 1); d_shift and d_scale are (B, programs, D)."""
     b, first, i = tl.program_id(1), tl.program_id(0) * ROWS, tl.arange(0, BLOCK)
     shift_part, scale_part = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    gain = 1 + load_mod(scale, b, first, i, WIDTH)                              # ROWS is 1 where every token has its own
+    gain = 1 + load_mod(scale, b, first, i, WIDTH)  # ROWS is 1 where every token has its own
     for j in range(0, tl.minimum(ROWS, length - first)):
         row = b * length + first + j
         value, d_out = load_row(x, row, stride, i, WIDTH), load_row(dy, row, WIDTH, i, WIDTH)
@@ -537,7 +822,9 @@ def norm_modulate_backward_kernel(dy, x, stride, scale, dx, d_shift, d_scale, le
         normed, d_normed = centred * inverse, d_out * gain
         shift_part += d_out
         scale_part += d_out * as_stored(normed, x)
-        d_centred = d_normed - tl.sum(d_normed, 0) / WIDTH - normed * (tl.sum(d_normed * normed, 0) / WIDTH)
+        d_centred = (
+            d_normed - tl.sum(d_normed, 0) / WIDTH - normed * (tl.sum(d_normed * normed, 0) / WIDTH)
+        )
         store_row(dx, row, i, inverse * d_centred, WIDTH)
     part = b * tl.num_programs(0) + tl.program_id(0)
     store_row(d_shift, part, i, shift_part, WIDTH)
@@ -556,27 +843,58 @@ def whole(parts: Tensor, mod: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("motus::norm_modulate", mutates_args=())
-def norm_modulate_op(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def norm_modulate_op(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     y = x.new_empty(x.shape, dtype=dtype)
-    launch(norm_modulate_kernel, (x.shape[0] * x.shape[1],), x.device, *by_rows(x), per_sample(shift, x), per_sample(scale, x), y,
-           x.shape[1], eps, **row_options(x.shape[2]))
+    launch(
+        norm_modulate_kernel,
+        (x.shape[0] * x.shape[1],),
+        x.device,
+        *by_rows(x),
+        per_sample(shift, x),
+        per_sample(scale, x),
+        y,
+        x.shape[1],
+        eps,
+        **row_options(x.shape[2]),
+    )
     return y
 
 
-norm_modulate_op.register_fake(lambda x, shift, scale, eps, dtype: x.new_empty(x.shape, dtype=dtype))
+norm_modulate_op.register_fake(
+    lambda x, shift, scale, eps, dtype: x.new_empty(x.shape, dtype=dtype)
+)
 
 
 @torch.library.custom_op("motus::norm_modulate_backward", mutates_args=())
-def norm_modulate_backward_op(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_modulate_backward_op(
+    dy: Tensor, x: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape)
     rows, programs, d_shift = mod_parts(x, scale)
     d_scale = torch.empty_like(d_shift)
-    launch(norm_modulate_backward_kernel, (programs, x.shape[0]), x.device, dy.contiguous(), *by_rows(x), per_sample(scale, x), dx,
-           d_shift, d_scale, x.shape[1], eps, ROWS=rows, **row_options(x.shape[2]))
+    launch(
+        norm_modulate_backward_kernel,
+        (programs, x.shape[0]),
+        x.device,
+        dy.contiguous(),
+        *by_rows(x),
+        per_sample(scale, x),
+        dx,
+        d_shift,
+        d_scale,
+        x.shape[1],
+        eps,
+        ROWS=rows,
+        **row_options(x.shape[2]),
+    )
     return dx, whole(d_shift, scale), whole(d_scale, scale)
 
 
-norm_modulate_backward_op.register_fake(lambda dy, x, scale, eps: tuple(t.new_empty(t.shape) for t in (x, scale, scale)))
+norm_modulate_backward_op.register_fake(
+    lambda dy, x, scale, eps: tuple(t.new_empty(t.shape) for t in (x, scale, scale))
+)
 
 
 def save_norm_modulate(ctx, inputs, output):
@@ -584,24 +902,43 @@ def save_norm_modulate(ctx, inputs, output):
     ctx.eps = inputs[3]
 
 
-norm_modulate_op.register_autograd(lambda ctx, dy: (*norm_modulate_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None),
-                                   setup_context=save_norm_modulate)
+norm_modulate_op.register_autograd(
+    lambda ctx, dy: (*norm_modulate_backward_op(dy, *ctx.saved_tensors, ctx.eps), None, None),
+    setup_context=save_norm_modulate,
+)
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     """Layer norm of x (B, L, D), then shift and scale (B or 1, 1 or L, D; the same shape) -> (B, L, D) in `dtype`."""
     return norm_modulate_op(x, *(mod.expand(len(x), -1, -1) for mod in (shift, scale)), eps, dtype)
 
 
 @jit
-def add_gated_kernel(x, x_stride, y, y_stride, gate, out, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def add_gated_kernel(
+    x, x_stride, y, y_stride, gate, out, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
     row, i = tl.program_id(0), tl.arange(0, BLOCK)
-    gated = load_row(y, row, y_stride, i, WIDTH) * load_mod(gate, row // length, row % length, i, WIDTH)
+    gated = load_row(y, row, y_stride, i, WIDTH) * load_mod(
+        gate, row // length, row % length, i, WIDTH
+    )
     store_row(out, row, i, load_row(x, row, x_stride, i, WIDTH) + gated, WIDTH)
 
 
 @jit
-def add_gated_backward_kernel(d_out, y, stride, gate, dy, d_gate, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def add_gated_backward_kernel(
+    d_out,
+    y,
+    stride,
+    gate,
+    dy,
+    d_gate,
+    length,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     b, first, i = tl.program_id(1), tl.program_id(0) * ROWS, tl.arange(0, BLOCK)
     part = tl.zeros((BLOCK,), tl.float32)
     g = load_mod(gate, b, first, i, WIDTH)
@@ -616,8 +953,17 @@ def add_gated_backward_kernel(d_out, y, stride, gate, dy, d_gate, length, ROWS: 
 @torch.library.custom_op("motus::add_gated", mutates_args=())
 def add_gated_op(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     out = x.new_empty(x.shape, dtype=torch.float32)
-    launch(add_gated_kernel, (x.shape[0] * x.shape[1],), x.device, *by_rows(x), *by_rows(y), per_sample(gate, x), out, x.shape[1],
-           **row_options(x.shape[2]))
+    launch(
+        add_gated_kernel,
+        (x.shape[0] * x.shape[1],),
+        x.device,
+        *by_rows(x),
+        *by_rows(y),
+        per_sample(gate, x),
+        out,
+        x.shape[1],
+        **row_options(x.shape[2]),
+    )
     return out
 
 
@@ -628,12 +974,25 @@ add_gated_op.register_fake(lambda x, y, gate: x.new_empty(x.shape, dtype=torch.f
 def add_gated_backward_op(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     dy = y.new_empty(y.shape)
     rows, programs, d_gate = mod_parts(y, gate)
-    launch(add_gated_backward_kernel, (programs, y.shape[0]), y.device, d_out.contiguous(), *by_rows(y), per_sample(gate, y), dy, d_gate,
-           y.shape[1], ROWS=rows, **row_options(y.shape[2]))
+    launch(
+        add_gated_backward_kernel,
+        (programs, y.shape[0]),
+        y.device,
+        d_out.contiguous(),
+        *by_rows(y),
+        per_sample(gate, y),
+        dy,
+        d_gate,
+        y.shape[1],
+        ROWS=rows,
+        **row_options(y.shape[2]),
+    )
     return dy, whole(d_gate, gate)
 
 
-add_gated_backward_op.register_fake(lambda d_out, y, gate: (y.new_empty(y.shape), gate.new_empty(gate.shape)))
+add_gated_backward_op.register_fake(
+    lambda d_out, y, gate: (y.new_empty(y.shape), gate.new_empty(gate.shape))
+)
 
 
 def save_add_gated(ctx, inputs, output):
@@ -642,8 +1001,10 @@ def save_add_gated(ctx, inputs, output):
     ctx.save_for_backward(y, gate)
 
 
-add_gated_op.register_autograd(lambda ctx, d_out: (d_out.to(ctx.dtype), *add_gated_backward_op(d_out, *ctx.saved_tensors)),
-                               setup_context=save_add_gated)
+add_gated_op.register_autograd(
+    lambda ctx, d_out: (d_out.to(ctx.dtype), *add_gated_backward_op(d_out, *ctx.saved_tensors)),
+    setup_context=save_add_gated,
+)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -56,7 +56,14 @@ from attention import (
     norm_rotate,
     quantise,
 )
-from backbones.published import is_published, load_text, load_vae, load_vlm, open_motus, read_tokenizer
+from backbones.published import (
+    is_published,
+    load_text,
+    load_vae,
+    load_vlm,
+    open_motus,
+    read_tokenizer,
+)
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
 from backbones.wan import (
@@ -72,7 +79,16 @@ from backbones.wan import (
     rope_3d,
     time_sinusoid,
 )
-from backbones.weights import TensorSource, digest, fetched, load_into, open_source, read_json, read_metadata, save_safetensors
+from backbones.weights import (
+    TensorSource,
+    digest,
+    fetched,
+    load_into,
+    open_source,
+    read_json,
+    read_metadata,
+    save_safetensors,
+)
 
 # -- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -82,24 +98,30 @@ class MotusConfig:
     """Every size of the model; the defaults are the published RoboTwin model."""
 
     video: WanConfig = field(default_factory=WanConfig)
-    frames: int = 8                           # predicted video frames of a chunk; latent frames T = 1 + frames / 4
-    ratio: int = 2                            # actions per video frame (official: 2 RoboTwin, 6 real robots, 1 latent actions)
+    frames: int = 8  # predicted video frames of a chunk; latent frames T = 1 + frames / 4
+    ratio: int = (
+        2  # actions per video frame (official: 2 RoboTwin, 6 real robots, 1 latent actions)
+    )
     action_width: int = 1024
     action_dim: int = 14
     state_dim: int = 14
     action_eps: float = 1e-5
     und_width: int = 512
     und_eps: float = 1e-5
-    vlm_dim: int = 2048                       # width of the VLM's hidden states
-    expert_ffn: int = 4                       # FFN width of the two small experts, in multiples of their width
+    vlm_dim: int = 2048  # width of the VLM's hidden states
+    expert_ffn: int = 4  # FFN width of the two small experts, in multiples of their width
     registers: int = 4
-    finetune: bool = True                     # state token and registers (stage 3), or neither (stages 1 and 2)
+    finetune: bool = True  # state token and registers (stage 3), or neither (stages 1 and 2)
 
     def __post_init__(self):
         if self.frames % 4:
-            raise ValueError(f"frames is {self.frames}; the video VAE packs 4 frames into one latent frame: use a multiple of 4")
+            raise ValueError(
+                f"frames is {self.frames}; the video VAE packs 4 frames into one latent frame: use a multiple of 4"
+            )
         if self.action_width % 2:
-            raise ValueError(f"action_width is {self.action_width}; the position table needs an even width")
+            raise ValueError(
+                f"action_width is {self.action_width}; the position table needs an even width"
+            )
 
     @property
     def chunk(self) -> int:
@@ -119,15 +141,23 @@ class MotusConfig:
 class Inputs:
     """What the network sees of a batch: the outputs of the frozen backbones, clean actions and state, and masks."""
 
-    latents: Tensor                           # (B, C, T, h, w), frame 0 is the observation; T may be 1 where no video is given
-    context: Tensor                           # (B, Lt, Dt) text states, zero from row `context_len` on
-    context_len: Tensor                       # (B,) int64
-    und: Tensor | None = None                 # (B, Lu, Dv) hidden states of the VLM; None runs without understanding (stage 1)
-    und_mask: Tensor | None = None            # (B, Lu) bool, False where padded
-    state: Tensor | None = None               # (B, P)
-    actions: Tensor | None = None             # (B, S, A); None where there are none
-    action_mask: Tensor | None = None         # (B, S, A) bool, False past the end of the episode and for dimensions that do not exist
-    video_mask: Tensor | None = None          # (B, T) bool, False for latent frames past the end of the episode
+    latents: (
+        Tensor  # (B, C, T, h, w), frame 0 is the observation; T may be 1 where no video is given
+    )
+    context: Tensor  # (B, Lt, Dt) text states, zero from row `context_len` on
+    context_len: Tensor  # (B,) int64
+    und: Tensor | None = (
+        None  # (B, Lu, Dv) hidden states of the VLM; None runs without understanding (stage 1)
+    )
+    und_mask: Tensor | None = None  # (B, Lu) bool, False where padded
+    state: Tensor | None = None  # (B, P)
+    actions: Tensor | None = None  # (B, S, A); None where there are none
+    action_mask: Tensor | None = (
+        None  # (B, S, A) bool, False past the end of the episode and for dimensions that do not exist
+    )
+    video_mask: Tensor | None = (
+        None  # (B, T) bool, False for latent frames past the end of the episode
+    )
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -144,47 +174,68 @@ class Inputs:
     def padded(self, bucket: int) -> "Inputs":
         """Text and understanding padded to multiples of `bucket`, so that few lengths occur. Changes no result: what is added is masked,
         and of the text one padded row stands for all (`WanModel.embed_text` adds it, hence the 1)."""
+
         def pad(x: Tensor, rows: int, value: float = 0) -> Tensor:
-            return nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, rows - x.shape[1]), value=value)
+            return nn.functional.pad(
+                x, (0, 0) * (x.dim() - 2) + (0, rows - x.shape[1]), value=value
+            )
+
         context = pad(self.context, math.ceil((self.context.shape[1] + 1) / bucket) * bucket - 1)
         if self.und is None:
             return replace(self, context=context)
         rows = math.ceil(self.und.shape[1] / bucket) * bucket
-        real = torch.ones(self.und.shape[:2], dtype=torch.bool, device=self.und.device) if self.und_mask is None else self.und_mask
-        return replace(self, context=context, und=pad(self.und, rows), und_mask=pad(real, rows, value=False))
+        real = (
+            torch.ones(self.und.shape[:2], dtype=torch.bool, device=self.und.device)
+            if self.und_mask is None
+            else self.und_mask
+        )
+        return replace(
+            self, context=context, und=pad(self.und, rows), und_mask=pad(real, rows, value=False)
+        )
 
     def unmasked(self) -> "Inputs":
         """Without a mask of understanding that masks nothing: attention is faster without a bias."""
-        return replace(self, und_mask=None) if self.und_mask is not None and self.und_mask.all() else self
+        return (
+            replace(self, und_mask=None)
+            if self.und_mask is not None and self.und_mask.all()
+            else self
+        )
 
     @classmethod
     def stack(cls, parts: "Sequence[Inputs]") -> "Inputs":
         """Joins batches along B; text and understanding are padded to the longest."""
+
         def join(values: Sequence[Tensor | None]) -> Tensor | None:
             if values[0] is None:
                 return None
             if values[0].dim() == 1 or len({v.shape[1] for v in values}) == 1:
                 return torch.cat(list(values))
             longest = max(v.shape[1] for v in values)
-            return torch.cat([nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, longest - v.shape[1])) for v in values])
+            return torch.cat(
+                [
+                    nn.functional.pad(v, (0, 0) * (v.dim() - 2) + (0, longest - v.shape[1]))
+                    for v in values
+                ]
+            )
+
         return cls(**{k: join([getattr(part, k) for part in parts]) for k in vars(parts[0])})
 
 
-QKV = tuple[Tensor, Tensor, Tensor]           # queries, keys, values, each (B, L, N, K)
+QKV = tuple[Tensor, Tensor, Tensor]  # queries, keys, values, each (B, L, N, K)
 
 
 class Conditions(NamedTuple):
     """What does not depend on the noise, computed once per observation."""
 
-    text: list[TextStates | TextKV]           # per layer
-    und: Tensor | None                        # (B, Lu, D)
-    und_qkv: QKV | None                       # of the first layer, if cached
-    und_bias: Tensor | None                   # (B, Lu) of its tokens as keys
-    state: Tensor | None                      # (B, 1, D) state token
-    action_mask: Tensor | None                # (B, S, A)
-    action_bias: Tensor | None                # (B, La) of the action expert's tokens as keys
-    positions: Tensor                         # (La, D) of the action expert's tokens
-    rope: tuple[Tensor, Tensor]               # cos and sin (Lv, K/2) of the video tokens
+    text: list[TextStates | TextKV]  # per layer
+    und: Tensor | None  # (B, Lu, D)
+    und_qkv: QKV | None  # of the first layer, if cached
+    und_bias: Tensor | None  # (B, Lu) of its tokens as keys
+    state: Tensor | None  # (B, 1, D) state token
+    action_mask: Tensor | None  # (B, S, A)
+    action_bias: Tensor | None  # (B, La) of the action expert's tokens as keys
+    positions: Tensor  # (La, D) of the action expert's tokens
+    rope: tuple[Tensor, Tensor]  # cos and sin (Lv, K/2) of the video tokens
 
 
 class Clock(NamedTuple):
@@ -215,7 +266,9 @@ class ExpertBlock(nn.Module):
     """One layer of a small expert: it owns projections into the video expert's heads, norms and an FFN, but no attention of its own.
     `modulated` blocks (action) are gated by their timestep and keep an fp32 stream; the others (understanding) are plain pre-norm."""
 
-    def __init__(self, width: int, ffn: int, heads: int, head_dim: int, eps: float, modulated: bool):
+    def __init__(
+        self, width: int, ffn: int, heads: int, head_dim: int, eps: float, modulated: bool
+    ):
         super().__init__()
         self.qkv = nn.Parameter(torch.randn(3, heads, width, head_dim) / math.sqrt(width))
         self.o = Linear(heads * head_dim, width, bias=False)
@@ -226,17 +279,35 @@ class ExpertBlock(nn.Module):
         if modulated:
             self.modulation = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
 
-    def pre_attention(self, x: Tensor, mod: Modulation | None = None, queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    def pre_attention(
+        self, x: Tensor, mod: Modulation | None = None, queries: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> q, k, v, each (B, L, N, K); q is (B, 0, N, K) without `queries`, where nobody reads what they would find."""
-        h = self.norm1(x) if mod is None else norm_modulate(x, self.norm1, mod.shift, mod.scale, self.qkv.dtype)
+        h = (
+            self.norm1(x)
+            if mod is None
+            else norm_modulate(x, self.norm1, mod.shift, mod.scale, self.qkv.dtype)
+        )
         weight = rearrange(self.qkv if queries else self.qkv[1:], "n_qkv n d k -> (n_qkv n k) d")
-        *q, k, v = nn.functional.linear(h.to(weight.dtype), weight).chunk(3 if queries else 2, dim=-1)
+        *q, k, v = nn.functional.linear(h.to(weight.dtype), weight).chunk(
+            3 if queries else 2, dim=-1
+        )
         v = rearrange(v, "b l (n k) -> b l n k", n=self.qkv.shape[1])
         if not queries:
-            return v[:, :0], rearrange(self.norm_k(k), "b l (n k) -> b l n k", n=self.qkv.shape[1]), v
+            return (
+                v[:, :0],
+                rearrange(self.norm_k(k), "b l (n k) -> b l n k", n=self.qkv.shape[1]),
+                v,
+            )
         return *norm_rotate(*q, k, self.norm_q, self.norm_k, v.shape[-1]), v
 
-    def post_attention(self, x: Tensor, attended: Tensor, mod: Modulation | None = None, ffn_mod: Modulation | None = None) -> Tensor:
+    def post_attention(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        mod: Modulation | None = None,
+        ffn_mod: Modulation | None = None,
+    ) -> Tensor:
         """x (B, L, D) residual stream, attended (B, L, N*K) -> (B, L, D)."""
         if mod is None:
             x = x + self.o(attended)
@@ -270,11 +341,15 @@ class ActionDecoder(nn.Module):
     def __init__(self, config: MotusConfig):
         super().__init__()
         self.norm = LayerNorm(config.action_width, config.action_eps, elementwise_affine=False)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.action_width) / config.action_width**0.5)
+        self.modulation = nn.Parameter(
+            torch.randn(1, 2, config.action_width) / config.action_width**0.5
+        )
         self.action_head = nn.Sequential(Linear(config.action_width, config.action_dim))
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:                                       # x (B, La, D), e (B, 1, D) -> (B, La, A)
-        return self.action_head(norm_modulate(x, self.norm, *modulation(self.modulation, e.unsqueeze(2))))
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:  # x (B, La, D), e (B, 1, D) -> (B, La, A)
+        return self.action_head(
+            norm_modulate(x, self.norm, *modulation(self.modulation, e.unsqueeze(2)))
+        )
 
 
 class ActionExpert(nn.Module):
@@ -290,8 +365,16 @@ class ActionExpert(nn.Module):
         self.time_embedding = mlp(video.freq_dim, width, width, linear=LinearFP32)
         self.time_projection = nn.Sequential(nn.SiLU(), LinearFP32(width, 6 * width))
         self.blocks = nn.ModuleList(
-            ExpertBlock(width, config.expert_ffn * width, video.heads, video.head_dim, config.action_eps, modulated=True)
-            for _ in range(video.layers))
+            ExpertBlock(
+                width,
+                config.expert_ffn * width,
+                video.heads,
+                video.head_dim,
+                config.action_eps,
+                modulated=True,
+            )
+            for _ in range(video.layers)
+        )
         self.decoder = ActionDecoder(config)
 
     def init_weights(self) -> None:
@@ -324,7 +407,7 @@ class ActionExpert(nn.Module):
 
     def actions_of(self, x: Tensor) -> Tensor:
         """Cuts state and registers off (B, La, ...)."""
-        return x[:, 1:x.shape[1] - self.config.registers] if self.config.finetune else x
+        return x[:, 1 : x.shape[1] - self.config.registers] if self.config.finetune else x
 
 
 class UndExpert(nn.Module):
@@ -335,8 +418,16 @@ class UndExpert(nn.Module):
         video, width = config.video, config.und_width
         self.vlm_adapter = mlp(config.vlm_dim, width, width, width)
         self.blocks = nn.ModuleList(
-            ExpertBlock(width, config.expert_ffn * width, video.heads, video.head_dim, config.und_eps, modulated=False)
-            for _ in range(video.layers))
+            ExpertBlock(
+                width,
+                config.expert_ffn * width,
+                video.heads,
+                video.head_dim,
+                config.und_eps,
+                modulated=False,
+            )
+            for _ in range(video.layers)
+        )
 
     def init_weights(self) -> None:
         xavier(self)
@@ -352,12 +443,25 @@ class Layer(nn.Module):
         super().__init__()
         self.video, self.action, self.und, self.last = video, action, und, last
 
-    def forward(self, xv: Tensor, xa: Tensor | None, xu: Tensor | None, time_video: Tensor, time_action: Tensor | None,
-                rope: tuple[Tensor, Tensor], text: TextStates | TextKV, action_bias: Tensor | None, und_bias: Tensor | None,
-                und_qkv: QKV | None = None, hold: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None, Held | None]:
+    def forward(
+        self,
+        xv: Tensor,
+        xa: Tensor | None,
+        xu: Tensor | None,
+        time_video: Tensor,
+        time_action: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        text: TextStates | TextKV,
+        action_bias: Tensor | None,
+        und_bias: Tensor | None,
+        und_qkv: QKV | None = None,
+        hold: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Held | None]:
         """xv (B, Lv, Dv), xa (B, La, Da) or None, xu (B, Lu, Du) or None -> the same three after one layer, and what `act` needs if it
         shall be held. `und_qkv`: what the understanding expert would project, if that is known."""
-        mod_v = modulation(self.video.modulation, time_video)                                # shift1 scale1 gate1 shift2 scale2 gate2
+        mod_v = modulation(
+            self.video.modulation, time_video
+        )  # shift1 scale1 gate1 shift2 scale2 gate2
         qkv = [self.video.pre_attention(xv, Modulation(*mod_v[:3]), rope)]
         biases = [None]
         if xa is not None:
@@ -365,25 +469,44 @@ class Layer(nn.Module):
             qkv.append(self.action.pre_attention(xa, Modulation(*mod_a[:3])))
             biases.append(action_bias)
         if xu is not None:
-            qkv.append(und_qkv or self.und.pre_attention(xu, queries=not self.last))         # nothing reads the last layer's xu
+            qkv.append(
+                und_qkv or self.und.pre_attention(xu, queries=not self.last)
+            )  # nothing reads the last layer's xu
             biases.append(und_bias)
 
         attended = joint_attention(qkv, biases)
 
-        xv = self.video.post_attention(xv, attended[0], Modulation(*mod_v[:3]), Modulation(*mod_v[3:]), text)
+        xv = self.video.post_attention(
+            xv, attended[0], Modulation(*mod_v[:3]), Modulation(*mod_v[3:]), text
+        )
         if xa is not None:
-            xa = self.action.post_attention(xa, attended[1], Modulation(*mod_a[:3]), Modulation(*mod_a[3:]))
+            xa = self.action.post_attention(
+                xa, attended[1], Modulation(*mod_a[:3]), Modulation(*mod_a[3:])
+            )
         if xu is not None and not self.last:
             xu = self.und.post_attention(xu, attended[-1])
         return xv, xa, xu, Held(qkv[0][1:], None if xu is None else qkv[-1][1:]) if hold else None
 
-    def act(self, xa: Tensor, time_action: Tensor, held: Held, action_bias: Tensor | None, und_bias: Tensor | None) -> Tensor:
+    def act(
+        self,
+        xa: Tensor,
+        time_action: Tensor,
+        held: Held,
+        action_bias: Tensor | None,
+        und_bias: Tensor | None,
+    ) -> Tensor:
         """The action expert alone: its tokens xa (B, La, Da) attend to themselves and to what is held of the others."""
         mod = modulation(self.action.modulation, time_action)
-        silent = lambda k, v: (v[:, :0], k, v)                                               # keys and values without queries
-        qkv = [silent(*held.video), self.action.pre_attention(xa, Modulation(*mod[:3])), *([silent(*held.und)] if held.und else [])]
+        silent = lambda k, v: (v[:, :0], k, v)  # keys and values without queries
+        qkv = [
+            silent(*held.video),
+            self.action.pre_attention(xa, Modulation(*mod[:3])),
+            *([silent(*held.und)] if held.und else []),
+        ]
         attended = joint_attention(qkv, [None, action_bias, und_bias][: len(qkv)])
-        return self.action.post_attention(xa, attended[1], Modulation(*mod[:3]), Modulation(*mod[3:]))
+        return self.action.post_attention(
+            xa, attended[1], Modulation(*mod[:3]), Modulation(*mod[3:])
+        )
 
 
 # -- the model --------------------------------------------------------------------------------------------------------------
@@ -392,26 +515,35 @@ class Layer(nn.Module):
 class Losses(NamedTuple):
     """Loss per sample, and the times it was measured at (for the loss per time bin)."""
 
-    video: Tensor                             # (B,)
-    action: Tensor | None                     # (B,), 0 for a sample without actions
-    t_video: Tensor                           # (B,)
-    t_action: Tensor | None                   # (B,)
-    has_action: Tensor | None                 # (B,) bool
+    video: Tensor  # (B,)
+    action: Tensor | None  # (B,), 0 for a sample without actions
+    t_video: Tensor  # (B,)
+    t_action: Tensor | None  # (B,)
+    has_action: Tensor | None  # (B,) bool
 
-    def total(self, video_weight: float = 1.0, action_weight: float = 1.0, videos: float | None = None,
-              acting: float | None = None) -> Tensor:
+    def total(
+        self,
+        video_weight: float = 1.0,
+        action_weight: float = 1.0,
+        videos: float | None = None,
+        acting: float | None = None,
+    ) -> Tensor:
         """Mean over the batch; a modality that a sample lacks, or is given, does not enter its mean. For a part of a larger batch, where
         `videos` samples in all have a video loss and `acting` an action loss, its share of that mean."""
-        mean = lambda loss, has, count: (loss * has).sum() / (has.sum().clamp(min=1) if count is None else max(count, 1))
+        mean = lambda loss, has, count: (
+            (loss * has).sum() / (has.sum().clamp(min=1) if count is None else max(count, 1))
+        )
         total = video_weight * mean(self.video, self.t_video > 0, videos)
         if self.action is not None:
-            total = total + action_weight * mean(self.action, self.has_action & (self.t_action > 0), acting)
+            total = total + action_weight * mean(
+                self.action, self.has_action & (self.t_action > 0), acting
+            )
         return total
 
 
 class Prediction(NamedTuple):
-    video: Tensor | None                      # (B, C, T, h, w) latents, frame 0 is the observation
-    actions: Tensor | None                    # (B, S, A), normalised
+    video: Tensor | None  # (B, C, T, h, w) latents, frame 0 is the observation
+    actions: Tensor | None  # (B, S, A), normalised
 
 
 class Motus(nn.Module):
@@ -426,7 +558,9 @@ class Motus(nn.Module):
         # A plain list: the experts own the blocks (and name them in the state dict); a layer only lines them up.
         blocks = list(zip(self.video.blocks, self.action.blocks, self.und.blocks))
         self.layers = [Layer(*trio, last=i == len(blocks) - 1) for i, trio in enumerate(blocks)]
-        self.compiled: tuple[Callable, Callable] | None = None                               # `evaluate` and `act`, by `compile_sampler`
+        self.compiled: tuple[Callable, Callable] | None = (
+            None  # `evaluate` and `act`, by `compile_sampler`
+        )
 
     def init_weights(self) -> "Motus":
         for expert in (self.video, self.action, self.und):
@@ -434,8 +568,14 @@ class Motus(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, weights: str = "ema", dtype: torch.dtype | None = None, device: str = "cpu",
-                        int8: bool = False) -> tuple["Motus", "Card"]:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        weights: str = "ema",
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        int8: bool = False,
+    ) -> tuple["Motus", "Card"]:
         """The model at `path` and its card: a run of ours or one of its checkpoints (EMA weights, or "model"), an official Motus folder
         or file, a converted one, a Wan2.2 folder (its video expert; the others start fresh, and a line on stderr says so), or a name to
         download (`backbones.weights.HUB`). Weights keep the dtype of the file unless `dtype` is given. `int8` stores the video expert's
@@ -448,8 +588,17 @@ class Motus(nn.Module):
             model.und.load_state_dict(UndExpert(card.motus).state_dict(), assign=True)
             model.action.init_weights()
         with source:
-            dtype = dtype or next((source.dtype(name) for name in source.names() if (rename(name) or "").startswith("video.")), None)
-            report = load_into(model, source, rename, dtype, ignore=("vlm.",), fresh=fresh, device=device)
+            dtype = dtype or next(
+                (
+                    source.dtype(name)
+                    for name in source.names()
+                    if (rename(name) or "").startswith("video.")
+                ),
+                None,
+            )
+            report = load_into(
+                model, source, rename, dtype, ignore=("vlm.",), fresh=fresh, device=device
+            )
         if fresh:
             print(f"{report} ({', '.join(prefix + '*' for prefix in fresh)})", file=sys.stderr)
         model = model.to(device, dtype).eval()
@@ -464,46 +613,93 @@ class Motus(nn.Module):
         text in every layer, and all that the first layer projects from the understanding tokens."""
         config = self.config
         states = self.video.embed_text(inputs.context, inputs.context_len)
-        text = [block.text_kv(states) for block in self.video.blocks] if cache else [states] * len(self.layers)
+        text = (
+            [block.text_kv(states) for block in self.video.blocks]
+            if cache
+            else [states] * len(self.layers)
+        )
         und = None if inputs.und is None else self.und.vlm_adapter(inputs.und)
         first = self.layers[0]
-        und_qkv = first.und.pre_attention(und, queries=not first.last) if cache and und is not None else None
+        und_qkv = (
+            first.und.pre_attention(und, queries=not first.last)
+            if cache and und is not None
+            else None
+        )
         state = None
         if config.finetune and inputs.state is not None:
             state = self.action.input_encoder.state_encoder(inputs.state[:, None])
         chunk = config.chunk if inputs.actions is None else inputs.actions.shape[1]
-        positions = position_table(chunk + (1 + config.registers) * config.finetune, config.action_width, inputs.latents.device)
-        grid = [n // p for n, p in zip((config.latent_frames, *inputs.latents.shape[3:]), config.video.patch)]
+        positions = position_table(
+            chunk + (1 + config.registers) * config.finetune,
+            config.action_width,
+            inputs.latents.device,
+        )
+        grid = [
+            n // p
+            for n, p in zip((config.latent_frames, *inputs.latents.shape[3:]), config.video.patch)
+        ]
         rope = rope_3d(grid, config.video.head_dim, inputs.latents.device)
         und_bias = None if inputs.und_mask is None else key_bias(inputs.und_mask)
         action_bias = self.action.key_bias(inputs.action_mask)
-        return Conditions(text, und, und_qkv, und_bias, state, inputs.action_mask, action_bias, positions, rope)
+        return Conditions(
+            text, und, und_qkv, und_bias, state, inputs.action_mask, action_bias, positions, rope
+        )
 
     def clock(self, t_video: Tensor, t_action: Tensor | None) -> Clock:
         """Times (B,) in [0, 1] -> what they mean to the network."""
-        return Clock(self.video.embed_time(t_video), None if t_action is None else self.action.embed_time(t_action))
+        return Clock(
+            self.video.embed_time(t_video),
+            None if t_action is None else self.action.embed_time(t_action),
+        )
 
-    def velocity(self, video: Tensor, action: Tensor | None, t_video: Tensor, t_action: Tensor | None,
-                 conditions: Conditions) -> tuple[Tensor, Tensor | None]:
+    def velocity(
+        self,
+        video: Tensor,
+        action: Tensor | None,
+        t_video: Tensor,
+        t_action: Tensor | None,
+        conditions: Conditions,
+    ) -> tuple[Tensor, Tensor | None]:
         """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the video expert alone), times (B,) in
         [0, 1], independent per sample. Returns the velocities noise - data: (B, C, T, h, w) fp32, and (B, La, A) for all tokens of
         the action expert (`self.action.actions_of` cuts out the chunk)."""
         clock = self.clock(t_video, None if action is None else t_action)
         return self.evaluate(video, action, clock, conditions)[:2]
 
-    def evaluate(self, video: Tensor, action: Tensor | None, clock: Clock, conditions: Conditions, hold: bool = False
-                 ) -> tuple[Tensor, Tensor | None, list[Held | None]]:
+    def evaluate(
+        self,
+        video: Tensor,
+        action: Tensor | None,
+        clock: Clock,
+        conditions: Conditions,
+        hold: bool = False,
+    ) -> tuple[Tensor, Tensor | None, list[Held | None]]:
         """`velocity` at times that are embedded already; the third result is what `act` needs, if it shall be held."""
-        xv, grid = self.video.patchify(video)                                                # (B, Lv, Dv)
+        xv, grid = self.video.patchify(video)  # (B, Lv, Dv)
         (ev, time_video), (ea, time_action) = clock.video, clock.action or (None, None)
         xa = None if action is None else self.action_tokens(action, conditions)
-        xu, und_qkv, held = conditions.und, conditions.und_qkv, []                           # (B, Lu, Du)
+        xu, und_qkv, held = conditions.und, conditions.und_qkv, []  # (B, Lu, Du)
         for layer, text in zip(self.layers, conditions.text):
-            xv, xa, xu, kept = layer(xv, xa, xu, time_video, time_action, conditions.rope, text, conditions.action_bias,
-                                     conditions.und_bias, und_qkv, hold)
+            xv, xa, xu, kept = layer(
+                xv,
+                xa,
+                xu,
+                time_video,
+                time_action,
+                conditions.rope,
+                text,
+                conditions.action_bias,
+                conditions.und_bias,
+                und_qkv,
+                hold,
+            )
             und_qkv = None
             held.append(kept)
-        return self.video.unpatchify(self.video.head(xv, ev), grid), None if xa is None else self.action.decoder(xa, ea), held
+        return (
+            self.video.unpatchify(self.video.head(xv, ev), grid),
+            None if xa is None else self.action.decoder(xa, ea),
+            held,
+        )
 
     def act(self, action: Tensor, clock: Clock, conditions: Conditions, held: list[Held]) -> Tensor:
         """The velocity (B, La, A) of the actions alone, while what the other experts showed at an earlier evaluation is held."""
@@ -515,34 +711,56 @@ class Motus(nn.Module):
     def action_tokens(self, action: Tensor, conditions: Conditions) -> Tensor:
         """action (B, S, A) -> tokens (B, La, D)."""
         mask = conditions.action_mask
-        action = action if mask is None else action * mask                                   # dimensions that do not exist are zero
+        action = action if mask is None else action * mask  # dimensions that do not exist are zero
         return self.action.embed(action, conditions.state, conditions.positions)
 
     # -- training --
 
-    def loss(self, inputs: Inputs, t_video: Tensor, video_noise: Tensor, t_action: Tensor | None = None,
-             action_noise: Tensor | None = None) -> Losses:
+    def loss(
+        self,
+        inputs: Inputs,
+        t_video: Tensor,
+        video_noise: Tensor,
+        t_action: Tensor | None = None,
+        action_noise: Tensor | None = None,
+    ) -> Losses:
         """The training loss per sample at times (B,) and noise as `draw` makes them. Without `inputs.actions` the video expert is
         trained alone (stage 1)."""
         latents, actions = inputs.latents, inputs.actions
-        noisy_video = flow.keep_observation(flow.mix(latents, video_noise, t_video), latents[:, :, :1])
+        noisy_video = flow.keep_observation(
+            flow.mix(latents, video_noise, t_video), latents[:, :, :1]
+        )
         noisy_action = None if actions is None else flow.mix(actions, action_noise, t_action)
-        v_video, v_action = self.velocity(noisy_video, noisy_action, t_video, t_action, self.conditions(inputs))
+        v_video, v_action = self.velocity(
+            noisy_video, noisy_action, t_video, t_action, self.conditions(inputs)
+        )
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
         if actions is None:
             return Losses(video, None, t_video, None, None)
         v_action = self.action.actions_of(v_action).float()
         action = flow.action_loss(v_action, action_noise - actions, inputs.action_mask)
         mask = inputs.action_mask
-        has_action = torch.ones_like(t_action, dtype=torch.bool) if mask is None else mask.flatten(1).any(dim=1)
+        has_action = (
+            torch.ones_like(t_action, dtype=torch.bool)
+            if mask is None
+            else mask.flatten(1).any(dim=1)
+        )
         return Losses(video, action, t_video, t_action, has_action)
 
     # -- sampling --
 
     @torch.no_grad()
-    def sample(self, inputs: Inputs, mode: str = "joint", steps: int = 10, generator: torch.Generator | None = None,
-               shift: float = 1.0, video_noise: Tensor | None = None, action_noise: Tensor | None = None, joint: int | None = None
-               ) -> Prediction:
+    def sample(
+        self,
+        inputs: Inputs,
+        mode: str = "joint",
+        steps: int = 10,
+        generator: torch.Generator | None = None,
+        shift: float = 1.0,
+        video_noise: Tensor | None = None,
+        action_noise: Tensor | None = None,
+        joint: int | None = None,
+    ) -> Prediction:
         """Runs one of the five modes. `inputs.latents` holds the observation in frame 0, and the future too in mode `idm`;
         `inputs.actions` is read in mode `world_model` only. Returns what the mode denoises, None for the rest. Noise is drawn from
         `generator` (CPU), video before action, unless given.
@@ -552,30 +770,48 @@ class Motus(nn.Module):
         the video at its noise, without the actions."""
         config, row = self.config, flow.mode_named(mode)
         if joint is not None and not (row.action == flow.DENOISE and 0 <= joint <= steps):
-            raise ValueError(f"joint is {joint} in mode {mode} of {steps} steps; action-first sampling takes 0 to {steps} of them, in a "
-                             f"mode that denoises actions: {', '.join(m for m in flow.MODES if flow.MODES[m].action == flow.DENOISE)}")
+            raise ValueError(
+                f"joint is {joint} in mode {mode} of {steps} steps; action-first sampling takes 0 to {steps} of them, in a "
+                f"mode that denoises actions: {', '.join(m for m in flow.MODES if flow.MODES[m].action == flow.DENOISE)}"
+            )
         observation = inputs.latents[:, :, :1]
         shape = (len(inputs), config.video.latent, config.latent_frames, *observation.shape[3:])
         video = inputs.latents if row.video == flow.GIVEN else video_noise
         if row.video == flow.GIVEN and tuple(video.shape) != shape:
-            raise ValueError(f"mode {mode} is given the video, but latents are {tuple(video.shape)}; expected {shape}")
+            raise ValueError(
+                f"mode {mode} is given the video, but latents are {tuple(video.shape)}; expected {shape}"
+            )
         action = inputs.actions if row.action == flow.GIVEN else action_noise
         if row.action == flow.GIVEN and action is None:
-            raise ValueError(f"mode {mode} is given the actions, but inputs.actions is None; set it to (B, {config.chunk}, A)")
+            raise ValueError(
+                f"mode {mode} is given the actions, but inputs.actions is None; set it to (B, {config.chunk}, A)"
+            )
         if config.finetune and inputs.state is None:
             raise ValueError("inputs.state is None; this model has a state token: set it to (B, P)")
         if video is None:
             video = gaussian(observation.new_empty(shape), generator)
         if action is None:
-            action = gaussian(observation.new_empty(len(inputs), config.chunk, config.action_dim), generator)
+            action = gaussian(
+                observation.new_empty(len(inputs), config.chunk, config.action_dim), generator
+            )
         evaluate, act = self.compiled or (self.evaluate, self.act)
         inputs = inputs.padded(self.BUCKET) if self.compiled else inputs.unmasked()
         if row.video != flow.GIVEN:
             video = flow.keep_observation(video, observation)
         conditions = self.conditions(inputs, cache=True)
         times = flow.sampling_times(steps, shift)[:-1].to(observation.device)
-        table = self.clock(*(flow.times_of(what, times) for what in row))                    # (steps, 1, ...), the same for all samples
-        clocks = [Clock(*(tuple(x[i:i + 1].expand(len(inputs), *x.shape[1:]) for x in pair) for pair in table)) for i in range(steps)]
+        table = self.clock(
+            *(flow.times_of(what, times) for what in row)
+        )  # (steps, 1, ...), the same for all samples
+        clocks = [
+            Clock(
+                *(
+                    tuple(x[i : i + 1].expand(len(inputs), *x.shape[1:]) for x in pair)
+                    for pair in table
+                )
+            )
+            for i in range(steps)
+        ]
         held = evaluate(video, None, clocks[0], conditions, True)[2] if joint == 0 else None
         progress = enumerate(clocks, start=1)
 
@@ -585,7 +821,7 @@ class Motus(nn.Module):
             if joint is not None and step > joint:
                 return None, self.action.actions_of(act(action, clock, conditions, held))
             v_video, v_action, held = evaluate(video, action, clock, conditions, joint is not None)
-            if self.compiled:                                                                # a CUDA graph reuses the memory of its outputs
+            if self.compiled:  # a CUDA graph reuses the memory of its outputs
                 held = tree_map_only(Tensor, torch.clone, held)
             return v_video, self.action.actions_of(v_action)
 
@@ -593,27 +829,41 @@ class Motus(nn.Module):
         whole = row.video == flow.DENOISE and joint in (None, steps)
         return Prediction(video if whole else None, action if row.action == flow.DENOISE else None)
 
-    BUCKET = 32                                # rows of text and understanding are padded to multiples of this where steps are compiled
+    BUCKET = 32  # rows of text and understanding are padded to multiples of this where steps are compiled
 
     def compile_sampler(self, **options: object) -> "Motus":
         """From now on `sample` runs each step as one static graph: torch.compile with `options` (on a GPU mode="reduce-overhead" makes
         it a CUDA graph). One graph serves all five modes; another batch size or bucket of lengths compiles again."""
-        self.compiled = tuple(torch.compile(part, fullgraph=True, dynamic=False, **options) for part in (self.evaluate, self.act))
+        self.compiled = tuple(
+            torch.compile(part, fullgraph=True, dynamic=False, **options)
+            for part in (self.evaluate, self.act)
+        )
         return self
 
 
-def draw(inputs: Inputs, generator: torch.Generator, times: str = "official", given: float = 0.0, size: int | None = None, first: int = 0
-         ) -> dict[str, Tensor]:
+def draw(
+    inputs: Inputs,
+    generator: torch.Generator,
+    times: str = "official",
+    given: float = 0.0,
+    size: int | None = None,
+    first: int = 0,
+) -> dict[str, Tensor]:
     """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a whole batch of `size` (default: these
     inputs), of which `inputs` are the rows from `first` on; order: video time, action time, what is given, video noise, action noise.
     In a share `given` of the samples one modality is given (`flow.give`)."""
     size, acts = len(inputs) if size is None else size, inputs.actions is not None
-    drawn = {f"t_{kind}": flow.TIMES[times](size, generator) for kind in ("video", "action")[: 1 + acts]}
+    drawn = {
+        f"t_{kind}": flow.TIMES[times](size, generator) for kind in ("video", "action")[: 1 + acts]
+    }
     if acts and given:
         drawn = dict(zip(drawn, flow.give(*drawn.values(), given, generator)))
     for kind, like in (("video", inputs.latents), ("action", inputs.actions))[: 1 + acts]:
         drawn[f"{kind}_noise"] = torch.randn(size, *like.shape[1:], generator=generator)
-    return {name: value[first:first + len(inputs)].to(inputs.latents.device) for name, value in drawn.items()}
+    return {
+        name: value[first : first + len(inputs)].to(inputs.latents.device)
+        for name, value in drawn.items()
+    }
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -632,12 +882,16 @@ class Card:
     """What a checkpoint knows about itself: `config.json` beside its weights."""
 
     motus: MotusConfig
-    stage: str                                # "1", "2" or "3"
-    preset: str = "toy"                       # row of PRESETS and BACKBONES it belongs to
-    statistics: dict | None = None            # normalisation, rates and embodiment (`data.Statistics`), stage 3
-    latent_interval: int | None = None        # action steps that one latent action spans, stage 2
+    stage: str  # "1", "2" or "3"
+    preset: str = "toy"  # row of PRESETS and BACKBONES it belongs to
+    statistics: dict | None = (
+        None  # normalisation, rates and embodiment (`data.Statistics`), stage 3
+    )
+    latent_interval: int | None = None  # action steps that one latent action spans, stage 2
     step: int = 0
-    backbones: dict | None = None             # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small presets
+    backbones: dict | None = (
+        None  # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small presets
+    )
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -645,16 +899,25 @@ class Card:
     @classmethod
     def read(cls, path: Path) -> "Card":
         if not path.is_file():
-            raise ValueError(f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000")
+            raise ValueError(
+                f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000"
+            )
         stored = read_json(path)
         check_keys(stored, cls, path)
         try:
             check_keys(stored["motus"], MotusConfig, path)
             check_keys(stored["motus"]["video"], WanConfig, path)
-            video = WanConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored["motus"].pop("video").items()})
+            video = WanConfig(
+                **{
+                    k: tuple(v) if isinstance(v, list) else v
+                    for k, v in stored["motus"].pop("video").items()
+                }
+            )
             return cls(**{**stored, "motus": MotusConfig(video=video, **stored["motus"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or published weights") from error
+            raise ValueError(
+                f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or published weights"
+            ) from error
 
 
 def check_keys(stored: dict, kind: type, source: object) -> None:
@@ -663,7 +926,9 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
     for key in stored:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, 0.0)[0]
-            raise ValueError(f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}? (allowed: {', '.join(names)})")
+            raise ValueError(
+                f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}? (allowed: {', '.join(names)})"
+            )
 
 
 def newest_step(path: str | Path) -> Path:
@@ -673,17 +938,26 @@ def newest_step(path: str | Path) -> Path:
     if path.name.startswith("step_") or (path / "config.json").is_file():
         return path
     if not steps:
-        raise ValueError(f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder")
+        raise ValueError(
+            f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder"
+        )
     return steps[-1]
 
 
-def open_weights(path: str | Path, weights: str = "ema") -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
+def open_weights(
+    path: str | Path, weights: str = "ema"
+) -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
     """The weights at `path`, the way from their names to ours, their card, and the experts they lack (prefixes). `path` is anything that
     `Motus.from_pretrained` takes. Published weights get a card of preset `full`, with the sizes of the file."""
     path = fetched(path)
     if is_published(path):
         found = open_motus(path)
-        return found.source, found.rename, Card(MotusConfig(**found.config), found.stage, "full", found.statistics), found.fresh
+        return (
+            found.source,
+            found.rename,
+            Card(MotusConfig(**found.config), found.stage, "full", found.statistics),
+            found.fresh,
+        )
     folder = newest_step(path)
     card = Card.read(folder / "config.json")
     return open_source(folder / f"{weights}.safetensors"), str, card, ()
@@ -698,10 +972,18 @@ class Backbones(nn.Module):
     Each may be absent: the text encoder where states of all instructions were prepared (`save_text`, `load_text`), the VLM in stage 1,
     everything but the text encoder where only that is done."""
 
-    PARTS = {"vae": (WanVAE, WanVAEConfig), "text": (UMT5Encoder, UMT5Config), "vlm": (Qwen3VL, Qwen3VLConfig)}
+    PARTS = {
+        "vae": (WanVAE, WanVAEConfig),
+        "text": (UMT5Encoder, UMT5Config),
+        "vlm": (Qwen3VL, Qwen3VLConfig),
+    }
 
-    def __init__(self, vae: WanVAE | None = None, text: tuple[UMT5Encoder, T5Tokenizer] | None = None,
-                 vlm: tuple[Qwen3VL, Tokenizer] | None = None):
+    def __init__(
+        self,
+        vae: WanVAE | None = None,
+        text: tuple[UMT5Encoder, T5Tokenizer] | None = None,
+        vlm: tuple[Qwen3VL, Tokenizer] | None = None,
+    ):
         super().__init__()
         self.vae = vae
         self.text, self.text_tokenizer = text or (None, None)
@@ -711,28 +993,45 @@ class Backbones(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, folder: str | Path, text_len: int = 512, parts: Sequence[str] = ("vae", "text", "vlm"),
-             motus: str | Path | None = None) -> "Backbones":
+    def load(
+        cls,
+        folder: str | Path,
+        text_len: int = 512,
+        parts: Sequence[str] = ("vae", "text", "vlm"),
+        motus: str | Path | None = None,
+    ) -> "Backbones":
         """The `parts` from one of two kinds of folder. Ours holds `vae.safetensors`, `text.safetensors`, `vlm.safetensors` (each with its
         config in the metadata) and the tokenizers `text.json`, `vlm.json`. The other holds the published folders `wan` and `qwen3vl`; of
         the latter only configs and tokenizer are read if the official Motus file `motus` is given, which has the VLM too."""
         wan, qwen = Path(folder) / "wan", Path(folder) / "qwen3vl"
-        loaders = {"vae": lambda: load_vae(wan), "text": lambda: load_text(wan, text_len), "vlm": lambda: load_vlm(qwen, motus)}
+        loaders = {
+            "vae": lambda: load_vae(wan),
+            "text": lambda: load_text(wan, text_len),
+            "vlm": lambda: load_vlm(qwen, motus),
+        }
         if (Path(folder) / "vae.safetensors").is_file():
             file = lambda name: Path(folder) / name
             own = lambda name: load_part(file(f"{name}.safetensors"), *cls.PARTS[name])
-            loaders = {"vae": lambda: own("vae"), "text": lambda: (own("text"), T5Tokenizer(file("text.json"), text_len)),
-                       "vlm": lambda: (own("vlm"), read_tokenizer(file("vlm.json")))}
+            loaders = {
+                "vae": lambda: own("vae"),
+                "text": lambda: (own("text"), T5Tokenizer(file("text.json"), text_len)),
+                "vlm": lambda: (own("vlm"), read_tokenizer(file("vlm.json"))),
+            }
         return cls(**{name: loaders[name]() for name in parts})
 
     def fingerprint(self, *names: str) -> dict[str, str]:
         """A digest of each part that is here (or of `names`), weights and tokenizer; of the text encoder too if it only prepared states.
         What the backbones computed is stale where it differs."""
-        tokenizers = {"text": getattr(self.text_tokenizer, "tokenizer", None), "vlm": self.vlm_tokenizer}
+        tokenizers = {
+            "text": getattr(self.text_tokenizer, "tokenizer", None),
+            "vlm": self.vlm_tokenizer,
+        }
         for name in set(names or self.PARTS) - self.digests.keys():
             if (part := getattr(self, name)) is not None:
                 words = tokenizers[name].to_str() if name in tokenizers else ""
-                self.digests[name] = digest(part.state_dict(), json.dumps(asdict(part.config)), words)
+                self.digests[name] = digest(
+                    part.state_dict(), json.dumps(asdict(part.config)), words
+                )
         return {name: self.digests[name] for name in names or self.PARTS if name in self.digests}
 
     def save_text(self, path: str | Path) -> None:
@@ -742,19 +1041,28 @@ class Backbones(nn.Module):
     def load_text(self, path: str | Path, width: int) -> "Backbones":
         """Adds states that `save_text` wrote. ValueError if they have not `width`, or another text encoder made those that are here."""
         with open_source(path) as source:
-            maker, found = source.metadata.get("made by text"), {source.shape(name)[-1] for name in source.names()}
+            maker, found = (
+                source.metadata.get("made by text"),
+                {source.shape(name)[-1] for name in source.names()},
+            )
             if maker is None or found - {width}:
-                raise ValueError(f"{path} holds no text states of width {width} (found {sorted(found)[:5]}); write them with "
-                                 "`python sample.py --encode-text`")
+                raise ValueError(
+                    f"{path} holds no text states of width {width} (found {sorted(found)[:5]}); write them with "
+                    "`python sample.py --encode-text`"
+                )
             if (ours := self.fingerprint("text").get("text", maker)) != maker:
-                raise ValueError(f"{path} was made by text encoder {maker}, the one here is {ours}; encode the instructions again")
+                raise ValueError(
+                    f"{path} was made by text encoder {maker}, the one here is {ours}; encode the instructions again"
+                )
             self.digests["text"] = maker
             self.text_cache |= {name: source.read(name).clone() for name in source.names()}
         return self
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32; frame 0 alone makes latent frame 0."""
-        return self.vae.encode(rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1).contiguous()
+        return self.vae.encode(
+            rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1
+        ).contiguous()
 
     def decode_video(self, latents: Tensor) -> Tensor:
         """latents (B, C, T, h, w) -> frames (B, F, H, W, 3) uint8."""
@@ -765,8 +1073,10 @@ class Backbones(nn.Module):
         """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An instruction is encoded once and remembered."""
         missing = sorted(set(texts) - set(self.text_cache))
         if missing and self.text is None:
-            raise ValueError(f"{missing[0]!r} is among no prepared text states, and no text encoder is loaded; prepare it with "
-                             "`python sample.py --encode-text`")
+            raise ValueError(
+                f"{missing[0]!r} is among no prepared text states, and no text encoder is loaded; prepare it with "
+                "`python sample.py --encode-text`"
+            )
         for text in missing:
             context, lengths = encode_text(self.text, self.text_tokenizer, [text])
             self.text_cache[text] = context[0, : int(lengths[0])]
@@ -775,32 +1085,50 @@ class Backbones(nn.Module):
         lengths = torch.tensor([len(s) for s in states], device=device)
         return nn.utils.rnn.pad_sequence(states, batch_first=True), lengths
 
-    def understand(self, images: Tensor, texts: Sequence[str], form: str = "deployment") -> tuple[Tensor, Tensor]:
+    def understand(
+        self, images: Tensor, texts: Sequence[str], form: str = "deployment"
+    ) -> tuple[Tensor, Tensor]:
         """images (B, H, W, 3) uint8 with their instructions -> VLM hidden states (B, Lu, Dv) and mask (B, Lu) bool. `form` is the prompt:
         the official code trains with one and deploys with another (`backbones/qwen3vl.py`); here one serves both unless asked otherwise."""
         config = self.vlm.config
         prepared = [prepare_image(image, config) for image in images.cpu().numpy()]
         pixels, grid = torch.cat([p for p, _ in prepared]), torch.cat([g for _, g in prepared])
-        prompts = [prompt_ids(self.vlm_tokenizer, text, grid[i:i + 1], form, config.merge) for i, text in enumerate(texts)]
+        prompts = [
+            prompt_ids(self.vlm_tokenizer, text, grid[i : i + 1], form, config.merge)
+            for i, text in enumerate(texts)
+        ]
         ids, mask = pad_prompts(prompts)
         device = self.vlm.language_model.norm.weight.device
         return self.vlm(*(x.to(device) for x in (ids, mask, pixels, grid))), mask.to(device)
 
     @torch.no_grad()
-    def inputs(self, frames: Tensor, texts: Sequence[str], und: bool = True, **rest: Tensor | None) -> Inputs:
+    def inputs(
+        self, frames: Tensor, texts: Sequence[str], und: bool = True, **rest: Tensor | None
+    ) -> Inputs:
         """frames (B, F, H, W, 3) uint8, the observation first (F may be 1), and instructions -> `Inputs`; without the VLM if not `und`."""
         context, lengths = self.encode_text(texts)
         understood = self.understand(frames[:, 0], texts) if und else (None, None)
-        return Inputs(self.encode_video(frames.to(context.device)), context, lengths, *understood, **rest)
+        return Inputs(
+            self.encode_video(frames.to(context.device)), context, lengths, *understood, **rest
+        )
 
 
 def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
     """Builds a network from its own file: config from the metadata, weights with every key accounted for."""
     metadata = read_metadata(path)
     if "config" not in metadata:
-        raise ValueError(f"{path} has no 'config' in its metadata; it must be written by motus.save_part")
+        raise ValueError(
+            f"{path} has no 'config' in its metadata; it must be written by motus.save_part"
+        )
     with torch.device("meta"):
-        part = module(config(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["config"]).items()}))
+        part = module(
+            config(
+                **{
+                    k: tuple(v) if isinstance(v, list) else v
+                    for k, v in json.loads(metadata["config"]).items()
+                }
+            )
+        )
     with open_source(path) as source:
         load_into(part, source)
     return part
@@ -808,7 +1136,10 @@ def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
 
 def save_part(path: Path, part: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Writes a network with its config; atomic."""
-    tensors = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in part.state_dict().items()}
+    tensors = {
+        k: v.to(dtype) if dtype and v.is_floating_point() else v
+        for k, v in part.state_dict().items()
+    }
     save_safetensors(path, tensors, {"config": json.dumps(asdict(part.config))})
 
 
@@ -816,20 +1147,62 @@ def save_part(path: Path, part: nn.Module, dtype: torch.dtype | None = None) -> 
 
 PRESETS = {
     "toy": MotusConfig(
-        video=WanConfig(patch=(1, 1, 1), width=64, ffn=192, layers=4, heads=4, latent=24, text_dim=48, text_len=16, freq_dim=64),
-        frames=4, ratio=3, action_width=64, action_dim=3, state_dim=3, und_width=48, vlm_dim=96),
+        video=WanConfig(
+            patch=(1, 1, 1),
+            width=64,
+            ffn=192,
+            layers=4,
+            heads=4,
+            latent=24,
+            text_dim=48,
+            text_len=16,
+            freq_dim=64,
+        ),
+        frames=4,
+        ratio=3,
+        action_width=64,
+        action_dim=3,
+        state_dim=3,
+        und_width=48,
+        vlm_dim=96,
+    ),
     "sim": MotusConfig(
-        video=WanConfig(patch=(1, 2, 2), width=96, ffn=288, layers=4, heads=3, latent=24, text_dim=48, text_len=32, freq_dim=64),
-        frames=4, ratio=4, action_width=96, action_dim=4, state_dim=4, und_width=64, vlm_dim=96),
+        video=WanConfig(
+            patch=(1, 2, 2),
+            width=96,
+            ffn=288,
+            layers=4,
+            heads=3,
+            latent=24,
+            text_dim=48,
+            text_len=32,
+            freq_dim=64,
+        ),
+        frames=4,
+        ratio=4,
+        action_width=96,
+        action_dim=4,
+        state_dim=4,
+        und_width=64,
+        vlm_dim=96,
+    ),
     "small": MotusConfig(
         video=WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),
-        frames=8, ratio=2, action_width=384, und_width=256),
+        frames=8,
+        ratio=2,
+        action_width=384,
+        und_width=256,
+    ),
     "full": MotusConfig(),
 }
 
 
 # Where the frozen backbones of a preset live; MOTUS_BACKBONES names a folder that `--stage backbones --run` filled instead.
-BACKBONES = {"toy": Path(__file__).parent / "weights" / "toy", "sim": Path(__file__).parent / "weights" / "sim", "full": Path("weights")}
+BACKBONES = {
+    "toy": Path(__file__).parent / "weights" / "toy",
+    "sim": Path(__file__).parent / "weights" / "sim",
+    "full": Path("weights"),
+}
 
 
 def preset(name: str, **changes) -> MotusConfig:
@@ -839,12 +1212,24 @@ def preset(name: str, **changes) -> MotusConfig:
     return replace(PRESETS[name], **changes)
 
 
-def backbones_of(name: str, config: MotusConfig, text: str | Path | None = None, motus: str | Path | None = None,
-                 parts: Sequence[str] = ("vae", "text", "vlm")) -> Backbones:
+def backbones_of(
+    name: str,
+    config: MotusConfig,
+    text: str | Path | None = None,
+    motus: str | Path | None = None,
+    parts: Sequence[str] = ("vae", "text", "vlm"),
+) -> Backbones:
     """The frozen backbones that belong to a preset; with prepared states `text` instead of the text encoder, and the VLM of the official
     Motus file `motus`, if given."""
     if name not in BACKBONES:
-        raise ValueError(f"preset {name!r} has no backbones in the repository; allowed: {', '.join(BACKBONES)}")
+        raise ValueError(
+            f"preset {name!r} has no backbones in the repository; allowed: {', '.join(BACKBONES)}"
+        )
     folder = os.environ.get("MOTUS_BACKBONES") or BACKBONES[name]
-    backbones = Backbones.load(folder, config.video.text_len, [part for part in parts if not (text and part == "text")], motus)
+    backbones = Backbones.load(
+        folder,
+        config.video.text_len,
+        [part for part in parts if not (text and part == "text")],
+        motus,
+    )
     return backbones.load_text(text, config.video.text_dim) if text else backbones

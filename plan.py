@@ -46,7 +46,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 import scale
@@ -59,10 +64,10 @@ from motus import BACKBONES, Inputs, Motus, MotusConfig, preset
 
 GB = 1e9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESERVE = 0.08                                # share of a card's memory that no plan may touch
-IN_FLIGHT = 2                                 # gathered layers that exist at once
+RESERVE = 0.08  # share of a card's memory that no plan may touch
+IN_FLIGHT = 2  # gathered layers that exist at once
 POLICIES = tuple(scale.CHECKPOINTING)
-DEPTHS, BATCHES = (4, 5), (2, 64)             # what is measured; see Curve
+DEPTHS, BATCHES = (4, 5), (2, 64)  # what is measured; see Curve
 
 # -- what is trained, on what -----------------------------------------------------------------------------------------------
 
@@ -71,9 +76,9 @@ DEPTHS, BATCHES = (4, 5), (2, 64)             # what is measured; see Curve
 class Stage:
     """A stage as the paper ran it (Tab. 1 and appendix)."""
 
-    form: dict                                # changes to the preset
-    experts: tuple[str, ...]                  # which are trained
-    hours: float                              # GPU-hours of the paper
+    form: dict  # changes to the preset
+    experts: tuple[str, ...]  # which are trained
+    hours: float  # GPU-hours of the paper
 
 
 ALL = ("video", "action", "und")
@@ -88,15 +93,17 @@ STAGES = {
 class Sample:
     """Sizes of one training sample that the network's configuration leaves open."""
 
-    grid: tuple[int, int]                     # h, w of the latents
-    text: int = 128                           # rows of text states; padding beyond the longest text of a batch is one row
-    und: int = 200                            # tokens of the VLM: 120 of the picture, the prompt around them, the instruction
+    grid: tuple[int, int]  # h, w of the latents
+    text: int = 128  # rows of text states; padding beyond the longest text of a batch is one row
+    und: int = 200  # tokens of the VLM: 120 of the picture, the prompt around them, the instruction
 
 
 SAMPLES = {"toy": Sample((6, 6), 16, 40), "small": Sample((16, 16)), "full": Sample((24, 20))}
 
 
-def fake_inputs(config: MotusConfig, sample: Sample, batch: int, acting: bool) -> tuple[Inputs, dict[str, Tensor]]:
+def fake_inputs(
+    config: MotusConfig, sample: Sample, batch: int, acting: bool
+) -> tuple[Inputs, dict[str, Tensor]]:
     """A micro-batch and its noise, of the right shapes and dtypes; without actions and VLM if not `acting` (stage 1)."""
     latents = torch.empty(batch, config.video.latent, config.latent_frames, *sample.grid)
     context = torch.empty(batch, sample.text, config.video.text_dim, dtype=torch.bfloat16)
@@ -104,10 +111,14 @@ def fake_inputs(config: MotusConfig, sample: Sample, batch: int, acting: bool) -
     noise = dict(t_video=torch.empty(batch), video_noise=torch.empty_like(latents))
     if acting:
         actions = torch.empty(batch, config.chunk, config.action_dim)
-        inputs = replace(inputs, actions=actions, action_mask=torch.empty_like(actions, dtype=torch.bool),
-                         und=torch.empty(batch, sample.und, config.vlm_dim, dtype=torch.bfloat16),
-                         und_mask=torch.empty(batch, sample.und, dtype=torch.bool),
-                         state=torch.empty(batch, config.state_dim) if config.finetune else None)
+        inputs = replace(
+            inputs,
+            actions=actions,
+            action_mask=torch.empty_like(actions, dtype=torch.bool),
+            und=torch.empty(batch, sample.und, config.vlm_dim, dtype=torch.bfloat16),
+            und_mask=torch.empty(batch, sample.und, dtype=torch.bool),
+            state=torch.empty(batch, config.state_dim) if config.finetune else None,
+        )
         noise |= dict(t_action=torch.empty(batch), action_noise=torch.empty_like(actions))
     return inputs, noise
 
@@ -115,9 +126,13 @@ def fake_inputs(config: MotusConfig, sample: Sample, batch: int, acting: bool) -
 # -- what a step leaves in memory -------------------------------------------------------------------------------------------
 
 aten = torch.ops.aten
-ATTENTION_FLOPS = {                           # on a CPU; torch has the formulas of the other operations
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+ATTENTION_FLOPS = {  # on a CPU; torch has the formulas of the other operations
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
 }
 FLOPS = flop_registry | {op: shape_wrapper(formula) for op, formula in ATTENTION_FLOPS.items()}
 
@@ -135,12 +150,17 @@ class Meter(TorchDispatchMode):
     def _died(self, size: int) -> None:
         self.now -= size
 
-    def __torch_dispatch__(self, op: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None):
+    def __torch_dispatch__(
+        self, op: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ):
         out = op(*args, **(kwargs or {}))
-        if op.namespace == "prim":            # questions about a tensor
+        if op.namespace == "prim":  # questions about a tensor
             return out
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.sizes:
+            if (
+                isinstance(tensor, Tensor)
+                and (storage := tensor.untyped_storage()) not in self.sizes
+            ):
                 self.sizes[storage] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._died, storage.nbytes())
@@ -170,29 +190,52 @@ def fake_model(config: MotusConfig, params: str) -> Iterator[Motus]:
             torch.set_default_dtype(before)
         # The one place of the network that reads values: how many rows the text has. The micro-batch has them all.
         model.video.embed_text = lambda context, lengths: TextStates(
-            model.video.text_embedding(context), text_bias(lengths, context.shape[1], config.video.text_len)[:, None, None])
+            model.video.text_embedding(context),
+            text_bias(lengths, context.shape[1], config.video.text_len)[:, None, None],
+        )
         yield model
 
 
 def drop_reduced(layers: Sequence[nn.Module]) -> None:
     """Lets the gradients of a layer go when its backward pass is over, as FSDP does once it has copied them out to reduce them."""
     for i, layer in enumerate(layers):
-        def watch(layer: nn.Module, inputs: tuple, outputs: tuple, later: Sequence[nn.Module] = layers[i + 1:]) -> None:
+
+        def watch(
+            layer: nn.Module,
+            inputs: tuple,
+            outputs: tuple,
+            later: Sequence[nn.Module] = layers[i + 1 :],
+        ) -> None:
             def over(gradient: Tensor) -> None:
                 for each in later:
                     each.zero_grad(set_to_none=True)
+
             outputs[0].register_hook(over)
+
         layer.register_forward_hook(watch)
 
 
-def measure(config: MotusConfig, stage: Stage, sample: Sample, batch: int, checkpointing: str, params: str = "fp32") -> Cost:
+def measure(
+    config: MotusConfig,
+    stage: Stage,
+    sample: Sample,
+    batch: int,
+    checkpointing: str,
+    params: str = "fp32",
+) -> Cost:
     """Runs one training step of `batch` samples on fake tensors, on one device. Weights and inputs are not counted; of gradients those that
     are not yet reduced."""
     with fake_model(config, params) as model:
         inputs, noise = fake_inputs(config, sample, batch, acting="action" in stage.experts)
-        step = scale.parallelize(model, stage.experts, checkpointing=checkpointing, precision="bf16")
+        step = scale.parallelize(
+            model, stage.experts, checkpointing=checkpointing, precision="bf16"
+        )
         drop_reduced(model.layers)
-        existing = [x for x in (*model.parameters(), *vars(inputs).values(), *noise.values()) if x is not None]
+        existing = [
+            x
+            for x in (*model.parameters(), *vars(inputs).values(), *noise.values())
+            if x is not None
+        ]
         with Meter(existing) as meter:
             loss = step(inputs, noise).total()
             saved = meter.now
@@ -205,13 +248,23 @@ class Curve:
     """The cost of any depth and micro-batch from four measured ones. Saved bytes and FLOPs are bilinear in both. The worst moment of a step
     can be another one at another size: its bytes are exact in the depth, and between 2 and 64 samples never too few."""
 
-    corners: dict[tuple[int, int], Cost]      # by (layers, batch)
+    corners: dict[tuple[int, int], Cost]  # by (layers, batch)
 
     def at(self, layers: float, batch: float) -> Cost:
         (l0, l1), (b0, b1) = DEPTHS, BATCHES
         x, y = (layers - l0) / (l1 - l0), (batch - b0) / (b1 - b0)
-        shares = {(l0, b0): (1 - x) * (1 - y), (l0, b1): (1 - x) * y, (l1, b0): x * (1 - y), (l1, b1): x * y}
-        return Cost(*(sum(share * self.corners[corner][i] for corner, share in shares.items()) for i in range(len(Cost._fields))))
+        shares = {
+            (l0, b0): (1 - x) * (1 - y),
+            (l0, b1): (1 - x) * y,
+            (l1, b0): x * (1 - y),
+            (l1, b1): x * y,
+        }
+        return Cost(
+            *(
+                sum(share * self.corners[corner][i] for corner, share in shares.items())
+                for i in range(len(Cost._fields))
+            )
+        )
 
 
 @cache
@@ -219,9 +272,18 @@ def curve(name: str, stage_name: str, checkpointing: str, params: str) -> Curve:
     """The curve of a preset's stage, measured once."""
     stage = STAGES[stage_name]
     config = preset(name, **stage.form)
-    deep = {layers: replace(config, video=replace(config.video, layers=layers)) for layers in DEPTHS}
-    return Curve({(layers, batch): measure(deep[layers], stage, SAMPLES[name], batch, checkpointing, params)
-                  for layers in DEPTHS for batch in BATCHES})
+    deep = {
+        layers: replace(config, video=replace(config.video, layers=layers)) for layers in DEPTHS
+    }
+    return Curve(
+        {
+            (layers, batch): measure(
+                deep[layers], stage, SAMPLES[name], batch, checkpointing, params
+            )
+            for layers in DEPTHS
+            for batch in BATCHES
+        }
+    )
 
 
 @cache
@@ -229,8 +291,16 @@ def sample_flops(name: str, stage_name: str, checkpointing: str) -> float:
     """FLOPs of one sample of a preset's stage, without the rest of the curve."""
     stage = STAGES[stage_name]
     config = preset(name, **stage.form)
-    one, two = (measure(replace(config, video=replace(config.video, layers=layers)), stage, SAMPLES[name], 1, checkpointing).flops
-                for layers in (1, 2))
+    one, two = (
+        measure(
+            replace(config, video=replace(config.video, layers=layers)),
+            stage,
+            SAMPLES[name],
+            1,
+            checkpointing,
+        ).flops
+        for layers in (1, 2)
+    )
     return one + (config.video.layers - 1) * (two - one)
 
 
@@ -249,10 +319,19 @@ def frozen_parts(name: str) -> dict[str, int]:
     """Parameters of the backbones of a preset: of its own files, else of the published ones."""
     folder = BACKBONES.get(name)
     if folder and (folder / "vae.safetensors").is_file():
-        sources = {part: open_source(folder / f"{part}.safetensors") for part in ("vlm", "vae", "text")}
-        return {part: sum(math.prod(source.shape(key)) for key in source.names()) for part, source in sources.items()}
+        sources = {
+            part: open_source(folder / f"{part}.safetensors") for part in ("vlm", "vae", "text")
+        }
+        return {
+            part: sum(math.prod(source.shape(key)) for key in source.names())
+            for part, source in sources.items()
+        }
     with torch.device("meta"):
-        parts = {"vlm": Qwen3VL(Qwen3VLConfig()), "vae": WanVAE(WanVAEConfig()), "text": UMT5Encoder(UMT5Config())}
+        parts = {
+            "vlm": Qwen3VL(Qwen3VLConfig()),
+            "vae": WanVAE(WanVAEConfig()),
+            "text": UMT5Encoder(UMT5Config()),
+        }
     return {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
 
 
@@ -264,17 +343,23 @@ class Plan:
     stage_name: str
     gpus: int
     memory: float
-    params: str = "fp32"                      # dtype of weights, gradients and moments; the computation is bf16 either way
-    frozen: str = "cached"                    # or "live": the backbones are on the card too
-    batch: int = 256                          # global
+    params: str = (
+        "fp32"  # dtype of weights, gradients and moments; the computation is bf16 either way
+    )
+    frozen: str = "cached"  # or "live": the backbones are on the card too
+    batch: int = 256  # global
 
     def __post_init__(self):
         allowed = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
         if self.gpus not in allowed:
-            raise ValueError(f"--gpus is {self.gpus}; a batch of {self.batch} divides among {', '.join(map(str, allowed))}: choose one of "
-                             "them, or another --batch")
+            raise ValueError(
+                f"--gpus is {self.gpus}; a batch of {self.batch} divides among {', '.join(map(str, allowed))}: choose one of "
+                "them, or another --batch"
+            )
         if self.memory <= 0:
-            raise ValueError(f"--memory is {self.memory / GB:g}; give the gigabytes of one card, such as 80")
+            raise ValueError(
+                f"--memory is {self.memory / GB:g}; give the gigabytes of one card, such as 80"
+            )
 
     @property
     def stage(self) -> Stage:
@@ -291,17 +376,29 @@ class Plan:
 
     def share(self, experts: Sequence[str]) -> int:
         """Parameters of `experts` that the fullest rank holds."""
+
         def held(p: Tensor) -> int:
             axis = scale.split_axis(p, self.gpus).dim
             return p.numel() // p.shape[axis] * math.ceil(p.shape[axis] / self.gpus)
+
         return sum(held(p) for expert in experts for p in getattr(self.model, expert).parameters())
 
     @cached_property
     def resident(self) -> dict[str, float]:
         """What a rank holds between steps; gradients too, as long as a batch takes several passes."""
-        width, every, trained = DTYPES[self.params].itemsize, self.share(ALL), self.share(self.stage.experts)
+        width, every, trained = (
+            DTYPES[self.params].itemsize,
+            self.share(ALL),
+            self.share(self.stage.experts),
+        )
         frozen = sum(frozen_parts(self.name).values()) if self.frozen == "live" else 0
-        return dict(weights=width * every, gradients=width * trained, optimizer=2 * width * trained, ema=4 * every, frozen=2 * frozen)
+        return dict(
+            weights=width * every,
+            gradients=width * trained,
+            optimizer=2 * width * trained,
+            ema=4 * every,
+            frozen=2 * frozen,
+        )
 
     # -- what comes and goes
 
@@ -314,17 +411,31 @@ class Plan:
         layer = size(getattr(self.model.layers[0], expert) for expert in self.stage.experts)
         whole = size(getattr(self.model, expert) for expert in self.stage.experts)
         width = DTYPES[self.params].itemsize
-        return dict(root=width * (whole - layer * len(self.model.layers)), layers=IN_FLIGHT * width * layer, reducing=4 * layer)
+        return dict(
+            root=width * (whole - layer * len(self.model.layers)),
+            layers=IN_FLIGHT * width * layer,
+            reducing=4 * layer,
+        )
 
     def peak(self, checkpointing: str, micro: int) -> float:
         """Bytes at the worst moment of a training step with `micro` samples per rank and pass."""
         depth, several = len(self.model.layers), micro * self.gpus < self.batch
-        fixed = sum(self.resident.values()) - self.resident["gradients"] + self.gathered["root"] + self.gathered["layers"]
+        fixed = (
+            sum(self.resident.values())
+            - self.resident["gradients"]
+            + self.gathered["root"]
+            + self.gathered["layers"]
+        )
 
         def during(layer: int) -> float:
             reduced = 1.0 if several else (depth - layer) / depth
             reducing = self.gathered["reducing"] if layer < depth else 0
-            return self.curve(checkpointing).at(layer, micro).peak + reducing + reduced * self.resident["gradients"]
+            return (
+                self.curve(checkpointing).at(layer, micro).peak
+                + reducing
+                + reduced * self.resident["gradients"]
+            )
+
         return fixed + max(during(layer) for layer in (depth, depth - 1, 1))
 
     @property
@@ -334,12 +445,16 @@ class Plan:
     def largest(self, checkpointing: str) -> int:
         """The largest micro-batch that fits, 0 if none does; more than a rank's share of the batch is never needed."""
         sizes = range(1, self.batch // self.gpus + 1)
-        return max((micro for micro in sizes if self.peak(checkpointing, micro) <= self.usable), default=0)
+        return max(
+            (micro for micro in sizes if self.peak(checkpointing, micro) <= self.usable), default=0
+        )
 
     def micro(self, checkpointing: str) -> int:
         """The largest micro-batch that fits and divides the rank's share of the batch."""
         share = self.batch // self.gpus
-        return max((m for m in range(1, self.largest(checkpointing) + 1) if share % m == 0), default=0)
+        return max(
+            (m for m in range(1, self.largest(checkpointing) + 1) if share % m == 0), default=0
+        )
 
     # -- speed
 
@@ -354,81 +469,210 @@ class Plan:
         if not fitting:
             raise ValueError(self.refusal())
         least = min(self.flops(name) for name in fitting)
-        return min(fitting, key=lambda name: (round(self.flops(name) / least, 2), -self.micro(name)))
+        return min(
+            fitting, key=lambda name: (round(self.flops(name) / least, 2), -self.micro(name))
+        )
 
     def refusal(self) -> str:
         """One line: what is missing and what would fit."""
         need = lambda plan: min(plan.peak(name, 1) for name in POLICIES)
-        more = [replace(self, gpus=n) for n in range(self.gpus + 1, self.batch + 1) if self.batch % n == 0]
+        more = [
+            replace(self, gpus=n)
+            for n in range(self.gpus + 1, self.batch + 1)
+            if self.batch % n == 0
+        ]
         ways = [f"--gpus {plan.gpus}" for plan in more if need(plan) <= plan.usable][:1]
         ways += [f"--memory {math.ceil(need(self) / (1 - RESERVE) / GB)}"]
-        ways += ["--params bf16"] if self.params == "fp32" and need(replace(self, params="bf16")) <= self.usable else []
-        return (f"{self.name}, stage {self.stage_name}, needs {need(self) / GB:.3g} GB per rank on {self.gpus} GPUs for one sample; "
-                f"{self.memory / GB:g} GB less {RESERVE:.0%} are {self.usable / GB:.3g}. It would fit with " + " or ".join(ways))
+        ways += (
+            ["--params bf16"]
+            if self.params == "fp32" and need(replace(self, params="bf16")) <= self.usable
+            else []
+        )
+        return (
+            f"{self.name}, stage {self.stage_name}, needs {need(self) / GB:.3g} GB per rank on {self.gpus} GPUs for one sample; "
+            f"{self.memory / GB:g} GB less {RESERVE:.0%} are {self.usable / GB:.3g}. It would fit with "
+            + " or ".join(ways)
+        )
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
     """Lines with columns aligned, the first to the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return [indent + "  ".join(cell.ljust(n) if i == 0 else cell.rjust(n) for i, (cell, n) in enumerate(zip(row, widths))).rstrip()
-            for row in rows]
+    return [
+        indent
+        + "  ".join(
+            cell.ljust(n) if i == 0 else cell.rjust(n)
+            for i, (cell, n) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def report(plan: Plan, mfu: float, peak: float) -> str:
     """What `--plan` prints. `peak` in TFLOP/s of one card; `mfu` the share of it that a step without recomputation reaches."""
     best, sample, config = plan.best, SAMPLES[plan.name], plan.model.config
     gb = lambda size: f"{size / GB:.2f}" if size >= 1e7 else f"{size / GB:.2g}"
-    tokens = dict(video=config.latent_frames * math.prod(sample.grid) // math.prod(config.video.patch),
-                  action=config.chunk + (1 + config.registers) * config.finetune, und=sample.und)
-    lines = [f"{plan.name}, stage {plan.stage_name}: {plan.gpus} x {plan.memory / GB:g} GB, batch {plan.batch}, weights {plan.params}, "
-             f"computation bf16, frozen backbones {plan.frozen}",
-             "tokens of a sample: " + ", ".join(f"{expert} {tokens[expert]}" for expert in plan.stage.experts) + f"; text {sample.text}"]
-    counts = {expert: sum(p.numel() for p in getattr(plan.model, expert).parameters()) for expert in ALL}
-    rows = [(part, f"{n:,}", "trained" if part in plan.stage.experts else "not used") for part, n in counts.items()]
+    tokens = dict(
+        video=config.latent_frames * math.prod(sample.grid) // math.prod(config.video.patch),
+        action=config.chunk + (1 + config.registers) * config.finetune,
+        und=sample.und,
+    )
+    lines = [
+        f"{plan.name}, stage {plan.stage_name}: {plan.gpus} x {plan.memory / GB:g} GB, batch {plan.batch}, weights {plan.params}, "
+        f"computation bf16, frozen backbones {plan.frozen}",
+        "tokens of a sample: "
+        + ", ".join(f"{expert} {tokens[expert]}" for expert in plan.stage.experts)
+        + f"; text {sample.text}",
+    ]
+    counts = {
+        expert: sum(p.numel() for p in getattr(plan.model, expert).parameters()) for expert in ALL
+    }
+    rows = [
+        (part, f"{n:,}", "trained" if part in plan.stage.experts else "not used")
+        for part, n in counts.items()
+    ]
     rows += [(part, f"{n:,}", "frozen") for part, n in frozen_parts(plan.name).items()]
     lines += ["", "parameters", *table(rows)]
     rows = [(part, gb(size)) for part, size in {**plan.resident, **plan.gathered}.items()]
     lines += ["", "GB per rank, the same under every policy", *table(rows)]
 
-    rows = [("checkpointing", "saved MB/sample", "TFLOP/sample", "largest micro-batch", "used", "saved GB", "peak GB", "samples/s")]
+    rows = [
+        (
+            "checkpointing",
+            "saved MB/sample",
+            "TFLOP/sample",
+            "largest micro-batch",
+            "used",
+            "saved GB",
+            "peak GB",
+            "samples/s",
+        )
+    ]
     for name in POLICIES:
         depth, micro, largest = len(plan.model.layers), plan.micro(name), plan.largest(name)
         one = plan.curve(name).at(depth, 3).saved - plan.curve(name).at(depth, 2).saved
-        row = (name + " *" * (name == best), f"{one / 1e6:.4g}", f"{plan.flops(name) / 1e12:.4g}", f"{largest}" if largest else "none fits")
-        used = (f"{micro} x {plan.batch // plan.gpus // micro}", gb(plan.curve(name).at(depth, micro).saved), gb(plan.peak(name, micro)),
-                f"{plan.gpus * mfu * peak * 1e12 / plan.flops(name):.1f}") if micro else ("", "", "", "")
+        row = (
+            name + " *" * (name == best),
+            f"{one / 1e6:.4g}",
+            f"{plan.flops(name) / 1e12:.4g}",
+            f"{largest}" if largest else "none fits",
+        )
+        used = (
+            (
+                f"{micro} x {plan.batch // plan.gpus // micro}",
+                gb(plan.curve(name).at(depth, micro).saved),
+                gb(plan.peak(name, micro)),
+                f"{plan.gpus * mfu * peak * 1e12 / plan.flops(name):.1f}",
+            )
+            if micro
+            else ("", "", "", "")
+        )
         rows.append(row + used)
-    lines += ["", f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB usable; used: micro-batch x passes; "
-                  "* chosen", *table(rows)]
+    lines += [
+        "",
+        f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB usable; used: micro-batch x passes; "
+        "* chosen",
+        *table(rows),
+    ]
 
-    rows = [("stage", "trained", "TFLOP/sample", "samples/s", "paper's GPU-hours", f"steps of {plan.batch} they buy", "days here")]
+    rows = [
+        (
+            "stage",
+            "trained",
+            "TFLOP/sample",
+            "samples/s",
+            "paper's GPU-hours",
+            f"steps of {plan.batch} they buy",
+            "days here",
+        )
+    ]
     for name, stage in STAGES.items():
         other = meta_model(plan.name, name)
         flops = plan.flops(best) if name == plan.stage_name else sample_flops(plan.name, name, best)
         rate = mfu * peak * 1e12 / flops
-        trained = sum(p.numel() for expert in stage.experts for p in getattr(other, expert).parameters())
-        rows.append((name, f"{trained / 1e9:.3g}B", f"{flops / 1e12:.4g}", f"{plan.gpus * rate:.1f}", f"{stage.hours:,.0f}",
-                     f"{stage.hours * 3600 * rate / plan.batch:,.0f}", f"{stage.hours / plan.gpus / 24:.1f}"))
+        trained = sum(
+            p.numel() for expert in stage.experts for p in getattr(other, expert).parameters()
+        )
+        rows.append(
+            (
+                name,
+                f"{trained / 1e9:.3g}B",
+                f"{flops / 1e12:.4g}",
+                f"{plan.gpus * rate:.1f}",
+                f"{stage.hours:,.0f}",
+                f"{stage.hours * 3600 * rate / plan.batch:,.0f}",
+                f"{stage.hours / plan.gpus / 24:.1f}",
+            )
+        )
     lines += ["", f"stages of the paper, checkpointing {best}", *table(rows)]
-    lines += ["", f"train.py ... --set batch={plan.batch} micro={plan.micro(best)} checkpointing={best} params={plan.params}"]
+    lines += [
+        "",
+        f"train.py ... --set batch={plan.batch} micro={plan.micro(best)} checkpointing={best} params={plan.params}",
+    ]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="train.py --plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train.py --plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--plan", action="store_true", help="print this and train nothing")
     parser.add_argument("--preset", default="full", help="row of the table in motus.py")
-    parser.add_argument("--full", dest="preset", action="store_const", const="full", help="short for --preset full")
-    parser.add_argument("--stage", default="3", choices=STAGES, help="whose memory is planned (default 3, which needs most)")
-    parser.add_argument("--gpus", type=int, default=8, help="ranks that share one copy of the weights")
+    parser.add_argument(
+        "--full", dest="preset", action="store_const", const="full", help="short for --preset full"
+    )
+    parser.add_argument(
+        "--stage",
+        default="3",
+        choices=STAGES,
+        help="whose memory is planned (default 3, which needs most)",
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=8, help="ranks that share one copy of the weights"
+    )
     parser.add_argument("--memory", type=float, default=80, help="GB of one card")
     parser.add_argument("--batch", type=int, default=256, help="global batch")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that a step without recomputation reaches")
-    parser.add_argument("--peak", type=float, default=989, help="dense bf16 TFLOP/s of one card (H100 and H200 SXM: 989)")
-    parser.add_argument("--params", default="fp32", choices=DTYPES, help="dtype of weights, gradients and moments")
-    parser.add_argument("--frozen", default="cached", choices=("cached", "live"), help="backbones: outputs from a cache, or on every card")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        help="share of the peak that a step without recomputation reaches",
+    )
+    parser.add_argument(
+        "--peak",
+        type=float,
+        default=989,
+        help="dense bf16 TFLOP/s of one card (H100 and H200 SXM: 989)",
+    )
+    parser.add_argument(
+        "--params", default="fp32", choices=DTYPES, help="dtype of weights, gradients and moments"
+    )
+    parser.add_argument(
+        "--frozen",
+        default="cached",
+        choices=("cached", "live"),
+        help="backbones: outputs from a cache, or on every card",
+    )
     args = parser.parse_args(argv)
     preset(args.preset)
     if not 0 < args.mfu <= 1 or args.peak <= 0:
-        raise ValueError(f"--mfu is {args.mfu:g} and --peak {args.peak:g}; give a share in (0, 1] and TFLOP/s above 0")
-    print(report(Plan(args.preset, args.stage, args.gpus, args.memory * GB, args.params, args.frozen, args.batch), args.mfu, args.peak))
+        raise ValueError(
+            f"--mfu is {args.mfu:g} and --peak {args.peak:g}; give a share in (0, 1] and TFLOP/s above 0"
+        )
+    print(
+        report(
+            Plan(
+                args.preset,
+                args.stage,
+                args.gpus,
+                args.memory * GB,
+                args.params,
+                args.frozen,
+                args.batch,
+            ),
+            args.mfu,
+            args.peak,
+        )
+    )

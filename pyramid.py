@@ -41,7 +41,7 @@ class Moments:
 
     count: int
     mean: np.ndarray
-    square: np.ndarray                        # sum of squared deviations from the mean
+    square: np.ndarray  # sum of squared deviations from the mean
     min: np.ndarray
     max: np.ndarray
 
@@ -53,7 +53,11 @@ class Moments:
 
     def packed(self) -> Tensor:
         """As a tensor (5, dim), fp64."""
-        return torch.from_numpy(np.stack([np.full_like(self.mean, self.count), self.mean, self.square, self.min, self.max]))
+        return torch.from_numpy(
+            np.stack(
+                [np.full_like(self.mean, self.count), self.mean, self.square, self.min, self.max]
+            )
+        )
 
     @classmethod
     def unpacked(cls, tensor: Tensor) -> "Moments":
@@ -62,16 +66,21 @@ class Moments:
 
     def __add__(self, other: "Moments") -> "Moments":
         count, gap = self.count + other.count, other.mean - self.mean
-        return Moments(count, self.mean + gap * other.count / count, self.square + other.square + gap**2 * self.count * other.count / count,
-                       np.minimum(self.min, other.min), np.maximum(self.max, other.max))
+        return Moments(
+            count,
+            self.mean + gap * other.count / count,
+            self.square + other.square + gap**2 * self.count * other.count / count,
+            np.minimum(self.min, other.min),
+            np.maximum(self.max, other.max),
+        )
 
 
 @dataclass(frozen=True)
 class Sample:
     """At most MOST rows, those with the smallest keys: the same whatever parts it was merged from. All rows if there are no more."""
 
-    keys: np.ndarray                          # (n,) uniform
-    rows: np.ndarray                          # (n, dim)
+    keys: np.ndarray  # (n,) uniform
+    rows: np.ndarray  # (n, dim)
     MOST = 1 << 16
 
     def packed(self) -> Tensor:
@@ -83,7 +92,10 @@ class Sample:
         return cls(tensor[:, 0].numpy(), tensor[:, 1:].float().numpy())
 
     def __add__(self, other: "Sample") -> "Sample":
-        keys, rows = np.concatenate([self.keys, other.keys]), np.concatenate([self.rows, other.rows])
+        keys, rows = (
+            np.concatenate([self.keys, other.keys]),
+            np.concatenate([self.rows, other.rows]),
+        )
         kept = np.argsort(keys, kind="stable")[: self.MOST]
         return Sample(keys[kept], rows[kept])
 
@@ -109,7 +121,13 @@ class Normaliser:
     def of(cls, moments: Moments, sample: Sample, kind: str = "mean_std") -> "Normaliser":
         """A dimension that never moves keeps its scale (std 1)."""
         std = np.sqrt(moments.square / moments.count)
-        found = moments.mean, np.where(std < 1e-6, 1.0, std), moments.min, moments.max, *np.quantile(sample.rows, (0.01, 0.99), axis=0)
+        found = (
+            moments.mean,
+            np.where(std < 1e-6, 1.0, std),
+            moments.min,
+            moments.max,
+            *np.quantile(sample.rows, (0.01, 0.99), axis=0),
+        )
         return cls(*(tuple(np.asarray(values, np.float64).tolist()) for values in found), kind)
 
     @classmethod
@@ -117,17 +135,29 @@ class Normaliser:
         """rows (n, dim)."""
         rows = np.asarray(rows, np.float64)
         if not len(rows) or not np.isfinite(rows).all():
-            raise ValueError(f"cannot normalise {len(rows)} rows of which {int((~np.isfinite(rows)).any(1).sum())} are not finite")
+            raise ValueError(
+                f"cannot normalise {len(rows)} rows of which {int((~np.isfinite(rows)).any(1).sum())} are not finite"
+            )
         return cls.of(Moments.of(rows), Sample(np.zeros(len(rows)), rows))
 
     @property
     def scale(self) -> tuple[float, ...]:
-        spans = {"mean_std": self.std, "min_max": np.subtract(self.max, self.min), "quantile": np.subtract(self.q99, self.q01) / 2}
-        return tuple(float(s) if s > 1e-6 else 1.0 for s in spans.get(self.kind, np.ones(len(self.mean))))
+        spans = {
+            "mean_std": self.std,
+            "min_max": np.subtract(self.max, self.min),
+            "quantile": np.subtract(self.q99, self.q01) / 2,
+        }
+        return tuple(
+            float(s) if s > 1e-6 else 1.0 for s in spans.get(self.kind, np.ones(len(self.mean)))
+        )
 
     @property
     def offset(self) -> tuple[float, ...]:
-        middles = {"mean_std": self.mean, "min_max": self.min, "quantile": np.add(self.q99, self.q01) / 2}
+        middles = {
+            "mean_std": self.mean,
+            "min_max": self.min,
+            "quantile": np.add(self.q99, self.q01) / 2,
+        }
         return tuple(float(m) for m in middles.get(self.kind, np.zeros(len(self.mean))))
 
     def apply(self, x: Tensor) -> Tensor:
@@ -142,13 +172,13 @@ class Statistics:
     """What a checkpoint knows about a robot: how its actions and state are normalised, the rates, what it sees, the embodiment."""
 
     embodiment: str
-    rate: int                                 # action steps per video frame
+    rate: int  # action steps per video frame
     actions: Normaliser | None = None
     state: Normaliser | None = None
-    action_hz: float = 0.0                    # 0: not known (the toy world's steps, published files)
-    cameras: tuple[str, ...] = ()             # of the robot, in the order in which they make the picture
-    t_layout: bool = False                    # three cameras, as one picture
-    size: tuple[int, int] = ()                # of the picture that the model sees
+    action_hz: float = 0.0  # 0: not known (the toy world's steps, published files)
+    cameras: tuple[str, ...] = ()  # of the robot, in the order in which they make the picture
+    t_layout: bool = False  # three cameras, as one picture
+    size: tuple[int, int] = ()  # of the picture that the model sees
 
     def as_json(self) -> dict:
         """As json gives it back: lists, no tuples, so that a stored one equals a new one."""
@@ -160,13 +190,22 @@ class Statistics:
         known = stored.get("robots", [stored])
         names = [one.get("embodiment") for one in known]
         if robot not in (names if robot or len(known) > 1 else [""]):
-            raise ValueError(f"robot is {robot!r}; this checkpoint knows {', '.join(map(repr, names))}: name one of them")
+            raise ValueError(
+                f"robot is {robot!r}; this checkpoint knows {', '.join(map(repr, names))}: name one of them"
+            )
         stored = known[names.index(robot) if robot else 0]
         unknown = set(stored) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"statistics have unknown fields {sorted(unknown)}; allowed: {[f.name for f in fields(cls)]}")
+            raise ValueError(
+                f"statistics have unknown fields {sorted(unknown)}; allowed: {[f.name for f in fields(cls)]}"
+            )
         tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        return cls(**{k: Normaliser(**tuples(v)) if isinstance(v, dict) else v for k, v in tuples(stored).items()})
+        return cls(
+            **{
+                k: Normaliser(**tuples(v)) if isinstance(v, dict) else v
+                for k, v in tuples(stored).items()
+            }
+        )
 
 
 def as_stored(robots: Sequence[Statistics]) -> dict | None:
@@ -177,45 +216,77 @@ def as_stored(robots: Sequence[Statistics]) -> dict | None:
 
 # -- dataset cards ----------------------------------------------------------------------------------------------------------
 
-SIZES = {"toy": (48, 48), "sim": (96, 96), "small": (256, 256), "full": (384, 320)}        # of the picture that a preset sees, H x W
-VIDEO_HZ = 5.0                                # the paper's
-BLOCK = 16                                    # episodes whose numbers are measured together
+SIZES = {
+    "toy": (48, 48),
+    "sim": (96, 96),
+    "small": (256, 256),
+    "full": (384, 320),
+}  # of the picture that a preset sees, H x W
+VIDEO_HZ = 5.0  # the paper's
+BLOCK = 16  # episodes whose numbers are measured together
 
 
 @dataclass(frozen=True)
 class Source:
     """A line of a dataset card: one dataset and its part in the pyramid."""
 
-    path: str                                 # folder, relative to the card, or USER/NAME[@REVISION] on the hub
-    level: int = 6                            # of the pyramid, 2 to 6
-    embodiment: str = ""                      # the robot; default what the dataset says
-    weight: float = 1.0                       # its share of a batch is its weight among those of the stage's levels
-    contains: str = ""                        # for people
-    mapping: dict = field(default_factory=dict)        # fields of recordings.Choice: state, action, cameras, t_layout, prefix, ...
-    normalise: str = "mean_std"               # or min_max, quantile, none
-    ahead: bool | None = None                 # an action is the number one action period later (positions as targets); default: official
-    draw: str = ""                            # "windows" alike, or "tasks" alike and then their episodes; default: official by tasks
-    held_out: int = -1                        # episodes at the end that no training sees; default 5 %, rounded down
-    latents: str = ""                         # folder of latent actions, relative to the card; default latents/NAME beside it
+    path: str  # folder, relative to the card, or USER/NAME[@REVISION] on the hub
+    level: int = 6  # of the pyramid, 2 to 6
+    embodiment: str = ""  # the robot; default what the dataset says
+    weight: float = 1.0  # its share of a batch is its weight among those of the stage's levels
+    contains: str = ""  # for people
+    mapping: dict = field(
+        default_factory=dict
+    )  # fields of recordings.Choice: state, action, cameras, t_layout, prefix, ...
+    normalise: str = "mean_std"  # or min_max, quantile, none
+    ahead: bool | None = (
+        None  # an action is the number one action period later (positions as targets); default: official
+    )
+    draw: str = (
+        ""  # "windows" alike, or "tasks" alike and then their episodes; default: official by tasks
+    )
+    held_out: int = -1  # episodes at the end that no training sees; default 5 %, rounded down
+    latents: str = (
+        ""  # folder of latent actions, relative to the card; default latents/NAME beside it
+    )
 
     def __post_init__(self):
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
-        wrong = [(name, value) for name, value, good in (
-            ("path", self.path, isinstance(self.path, str) and self.path and "\0" not in self.path),
-            ("level", self.level, type(self.level) is int and 2 <= self.level <= 6),
-            ("weight", self.weight, number(self.weight) and self.weight > 0),
-            ("mapping", self.mapping, isinstance(self.mapping, dict)),
-            ("normalise", self.normalise, self.normalise in KINDS),
-            ("ahead", self.ahead, self.ahead in (None, True, False)),
-            ("draw", self.draw, self.draw in ("", "windows", "tasks")),
-            ("held_out", self.held_out, type(self.held_out) is int and self.held_out >= -1),
-            *((name, value, isinstance(value, str)) for name, value in (("embodiment", self.embodiment), ("contains", self.contains),
-                                                                         ("latents", self.latents)))) if not good]
+        number = lambda x: (
+            isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+        )
+        wrong = [
+            (name, value)
+            for name, value, good in (
+                (
+                    "path",
+                    self.path,
+                    isinstance(self.path, str) and self.path and "\0" not in self.path,
+                ),
+                ("level", self.level, type(self.level) is int and 2 <= self.level <= 6),
+                ("weight", self.weight, number(self.weight) and self.weight > 0),
+                ("mapping", self.mapping, isinstance(self.mapping, dict)),
+                ("normalise", self.normalise, self.normalise in KINDS),
+                ("ahead", self.ahead, self.ahead in (None, True, False)),
+                ("draw", self.draw, self.draw in ("", "windows", "tasks")),
+                ("held_out", self.held_out, type(self.held_out) is int and self.held_out >= -1),
+                *(
+                    (name, value, isinstance(value, str))
+                    for name, value in (
+                        ("embodiment", self.embodiment),
+                        ("contains", self.contains),
+                        ("latents", self.latents),
+                    )
+                ),
+            )
+            if not good
+        ]
         if wrong:
-            (name, value), = wrong[:1]
-            raise ValueError(f"source {str(self.path)[:80]!r}: {name} is {value!r:.80}; allowed: path of a dataset, level 2 to 6, weight "
-                             f"above 0, mapping {{field: choice}}, normalise one of {', '.join(KINDS)}, ahead true or false, draw windows "
-                             "or tasks, held_out a number of episodes, texts for the rest")
+            ((name, value),) = wrong[:1]
+            raise ValueError(
+                f"source {str(self.path)[:80]!r}: {name} is {value!r:.80}; allowed: path of a dataset, level 2 to 6, weight "
+                f"above 0, mapping {{field: choice}}, normalise one of {', '.join(KINDS)}, ahead true or false, draw windows "
+                "or tasks, held_out a number of episodes, texts for the rest"
+            )
 
 
 class LatentFiles:
@@ -223,13 +294,21 @@ class LatentFiles:
     frame of an episode, standardised here. An episode that was skipped there has none."""
 
     def __init__(self, folder: Path, fps: float):
-        about, summary = (read_json(folder / name) if (folder / name).is_file() else {} for name in ("statistics.json", "summary.json"))
+        about, summary = (
+            read_json(folder / name) if (folder / name).is_file() else {}
+            for name in ("statistics.json", "summary.json")
+        )
         if not {"mean", "std", "made"} <= about.keys():
-            raise ValueError(f"{folder} holds no latent actions (statistics.json with mean, std, made); make them with `python "
-                             "latent_action.py encode --data DATASET`, or name their folder with \"latents\" in the card")
+            raise ValueError(
+                f"{folder} holds no latent actions (statistics.json with mean, std, made); make them with `python "
+                'latent_action.py encode --data DATASET`, or name their folder with "latents" in the card'
+            )
         self.folder, self.name, self.skipped = folder, str(folder), summary.get("skipped", {})
         self.seconds = about["made"]["interval"] / fps
-        self.mean, self.std = np.array(about["mean"], np.float32), np.array(about["std"], np.float32)
+        self.mean, self.std = (
+            np.array(about["mean"], np.float32),
+            np.array(about["std"], np.float32),
+        )
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows (T', 14), and which of them are known."""
@@ -240,7 +319,9 @@ class LatentFiles:
         if not path.is_file():
             raise ValueError(f"{path} is missing; encode the dataset's latent actions again")
         with open_source(path) as source:
-            return (source.read("latent_action").numpy() - self.mean) / self.std, source.read("valid").numpy()
+            return (source.read("latent_action").numpy() - self.mean) / self.std, source.read(
+                "valid"
+            ).numpy()
 
 
 class LatentColumn:
@@ -248,11 +329,20 @@ class LatentColumn:
     to the dataset NEW."""
 
     def __init__(self, reader: LeRobotDataset):
-        self.reader, self.name, about = reader, reader.name, reader.features[COLUMN].get("info") or {}
+        self.reader, self.name, about = (
+            reader,
+            reader.name,
+            reader.features[COLUMN].get("info") or {},
+        )
         if not {"mean", "std", "seconds"} <= about.keys():
-            raise ValueError(f"{reader.name}: column {COLUMN} lacks its info (mean, std, seconds) in info.json; write it again with "
-                             "`python latent_action.py encode --column`, or name a folder of latents in the card")
-        self.seconds, self.mean, self.std = about["seconds"], *(np.array(about[key], np.float32) for key in ("mean", "std"))
+            raise ValueError(
+                f"{reader.name}: column {COLUMN} lacks its info (mean, std, seconds) in info.json; write it again with "
+                "`python latent_action.py encode --column`, or name a folder of latents in the card"
+            )
+        self.seconds, self.mean, self.std = (
+            about["seconds"],
+            *(np.array(about[key], np.float32) for key in ("mean", "std")),
+        )
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self.reader.rows(episode, COLUMN, KNOWN)
@@ -264,18 +354,30 @@ class Opened:
 
     def __init__(self, source: Source, root: Path):
         folder = root / source.path
-        if not folder.is_dir() and (source.path.startswith((".", "/")) or source.path.count("/") != 1):
-            raise ValueError(f"source {source.path}: no folder {folder}; correct the path, which is relative to the card")
+        if not folder.is_dir() and (
+            source.path.startswith((".", "/")) or source.path.count("/") != 1
+        ):
+            raise ValueError(
+                f"source {source.path}: no folder {folder}; correct the path, which is relative to the card"
+            )
         self.reader = open_recordings(folder if folder.is_dir() else source.path, source.mapping)
         official, count = isinstance(self.reader, OfficialFolder), len(self.reader.lengths)
         held = source.held_out if source.held_out >= 0 else count // 20
         if held >= count:
-            raise ValueError(f"source {source.path}: held_out is {held} of {count} episodes; leave at least one to train on")
-        self.source = replace(source, embodiment=source.embodiment or self.reader.robot, held_out=held,
-                              ahead=official if source.ahead is None else source.ahead,
-                              draw=source.draw or ("tasks" if official else "windows"))
+            raise ValueError(
+                f"source {source.path}: held_out is {held} of {count} episodes; leave at least one to train on"
+            )
+        self.source = replace(
+            source,
+            embodiment=source.embodiment or self.reader.robot,
+            held_out=held,
+            ahead=official if source.ahead is None else source.ahead,
+            draw=source.draw or ("tasks" if official else "windows"),
+        )
         self.trained, self.latents = count - held, None
-        self.folder = root / source.latents if source.latents else root / "latents" / Path(source.path).name
+        self.folder = (
+            root / source.latents if source.latents else root / "latents" / Path(source.path).name
+        )
         group = getattr(self.reader, "group", lambda e: self.reader.episodes[e].tasks[0])
         self.tasks = [group(e) for e in range(self.trained)] if self.source.draw == "tasks" else []
 
@@ -283,7 +385,7 @@ class Opened:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and weighs the episodes."""
         self.counts = np.maximum(1, self.reader.lengths - int(span / 2 * self.reader.fps + 1e-6))
         chance = self.counts[: self.trained].astype(float)
-        if self.tasks:                                                                       # every task alike, then its episodes
+        if self.tasks:  # every task alike, then its episodes
             _, task, size = np.unique(self.tasks, return_inverse=True, return_counts=True)
             chance = 1 / size[task]
         self.edges = np.cumsum(chance) / chance.sum()
@@ -304,15 +406,19 @@ def open_recordings(path: str | Path, mapping: dict | None = None) -> Recordings
         return reader
     try:
         return type(reader)(reader.root, replace(choice, t_layout=True))
-    except ValueError:                                                                       # no three cameras with the names that it takes
+    except ValueError:  # no three cameras with the names that it takes
         return type(reader)(reader.root, replace(choice, cameras=reader.cameras[:1]))
 
 
 def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """Views (F, H, W, 3) of one or more cameras, side by side at the height of the first, fitted to `size`."""
     views = list(frames.values())
-    views = [v if v.shape[1] == views[0].shape[1] else fit(v, views[0].shape[1], round(v.shape[2] * views[0].shape[1] / v.shape[1]))
-             for v in views]
+    views = [
+        v
+        if v.shape[1] == views[0].shape[1]
+        else fit(v, views[0].shape[1], round(v.shape[2] * views[0].shape[1] / v.shape[1]))
+        for v in views
+    ]
     return fit(np.concatenate(views, axis=2), *size)
 
 
@@ -334,7 +440,9 @@ def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarr
     if np.ptp(weights) == 0:
         return rng.permutation(np.arange(size) % len(weights))
     edges = np.cumsum(weights) / weights.sum()
-    return rng.permutation(np.searchsorted(edges[:-1], (np.arange(size) + rng.random()) / size, side="right"))
+    return rng.permutation(
+        np.searchsorted(edges[:-1], (np.arange(size) + rng.random()) / size, side="right")
+    )
 
 
 class Pyramid:
@@ -342,15 +450,27 @@ class Pyramid:
 
     FIELDS = ("sources", "video_hz", "action_hz", "size", "about")
 
-    def __init__(self, path: str | Path, levels: Sequence[int] = (2, 3, 4, 5, 6), name: str = "toy", robot: str = ""):
+    def __init__(
+        self,
+        path: str | Path,
+        levels: Sequence[int] = (2, 3, 4, 5, 6),
+        name: str = "toy",
+        robot: str = "",
+    ):
         path = Path(path)
         file = path / "card.json" if (path / "card.json").is_file() else path
         if file.is_file():
             self.root, self.name, card = file.resolve().parent, str(file), read_json(file)
         else:
-            several = sorted(str(info.parents[1]) for info in path.glob("*/meta/info.json")) if path.is_dir() else []
+            several = (
+                sorted(str(info.parents[1]) for info in path.glob("*/meta/info.json"))
+                if path.is_dir()
+                else []
+            )
             self.root, self.name = Path.cwd(), str(path)
-            card = {"sources": [{"path": one, "level": max(levels)} for one in several or [str(path)]]}
+            card = {
+                "sources": [{"path": one, "level": max(levels)} for one in several or [str(path)]]
+            }
         self.card, base = card, preset(name)
         try:
             sources = self._sources()
@@ -359,20 +479,30 @@ class Pyramid:
         known = sorted({source.level for source in sources})
         sources = [source for source in sources if source.level in levels]
         if not sources:
-            raise ValueError(f"card {self.name}: sources are of levels {known}; this stage takes {list(levels)}: add some, or a stage fits")
+            raise ValueError(
+                f"card {self.name}: sources are of levels {known}; this stage takes {list(levels)}: add some, or a stage fits"
+            )
         try:
             self.opened = [Opened(source, self.root) for source in sources]
         except ValueError as error:
             raise ValueError(f"card {self.name}: {error}") from error
         self.opened = [o for o in self.opened if robot in ("", o.source.embodiment)]
         if not self.opened:
-            raise ValueError(f"card {self.name}: robot is {robot!r}; there are {sorted({s.embodiment for s in sources})}")
+            raise ValueError(
+                f"card {self.name}: robot is {robot!r}; there are {sorted({s.embodiment for s in sources})}"
+            )
         widths: dict[str, tuple[int, int]] = {}
         for o in self.opened:
-            known_as = widths.setdefault(o.source.embodiment, o.reader.widths) if o.reader.widths[1] else o.reader.widths
+            known_as = (
+                widths.setdefault(o.source.embodiment, o.reader.widths)
+                if o.reader.widths[1]
+                else o.reader.widths
+            )
             if known_as != o.reader.widths:
-                raise ValueError(f"card {self.name}: source {o.source.path} has {o.reader.widths} numbers of state and action, another "
-                                 f"of robot {o.source.embodiment!r} {known_as}; give them two names, or choose columns by mapping")
+                raise ValueError(
+                    f"card {self.name}: source {o.source.path} has {o.reader.widths} numbers of state and action, another "
+                    f"of robot {o.source.embodiment!r} {known_as}; give them two names, or choose columns by mapping"
+                )
         self.weights = np.array([o.source.weight for o in self.opened])
         self.size = tuple(card.get("size", SIZES[name]))
         self._rates(base)
@@ -380,40 +510,62 @@ class Pyramid:
     def _sources(self) -> list[Source]:
         if unknown := set(self.card) - set(self.FIELDS):
             raise ValueError(f"unknown fields {sorted(unknown)}; allowed: {', '.join(self.FIELDS)}")
-        if not isinstance(lines := self.card.get("sources"), list) or not lines or not all(isinstance(line, dict) for line in lines):
-            raise ValueError("sources must be a list with at least one {\"path\": ..., \"level\": ...}")
+        if (
+            not isinstance(lines := self.card.get("sources"), list)
+            or not lines
+            or not all(isinstance(line, dict) for line in lines)
+        ):
+            raise ValueError('sources must be a list with at least one {"path": ..., "level": ...}')
         for i, line in enumerate(lines):
             if "path" not in line:
                 raise ValueError(f"source {i} has no path; name its folder, relative to the card")
             check_keys(line, Source, f"source {line.get('path')}")
         for key in ("video_hz", "action_hz"):
             value = self.card.get(key, 1)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1000:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not 0 < value <= 1000
+            ):
                 raise ValueError(f"{key} is {value!r:.50}; a rate above 0 and at most 1000 is due")
         size = self.card.get("size", [32, 32])
-        if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 < n <= 4096 and n % 16 == 0 for n in size):
+        if (
+            not isinstance(size, list)
+            or len(size) != 2
+            or not all(type(n) is int and 0 < n <= 4096 and n % 16 == 0 for n in size)
+        ):
             raise ValueError(f"size is {size!r:.50}; [height, width] in multiples of 16 are due")
         sources = [Source(**line) for line in lines]
         seen = set()
         for source in sources:
             mark = source.path, json.dumps(source.mapping, sort_keys=True)
             if mark in seen:
-                raise ValueError(f"source {source.path} is there twice; give it a larger weight instead")
+                raise ValueError(
+                    f"source {source.path} is there twice; give it a larger weight instead"
+                )
             seen.add(mark)
         return sources
 
     def _rates(self, base: MotusConfig) -> None:
         """The card's, or: actions at the robot's own rate, video at the paper's 5 Hz or the rate next to it that divides that."""
         acting = [o for o in self.opened if o.reader.widths[1]] or self.opened
-        top = [o.reader.fps for o in acting if o.source.level == max(o.source.level for o in acting)]
+        top = [
+            o.reader.fps for o in acting if o.source.level == max(o.source.level for o in acting)
+        ]
         if len(set(top)) > 1 and "action_hz" not in self.card:
-            raise ValueError(f"card {self.name}: sources of the highest level run at {sorted(set(top))} fps; choose one \"action_hz\"")
+            raise ValueError(
+                f'card {self.name}: sources of the highest level run at {sorted(set(top))} fps; choose one "action_hz"'
+            )
         self.action_hz = float(self.card.get("action_hz", top[0]))
-        self.video_hz = float(self.card.get("video_hz", self.action_hz / max(1, round(self.action_hz / VIDEO_HZ))))
+        self.video_hz = float(
+            self.card.get("video_hz", self.action_hz / max(1, round(self.action_hz / VIDEO_HZ)))
+        )
         ratio = self.action_hz / self.video_hz
         if abs(ratio - round(ratio)) > 1e-6:
-            raise ValueError(f"card {self.name}: action_hz {self.action_hz:g} is {ratio:g} times video_hz {self.video_hz:g}; choose rates "
-                             "of which the first is a whole multiple of the second")
+            raise ValueError(
+                f"card {self.name}: action_hz {self.action_hz:g} is {ratio:g} times video_hz {self.video_hz:g}; choose rates "
+                "of which the first is a whole multiple of the second"
+            )
         self.ratio, self.frames = round(ratio), base.frames
         for o in self.opened:
             o.plan(self.frames / self.video_hz)
@@ -424,7 +576,9 @@ class Pyramid:
             return config
         state, action = (max(o.reader.widths[i] for o in self.opened) for i in (0, 1))
         if not action:
-            raise ValueError(f"card {self.name}: no source has actions; this stage learns them: name the column in its mapping")
+            raise ValueError(
+                f"card {self.name}: no source has actions; this stage learns them: name the column in its mapping"
+            )
         return replace(config, ratio=self.ratio, action_dim=action, state_dim=max(1, state))
 
     # Statistics: each rank reads its share of the episodes once.
@@ -437,36 +591,75 @@ class Pyramid:
             for begin in range(0, o.trained, BLOCK) if o.reader.widths[1] else ():
                 if (block := block + 1) % world != rank:
                     continue
-                columns = zip(*(o.reader.numbers(e) for e in range(begin, min(begin + BLOCK, o.trained))))
+                columns = zip(
+                    *(o.reader.numbers(e) for e in range(begin, min(begin + BLOCK, o.trained)))
+                )
                 for which, parts in enumerate(columns):
                     if parts[0] is not None:
                         rows, key = np.concatenate(parts), (o.source.embodiment, which)
                         found[*key, block] = Moments.of(rows)
-                        sample = Sample(np.random.default_rng([i, begin]).random(len(rows)), rows.astype(np.float32))
-                        samples[key] = samples.get(key, Sample(sample.keys[:0], sample.rows[:0])) + sample
+                        sample = Sample(
+                            np.random.default_rng([i, begin]).random(len(rows)),
+                            rows.astype(np.float32),
+                        )
+                        samples[key] = (
+                            samples.get(key, Sample(sample.keys[:0], sample.rows[:0])) + sample
+                        )
         found |= {(*key, None): sample for key, sample in samples.items()}
         return {json.dumps(key): part.packed() for key, part in found.items()}
 
-    def robots(self, acting: bool, measured: Sequence[dict[str, Tensor]] | None = None) -> tuple[Statistics, ...]:
+    def robots(
+        self, acting: bool, measured: Sequence[dict[str, Tensor]] | None = None
+    ) -> tuple[Statistics, ...]:
         """What a checkpoint is to know of each robot; if the stage acts, how its numbers are normalised, from what all ranks `measured`."""
         measured = [self.measure()] if acting and measured is None else measured or []
         parts = [(json.loads(key), part) for parts in measured for key, part in parts.items()]
 
         def normaliser(name: str, which: int, kind: str) -> Normaliser | None:
-            blocks = {block: part for (*key, block), part in parts if key == [name, which] and block is not None}
-            moments = [Moments.unpacked(blocks[block]) for block in sorted(blocks)]          # in one order for any number of ranks
+            blocks = {
+                block: part
+                for (*key, block), part in parts
+                if key == [name, which] and block is not None
+            }
+            moments = [
+                Moments.unpacked(blocks[block]) for block in sorted(blocks)
+            ]  # in one order for any number of ranks
             samples = [Sample.unpacked(part) for key, part in parts if key == [name, which, None]]
-            return Normaliser.of(reduce(Moments.__add__, moments), reduce(Sample.__add__, samples), kind) if moments else None
+            return (
+                Normaliser.of(
+                    reduce(Moments.__add__, moments), reduce(Sample.__add__, samples), kind
+                )
+                if moments
+                else None
+            )
 
         found = []
-        for name in sorted({o.source.embodiment for o in self.opened if not acting or o.reader.widths[1]}):
-            mine = [o for o in self.opened if o.source.embodiment == name and (not acting or o.reader.widths[1])]
+        for name in sorted(
+            {o.source.embodiment for o in self.opened if not acting or o.reader.widths[1]}
+        ):
+            mine = [
+                o
+                for o in self.opened
+                if o.source.embodiment == name and (not acting or o.reader.widths[1])
+            ]
             if len(kinds := {o.source.normalise for o in mine}) > 1:
-                raise ValueError(f"card {self.name}: sources of {name} are normalised by {sorted(kinds)}; choose one")
+                raise ValueError(
+                    f"card {self.name}: sources of {name} are normalised by {sorted(kinds)}; choose one"
+                )
             reader, (kind,) = mine[0].reader, kinds
             views = tuple(camera.removeprefix("observation.images.") for camera in reader.cameras)
-            found.append(Statistics(name, self.ratio, normaliser(name, 1, kind), normaliser(name, 0, kind), self.action_hz, views,
-                                    reader.given.t_layout, self.size))
+            found.append(
+                Statistics(
+                    name,
+                    self.ratio,
+                    normaliser(name, 1, kind),
+                    normaliser(name, 0, kind),
+                    self.action_hz,
+                    views,
+                    reader.given.t_layout,
+                    self.size,
+                )
+            )
         return tuple(found)
 
     # Windows.
@@ -483,26 +676,53 @@ class Pyramid:
     def held_out(self, count: int, seed: int) -> Tensor:
         """(B, 3): at most one whole window from each of `count` held-out episodes."""
         rng, span = np.random.default_rng(seed), self.frames / self.video_hz
-        room = [(i, e, int(o.reader.lengths[e] - span * o.reader.fps)) for i, o in enumerate(self.opened)
-                for e in range(o.trained, len(o.reader.lengths))]
+        room = [
+            (i, e, int(o.reader.lengths[e] - span * o.reader.fps))
+            for i, o in enumerate(self.opened)
+            for e in range(o.trained, len(o.reader.lengths))
+        ]
         room = [row for row in room if row[2] > 0]
         if not room:
-            raise ValueError(f"card {self.name}: no held-out episode is longer than {span:g} s; set \"held_out\" of a source to more")
-        return torch.tensor([(room[n][0], room[n][1], int(rng.integers(room[n][2]))) for n in rng.permutation(len(room))[:count]])
+            raise ValueError(
+                f'card {self.name}: no held-out episode is longer than {span:g} s; set "held_out" of a source to more'
+            )
+        return torch.tensor(
+            [
+                (room[n][0], room[n][1], int(rng.integers(room[n][2])))
+                for n in rng.permutation(len(room))[:count]
+            ]
+        )
 
     def window(self, row: Sequence[int], actions: str) -> tuple:
         """Source number, picture (1+F, H, W, 3), mask of it, actions, mask of them, state, instruction; `actions`: none, latent or real."""
         i, episode, start = (int(n) for n in row)
         o, frames = self.opened[i], self.frames
         real = actions == "real" and o.reader.widths[1] > 0
-        action_times = (np.arange(frames * self.ratio) + o.source.ahead) / self.action_hz if real else ()
-        seen = o.reader.window(episode, start / o.reader.fps, np.arange(frames + 1) / self.video_hz, action_times)
+        action_times = (
+            (np.arange(frames * self.ratio) + o.source.ahead) / self.action_hz if real else ()
+        )
+        seen = o.reader.window(
+            episode, start / o.reader.fps, np.arange(frames + 1) / self.video_hz, action_times
+        )
         chunk, mask = (seen.actions, seen.action_mask) if real else (None, None)
         if actions == "latent":
             rows, known = self.latent_rows(i, episode)
-            index = np.floor(start + np.arange(frames) / self.video_hz * o.reader.fps + 0.5).astype(int)
-            chunk, mask = rows[np.minimum(index, len(rows) - 1)], (index < len(rows)) & known[np.minimum(index, len(rows) - 1)]
-        return i, tiled(seen.frames, self.size), seen.video_mask, chunk, mask, seen.state, seen.instruction
+            index = np.floor(start + np.arange(frames) / self.video_hz * o.reader.fps + 0.5).astype(
+                int
+            )
+            chunk, mask = (
+                rows[np.minimum(index, len(rows) - 1)],
+                (index < len(rows)) & known[np.minimum(index, len(rows) - 1)],
+            )
+        return (
+            i,
+            tiled(seen.frames, self.size),
+            seen.video_mask,
+            chunk,
+            mask,
+            seen.state,
+            seen.instruction,
+        )
 
     def latent_rows(self, i: int, episode: int) -> tuple[np.ndarray, np.ndarray]:
         """Latent actions of an episode, a row per frame, and which are known: of an official folder, of the dataset's
@@ -515,37 +735,64 @@ class Pyramid:
             own = not o.source.latents and COLUMN in getattr(o.reader, "features", {})
             o.latents = LatentColumn(o.reader) if own else LatentFiles(o.folder, o.reader.fps)
         if abs(o.latents.seconds * self.video_hz - 1) > 1e-6:
-            raise ValueError(f"{o.latents.name}: a latent action spans {o.latents.seconds:g} s, a video step "
-                             f"{1 / self.video_hz:g} s; encode them with an interval of as many frames, or choose another video_hz")
+            raise ValueError(
+                f"{o.latents.name}: a latent action spans {o.latents.seconds:g} s, a video step "
+                f"{1 / self.video_hz:g} s; encode them with an interval of as many frames, or choose another video_hz"
+            )
         return o.latents(episode)
 
     def describe(self, full: bool = True) -> str:
         """What is used: per source and per level hours, episodes, rows, windows and share of a batch; and the rates."""
         total, lines = self.weights.sum(), [f"{self.name}: {len(self.opened)} sources"]
         row = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
-        lines.append(row("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share"))
-        figures = [(o.source.level, Path(o.source.path).name[:24], o.source.embodiment[:16], o.hours, o.trained,
-                    int(o.reader.lengths[: o.trained].sum()), int(o.counts[: o.trained].sum()), w / total)
-                   for o, w in zip(self.opened, self.weights)]
-        show = lambda level, name, robot, hours, *rest: row(level, name, robot, f"{hours:.3f}", *rest[:-1], f"{100 * rest[-1]:.1f} %")
+        lines.append(
+            row("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share")
+        )
+        figures = [
+            (
+                o.source.level,
+                Path(o.source.path).name[:24],
+                o.source.embodiment[:16],
+                o.hours,
+                o.trained,
+                int(o.reader.lengths[: o.trained].sum()),
+                int(o.counts[: o.trained].sum()),
+                w / total,
+            )
+            for o, w in zip(self.opened, self.weights)
+        ]
+        show = lambda level, name, robot, hours, *rest: row(
+            level, name, robot, f"{hours:.3f}", *rest[:-1], f"{100 * rest[-1]:.1f} %"
+        )
         lines += [show(*figure) for figure in figures]
         for level in sorted({figure[0] for figure in figures}) if len(figures) > 1 else ():
             mine = [figure[3:] for figure in figures if figure[0] == level]
             lines.append(show(level, "all", "", *map(sum, zip(*mine))))
-        lines.append(f"video at {self.video_hz:g} Hz ({self.frames} frames after the observation), actions at {self.action_hz:g} Hz "
-                     f"({self.ratio} per frame), pictures {self.size[0]} x {self.size[1]}, "
-                     f"{sum(o.source.held_out for o in self.opened)} episodes held out")
+        lines.append(
+            f"video at {self.video_hz:g} Hz ({self.frames} frames after the observation), actions at {self.action_hz:g} Hz "
+            f"({self.ratio} per frame), pictures {self.size[0]} x {self.size[1]}, "
+            f"{sum(o.source.held_out for o in self.opened)} episodes held out"
+        )
         for o in self.opened:
-            at = np.concatenate([np.arange(self.frames) / self.video_hz, np.arange(self.frames * self.ratio) / self.action_hz])
+            at = np.concatenate(
+                [
+                    np.arange(self.frames) / self.video_hz,
+                    np.arange(self.frames * self.ratio) / self.action_hz,
+                ]
+            )
             off = np.abs(at * o.reader.fps - np.round(at * o.reader.fps)).max() / o.reader.fps
             if off > 1e-4:
-                lines.append(f"{o.source.path}: rows at {o.reader.fps:g} fps are up to {1000 * off:.1f} ms beside the wanted times")
+                lines.append(
+                    f"{o.source.path}: rows at {o.reader.fps:g} fps are up to {1000 * off:.1f} ms beside the wanted times"
+                )
         if full:
             for o in self.opened:
                 source = o.source
                 lines.append(o.reader.describe())
-                lines.append(f"  used     level {source.level}, weight {source.weight:g}, normalised by {source.normalise}, drawn by "
-                             f"{source.draw}, {source.held_out} episodes held out{', actions are later positions' * source.ahead}")
+                lines.append(
+                    f"  used     level {source.level}, weight {source.weight:g}, normalised by {source.normalise}, drawn by "
+                    f"{source.draw}, {source.held_out} episodes held out{', actions are later positions' * source.ahead}"
+                )
         return "\n".join(lines)
 
     def check(self) -> list[str]:
@@ -554,8 +801,14 @@ class Pyramid:
         for o in self.opened if not faults else ():
             for e in range(len(o.reader.lengths)):
                 rows = [part.tobytes() for part in o.reader.numbers(e) if part is not None]
-                path, other = seen.setdefault(hashlib.sha256(b"".join(rows)).digest(), (o.source.path, e)) if rows else ("", e)
+                path, other = (
+                    seen.setdefault(hashlib.sha256(b"".join(rows)).digest(), (o.source.path, e))
+                    if rows
+                    else ("", e)
+                )
                 if path not in ("", o.source.path):
-                    faults.append(f"card {self.name}, source {o.source.path}, episode {e}: equals episode {other} of {path} number for "
-                                  "number; drop one of the two")
+                    faults.append(
+                        f"card {self.name}, source {o.source.path}, episode {e}: equals episode {other} of {path} number for "
+                        "number; drop one of the two"
+                    )
         return faults

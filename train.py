@@ -87,8 +87,8 @@ class Stage:
     """One row of the table above."""
 
     levels: tuple[int, ...]
-    experts: tuple[str, ...]                  # which experts are trained
-    actions: str                              # "none", "latent" or "real"
+    experts: tuple[str, ...]  # which experts are trained
+    actions: str  # "none", "latent" or "real"
 
     @property
     def finetune(self) -> bool:
@@ -112,50 +112,73 @@ class Settings:
     steps: int = 1000
     batch: int = 32
     lr: float = 1e-3
-    video_lr: float = 6e-3                    # learning rate of the video expert; 0 means lr
-    optimizer: str = "adamw"                  # or "muon": Muon for the matrices of the blocks, AdamW for the rest
+    video_lr: float = 6e-3  # learning rate of the video expert; 0 means lr
+    optimizer: str = "adamw"  # or "muon": Muon for the matrices of the blocks, AdamW for the rest
     muon_lr: float = 0.04
-    warmup: int = 50                          # steps of linear warm-up
-    schedule: str = "cosine"                  # or "linear", "constant": how lr falls
-    horizon: int = 0                          # steps until it has fallen; 0: all steps of the run
-    floor: float = 0.1                        # share of lr at which the schedule ends
+    warmup: int = 50  # steps of linear warm-up
+    schedule: str = "cosine"  # or "linear", "constant": how lr falls
+    horizon: int = 0  # steps until it has fallen; 0: all steps of the run
+    floor: float = 0.1  # share of lr at which the schedule ends
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.01
-    decay: str = "matrices"                   # not norms, biases, modulation tables and registers; "all": those too, as official
-    clip: float = 1.0                         # gradient norm
+    decay: str = "matrices"  # not norms, biases, modulation tables and registers; "all": those too, as official
+    clip: float = 1.0  # gradient norm
     ema: float = 0.995
     video_weight: float = 1.0
     action_weight: float = 1.0
-    times: str = "official"                   # or "logit_normal": see flow.py
-    given: float = 0.0                        # share of samples in which one modality is given, as in world_model and idm
+    times: str = "official"  # or "logit_normal": see flow.py
+    given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
     seed: int = 0
-    episodes: int = 100                       # per pyramid level; of a card in all (stage backbones)
-    windows: int = 2000                       # encoded once, batches are drawn from them; 0, with --data: encoded when needed
-    save_every: int = 0                       # steps between checkpoints; 0 saves the last only
-    keep: int = 2                             # newest checkpoints that are kept
+    episodes: int = 100  # per pyramid level; of a card in all (stage backbones)
+    windows: int = (
+        2000  # encoded once, batches are drawn from them; 0, with --data: encoded when needed
+    )
+    save_every: int = 0  # steps between checkpoints; 0 saves the last only
+    keep: int = 2  # newest checkpoints that are kept
     log_every: int = 10
-    log_to: str = ""                          # "tensorboard" or "wandb" beside the csv
-    workers: int = 0                          # processes that prepare batches ahead
-    micro: int = 0                            # samples per rank and pass, whose gradients add up to the batch; 0: all at once
-    precision: str = "fp32"                   # or "bf16": autocast
-    params: str = "fp32"                      # or "bf16": weights and optimizer too, at half the memory; small updates are lost
-    checkpointing: str = "none"               # or "selective", "full": what the backward pass computes again
-    compile: int = 0                          # 1: each layer by torch.compile
-    shards: int = 0                           # ranks that share one copy of the weights; 0: those of a node
-    reshard: int = 1                          # 0: keep layers gathered between forward and backward pass
-    peak: float = 0.0                         # TFLOP/s of one device, for the model FLOP utilisation in the log
-    timeout: float = 1800.0                   # seconds without progress until the run ends
-    minutes: float = 0.0                      # save and end after so long; 0: never
+    log_to: str = ""  # "tensorboard" or "wandb" beside the csv
+    workers: int = 0  # processes that prepare batches ahead
+    micro: int = 0  # samples per rank and pass, whose gradients add up to the batch; 0: all at once
+    precision: str = "fp32"  # or "bf16": autocast
+    params: str = (
+        "fp32"  # or "bf16": weights and optimizer too, at half the memory; small updates are lost
+    )
+    checkpointing: str = "none"  # or "selective", "full": what the backward pass computes again
+    compile: int = 0  # 1: each layer by torch.compile
+    shards: int = 0  # ranks that share one copy of the weights; 0: those of a node
+    reshard: int = 1  # 0: keep layers gathered between forward and backward pass
+    peak: float = 0.0  # TFLOP/s of one device, for the model FLOP utilisation in the log
+    timeout: float = 1800.0  # seconds without progress until the run ends
+    minutes: float = 0.0  # save and end after so long; 0: never
 
 
 # What may change when a run is resumed: it changes how the numbers are computed, not what they are.
-FREE = ("save_every", "keep", "log_every", "log_to", "workers", "micro", "checkpointing", "compile", "shards", "reshard", "peak", "timeout",
-        "minutes")
-CHOICES = {"optimizer": ("adamw", "muon"), "schedule": ("cosine", "linear", "constant"), "decay": ("matrices", "all"),
-           "times": tuple(flow.TIMES),
-           "log_to": ("", "tensorboard", "wandb"), "precision": ("fp32", "bf16"), "params": ("fp32", "bf16"),
-           "checkpointing": tuple(scale.CHECKPOINTING)}
+FREE = (
+    "save_every",
+    "keep",
+    "log_every",
+    "log_to",
+    "workers",
+    "micro",
+    "checkpointing",
+    "compile",
+    "shards",
+    "reshard",
+    "peak",
+    "timeout",
+    "minutes",
+)
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear", "constant"),
+    "decay": ("matrices", "all"),
+    "times": tuple(flow.TIMES),
+    "log_to": ("", "tensorboard", "wandb"),
+    "precision": ("fp32", "bf16"),
+    "params": ("fp32", "bf16"),
+    "checkpointing": tuple(scale.CHECKPOINTING),
+}
 
 
 # What differs from the defaults, per preset and stage. Small networks take many small steps by Muon: what is learnt in a minute decides.
@@ -174,12 +197,25 @@ DEFAULTS = {
 }
 # The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion to the
 # GPU-hours of stage 2.
-FULL = dict(batch=256, video_lr=0.0, clip=0.5, ema=0.9999, precision="bf16", checkpointing="full", compile=1, micro=8, workers=4,
-            save_every=1000, keep=3)
+FULL = dict(
+    batch=256,
+    video_lr=0.0,
+    clip=0.5,
+    ema=0.9999,
+    precision="bf16",
+    checkpointing="full",
+    compile=1,
+    micro=8,
+    workers=4,
+    save_every=1000,
+    keep=3,
+)
 DEFAULTS |= {
     ("full", "1"): dict(FULL, steps=400_000, lr=8e-5, warmup=1000, floor=0.2),
     ("full", "2"): dict(FULL, steps=500_000, lr=5e-5, warmup=1000, floor=0.2),
-    ("full", "3"): dict(FULL, steps=40_000, lr=5e-5, warmup=200, schedule="linear", horizon=5_000_000, floor=0.4),
+    ("full", "3"): dict(
+        FULL, steps=40_000, lr=5e-5, warmup=200, schedule="linear", horizon=5_000_000, floor=0.4
+    ),
 }
 
 
@@ -198,7 +234,9 @@ def settings_for(preset_name: str, stage: str, changes: list[str]) -> Settings:
             raise ValueError(f"--set {key} takes {kinds[key].__name__}, found {value!r}") from None
     for key, allowed in CHOICES.items():
         if getattr(settings, key) not in allowed:
-            raise ValueError(f"--set {key} is {getattr(settings, key)!r}; allowed: {', '.join(filter(None, allowed))}")
+            raise ValueError(
+                f"--set {key} is {getattr(settings, key)!r}; allowed: {', '.join(filter(None, allowed))}"
+            )
     return settings
 
 
@@ -210,7 +248,7 @@ class Muon(torch.optim.Optimizer):
     The same as torch.optim.Muon but for two things: matrices of equal shape go through the iteration together and in fp32, in a third
     of its time on a CPU; and matrices that are sharded over ranks are gathered for it."""
 
-    MOMENTUM, ITERATIONS = 0.95, ((3.4445, -4.7750, 2.0315),) * 5                            # of x, x x' x and x x' x x' x
+    MOMENTUM, ITERATIONS = 0.95, ((3.4445, -4.7750, 2.0315),) * 5  # of x, x x' x and x x' x x' x
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
@@ -229,8 +267,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - self.MOMENTUM)
-                alike.setdefault(p.shape, []).append((p, scale.whole(p.grad.lerp(momentum, self.MOMENTUM)).float()))
+                momentum = (
+                    self.state[p]
+                    .setdefault("momentum", torch.zeros_like(p))
+                    .lerp_(p.grad, 1 - self.MOMENTUM)
+                )
+                alike.setdefault(p.shape, []).append(
+                    (p, scale.whole(p.grad.lerp(momentum, self.MOMENTUM)).float())
+                )
             for (rows, columns), pairs in alike.items():
                 moves = torch.stack([move for _, move in pairs])
                 moves = self.orthogonal(moves) if rows <= columns else self.orthogonal(moves.mT).mT
@@ -240,7 +284,9 @@ class Muon(torch.optim.Optimizer):
                     held(p)[0].add_(part(p, move), alpha=-rate)
 
 
-def make_optimizers(model: Motus, settings: Settings, experts: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: Motus, settings: Settings, experts: tuple[str, ...]
+) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked for. With optimizer=muon the matrices
     of the blocks have an optimizer of their own."""
     groups, rotated = [], []
@@ -249,21 +295,45 @@ def make_optimizers(model: Motus, settings: Settings, experts: tuple[str, ...]) 
         if settings.optimizer == "muon":
             rotated += [p for n, p in named if p.dim() == 2 and ".blocks." in n]
             named = [(n, p) for n, p in named if not (p.dim() == 2 and ".blocks." in n)]
-        matrix = lambda n, p: settings.decay == "all" or p.dim() > 1 and not n.endswith(("modulation", "registers"))
-        decays, rest = [p for n, p in named if matrix(n, p)], [p for n, p in named if not matrix(n, p)]
+        matrix = lambda n, p: (
+            settings.decay == "all" or p.dim() > 1 and not n.endswith(("modulation", "registers"))
+        )
+        decays, rest = (
+            [p for n, p in named if matrix(n, p)],
+            [p for n, p in named if not matrix(n, p)],
+        )
         lr = settings.video_lr if expert == "video" and settings.video_lr else settings.lr
-        groups += [dict(params=decays, base=lr, weight_decay=settings.weight_decay), dict(params=rest, base=lr, weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True)]
+        groups += [
+            dict(params=decays, base=lr, weight_decay=settings.weight_decay),
+            dict(params=rest, base=lr, weight_decay=0.0),
+        ]
+    optimizers = [
+        torch.optim.AdamW(
+            groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=True
+        )
+    ]
     if rotated:
-        optimizers.append(Muon([dict(params=rotated, base=settings.muon_lr)], settings.muon_lr, settings.weight_decay))
+        optimizers.append(
+            Muon(
+                [dict(params=rotated, base=settings.muon_lr)],
+                settings.muon_lr,
+                settings.weight_decay,
+            )
+        )
     return optimizers
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], settings: Settings, step: int) -> None:
     """Linear warm-up, times a cosine or a line to `floor` at the horizon."""
     progress = min(1.0, step / (settings.horizon or settings.steps))
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[settings.schedule]
-    factor = min(1.0, (step + 1) / max(1, settings.warmup)) * (settings.floor + (1 - settings.floor) * left)
+    left = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[settings.schedule]
+    factor = min(1.0, (step + 1) / max(1, settings.warmup)) * (
+        settings.floor + (1 - settings.floor) * left
+    )
     for group in groups_of(optimizers):
         group["lr"] = group["base"] * factor
 
@@ -281,50 +351,96 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))                                    # short memory at first
-        torch._foreach_lerp_(list(self.weights.values()), [p.float() for p in model.parameters()], 1 - decay)
+        decay = min(self.decay, (1 + step) / (10 + step))  # short memory at first
+        torch._foreach_lerp_(
+            list(self.weights.values()), [p.float() for p in model.parameters()], 1 - decay
+        )
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------------
 
 
-def states_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def states_of(
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Every trained parameter with what its optimizer keeps of it, which may be filled; in the order that numbers them in checkpoints."""
-    return [(p, optimizer.state[p]) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return [
+        (p, optimizer.state[p])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
 
 
 def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state as named tensors."""
-    return {f"{i}.{k}": torch.as_tensor(v) for i, (_, state) in enumerate(states_of(optimizers)) for k, v in state.items()}
+    return {
+        f"{i}.{k}": torch.as_tensor(v)
+        for i, (_, state) in enumerate(states_of(optimizers))
+        for k, v in state.items()
+    }
 
 
-def save_checkpoint(saver: scale.Saver, step: int, model: Motus, ema: EMA, optimizers: Sequence[torch.optim.Optimizer], card: Card,
-                    settings: Settings, about: dict[str, str]) -> None:
+def save_checkpoint(
+    saver: scale.Saver,
+    step: int,
+    model: Motus,
+    ema: EMA,
+    optimizers: Sequence[torch.optim.Optimizer],
+    card: Card,
+    settings: Settings,
+    about: dict[str, str],
+) -> None:
     """Begins to write run/step_NNNNNN; `about` says which code and data made it."""
-    saver.save(step, {"model.safetensors": model.state_dict(), "ema.safetensors": ema.weights,
-                      "optimizer.safetensors": optimizer_tensors(optimizers)},
-               {"config.json": replace(card, step=step).as_json(), "settings.json": json.dumps(asdict(settings) | about, indent=1)})
+    saver.save(
+        step,
+        {
+            "model.safetensors": model.state_dict(),
+            "ema.safetensors": ema.weights,
+            "optimizer.safetensors": optimizer_tensors(optimizers),
+        },
+        {
+            "config.json": replace(card, step=step).as_json(),
+            "settings.json": json.dumps(asdict(settings) | about, indent=1),
+        },
+    )
 
 
-def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.optim.Optimizer], card: Card, settings: Settings,
-           about: dict[str, str], anyway: bool = False) -> int:
+def resume(
+    folder: Path,
+    model: Motus,
+    ema: EMA,
+    optimizers: Sequence[torch.optim.Optimizer],
+    card: Card,
+    settings: Settings,
+    about: dict[str, str],
+    anyway: bool = False,
+) -> int:
     """Fills model, EMA and optimizer from a checkpoint of the same run, whatever number of ranks wrote it; returns the number of steps
     done. Other settings or data are refused; other code too, unless it is to go on `anyway`."""
     stored = Card.read(folder / "config.json")
     for name in ("motus", "stage", "preset", "statistics", "latent_interval"):
         if getattr(stored, name) != getattr(card, name):
-            raise ValueError(f"{folder} was trained with {name} {getattr(stored, name)}, this run has {getattr(card, name)}; "
-                             "resume with the settings it was started with, or start another run")
+            raise ValueError(
+                f"{folder} was trained with {name} {getattr(stored, name)}, this run has {getattr(card, name)}; "
+                "resume with the settings it was started with, or start another run"
+            )
     before = json.loads((folder / "settings.json").read_text())
     for key, value in asdict(settings).items():
         if key not in FREE and before.get(key, value) != value:
-            raise ValueError(f"{folder} was trained with {key}={before[key]}, this run has {key}={value}; "
-                             f"resume with --set {key}={before[key]}")
+            raise ValueError(
+                f"{folder} was trained with {key}={before[key]}, this run has {key}={value}; "
+                f"resume with --set {key}={before[key]}"
+            )
     if before.get("data", about["data"]) != about["data"]:
-        raise ValueError(f"{folder} was trained on data {before['data']}, this run has {about['data']}; resume with the same data")
+        raise ValueError(
+            f"{folder} was trained on data {before['data']}, this run has {about['data']}; resume with the same data"
+        )
     if before.get("code", about["code"]) != about["code"] and not anyway:
-        raise ValueError(f"{folder} was written by code {before['code']}, this is {about['code']}; check out the code it began with, or "
-                         "continue with --resume-anyway, perhaps not bit for bit")
+        raise ValueError(
+            f"{folder} was written by code {before['code']}, this is {about['code']}; check out the code it began with, or "
+            "continue with --resume-anyway, perhaps not bit for bit"
+        )
     with open_source(folder / "model.safetensors") as source:
         load_into(model, source)
     with open_source(folder / "ema.safetensors") as source:
@@ -334,12 +450,16 @@ def resume(folder: Path, model: Motus, ema: EMA, optimizers: Sequence[torch.opti
         for name in source.names():
             index, key = name.split(".")
             p, state = states[int(index)]
-            state[key] = torch.zeros_like(p) if source.shape(name) else torch.zeros((), device=p.device)
+            state[key] = (
+                torch.zeros_like(p) if source.shape(name) else torch.zeros((), device=p.device)
+            )
         scale.fill(optimizer_tensors(optimizers), source)
     return stored.step
 
 
-def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, seed: int = 0) -> None:
+def initialise(
+    model: Motus, init: str | Path | None, stage: Stage, name: str, seed: int = 0
+) -> None:
     """Fresh weights, and those of an earlier stage, ours or published: from stage 1 the video expert, from stage 2 all but what starts
     fresh. One tensor of the file at a time, and what starts fresh one layer at a time, each from a seed of its own; a rank keeps its part
     of each. So no rank ever holds more than a layer, and the values are the same for any number of ranks."""
@@ -347,8 +467,10 @@ def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, s
     if init is not None:
         source, rename, card, absent = open_weights(init)
         if card.motus.video != model.config.video:
-            raise ValueError(f"--init {init} has video expert {card.motus.video}; this run has {model.config.video}. "
-                             "Use the same preset and sizes")
+            raise ValueError(
+                f"--init {init} has video expert {card.motus.video}; this run has {model.config.video}. "
+                "Use the same preset and sizes"
+            )
         if card.stage == "1":
             skip = ("action.", "und.")
         elif card.motus.finetune == model.config.finetune:
@@ -356,24 +478,37 @@ def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, s
         elif stage.finetune:
             skip = (*absent, *FRESH_IN_STAGE_3)
         else:
-            raise ValueError(f"--init {init} is of stage {card.stage}; stage {name} starts from stage 1 or 2")
-    one = replace(model.config, video=replace(model.config.video, layers=1))                 # layer 0 also draws what lies outside
+            raise ValueError(
+                f"--init {init} is of stage {card.stage}; stage {name} starts from stage 1 or 2"
+            )
+    one = replace(
+        model.config, video=replace(model.config.video, layers=1)
+    )  # layer 0 also draws what lies outside
     makers = (lambda: WanModel(one.video), lambda: ActionExpert(one), lambda: UndExpert(one))
     for i, (expert, make) in enumerate(zip(EXPERTS, makers)):
-        named = {n: p for n, p in getattr(model, expert).named_parameters() if f"{expert}.{n}".startswith(skip)}
+        named = {
+            n: p
+            for n, p in getattr(model, expert).named_parameters()
+            if f"{expert}.{n}".startswith(skip)
+        }
         for layer in range(model.config.video.layers):
             here = f"blocks.{layer}."
-            wanted = {n.replace(here, "blocks.0."): p for n, p in named.items()
-                      if n.startswith(here) or layer == 0 and not n.startswith("blocks.")}
+            wanted = {
+                n.replace(here, "blocks.0."): p
+                for n, p in named.items()
+                if n.startswith(here) or layer == 0 and not n.startswith("blocks.")
+            }
             if wanted:
-                torch.manual_seed(int(np.random.SeedSequence([seed, i, layer]).generate_state(1)[0]))
+                torch.manual_seed(
+                    int(np.random.SeedSequence([seed, i, layer]).generate_state(1)[0])
+                )
                 fresh = make()
                 fresh.init_weights()
                 with torch.no_grad():
                     for n, value in fresh.named_parameters():
                         if n in wanted:
                             place(wanted[n], value)
-                del fresh, value                                                             # before the next layer is made
+                del fresh, value  # before the next layer is made
     if init is not None:
         with source:
             load_into(model, source, rename, ignore=(*skip, "vlm."), fresh=skip)
@@ -381,7 +516,7 @@ def initialise(model: Motus, init: str | Path | None, stage: Stage, name: str, s
 
 # -- the log ----------------------------------------------------------------------------------------------------------------
 
-BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01))             # time bins: 0 is data, 1 is noise
+BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01))  # time bins: 0 is data, 1 is noise
 
 
 class Log:
@@ -389,9 +524,27 @@ class Log:
     run continues it."""
 
     def __init__(self, path: Path, start: int, ranks: scale.Ranks | None = None, to: str = ""):
-        self.path, self.ranks, self.sums, self.counts, self.begun = path, ranks or scale.Ranks(), {}, {}, time.perf_counter()
-        self.columns = ["step", "loss", "video", "action", *(f"{m}_t{i}" for m in ("video", "action") for i in range(len(BINS))),
-                        "grad_norm", "lr", "samples_per_s", "tokens_per_s", "mfu", "data_wait_s", "memory_gb"]
+        self.path, self.ranks, self.sums, self.counts, self.begun = (
+            path,
+            ranks or scale.Ranks(),
+            {},
+            {},
+            time.perf_counter(),
+        )
+        self.columns = [
+            "step",
+            "loss",
+            "video",
+            "action",
+            *(f"{m}_t{i}" for m in ("video", "action") for i in range(len(BINS))),
+            "grad_norm",
+            "lr",
+            "samples_per_s",
+            "tokens_per_s",
+            "mfu",
+            "data_wait_s",
+            "memory_gb",
+        ]
         self.extra = None
         if self.ranks.rank:
             return
@@ -407,24 +560,40 @@ class Log:
         try:
             if to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
+
                 board = SummaryWriter(path.parent / "tensorboard", purge_step=start)
-                self.extra = lambda step, row: (*(board.add_scalar(name, x, step) for name, x in row.items()), board.flush())
+                self.extra = lambda step, row: (
+                    *(board.add_scalar(name, x, step) for name, x in row.items()),
+                    board.flush(),
+                )
             elif to == "wandb":
                 import wandb
-                wandb.init(project="motus", name=path.parent.name, dir=path.parent, id=path.parent.name, resume="allow")
+
+                wandb.init(
+                    project="motus",
+                    name=path.parent.name,
+                    dir=path.parent,
+                    id=path.parent.name,
+                    resume="allow",
+                )
                 self.extra = lambda step, row: wandb.log(row, step=step)
         except ImportError as error:
-            raise ValueError(f"--set log_to={to}: {error}; pip install {to}, or leave log_to out: log.csv is written always") from error
+            raise ValueError(
+                f"--set log_to={to}: {error}; pip install {to}, or leave log_to out: log.csv is written always"
+            ) from error
 
     def add(self, name: str, value: float, weight: float = 1.0) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value * weight
         self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def losses(self, losses: Losses) -> None:
-        for name, values, t in (("video", losses.video, losses.t_video), ("action", losses.action, losses.t_action)):
+        for name, values, t in (
+            ("video", losses.video, losses.t_video),
+            ("action", losses.action, losses.t_action),
+        ):
             if values is None:
                 continue
-            values, t = values.detach().float()[t > 0], t[t > 0]                             # what is given has no loss
+            values, t = values.detach().float()[t > 0], t[t > 0]  # what is given has no loss
             if len(values):
                 self.add(name, values.mean().item())
             for i, (low, high) in enumerate(BINS):
@@ -435,12 +604,30 @@ class Log:
     def row(self, step: int) -> dict[str, float]:
         """Ends a row. What was added as `samples`, `tokens` and `flops` (of one rank; `flops` in shares of its peak) becomes a speed."""
         seconds = time.perf_counter() - self.begun
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        )
         self.add("memory_gb", peak / 1e9)
-        totals = self.ranks.sums(*(sums.get(name, 0.0) for sums in (self.sums, self.counts) for name in (*self.columns, *self.SPEEDS)))
+        totals = self.ranks.sums(
+            *(
+                sums.get(name, 0.0)
+                for sums in (self.sums, self.counts)
+                for name in (*self.columns, *self.SPEEDS)
+            )
+        )
         names = (*self.columns, *self.SPEEDS)
-        row = {name: value / count for name, value, count in zip(names, totals, totals[len(names):]) if count}
-        speeds = {column: totals[names.index(name)] / seconds for name, column in self.SPEEDS.items() if name in row}
+        row = {
+            name: value / count
+            for name, value, count in zip(names, totals, totals[len(names) :])
+            if count
+        }
+        speeds = {
+            column: totals[names.index(name)] / seconds
+            for name, column in self.SPEEDS.items()
+            if name in row
+        }
         row = {name: value for name, value in (row | speeds).items() if name in self.columns}
         if "mfu" in row:
             row["mfu"] /= self.ranks.world
@@ -451,9 +638,13 @@ class Log:
     def write(self, step: int, row: dict[str, float]) -> None:
         try:
             with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow({"step": step, **{k: f"{v:.9g}" for k, v in row.items()}})
+                csv.DictWriter(file, self.columns).writerow(
+                    {"step": step, **{k: f"{v:.9g}" for k, v in row.items()}}
+                )
         except OSError as error:
-            raise ValueError(f"{self.path} could not be written: {error}; free space and continue with --resume") from error
+            raise ValueError(
+                f"{self.path} could not be written: {error}; free space and continue with --resume"
+            ) from error
         if self.extra:
             self.extra(step, row)
 
@@ -463,6 +654,7 @@ class Log:
 def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action")) -> None:
     """The loss curves of a run as a picture: per modality, and per time bin where there are any."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -470,7 +662,10 @@ def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action"
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for axis, name in zip(axes, names):
-        for column, label in [(name, "all times"), *((f"{name}_t{i}", f"t in [{a:g}, {min(b, 1):g}]") for i, (a, b) in enumerate(BINS))]:
+        for column, label in [
+            (name, "all times"),
+            *((f"{name}_t{i}", f"t in [{a:g}, {min(b, 1):g}]") for i, (a, b) in enumerate(BINS)),
+        ]:
             points = [(int(r["step"]), float(r[column])) for r in rows if r.get(column)]
             if points:
                 axis.plot(*zip(*points), label=label, linewidth=2 if column == name else 0.8)
@@ -484,7 +679,9 @@ def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action"
 # -- data of a stage --------------------------------------------------------------------------------------------------------
 
 
-def toy_pool(args: argparse.Namespace, stage: Stage, card: Card, settings: Settings) -> tuple[data.Pool, Card]:
+def toy_pool(
+    args: argparse.Namespace, stage: Stage, card: Card, settings: Settings
+) -> tuple[data.Pool, Card]:
     """Records the levels of the stage and runs the frozen backbones over windows of them; notes the statistics on the card."""
     stats = latents = None
     episodes = data.toy_episodes(stage.levels, settings.episodes, settings.seed)
@@ -492,10 +689,20 @@ def toy_pool(args: argparse.Namespace, stage: Stage, card: Card, settings: Setti
         stats = data.statistics(episodes)
         card = replace(card, statistics=stats.as_json())
     elif stage.actions == "latent":
-        latents = latent_action.encode_episodes(latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE)
+        latents = latent_action.encode_episodes(
+            latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE
+        )
         card = replace(card, latent_interval=data.RATE)
-    pool = data.Pool.encode(episodes, backbones_of(args.preset, card.motus), card.motus, settings.windows, settings.seed, stats, latents,
-                            und=stage.actions != "none")
+    pool = data.Pool.encode(
+        episodes,
+        backbones_of(args.preset, card.motus),
+        card.motus,
+        settings.windows,
+        settings.seed,
+        stats,
+        latents,
+        und=stage.actions != "none",
+    )
     return pool, card
 
 
@@ -508,19 +715,30 @@ def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[dat
         made_by["latent"] = digest(open_source(args.latent / LATENT_FILE).tensors)
     pool = data.Pool.load(args.cache, made_by, config)
     if pool.about["levels"] != list(stage.levels):
-        raise ValueError(f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}")
+        raise ValueError(
+            f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}"
+        )
     if args.data:
         pool.mix(data.Pyramid(args.data, stage.levels, args.preset))
-    robots = pool.statistics if isinstance(pool.statistics, tuple) else tuple(filter(None, [pool.statistics]))
+    robots = (
+        pool.statistics
+        if isinstance(pool.statistics, tuple)
+        else tuple(filter(None, [pool.statistics]))
+    )
     interval = (robots[0].rate if robots else data.RATE) if stage.actions == "latent" else None
-    return pool, replace(card, motus=config, statistics=data.as_stored(robots), latent_interval=interval)
+    return pool, replace(
+        card, motus=config, statistics=data.as_stored(robots), latent_interval=interval
+    )
 
 
-def pool_for(args: argparse.Namespace, stage: Stage, card: Card, settings: Settings, ranks: scale.Ranks
-             ) -> tuple[data.Pool | data.Stream, Card]:
+def pool_for(
+    args: argparse.Namespace, stage: Stage, card: Card, settings: Settings, ranks: scale.Ranks
+) -> tuple[data.Pool | data.Stream, Card]:
     """The windows of the stage: cached ones, those of --data with the network as wide as its robots, or of the toy world."""
     if stage.actions == "latent" and not (args.latent or args.data or args.cache):
-        raise ValueError("stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)")
+        raise ValueError(
+            "stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)"
+        )
     if args.cache:
         return ranks.together(lambda: cached_pool(args, stage, card))
     if args.data is None:
@@ -529,12 +747,28 @@ def pool_for(args: argparse.Namespace, stage: Stage, card: Card, settings: Setti
     pyramid = ranks.together(lambda: data.Pyramid(args.data, stage.levels, args.preset))
     if not ranks.rank:
         print(pyramid.describe(), file=sys.stderr)
-    measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world))) if acts else None
+    measured = (
+        ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))
+        if acts
+        else None
+    )
     robots, config = pyramid.robots(acts, measured), pyramid.config(card.motus)
-    pool = ranks.together(lambda: data.pool_of(pyramid, robots, stage.levels, stage.actions, config, args.preset, settings.windows,
-                                               settings.seed))
+    pool = ranks.together(
+        lambda: data.pool_of(
+            pyramid,
+            robots,
+            stage.levels,
+            stage.actions,
+            config,
+            args.preset,
+            settings.windows,
+            settings.seed,
+        )
+    )
     interval = robots[0].rate if stage.actions == "latent" else None
-    return pool, replace(card, motus=config, statistics=data.as_stored(robots), latent_interval=interval)
+    return pool, replace(
+        card, motus=config, statistics=data.as_stored(robots), latent_interval=interval
+    )
 
 
 class Steps(Dataset):
@@ -544,11 +778,17 @@ class Steps(Dataset):
     def __init__(self, source: data.Pool, settings: Settings, ranks: scale.Ranks):
         self.source, self.settings, self.place = source, settings, (ranks.rank, ranks.world)
 
-    def __getitem__(self, step: int) -> tuple[dict[str, Tensor | None], dict[str, Tensor], tuple[float, float]]:
+    def __getitem__(
+        self, step: int
+    ) -> tuple[dict[str, Tensor | None], dict[str, Tensor], tuple[float, float]]:
         settings, (rank, world) = self.settings, self.place
         inputs = self.source.batch(settings.batch, settings.seed, step, rank, world)
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([settings.seed, step, 1]).generate_state(1)[0]))
-        noise = draw(inputs, generator, settings.times, settings.given, settings.batch, rank * len(inputs))
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([settings.seed, step, 1]).generate_state(1)[0])
+        )
+        noise = draw(
+            inputs, generator, settings.times, settings.given, settings.batch, rank * len(inputs)
+        )
         return vars(inputs), noise, counts(inputs, noise)
 
 
@@ -557,18 +797,33 @@ def counts(inputs: Inputs, noise: dict[str, Tensor]) -> tuple[float, float]:
     videos = (noise["t_video"] > 0).sum().item()
     if inputs.actions is None:
         return videos, 0
-    has = inputs.action_mask.flatten(1).any(dim=1) if inputs.action_mask is not None else torch.ones(len(inputs), dtype=torch.bool)
+    has = (
+        inputs.action_mask.flatten(1).any(dim=1)
+        if inputs.action_mask is not None
+        else torch.ones(len(inputs), dtype=torch.bool)
+    )
     return videos, (has & (noise["t_action"] > 0)).sum().item()
 
 
-def batches(source: data.Pool, settings: Settings, ranks: scale.Ranks, start: int
-            ) -> Iterator[tuple[Inputs, dict[str, Tensor], tuple[float, float]]]:
+def batches(
+    source: data.Pool, settings: Settings, ranks: scale.Ranks, start: int
+) -> Iterator[tuple[Inputs, dict[str, Tensor], tuple[float, float]]]:
     """The batches of this rank from step `start` on, on its device, prepared ahead by `workers` processes (a stream by its own threads):
     nothing but the step number decides what is in them."""
-    loader = DataLoader(Steps(source, settings, ranks), batch_size=None, sampler=range(start, settings.steps), collate_fn=lambda x: x,
-                        num_workers=0 if isinstance(source, data.Stream) else settings.workers, pin_memory=ranks.device.type == "cuda")
+    loader = DataLoader(
+        Steps(source, settings, ranks),
+        batch_size=None,
+        sampler=range(start, settings.steps),
+        collate_fn=lambda x: x,
+        num_workers=0 if isinstance(source, data.Stream) else settings.workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
     for inputs, noise, have in loader:
-        yield Inputs(**inputs).to(ranks.device), {name: x.to(ranks.device, non_blocking=True) for name, x in noise.items()}, have
+        yield (
+            Inputs(**inputs).to(ranks.device),
+            {name: x.to(ranks.device, non_blocking=True) for name, x in noise.items()},
+            have,
+        )
 
 
 # -- the runs ---------------------------------------------------------------------------------------------------------------
@@ -580,26 +835,52 @@ def train_latent(args: argparse.Namespace) -> Path:
     """Trains the latent-action VAE: on the true optical flow of all levels of the toy world, or on what `python latent_action.py tokens`
     made of videos. Actions are looked at where they are labelled, in a tenth of each batch. A frozen DC-AE sees each flow once; `--set`
     also takes fields of LatentActionConfig, as in `--set reconstruct=picture finetune_dcae=True`. Returns the file of the encoder."""
-    kinds = {f.name: f.type for f in fields(latent_action.LatentActionConfig) if f.type in (int, float, str, bool)}
-    own = {key: value for key, eq, value in (change.partition("=") for change in args.set) if key in kinds}
-    settings = settings_for(args.preset, "latent", [*(c for c in args.set if c.partition("=")[0] not in own),
-                                                    *([f"steps={args.steps}"] if args.steps else [])])
-    cast = {key: value == "True" if kinds[key] is bool else kinds[key](value) for key, value in own.items()}
+    kinds = {
+        f.name: f.type
+        for f in fields(latent_action.LatentActionConfig)
+        if f.type in (int, float, str, bool)
+    }
+    own = {
+        key: value
+        for key, eq, value in (change.partition("=") for change in args.set)
+        if key in kinds
+    }
+    settings = settings_for(
+        args.preset,
+        "latent",
+        [
+            *(c for c in args.set if c.partition("=")[0] not in own),
+            *([f"steps={args.steps}"] if args.steps else []),
+        ],
+    )
+    cast = {
+        key: value == "True" if kinds[key] is bool else kinds[key](value)
+        for key, value in own.items()
+    }
     torch.manual_seed(settings.seed)
     model = latent_action.LatentActionModel(replace(latent_action.PRESETS[args.preset], **cast))
     dcae = args.init or BACKBONES.get(args.preset, Path()) / "dcae.safetensors"
     if not Path(dcae).exists():
-        raise ValueError(f"{dcae} does not exist: name DC-AE weights with --init, published ones or of python latent_action.py pretrain")
+        raise ValueError(
+            f"{dcae} does not exist: name DC-AE weights with --init, published ones or of python latent_action.py pretrain"
+        )
     if not args.cache and args.preset != "toy":
-        raise ValueError(f"preset {args.preset!r} trains on videos; make --cache FOLDER of them with python latent_action.py tokens")
+        raise ValueError(
+            f"preset {args.preset!r} trains on videos; make --cache FOLDER of them with python latent_action.py tokens"
+        )
     model.load_dcae(dcae)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     run = claim(Path(args.run or "runs/latent"), resumed=False)
     if args.cache:
         x, labels, mask = latent_data.read_tokens([args.cache], model)
     else:
-        shots = lambda count, split: [episode for level in (2, 3, 4, 5, 6)
-                                      for episode in data.tabletop.record(level, count, settings.seed, split=split, pictures=False)]
+        shots = lambda count, split: [
+            episode
+            for level in (2, 3, 4, 5, 6)
+            for episode in data.tabletop.record(
+                level, count, settings.seed, split=split, pictures=False
+            )
+        ]
         pairs = latent_action.toy_pairs(shots(settings.episodes, "train"), model.config.interval)
         x, labels, mask = latent_action.toy_rows(model, pairs, seed=settings.seed)
     names = ("total", "reconstruction", "alignment", "kl")
@@ -611,27 +892,55 @@ def train_latent(args: argparse.Namespace) -> Path:
             if step % settings.log_every == 0:
                 writer.writerow([step, *(f"{losses[name]:.6g}" for name in names)])
 
-        latent_action.fit(model, x, labels, mask, settings.steps, settings.batch, settings.lr, settings.warmup, settings.floor,
-                          settings.weight_decay, seed=settings.seed, log=log)
+        latent_action.fit(
+            model,
+            x,
+            labels,
+            mask,
+            settings.steps,
+            settings.batch,
+            settings.lr,
+            settings.warmup,
+            settings.floor,
+            settings.weight_decay,
+            seed=settings.seed,
+            log=log,
+        )
     model.save(run / LATENT_FILE)
     plot_curve(run / "log.csv", run / "curve.png", ("reconstruction", "alignment"))
     if not args.cache:
         held, figures = latent_action.toy_pairs(shots(20, "eval"), model.config.interval), {}
         with torch.no_grad():
-            mu, test = (torch.cat([model.encode(model.tokens(part.to(model.token_mean.device)))[0].cpu() for part in flow.split(256)])
-                        for flow in (pairs.flow, held.flow))
+            mu, test = (
+                torch.cat(
+                    [
+                        model.encode(model.tokens(part.to(model.token_mean.device)))[0].cpu()
+                        for part in flow.split(256)
+                    ]
+                )
+                for flow in (pairs.flow, held.flow)
+            )
         for level, name in ((6, "target robot"), (2, "hand, never labelled")):
             known, unseen = pairs.level == level, held.level == level
-            figures[name] = latent_action.probe(mu[known], pairs.labels[known], test[unseen], held.labels[unseen]).tolist()
-            print(f"held-out episodes, {name}: linear probe R2 of the motion in x, y, opening "
-                  + " ".join(f"{v:.3f}" for v in figures[name]))
-        (run / "figures.json").write_text(json.dumps({"probe R2 (x, y, opening)": figures}, indent=1))
+            figures[name] = latent_action.probe(
+                mu[known], pairs.labels[known], test[unseen], held.labels[unseen]
+            ).tolist()
+            print(
+                f"held-out episodes, {name}: linear probe R2 of the motion in x, y, opening "
+                + " ".join(f"{v:.3f}" for v in figures[name])
+            )
+        (run / "figures.json").write_text(
+            json.dumps({"probe R2 (x, y, opening)": figures}, indent=1)
+        )
     print(f"wrote {run / LATENT_FILE}")
     return run / LATENT_FILE
 
 
 # Steps of each part, in whose place `--steps` is taken, and samples per step.
-BACKBONE_STEPS = {"toy": dict(text=400, vlm=4000, vae=3000, dcae=2200), "sim": dict(text=400, vlm=1700, vae=1000)}
+BACKBONE_STEPS = {
+    "toy": dict(text=400, vlm=4000, vae=3000, dcae=2200),
+    "sim": dict(text=400, vlm=1700, vae=1000),
+}
 BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
 
 
@@ -641,17 +950,28 @@ def train_backbones(args: argparse.Namespace) -> None:
     those of the repository instead."""
     name, kept = args.preset, [part for part in args.keep.split(",") if part]
     if name not in BACKBONE_STEPS or (name != "toy" and not args.data):
-        raise ValueError(f"--preset is {name!r}, --data {args.data!r}; backbones are made for presets {', '.join(BACKBONE_STEPS)}, from a "
-                         "card with labels (docs/metaworld) but for the toy")
+        raise ValueError(
+            f"--preset is {name!r}, --data {args.data!r}; backbones are made for presets {', '.join(BACKBONE_STEPS)}, from a "
+            "card with labels (docs/metaworld) but for the toy"
+        )
     if set(kept) - set(BACKBONE_STEPS[name]) or kept and not args.run:
-        raise ValueError(f"--keep is {args.keep!r}, --run {args.run!r}; allowed: parts among {', '.join(BACKBONE_STEPS[name])}, and a "
-                         "folder to copy them to")
+        raise ValueError(
+            f"--keep is {args.keep!r}, --run {args.run!r}; allowed: parts among {', '.join(BACKBONE_STEPS[name])}, and a "
+            "folder to copy them to"
+        )
     settings, config = settings_for(name, "backbones", args.set), preset(name)
     torch.manual_seed(settings.seed)
-    folder, steps, batch = Path(args.run or BACKBONES[name]), (lambda part: args.steps or BACKBONE_STEPS[name][part]), BACKBONE_BATCH[name]
+    folder, steps, batch = (
+        Path(args.run or BACKBONES[name]),
+        (lambda part: args.steps or BACKBONE_STEPS[name][part]),
+        BACKBONE_BATCH[name],
+    )
     if args.data:
         pyramid = data.Pyramid(args.data, name=name)
-        web, held = (data.CardWeb(pyramid, settings.episodes, settings.seed, held_out) for held_out in (False, True))
+        web, held = (
+            data.CardWeb(pyramid, settings.episodes, settings.seed, held_out)
+            for held_out in (False, True)
+        )
     else:
         web = data.ToyWeb(settings.episodes, settings.seed)
         held = data.ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
@@ -665,46 +985,122 @@ def train_backbones(args: argparse.Namespace) -> None:
     if "text" not in kept:
         pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
         tokenizer = T5Tokenizer(folder / "text.json", config.video.text_len)
-        text = UMT5Config(vocab=tokenizer.tokenizer.get_vocab_size(), dim=config.video.text_dim, dim_attn=48, dim_ffn=96, heads=4, layers=2,
-                          buckets=16, max_distance=32)
-        save_part(folder / "text.safetensors", pretrain.pretrain_text(text, tokenizer, web.sentences, steps("text")), torch.float16)
+        text = UMT5Config(
+            vocab=tokenizer.tokenizer.get_vocab_size(),
+            dim=config.video.text_dim,
+            dim_attn=48,
+            dim_ffn=96,
+            heads=4,
+            layers=2,
+            buckets=16,
+            max_distance=32,
+        )
+        save_part(
+            folder / "text.safetensors",
+            pretrain.pretrain_text(text, tokenizer, web.sentences, steps("text")),
+            torch.float16,
+        )
 
     if "vlm" not in kept:
-        prompt = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
+        prompt = [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|image_pad|>",
+            "<|vision_end|>",
+            "user",
+            "assistant",
+        ]
         pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)
         tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
-        vlm = Qwen3VLConfig(vocab=tokenizer.get_vocab_size(), image_token=tokenizer.token_to_id("<|image_pad|>"),
-                            width=config.vlm_dim, ffn=256, layers=3, heads=4, kv_heads=2, head_dim=24, rope_theta=1e4, mrope=(4, 4, 4),
-                            vision_width=64, vision_ffn=192, vision_layers=3, vision_heads=4, vision_theta=1e2, taps=(0, 1),
-                            side=max(height, width) // 8, patch=8, merge=2, min_pixels=256, max_pixels=height * width)
-        model, probes = pretrain.pretrain_vlm(vlm, tokenizer, lambda seed: web.grounded(seed, batch["vlm"]), len(web.targets), steps("vlm"))
+        vlm = Qwen3VLConfig(
+            vocab=tokenizer.get_vocab_size(),
+            image_token=tokenizer.token_to_id("<|image_pad|>"),
+            width=config.vlm_dim,
+            ffn=256,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_dim=24,
+            rope_theta=1e4,
+            mrope=(4, 4, 4),
+            vision_width=64,
+            vision_ffn=192,
+            vision_layers=3,
+            vision_heads=4,
+            vision_theta=1e2,
+            taps=(0, 1),
+            side=max(height, width) // 8,
+            patch=8,
+            merge=2,
+            min_pixels=256,
+            max_pixels=height * width,
+        )
+        model, probes = pretrain.pretrain_vlm(
+            vlm,
+            tokenizer,
+            lambda seed: web.grounded(seed, batch["vlm"]),
+            len(web.targets),
+            steps("vlm"),
+        )
         save_part(folder / "vlm.safetensors", model, torch.float16)
         pictures, texts, target = held.grounded(-1, 512)
         with torch.no_grad():
-            which, where, everything, cell = pretrain.ground(model, probes, tokenizer, pictures, texts, target)
+            which, where, everything, cell = pretrain.ground(
+                model, probes, tokenizer, pictures, texts, target
+            )
         figures[f"vlm_named_{web.named}_found"] = (which.argmax(1) == cell).float().mean().item()
-        figures["vlm_position_error_px"] = ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
+        figures["vlm_position_error_px"] = (
+            ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
+        )
         if args.data:
-            figures |= {f"vlm_error {what}": value for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())}
+            figures |= {
+                f"vlm_error {what}": value
+                for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())
+            }
 
     if "vae" not in kept:
         z = config.video.latent
-        vae = WanVAEConfig(dim=16, dec_dim=16, z_dim=z, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                           mean=(0.0,) * z, std=(1.0,) * z)
+        vae = WanVAEConfig(
+            dim=16,
+            dec_dim=16,
+            z_dim=z,
+            dim_mult=(1, 2, 2),
+            num_res_blocks=1,
+            temporal_downsample=(True, True),
+            mean=(0.0,) * z,
+            std=(1.0,) * z,
+        )
         # The toy's is the same network and has begun to see; to go on from it saves half the time.
-        model = load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig) if args.data else WanVAE(vae)
+        model = (
+            load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig)
+            if args.data
+            else WanVAE(vae)
+        )
         pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
         save_part(folder / "vae.safetensors", model)
-        figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(model, held.clips(-1, 128))
+        figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(
+            model, held.clips(-1, 128)
+        )
 
     if not args.data and "dcae" not in kept:
         flow = latent_action.LatentActionModel(latent_action.PRESETS["toy"])
-        pairs = latent_action.toy_pairs(web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval)
-        losses = latent_action.pretrain_dcae(flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps("dcae"))
-        figures |= {f"dcae_{kind}_loss": float(np.mean(values[-100:])) for kind, values in losses.items()}
+        pairs = latent_action.toy_pairs(
+            web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval
+        )
+        losses = latent_action.pretrain_dcae(
+            flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps("dcae")
+        )
+        figures |= {
+            f"dcae_{kind}_loss": float(np.mean(values[-100:])) for kind, values in losses.items()
+        }
         flow.save_dcae(folder / "dcae.safetensors")
-    command = ("python train.py --stage backbones" + (f" --preset {name} --data {args.data}" if args.data else "")
-               + (f" --keep {args.keep}" if kept else "") + (f" --steps {args.steps}" if args.steps else ""))
+    command = (
+        "python train.py --stage backbones"
+        + (f" --preset {name} --data {args.data}" if args.data else "")
+        + (f" --keep {args.keep}" if kept else "")
+        + (f" --steps {args.steps}" if args.steps else "")
+    )
     pretrain.write_card(folder, command=command, **figures)
     print(json.dumps(figures, indent=1))
 
@@ -712,24 +1108,38 @@ def train_backbones(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> Path:
     """Trains one stage of the network, as one of the ranks that were started; returns the last checkpoint."""
     stage = STAGES[args.stage]
-    settings = settings_for(args.preset, args.stage, [*args.set, *([f"steps={args.steps}"] if args.steps else [])])
+    settings = settings_for(
+        args.preset, args.stage, [*args.set, *([f"steps={args.steps}"] if args.steps else [])]
+    )
     with scale.launch(settings.shards, settings.timeout) as ranks:
         return run_stage(args, stage, settings, ranks)
 
 
-def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks: scale.Ranks) -> Path:
+def run_stage(
+    args: argparse.Namespace, stage: Stage, settings: Settings, ranks: scale.Ranks
+) -> Path:
     # -- the same on every rank, or refused by all of them
-    ranks.same(code=scale.code_digest(), stage=args.stage, preset=args.preset, run=str(args.run),
-               **{name: str(value) for name, value in asdict(settings).items()})
+    ranks.same(
+        code=scale.code_digest(),
+        stage=args.stage,
+        preset=args.preset,
+        run=str(args.run),
+        **{name: str(value) for name, value in asdict(settings).items()},
+    )
     ranks.together(lambda: divide(settings, ranks.world))
     run = Path(args.run or f"runs/stage{args.stage}")
     ranks.together(lambda: claim(run, bool(args.resume), make=not ranks.rank))
     form = dict(finetune=True) if stage.finetune else dict(finetune=False, ratio=1, action_dim=14)
     card = Card(preset(args.preset, **form), args.stage, args.preset)
     source, card = pool_for(args, stage, card, settings, ranks)
-    if args.preset in BACKBONE_STEPS:                                                        # the others are published and do not change
+    if args.preset in BACKBONE_STEPS:  # the others are published and do not change
         parts = ("vae", "text") if stage.actions == "none" else ("vae", "text", "vlm")
-        card = replace(card, backbones=ranks.together(lambda: backbones_of(args.preset, card.motus, parts=parts).fingerprint()))
+        card = replace(
+            card,
+            backbones=ranks.together(
+                lambda: backbones_of(args.preset, card.motus, parts=parts).fingerprint()
+            ),
+        )
     about = {"code": scale.code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
 
@@ -737,31 +1147,64 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
     with torch.device("meta"):
         model = Motus(card.motus).train()
     model.to(torch.bfloat16 if settings.params == "bf16" else torch.float32)
-    compute = scale.parallelize(model, stage.experts, ranks.mesh, settings.checkpointing, bool(settings.compile), settings.precision,
-                                bool(settings.reshard))
+    compute = scale.parallelize(
+        model,
+        stage.experts,
+        ranks.mesh,
+        settings.checkpointing,
+        bool(settings.compile),
+        settings.precision,
+        bool(settings.reshard),
+    )
     compute.to_empty(device=ranks.device)
     if not args.resume:
         ranks.together(lambda: initialise(model, args.init, stage, args.stage, settings.seed))
     optimizers = make_optimizers(model, settings, stage.experts)
     ema = EMA(model, settings.ema)
-    start = ranks.together(lambda: resume(newest_step(run), model, ema, optimizers, card, settings, about, args.resume == "anyway")
-                           ) if args.resume else 0
+    start = (
+        ranks.together(
+            lambda: resume(
+                newest_step(run),
+                model,
+                ema,
+                optimizers,
+                card,
+                settings,
+                about,
+                args.resume == "anyway",
+            )
+        )
+        if args.resume
+        else 0
+    )
     ranks.same(newest_checkpoint=str(start))
-    log, saver = ranks.together(lambda: Log(run / "log.csv", start, ranks, settings.log_to)), scale.Saver(run, ranks, settings.keep)
+    log, saver = (
+        ranks.together(lambda: Log(run / "log.csv", start, ranks, settings.log_to)),
+        scale.Saver(run, ranks, settings.keep),
+    )
     trained = [p for group in groups_of(optimizers) for p in group["params"]]
     micro, begun, stopped = settings.micro or settings.batch // ranks.world, time.monotonic(), []
     done, work = start, None
     if not ranks.rank:
-        print(f"stage {args.stage}: {sum(p.numel() for p in trained):,} trained parameters, {len(source)} windows of levels "
-              f"{stage.levels}, {settings.steps} steps of {settings.batch} on {ranks.world} x {ranks.device.type}", flush=True)
+        print(
+            f"stage {args.stage}: {sum(p.numel() for p in trained):,} trained parameters, {len(source)} windows of levels "
+            f"{stage.levels}, {settings.steps} steps of {settings.batch} on {ranks.world} x {ranks.device.type}",
+            flush=True,
+        )
         print("attention: {}, because {}".format(*choose(ranks.device)), flush=True)
 
     previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     watchdog = scale.Watchdog(ranks, settings.timeout)
     prepared = batches(source, settings, ranks, start)
     try:
-        bar = tqdm(range(start, settings.steps), desc=f"stage {args.stage}", initial=start, total=settings.steps, mininterval=1,
-                   disable=ranks.rank > 0)
+        bar = tqdm(
+            range(start, settings.steps),
+            desc=f"stage {args.stage}",
+            initial=start,
+            total=settings.steps,
+            mininterval=1,
+            disable=ranks.rank > 0,
+        )
         for step in bar:
             # ----------------------------------------------------------------- one step
             watchdog.beat(f"waiting for the data of step {step}")
@@ -778,21 +1221,27 @@ def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks:
                 part = slice(first, first + micro)
                 losses = compute(inputs.rows(part), {name: x[part] for name, x in noise.items()})
                 share = losses.total(settings.video_weight, settings.action_weight, videos, acting)
-                (share * ranks.world).backward()                                             # FSDP divides by the number of ranks
+                (share * ranks.world).backward()  # FSDP divides by the number of ranks
                 loss += share.item()
                 log.losses(losses)
             norm = scale.whole(nn.utils.clip_grad_norm_(trained, settings.clip)).item()
-            loss, = ranks.sums(loss)
+            (loss,) = ranks.sums(loss)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 rows = source.rows(settings.batch, settings.seed, step).tolist()
-                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; windows {rows} of seed {settings.seed}. Nothing was "
-                                 f"updated; the last checkpoint is intact. Lower --set lr (now {settings.lr})")
+                raise ValueError(
+                    f"step {step}: loss {loss}, gradient norm {norm}; windows {rows} of seed {settings.seed}. Nothing was "
+                    f"updated; the last checkpoint is intact. Lower --set lr (now {settings.lr})"
+                )
             for optimizer in optimizers:
                 optimizer.step()
             ema.update(model, step)
             # --------------------------------------------------------------------------
             done = step + 1
-            log.add("loss", loss), log.add("grad_norm", norm), log.add("lr", groups_of(optimizers)[0]["lr"])
+            (
+                log.add("loss", loss),
+                log.add("grad_norm", norm),
+                log.add("lr", groups_of(optimizers)[0]["lr"]),
+            )
             tokens, flops = work = work or scale.cost(model, inputs)
             log.add("samples", len(inputs)), log.add("tokens", tokens)
             if settings.peak:
@@ -825,15 +1274,19 @@ def divide(settings: Settings, world: int) -> None:
     """Refuses a batch that does not fall into equal parts."""
     share = settings.batch // world
     if settings.batch % world or share % (settings.micro or share):
-        raise ValueError(f"batch={settings.batch} does not divide into equal parts for {world} ranks, micro={settings.micro or share} "
-                         f"samples at a time; set batch to a multiple of {world * (settings.micro or 1)}")
+        raise ValueError(
+            f"batch={settings.batch} does not divide into equal parts for {world} ranks, micro={settings.micro or share} "
+            f"samples at a time; set batch to a multiple of {world * (settings.micro or 1)}"
+        )
 
 
 def claim(run: Path, resumed: bool, make: bool = True) -> Path:
     """The run's folder: new for a new run, existing for a resumed one; `make` it, or only look."""
     exists = run.exists() and any(run.glob("[!.]*"))
     if exists and not resumed:
-        raise ValueError(f"run folder {run} exists; continue it with --resume, or name another with --run")
+        raise ValueError(
+            f"run folder {run} exists; continue it with --resume, or name another with --run"
+        )
     if resumed and not exists:
         raise ValueError(f"--resume: run folder {run} does not exist; start it without --resume")
     if make:
@@ -842,28 +1295,64 @@ def claim(run: Path, resumed: bool, make: bool = True) -> Path:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, help=f"one of {', '.join([*STAGES, *OTHER_STAGES])}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stage", required=True, help=f"one of {', '.join([*STAGES, *OTHER_STAGES])}"
+    )
     parser.add_argument("--preset", default="toy", help="row of the table in motus.py")
-    parser.add_argument("--full", dest="preset", action="store_const", const="full", help="short for --preset full")
+    parser.add_argument(
+        "--full", dest="preset", action="store_const", const="full", help="short for --preset full"
+    )
     parser.add_argument("--run", help="folder of this run (default runs/stageN)")
-    parser.add_argument("--init", help="run, checkpoint or published weights of an earlier stage to start from")
-    parser.add_argument("--data", help="dataset card, dataset folder or hub name (docs/data.md); default the toy world")
-    parser.add_argument("--cache", type=Path, help="windows of `python data.py cache` (then --data may mix them by other weights), "
-                        "or tokens of `python latent_action.py tokens`")
+    parser.add_argument(
+        "--init", help="run, checkpoint or published weights of an earlier stage to start from"
+    )
+    parser.add_argument(
+        "--data",
+        help="dataset card, dataset folder or hub name (docs/data.md); default the toy world",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="windows of `python data.py cache` (then --data may mix them by other weights), "
+        "or tokens of `python latent_action.py tokens`",
+    )
     parser.add_argument("--latent", type=Path, help="run of stage latent, read by stage 2")
-    parser.add_argument("--keep", default="", help="parts that stage backbones takes from the repository: text, vlm, vae, dcae")
-    parser.add_argument("--resume", action="store_const", const="same", help="continue the run from its newest checkpoint")
-    parser.add_argument("--resume-anyway", dest="resume", action="store_const", const="anyway",
-                        help="the same, although the code has changed since it was written")
+    parser.add_argument(
+        "--keep",
+        default="",
+        help="parts that stage backbones takes from the repository: text, vlm, vae, dcae",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_const",
+        const="same",
+        help="continue the run from its newest checkpoint",
+    )
+    parser.add_argument(
+        "--resume-anyway",
+        dest="resume",
+        action="store_const",
+        const="anyway",
+        help="the same, although the code has changed since it was written",
+    )
     parser.add_argument("--steps", type=int, help="short for --set steps=N")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE",
-                        help=f"change a setting: {', '.join(f.name for f in fields(Settings))}")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"change a setting: {', '.join(f.name for f in fields(Settings))}",
+    )
     args = parser.parse_args(argv)
     known = [*STAGES, *OTHER_STAGES]
     if args.stage not in known:
         near = difflib.get_close_matches(args.stage, known, 1, 0.0)[0]
-        raise ValueError(f"--stage is {args.stage!r}; allowed: {', '.join(known)}; did you mean {near!r}?")
+        raise ValueError(
+            f"--stage is {args.stage!r}; allowed: {', '.join(known)}; did you mean {near!r}?"
+        )
     return args
 
 
@@ -884,6 +1373,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:                   # what the user, the data or the disk got wrong
+    except (ValueError, OSError) as error:  # what the user, the data or the disk got wrong
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -49,14 +49,20 @@ class DCAEConfig:
 
     def __post_init__(self):
         if not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths):
-            raise ValueError(f"DCAEConfig: {len(self.widths)} widths, {len(self.encoder_depths)} encoder_depths and "
-                             f"{len(self.decoder_depths)} decoder_depths; give one of each per stage")
+            raise ValueError(
+                f"DCAEConfig: {len(self.widths)} widths, {len(self.encoder_depths)} encoder_depths and "
+                f"{len(self.decoder_depths)} decoder_depths; give one of each per stage"
+            )
         if self.widths[-1] % self.latent_channels:
-            raise ValueError(f"DCAEConfig: latent_channels={self.latent_channels} must divide the last width {self.widths[-1]}, "
-                             "because the shortcut around the latent averages whole groups of channels")
+            raise ValueError(
+                f"DCAEConfig: latent_channels={self.latent_channels} must divide the last width {self.widths[-1]}, "
+                "because the shortcut around the latent averages whole groups of channels"
+            )
         for stage, width in enumerate(self.widths, start=1):
             if stage > self.conv_stages and width % self.head_dim:
-                raise ValueError(f"DCAEConfig: width {width} of stage {stage} must be a multiple of head_dim={self.head_dim}")
+                raise ValueError(
+                    f"DCAEConfig: width {width} of stage {stage} must be a multiple of head_dim={self.head_dim}"
+                )
 
     @property
     def factor(self) -> int:
@@ -66,10 +72,20 @@ class DCAEConfig:
 
 PRESETS = {
     # The toy's autoencoder: 64 x 64 becomes 2 x 2 tokens of 64, small enough to encode a picture in about a millisecond on one core.
-    "tiny": DCAEConfig(widths=(16, 32, 32, 64, 64), encoder_depths=(1,) * 5, decoder_depths=(1,) * 5, latent_channels=64, head_dim=16),
+    "tiny": DCAEConfig(
+        widths=(16, 32, 32, 64, 64),
+        encoder_depths=(1,) * 5,
+        decoder_depths=(1,) * 5,
+        latent_channels=64,
+        head_dim=16,
+    ),
     # The published one: 1,120,682,252 parameters, 256 x 256 becomes 2 x 2 tokens of 512.
-    "f128c512": DCAEConfig(widths=(256, 512, 512, 1024, 1024, 2048, 2048), encoder_depths=(4, 8, 2, 2, 2, 2, 2),
-                           decoder_depths=(5, 10, 2, 2, 2, 2, 2), latent_channels=512),
+    "f128c512": DCAEConfig(
+        widths=(256, 512, 512, 1024, 1024, 2048, 2048),
+        encoder_depths=(4, 8, 2, 2, 2, 2, 2),
+        decoder_depths=(5, 10, 2, 2, 2, 2, 2),
+        latent_channels=512,
+    ),
 }
 
 
@@ -111,21 +127,27 @@ class LinearAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int, eps: float = 1e-15):
         super().__init__()
         self.head_dim, self.eps = head_dim, eps
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Conv2d(channels, channels, 1, bias=False) for _ in range(4))
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            nn.Conv2d(channels, channels, 1, bias=False) for _ in range(4)
+        )
         self.norm_out = ChannelRMSNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         mixed = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=1)
-        q, k, v = rearrange(mixed, "b (n three k) h w -> three b n k (h w)", three=3, k=self.head_dim)
+        q, k, v = rearrange(
+            mixed, "b (n three k) h w -> three b n k (h w)", three=3, k=self.head_dim
+        )
         q, k = F.relu(q), F.relu(k)
         if height * width > self.head_dim:
             q, k, v = q.float(), k.float(), v.float()
-            v = F.pad(v, (0, 0, 0, 1), value=1.0)                                # (B, N, K + 1, L): the row of ones adds up the weights
+            v = F.pad(
+                v, (0, 0, 0, 1), value=1.0
+            )  # (B, N, K + 1, L): the row of ones adds up the weights
             out = (v @ k.mT) @ q
             out = out[:, :, :-1] / (out[:, :, -1:] + self.eps)
         else:
-            weights = (k.mT @ q).float()                                         # (B, N, L keys, L queries)
+            weights = (k.mT @ q).float()  # (B, N, L keys, L queries)
             out = v @ (weights / (weights.sum(2, keepdim=True) + self.eps)).to(v.dtype)
         out = rearrange(out.to(x.dtype), "b n k (h w) -> b (n k) h w", h=height)
         return x + self.norm_out(self.to_out(out))
@@ -161,8 +183,10 @@ class Down(nn.Module):
     def __init__(self, channels: int, out_channels: int, shortcut: bool = True):
         super().__init__()
         if out_channels % 4 or (shortcut and 4 * channels % out_channels):
-            raise ValueError(f"DCAEConfig.widths: {channels} -> {out_channels} cannot go down; the second must be a multiple of 4 "
-                             "and divide 4 times the first")
+            raise ValueError(
+                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go down; the second must be a multiple of 4 "
+                "and divide 4 times the first"
+            )
         self.conv = nn.Conv2d(channels, out_channels // 4, 3, padding=1)
         self.group = 4 * channels // out_channels if shortcut else 0
 
@@ -177,7 +201,9 @@ class Up(nn.Module):
     def __init__(self, channels: int, out_channels: int, shortcut: bool = True):
         super().__init__()
         if shortcut and 4 * out_channels % channels:
-            raise ValueError(f"DCAEConfig.widths: {channels} -> {out_channels} cannot go up; the first must divide 4 times the second")
+            raise ValueError(
+                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go up; the first must divide 4 times the second"
+            )
         self.conv = nn.Conv2d(channels, 4 * out_channels, 3, padding=1)
         self.group = 4 * out_channels // channels if shortcut else 0
 
@@ -211,7 +237,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = Down(3, widths[0], shortcut=False)
-        self.down_blocks = nn.ModuleList([nn.Sequential()])  # Stage 0, full resolution, has no blocks in any layout built here.
+        self.down_blocks = nn.ModuleList(
+            [nn.Sequential()]
+        )  # Stage 0, full resolution, has no blocks in any layout built here.
         for stage, depth in enumerate(config.encoder_depths, start=1):
             blocks = stage_blocks(config, stage, depth, decoder=False)
             if stage < len(widths):
@@ -235,10 +263,14 @@ class Decoder(nn.Module):
         widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.group = widths[-1] // config.latent_channels
-        self.up_blocks = nn.ModuleList([nn.Sequential()])  # Indexed by stage, like the encoder's, and run from last to first.
+        self.up_blocks = nn.ModuleList(
+            [nn.Sequential()]
+        )  # Indexed by stage, like the encoder's, and run from last to first.
         for stage, depth in enumerate(config.decoder_depths, start=1):
             blocks = [Up(widths[stage], widths[stage - 1])] if stage < len(widths) else []
-            self.up_blocks.append(nn.Sequential(*blocks, *stage_blocks(config, stage, depth, decoder=True)))
+            self.up_blocks.append(
+                nn.Sequential(*blocks, *stage_blocks(config, stage, depth, decoder=True))
+            )
         self.norm_out = ChannelRMSNorm(widths[0])
         self.conv_out = Up(widths[0], 3, shortcut=False)
 
@@ -261,9 +293,16 @@ class DCAE(nn.Module):
     def encode(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1], sides multiples of `config.factor` -> latents (B, C, H / factor, W / factor)."""
         factor = self.config.factor
-        if pictures.ndim != 4 or pictures.shape[1] != 3 or pictures.shape[2] % factor or pictures.shape[3] % factor:
-            raise ValueError(f"DCAE.encode: pictures have shape {tuple(pictures.shape)}; give (B, 3, H, W) with H and W multiples of "
-                             f"{factor}. Resize the flow field, scale its vectors, and colour it afterwards")
+        if (
+            pictures.ndim != 4
+            or pictures.shape[1] != 3
+            or pictures.shape[2] % factor
+            or pictures.shape[3] % factor
+        ):
+            raise ValueError(
+                f"DCAE.encode: pictures have shape {tuple(pictures.shape)}; give (B, 3, H, W) with H and W multiples of "
+                f"{factor}. Resize the flow field, scale its vectors, and colour it afterwards"
+            )
         return self.encoder(pictures)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -274,21 +313,24 @@ class DCAE(nn.Module):
         return self.decode(self.encode(pictures))
 
 
-ORIGINAL = [(re.compile(pattern), new) for pattern, new in (
-    (r"\.(main|op_list)\b", ""),                     # wrappers of residual sums and of sequences
-    (r"\.conv\.(weight|bias)$", r".\1"),             # every convolution sits in a wrapper
-    (r"^encoder\.stages\.", "encoder.down_blocks."),
-    (r"^decoder\.stages\.", "decoder.up_blocks."),
-    (r"\.project_in\.", ".conv_in."),
-    (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
-    (r"\.project_out\.[02]\.", ".conv_out."),
-    (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
-    (r"\.context_module\.proj\.", ".attn.to_out."),
-    (r"\.context_module\.", ".attn."),
-    (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
-    (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
-    (r"\.conv2\.norm\.", ".norm."),
-)]
+ORIGINAL = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\.(main|op_list)\b", ""),  # wrappers of residual sums and of sequences
+        (r"\.conv\.(weight|bias)$", r".\1"),  # every convolution sits in a wrapper
+        (r"^encoder\.stages\.", "encoder.down_blocks."),
+        (r"^decoder\.stages\.", "decoder.up_blocks."),
+        (r"\.project_in\.", ".conv_in."),
+        (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
+        (r"\.project_out\.[02]\.", ".conv_out."),
+        (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
+        (r"\.context_module\.proj\.", ".attn.to_out."),
+        (r"\.context_module\.", ".attn."),
+        (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
+        (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
+        (r"\.conv2\.norm\.", ".norm."),
+    )
+]
 
 
 def rename(name: str) -> str:
@@ -311,20 +353,34 @@ def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         key = rename(name)
         if key.endswith(".attn.qkv.weight") and tensor.ndim == 4:
-            found = {key.replace("qkv", f"to_{part}"): third for part, third in zip("qkv", tensor.chunk(3))}
+            found = {
+                key.replace("qkv", f"to_{part}"): third
+                for part, third in zip("qkv", tensor.chunk(3))
+            }
         else:
-            matrix = ".attn.to_" in key and tensor.ndim == 2        # diffusers stores the weights of attention without the 1 x 1
+            matrix = (
+                ".attn.to_" in key and tensor.ndim == 2
+            )  # diffusers stores the weights of attention without the 1 x 1
             found = {key: tensor[:, :, None, None] if matrix else tensor}
         if twice := ours.keys() & found.keys():
-            raise ValueError(f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not both")
+            raise ValueError(
+                f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not both"
+            )
         ours |= found
     return ours
 
 
-def load_dcae(path: str | Path, config: DCAEConfig = PRESETS["f128c512"], dtype: torch.dtype | None = None, device: str = "cpu") -> DCAE:
+def load_dcae(
+    path: str | Path,
+    config: DCAEConfig = PRESETS["f128c512"],
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> DCAE:
     """DC-AE with published weights in either format, in eval mode. ValueError if any tensor is missing, unexpected or of another shape."""
     with torch.device("meta"):
         model = DCAE(config)
     with open_source(path) as source:
-        load_into(model, replace(source, tensors=canonical(source.tensors)), dtype=dtype, device=device)
+        load_into(
+            model, replace(source, tensors=canonical(source.tensors)), dtype=dtype, device=device
+        )
     return model.eval()

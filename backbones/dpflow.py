@@ -62,9 +62,13 @@ class FlowEstimator(Protocol):
 def check_frames(frames_a: Tensor, frames_b: Tensor) -> None:
     """Refuse anything but two equal batches of RGB frames, float in [0, 1]."""
     if frames_a.ndim != 4 or frames_a.shape[1] != 3 or frames_a.shape != frames_b.shape:
-        raise ValueError(f"flow: frames_a {tuple(frames_a.shape)} and frames_b {tuple(frames_b.shape)} must both be (B, 3, H, W)")
+        raise ValueError(
+            f"flow: frames_a {tuple(frames_a.shape)} and frames_b {tuple(frames_b.shape)} must both be (B, 3, H, W)"
+        )
     if not frames_a.is_floating_point() or not frames_b.is_floating_point():
-        raise ValueError(f"flow: frames are {frames_a.dtype} and {frames_b.dtype}; give floats in [0, 1], for bytes frames.float() / 255")
+        raise ValueError(
+            f"flow: frames are {frames_a.dtype} and {frames_b.dtype}; give floats in [0, 1], for bytes frames.float() / 255"
+        )
 
 
 class DISFlow:
@@ -78,31 +82,52 @@ class DISFlow:
         try:
             import cv2
         except ImportError as error:
-            raise ImportError("DISFlow needs OpenCV: pip install opencv-python-headless (the extra motus[flow]), "
-                              "or pass another FlowEstimator") from error
-        presets = {"ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST, "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
-                   "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM}
+            raise ImportError(
+                "DISFlow needs OpenCV: pip install opencv-python-headless (the extra motus[flow]), "
+                "or pass another FlowEstimator"
+            ) from error
+        presets = {
+            "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+            "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+            "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+        }
         if preset not in presets:
-            raise ValueError(f"DISFlow: preset {preset!r} is not known; choose one of {', '.join(presets)}")
+            raise ValueError(
+                f"DISFlow: preset {preset!r} is not known; choose one of {', '.join(presets)}"
+            )
         if upscale < 1:
             raise ValueError(f"DISFlow: upscale={upscale}; give an integer of 1 or more")
-        self.cv2, self.search, self.upscale = cv2, cv2.DISOpticalFlow_create(presets[preset]), upscale
+        self.cv2, self.search, self.upscale = (
+            cv2,
+            cv2.DISOpticalFlow_create(presets[preset]),
+            upscale,
+        )
         self.name = f"dis-{preset}-x{upscale}"
 
     def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
         check_frames(frames_a, frames_b)
         size = frames_a.shape[-2:]
         if max(size) * self.upscale < 16:
-            raise ValueError(f"DISFlow: frames of {size[0]} x {size[1]} at upscale={self.upscale} are too small; the longer side needs 16")
-        flow = [self.search.calc(a, b, None) for a, b in zip(self.grey(frames_a), self.grey(frames_b))]     # each (sH, sW, 2)
-        flow = rearrange(torch.from_numpy(np.stack(flow)), "b h w two -> b two h w").to(frames_a.device)
+            raise ValueError(
+                f"DISFlow: frames of {size[0]} x {size[1]} at upscale={self.upscale} are too small; the longer side needs 16"
+            )
+        flow = [
+            self.search.calc(a, b, None) for a, b in zip(self.grey(frames_a), self.grey(frames_b))
+        ]  # each (sH, sW, 2)
+        flow = rearrange(torch.from_numpy(np.stack(flow)), "b h w two -> b two h w").to(
+            frames_a.device
+        )
         return F.interpolate(flow, size, mode="area") / self.upscale
 
     def grey(self, frames: Tensor) -> list[np.ndarray]:
         """(B, 3, H, W) in [0, 1] -> B enlarged uint8 pictures (upscale * H, upscale * W)."""
-        luma = torch.einsum("bchw,c->bhw", frames.detach().float(), frames.new_tensor([0.299, 0.587, 0.114]).float())
+        luma = torch.einsum(
+            "bchw,c->bhw", frames.detach().float(), frames.new_tensor([0.299, 0.587, 0.114]).float()
+        )
         pictures = (luma * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        resize = dict(dsize=None, fx=self.upscale, fy=self.upscale, interpolation=self.cv2.INTER_CUBIC)
+        resize = dict(
+            dsize=None, fx=self.upscale, fy=self.upscale, interpolation=self.cv2.INTER_CUBIC
+        )
         return [self.cv2.resize(picture, **resize) for picture in pictures]
 
 
@@ -120,9 +145,13 @@ class DPFlowConfig:
 
     def __post_init__(self):
         if any(channels % 8 for channels in (*self.stem, self.width)):
-            raise ValueError(f"DPFlowConfig: stem={self.stem}, width={self.width}; each must be a multiple of 8")
+            raise ValueError(
+                f"DPFlowConfig: stem={self.stem}, width={self.width}; each must be a multiple of 8"
+            )
         if self.iterations < 1 or (self.levels is not None and self.levels < 1):
-            raise ValueError(f"DPFlowConfig: iterations={self.iterations}, levels={self.levels}; both must be at least 1")
+            raise ValueError(
+                f"DPFlowConfig: iterations={self.iterations}, levels={self.levels}; both must be at least 1"
+            )
 
 
 def pyramid_levels(height: int, width: int) -> int:
@@ -152,7 +181,9 @@ class GatedUnit(nn.Module):
         self.out = nn.Conv2d(2 * width, width, 1)
 
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:
-        return self.out(F.gelu(self.gate_mix(self.gate_in(gate))) * self.value_mix(self.value_in(value)))
+        return self.out(
+            F.gelu(self.gate_mix(self.gate_in(gate))) * self.value_mix(self.value_in(value))
+        )
 
 
 class SelfBlock(nn.Module):
@@ -193,7 +224,13 @@ class CrossBlock(SelfBlock):
 class Stage(nn.Module):
     """An optional convolution to the right width or stride, blocks of one kind, a norm."""
 
-    def __init__(self, block: type[SelfBlock], norm: Callable[[Tensor], Tensor], config: DPFlowConfig, transition: nn.Module | None = None):
+    def __init__(
+        self,
+        block: type[SelfBlock],
+        norm: Callable[[Tensor], Tensor],
+        config: DPFlowConfig,
+        transition: nn.Module | None = None,
+    ):
         super().__init__()
         self.transition = transition or nn.Identity()
         self.blocks = nn.Sequential(*[block(config.width, norm) for _ in range(config.depth)])
@@ -239,7 +276,9 @@ class Stem(nn.Module):
         half, quarter = channels
         self.conv1 = nn.Conv2d(3, half, 7, stride=2, padding=3)
         self.layer1 = nn.Sequential(ResidualBlock(half, half), ResidualBlock(half, half))
-        self.layer2 = nn.Sequential(ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter))
+        self.layer2 = nn.Sequential(
+            ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
+        )
         self.conv2 = nn.Conv2d(quarter, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,16 +297,18 @@ class Encoder(nn.Module):
         self.backward_gru = GRU(lambda: nn.Conv2d(2 * width, width, 3, padding=1))
         self.down_gru = nn.Conv2d(width, width, 3, stride=2, padding=1)
         self.up_gru = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
-        self.rec_stage = Stage(CrossBlock, group_norm, config, nn.Conv2d(width, width, 3, stride=2, padding=1))
+        self.rec_stage = Stage(
+            CrossBlock, group_norm, config, nn.Conv2d(width, width, 3, stride=2, padding=1)
+        )
         self.back_stage = Stage(CrossBlock, group_norm, config)
         self.out_merge_conv = nn.Conv2d(3 * width, width, 1)
         self.out_stages = Stage(CrossBlock, group_norm, config)
         self.out_1x1 = nn.Conv2d(width, 3 * width, 1)
 
     def forward(self, pair: Tensor, levels: int) -> list[Tensor]:
-        x, hidden = self.stem(pair).chunk(2, dim=1)                              # both (2B, width, H/4, W/4)
+        x, hidden = self.stem(pair).chunk(2, dim=1)  # both (2B, width, H/4, W/4)
         hidden = torch.tanh(hidden)
-        downward = []                                                            # fine to coarse: 1/8, 1/16, ...
+        downward = []  # fine to coarse: 1/8, 1/16, ...
         for level in range(levels):
             if level > 0:
                 hidden = torch.tanh(self.down_gru(hidden))
@@ -281,7 +322,9 @@ class Encoder(nn.Module):
             if features:
                 hidden = torch.tanh(self.up_gru(hidden))
             hidden = self.backward_gru(hidden, x)
-            small = F.interpolate(pair, scale_factor=0.5**level, mode="bilinear", align_corners=True)
+            small = F.interpolate(
+                pair, scale_factor=0.5**level, mode="bilinear", align_corners=True
+            )
             merged = torch.cat([x, self.back_stage(hidden), self.lowres_stem(small)], dim=1)
             features.append(self.out_1x1(self.out_stages(self.out_merge_conv(F.relu(merged)))))
         return features
@@ -300,7 +343,9 @@ class Correlation:
 
     def products(self, a: Tensor) -> Tensor:
         """a (B, n, C) -> (B * n, 1, h, w), fp32."""
-        return rearrange(torch.einsum("bnc,bchw->bnhw", a, self.b).float(), "b n h w -> (b n) 1 h w")
+        return rearrange(
+            torch.einsum("bnc,bchw->bnhw", a, self.b).float(), "b n h w -> (b n) 1 h w"
+        )
 
     def __call__(self, target: Tensor) -> Tensor:
         """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) ** 2, h, w)."""
@@ -315,8 +360,12 @@ class Correlation:
 
     def read(self, volume: Tensor, target: Tensor) -> Tensor:
         """Bilinear, zero outside. volume (B * n, 1, h, w), target (B, n, 2) -> (B, n, window)."""
-        offset = torch.arange(-self.radius, self.radius + 1, device=target.device, dtype=target.dtype)
-        window = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), dim=-1)   # The first axis of the window moves along x.
+        offset = torch.arange(
+            -self.radius, self.radius + 1, device=target.device, dtype=target.dtype
+        )
+        window = torch.stack(
+            torch.meshgrid(offset, offset, indexing="ij"), dim=-1
+        )  # The first axis of the window moves along x.
         points = rearrange(target, "b n two -> (b n) 1 1 two") + window
         size = torch.tensor([volume.shape[3], volume.shape[2]], device=target.device)
         values = F.grid_sample(volume, 2 * points / (size - 1) - 1, align_corners=True)
@@ -353,11 +402,17 @@ class Update(nn.Module):
         super().__init__()
         width = config.width
         self.motion = MotionEncoder((2 * config.radius + 1) ** 2, width)
-        self.gru = GRU(lambda: Stage(SelfBlock, channel_norm, config, nn.Conv2d(3 * width, width, 1)))
-        self.flow_head = head(width, 6, kernel=3)  # two channels of flow; four describe its uncertainty, for training
+        self.gru = GRU(
+            lambda: Stage(SelfBlock, channel_norm, config, nn.Conv2d(3 * width, width, 1))
+        )
+        self.flow_head = head(
+            width, 6, kernel=3
+        )  # two channels of flow; four describe its uncertainty, for training
         self.mask = head(width, 9 * 8 * 8, kernel=1)
 
-    def forward(self, hidden: Tensor, context: Tensor, correlation: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, context: Tensor, correlation: Tensor, flow: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """-> new hidden state (B, width, h, w), residual of the flow (B, 2, h, w)."""
         motion = self.motion(correlation.to(hidden.dtype), flow.to(hidden.dtype))
         hidden = self.gru(hidden, torch.cat([context, motion], dim=1))
@@ -367,8 +422,12 @@ class Update(nn.Module):
 def convex_upsample(flow: Tensor, mask: Tensor) -> Tensor:
     """flow (B, 2, h, w), mask (B, 9 * 64, h, w) -> (B, 2, 8h, 8w): each new pixel is a convex mixture of its 3 x 3 coarse neighbours."""
     height = flow.shape[2]
-    weights = rearrange(mask.float(), "b (nine fy fx) h w -> b 1 nine fy fx h w", nine=9, fy=8).softmax(2)
-    patches = rearrange(F.unfold(flow, 3, padding=1), "b (two nine) (h w) -> b two nine 1 1 h w", two=2, h=height)
+    weights = rearrange(
+        mask.float(), "b (nine fy fx) h w -> b 1 nine fy fx h w", nine=9, fy=8
+    ).softmax(2)
+    patches = rearrange(
+        F.unfold(flow, 3, padding=1), "b (two nine) (h w) -> b two nine 1 1 h w", two=2, h=height
+    )
     return rearrange((weights * patches).sum(2), "b two fy fx h w -> b two (h fy) (w fx)")
 
 
@@ -390,27 +449,39 @@ class DPFlow(nn.Module):
         levels = self.config.levels or pyramid_levels(height, width)
         stride = 2 ** (levels + 2)
         # At least two positions at the coarsest level, because grid_sample divides by one less than their number.
-        extra_h, extra_w = (max(2, math.ceil(side / stride)) * stride - side for side in (height, width))
+        extra_h, extra_w = (
+            max(2, math.ceil(side / stride)) * stride - side for side in (height, width)
+        )
         top, left = extra_h // 2, extra_w // 2
         pair = 2 * torch.cat([frames_a, frames_b]).to(self.encoder.out_1x1.weight.dtype) - 1
         pair = F.pad(pair, (left, extra_w - left, top, extra_h - top), mode="replicate")
 
         flow = None
-        for features in self.encoder(pair, levels):                              # (2B, 3 * width, h, w), coarse to fine
+        for features in self.encoder(pair, levels):  # (2B, 3 * width, h, w), coarse to fine
             flow, hidden = self.refine(features, flow)
-        return convex_upsample(8 * flow, self.update.mask(hidden))[:, :, top:top + height, left:left + width]
+        return convex_upsample(8 * flow, self.update.mask(hidden))[
+            :, :, top : top + height, left : left + width
+        ]
 
     def refine(self, features: Tensor, flow: Tensor | None) -> tuple[Tensor, Tensor]:
         """One level: features of both frames, flow of the level above at half the size -> flow of this level, hidden state."""
         matching, extra = features.split([2 * self.config.width, self.config.width], dim=1)
         # Each frame gives half of the context and half of the first hidden state; only the flow is carried from level to level.
-        context, hidden = rearrange(extra, "(frame b) (part c) h w -> part b (frame c) h w", frame=2, part=2)
+        context, hidden = rearrange(
+            extra, "(frame b) (part c) h w -> part b (frame c) h w", frame=2, part=2
+        )
         context, hidden = F.relu(context), torch.tanh(hidden)
         correlation = Correlation(*matching.chunk(2), self.config.radius, self.config.volume_limit)
 
         batch, _, height, width = context.shape
-        y, x = torch.meshgrid(*(torch.arange(side, device=features.device, dtype=torch.float32) for side in (height, width)), indexing="ij")
-        here = torch.stack([x, y])                                               # (2, h, w), fp32: bf16 cannot count to a wide row's end
+        y, x = torch.meshgrid(
+            *(
+                torch.arange(side, device=features.device, dtype=torch.float32)
+                for side in (height, width)
+            ),
+            indexing="ij",
+        )
+        here = torch.stack([x, y])  # (2, h, w), fp32: bf16 cannot count to a wide row's end
         if flow is None:
             flow = torch.zeros(batch, 2, height, width, device=features.device)
         else:
@@ -422,23 +493,26 @@ class DPFlow(nn.Module):
         return flow, hidden
 
 
-RENAMES = [(re.compile(pattern), new) for pattern, new in (
-    (r"^(state_dict\.)?(model\.)?", ""),
-    (r"^fnet\.", "encoder."),
-    (r"^update_block\.encoder\.", "update.motion."),
-    (r"^update_block\.", "update."),
-    (r"\.gru_list\.0\.", ".gru."),
-    (r"\.conv_transition\.proj\.", ".transition."),
-    (r"\.downsample\.0\.", ".skip."),
-    (r"\.conv_cross\.merge_fc_g\.", ".merge."),
-    (r"\.fc1_g\.", ".gate_in."),
-    (r"\.fc1_[xy]\.", ".value_in."),
-    (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
-    (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
-    (r"\.fc2\.", ".out."),
-    (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
-    (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
-)]
+RENAMES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"^(state_dict\.)?(model\.)?", ""),
+        (r"^fnet\.", "encoder."),
+        (r"^update_block\.encoder\.", "update.motion."),
+        (r"^update_block\.", "update."),
+        (r"\.gru_list\.0\.", ".gru."),
+        (r"\.conv_transition\.proj\.", ".transition."),
+        (r"\.downsample\.0\.", ".skip."),
+        (r"\.conv_cross\.merge_fc_g\.", ".merge."),
+        (r"\.fc1_g\.", ".gate_in."),
+        (r"\.fc1_[xy]\.", ".value_in."),
+        (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
+        (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
+        (r"\.fc2\.", ".out."),
+        (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
+        (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
+    )
+]
 
 
 def rename(key: str) -> str:
@@ -451,12 +525,16 @@ def rename(key: str) -> str:
 def fetch(name: str, folder: str | Path) -> Path:
     """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints the weights' licence on stderr."""
     if name not in CHECKPOINTS:
-        raise ValueError(f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}")
+        raise ValueError(
+            f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}"
+        )
     print(LICENCE_NOTICE, file=sys.stderr)
     path = Path(folder) / CHECKPOINTS[name]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2])
+        torch.hub.download_url_to_file(
+            RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
+        )
     return path
 
 

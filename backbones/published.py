@@ -28,21 +28,45 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Where a config.json has a field of ours, most official first. Dots lead into sections.
 WAN_FIELDS = {
-    "width": ("dim",), "ffn": ("ffn_dim",), "layers": ("num_layers",), "heads": ("num_heads", "num_attention_heads"),
-    "latent": ("in_dim", "in_channels"), "patch": ("patch_size",), "text_dim": ("text_dim",), "text_len": ("text_len",),
-    "freq_dim": ("freq_dim",), "eps": ("eps",)}
+    "width": ("dim",),
+    "ffn": ("ffn_dim",),
+    "layers": ("num_layers",),
+    "heads": ("num_heads", "num_attention_heads"),
+    "latent": ("in_dim", "in_channels"),
+    "patch": ("patch_size",),
+    "text_dim": ("text_dim",),
+    "text_len": ("text_len",),
+    "freq_dim": ("freq_dim",),
+    "eps": ("eps",),
+}
 VAE_FIELDS = {"mean": ("latents_mean",), "std": ("latents_std",)}
 QWEN_FIELDS = {
-    "vocab": ("text_config.vocab_size",), "width": ("text_config.hidden_size",), "ffn": ("text_config.intermediate_size",),
-    "layers": ("text_config.num_hidden_layers",), "heads": ("text_config.num_attention_heads",),
-    "kv_heads": ("text_config.num_key_value_heads",), "head_dim": ("text_config.head_dim",), "eps": ("text_config.rms_norm_eps",),
+    "vocab": ("text_config.vocab_size",),
+    "width": ("text_config.hidden_size",),
+    "ffn": ("text_config.intermediate_size",),
+    "layers": ("text_config.num_hidden_layers",),
+    "heads": ("text_config.num_attention_heads",),
+    "kv_heads": ("text_config.num_key_value_heads",),
+    "head_dim": ("text_config.head_dim",),
+    "eps": ("text_config.rms_norm_eps",),
     "rope_theta": ("text_config.rope_theta", "text_config.rope_parameters.rope_theta"),
-    "mrope": ("text_config.rope_scaling.mrope_section", "text_config.rope_parameters.mrope_section"), "image_token": ("image_token_id",),
-    "vision_width": ("vision_config.hidden_size",), "vision_ffn": ("vision_config.intermediate_size",),
-    "vision_layers": ("vision_config.depth",), "vision_heads": ("vision_config.num_heads",),
-    "vision_theta": ("vision_config.rope_parameters.rope_theta",), "taps": ("vision_config.deepstack_visual_indexes",),
-    "patch": ("vision_config.patch_size",), "repeat": ("vision_config.temporal_patch_size",),
-    "merge": ("vision_config.spatial_merge_size",), "min_pixels": ("size.shortest_edge",), "max_pixels": ("size.longest_edge",)}
+    "mrope": (
+        "text_config.rope_scaling.mrope_section",
+        "text_config.rope_parameters.mrope_section",
+    ),
+    "image_token": ("image_token_id",),
+    "vision_width": ("vision_config.hidden_size",),
+    "vision_ffn": ("vision_config.intermediate_size",),
+    "vision_layers": ("vision_config.depth",),
+    "vision_heads": ("vision_config.num_heads",),
+    "vision_theta": ("vision_config.rope_parameters.rope_theta",),
+    "taps": ("vision_config.deepstack_visual_indexes",),
+    "patch": ("vision_config.patch_size",),
+    "repeat": ("vision_config.temporal_patch_size",),
+    "merge": ("vision_config.spatial_merge_size",),
+    "min_pixels": ("size.shortest_edge",),
+    "max_pixels": ("size.longest_edge",),
+}
 
 LISTS = ("mrope", "taps", "mean", "std")
 
@@ -61,7 +85,11 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
 def number(value: object) -> float:
     """A finite number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN for all else."""
     try:
-        return float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        return (
+            float(value)
+            if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+            else math.nan
+        )
     except (ValueError, OverflowError):
         return math.nan
 
@@ -73,18 +101,29 @@ def value_of(field: str, value: object, several: bool) -> int | float | tuple:
     if several:
         items = [number(item) for item in value] if isinstance(value, list) else [math.nan]
         if not all(math.isfinite(x) and (fractional or x.is_integer()) for x in items):
-            raise ValueError(f"{str(value)[:60]!r}; expected a list of {'' if fractional else 'whole '}numbers")
+            raise ValueError(
+                f"{str(value)[:60]!r}; expected a list of {'' if fractional else 'whole '}numbers"
+            )
         return tuple(x if fractional else int(x) for x in items)
     x = number(value)
     if not (0 < x < math.inf and (fractional or x.is_integer())):
-        raise ValueError(f"{str(value)[:60]!r}; expected a {'' if fractional else 'whole '}number above 0")
+        raise ValueError(
+            f"{str(value)[:60]!r}; expected a {'' if fractional else 'whole '}number above 0"
+        )
     return x if fractional else int(x)
 
 
 def seen(path: Path, shapes: Shapes, places: Mapping[str, tuple[str, int]]) -> dict[str, int]:
     """Sizes by field, from (tensor, axis). One ValueError for all tensors that are missing, empty or of too few axes."""
-    weights.refuse(path, "parts are missing", [f"no tensor {name} that shows {field} on axis {axis} (found {shapes.get(name, 'none')})"
-                                       for field, (name, axis) in places.items() if not shapes.get(name, ())[axis:axis + 1] > (0,)])
+    weights.refuse(
+        path,
+        "parts are missing",
+        [
+            f"no tensor {name} that shows {field} on axis {axis} (found {shapes.get(name, 'none')})"
+            for field, (name, axis) in places.items()
+            if not shapes.get(name, ())[axis : axis + 1] > (0,)
+        ],
+    )
     return {field: shapes[name][axis] for field, (name, axis) in places.items()}
 
 
@@ -93,13 +132,21 @@ def count(shapes: Shapes, pattern: str) -> int:
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
-def settle(path: Path, found: Mapping, stated: Mapping, names: Mapping[str, tuple[str, ...]], published: type | None = None,
-           wanted: Iterable[str] = ()) -> dict:
+def settle(
+    path: Path,
+    found: Mapping,
+    stated: Mapping,
+    names: Mapping[str, tuple[str, ...]],
+    published: type | None = None,
+    wanted: Iterable[str] = (),
+) -> dict:
     """Fields of a config, from what the shapes show (`found`) and a config.json states, `names` saying where. `wanted` fields must be in
     one of them, unless all that is found equals the defaults of `published`."""
     settled, problems = dict(found), []
     defaults = {f.name: f.default for f in fields(published)} if published else {}
-    known = published is not None and all(defaults[field] == value for field, value in found.items())
+    known = published is not None and all(
+        defaults[field] == value for field, value in found.items()
+    )
     for field, keys in names.items():
         key = next((key for key in keys if key in stated), None)
         if key is None:
@@ -107,7 +154,9 @@ def settle(path: Path, found: Mapping, stated: Mapping, names: Mapping[str, tupl
                 problems.append(f"{' or '.join(keys)} is missing; no tensor shows it")
             continue
         try:
-            settled[field] = value_of(field, stated[key], field in LISTS or isinstance(found.get(field), tuple))
+            settled[field] = value_of(
+                field, stated[key], field in LISTS or isinstance(found.get(field), tuple)
+            )
         except ValueError as error:
             problems.append(f"{key} is {error}")
             continue
@@ -118,7 +167,11 @@ def settle(path: Path, found: Mapping, stated: Mapping, names: Mapping[str, tupl
 
 
 def within(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): shape
+        for name, shape in shapes.items()
+        if name.startswith(prefix)
+    }
 
 
 def shapes_of(source: weights.TensorSource, rename: Rename) -> dict[str, tuple[int, ...]]:
@@ -131,76 +184,190 @@ def shapes_of(source: weights.TensorSource, rename: Rename) -> dict[str, tuple[i
 
 def wan_config(path: Path, shapes: Shapes, stated: Mapping, heads: int | None = None) -> WanConfig:
     """The video expert's. No tensor of its own shows how many heads it has; in a Motus file the action expert's do."""
-    found = seen(path, shapes, {"width": ("patch_embedding.weight", 0), "latent": ("patch_embedding.weight", 1),
-                                "ffn": ("blocks.0.ffn.0.weight", 0), "text_dim": ("text_embedding.0.weight", 1),
-                                "freq_dim": ("time_embedding.0.weight", 1)})
-    found |= {"layers": count(shapes, r"blocks\.(\d+)\."), "patch": tuple(shapes["patch_embedding.weight"][2:])}
+    found = seen(
+        path,
+        shapes,
+        {
+            "width": ("patch_embedding.weight", 0),
+            "latent": ("patch_embedding.weight", 1),
+            "ffn": ("blocks.0.ffn.0.weight", 0),
+            "text_dim": ("text_embedding.0.weight", 1),
+            "freq_dim": ("time_embedding.0.weight", 1),
+        },
+    )
+    found |= {
+        "layers": count(shapes, r"blocks\.(\d+)\."),
+        "patch": tuple(shapes["patch_embedding.weight"][2:]),
+    }
     found |= {"heads": heads} if heads else {}
     return WanConfig(**settle(path, found, stated, WAN_FIELDS, WanConfig, ("heads",)))
 
 
 def vae_config(path: Path, shapes: Shapes, stated: Mapping) -> WanVAEConfig:
     """The latents' mean and std are in no tensor: those of Wan2.2 hold for its 48 channels, others must be stated."""
-    found = seen(path, shapes, {"dim": ("encoder.conv1.weight", 0), "dec_dim": ("decoder.head.0.gamma", 0), "z_dim": ("conv2.weight", 0)})
+    found = seen(
+        path,
+        shapes,
+        {
+            "dim": ("encoder.conv1.weight", 0),
+            "dec_dim": ("decoder.head.0.gamma", 0),
+            "z_dim": ("conv2.weight", 0),
+        },
+    )
     levels = count(shapes, r"encoder\.downsamples\.(\d+)\.")
     blocks = count(shapes, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
-    widths = seen(path, shapes, {str(i): (f"encoder.downsamples.{i}.downsamples.0.residual.6.weight", 0) for i in range(levels)})
-    found |= {"dim_mult": tuple(width // found["dim"] for width in widths.values()), "num_res_blocks": blocks,
-              "temporal_downsample": tuple(f"encoder.downsamples.{i}.downsamples.{blocks}.time_conv.weight" in shapes
-                                           for i in range(levels - 1))}
-    return WanVAEConfig(**settle(path, found, stated, VAE_FIELDS, wanted=VAE_FIELDS if found["z_dim"] != WanVAEConfig.z_dim else ()))
+    widths = seen(
+        path,
+        shapes,
+        {
+            str(i): (f"encoder.downsamples.{i}.downsamples.0.residual.6.weight", 0)
+            for i in range(levels)
+        },
+    )
+    found |= {
+        "dim_mult": tuple(width // found["dim"] for width in widths.values()),
+        "num_res_blocks": blocks,
+        "temporal_downsample": tuple(
+            f"encoder.downsamples.{i}.downsamples.{blocks}.time_conv.weight" in shapes
+            for i in range(levels - 1)
+        ),
+    }
+    return WanVAEConfig(
+        **settle(
+            path,
+            found,
+            stated,
+            VAE_FIELDS,
+            wanted=VAE_FIELDS if found["z_dim"] != WanVAEConfig.z_dim else (),
+        )
+    )
 
 
 def text_config(path: Path, shapes: Shapes) -> UMT5Config:
     table = "blocks.0.pos_embedding.embedding.weight"
-    return UMT5Config(layers=count(shapes, r"blocks\.(\d+)\."), **seen(path, shapes, {
-        "vocab": ("token_embedding.weight", 0), "dim": ("token_embedding.weight", 1), "dim_attn": ("blocks.0.attn.q.weight", 0),
-        "dim_ffn": ("blocks.0.ffn.fc1.weight", 0), "buckets": (table, 0), "heads": (table, 1)}))
+    return UMT5Config(
+        layers=count(shapes, r"blocks\.(\d+)\."),
+        **seen(
+            path,
+            shapes,
+            {
+                "vocab": ("token_embedding.weight", 0),
+                "dim": ("token_embedding.weight", 1),
+                "dim_attn": ("blocks.0.attn.q.weight", 0),
+                "dim_ffn": ("blocks.0.ffn.fc1.weight", 0),
+                "buckets": (table, 0),
+                "heads": (table, 1),
+            },
+        ),
+    )
 
 
 def vlm_config(path: Path, shapes: Shapes, stated: Mapping) -> Qwen3VLConfig:
-    text, patch, layer = "language_model.", "visual.patch_embed.proj.weight", "language_model.layers.0."
-    found = seen(path, shapes, {
-        "vocab": (text + "embed_tokens.weight", 0), "width": (text + "embed_tokens.weight", 1), "ffn": (layer + "mlp.gate_proj.weight", 0),
-        "head_dim": (layer + "self_attn.q_norm.weight", 0), "heads": (layer + "self_attn.q_proj.weight", 0),
-        "kv_heads": (layer + "self_attn.k_proj.weight", 0), "vision_width": (patch, 0), "repeat": (patch, 2), "patch": (patch, 3),
-        "vision_ffn": ("visual.blocks.0.mlp.linear_fc1.weight", 0), "side": ("visual.pos_embed.weight", 0),
-        "merge": ("visual.merger.linear_fc1.weight", 1)})
-    found |= {"heads": found["heads"] // found["head_dim"], "kv_heads": found["kv_heads"] // found["head_dim"],
-              "side": math.isqrt(found["side"]), "merge": math.isqrt(found["merge"] // found["vision_width"]),
-              "layers": count(shapes, r"language_model\.layers\.(\d+)\."), "vision_layers": count(shapes, r"visual\.blocks\.(\d+)\.")}
-    return Qwen3VLConfig(**settle(path, found, stated, QWEN_FIELDS, Qwen3VLConfig,
-                                  ("rope_theta", "mrope", "image_token", "vision_heads", "taps", "min_pixels", "max_pixels")))
+    text, patch, layer = (
+        "language_model.",
+        "visual.patch_embed.proj.weight",
+        "language_model.layers.0.",
+    )
+    found = seen(
+        path,
+        shapes,
+        {
+            "vocab": (text + "embed_tokens.weight", 0),
+            "width": (text + "embed_tokens.weight", 1),
+            "ffn": (layer + "mlp.gate_proj.weight", 0),
+            "head_dim": (layer + "self_attn.q_norm.weight", 0),
+            "heads": (layer + "self_attn.q_proj.weight", 0),
+            "kv_heads": (layer + "self_attn.k_proj.weight", 0),
+            "vision_width": (patch, 0),
+            "repeat": (patch, 2),
+            "patch": (patch, 3),
+            "vision_ffn": ("visual.blocks.0.mlp.linear_fc1.weight", 0),
+            "side": ("visual.pos_embed.weight", 0),
+            "merge": ("visual.merger.linear_fc1.weight", 1),
+        },
+    )
+    found |= {
+        "heads": found["heads"] // found["head_dim"],
+        "kv_heads": found["kv_heads"] // found["head_dim"],
+        "side": math.isqrt(found["side"]),
+        "merge": math.isqrt(found["merge"] // found["vision_width"]),
+        "layers": count(shapes, r"language_model\.layers\.(\d+)\."),
+        "vision_layers": count(shapes, r"visual\.blocks\.(\d+)\."),
+    }
+    return Qwen3VLConfig(
+        **settle(
+            path,
+            found,
+            stated,
+            QWEN_FIELDS,
+            Qwen3VLConfig,
+            (
+                "rope_theta",
+                "mrope",
+                "image_token",
+                "vision_heads",
+                "taps",
+                "min_pixels",
+                "max_pixels",
+            ),
+        )
+    )
 
 
 def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[int, ...]) -> dict:
     """The fields of MotusConfig. `positions`: the rows of the file's position table, if known; the stated chunk must have as many."""
     encoders = "action.input_encoder."
     finetune = "action.registers" in shapes
-    places = {"heads": ("action.blocks.0.qkv", 1), "action_width": ("action.blocks.0.qkv", 2),
-              "expert_ffn": ("action.blocks.0.ffn.0.weight", 0), "action_dim": (encoders + "action_encoder.0.weight", 1),
-              "und_width": ("und.blocks.0.qkv", 2), "vlm_dim": ("und.vlm_adapter.0.weight", 1)}
+    places = {
+        "heads": ("action.blocks.0.qkv", 1),
+        "action_width": ("action.blocks.0.qkv", 2),
+        "expert_ffn": ("action.blocks.0.ffn.0.weight", 0),
+        "action_dim": (encoders + "action_encoder.0.weight", 1),
+        "und_width": ("und.blocks.0.qkv", 2),
+        "vlm_dim": ("und.vlm_adapter.0.weight", 1),
+    }
     if finetune:
-        places |= {"state_dim": (encoders + "state_encoder.0.weight", 1), "registers": ("action.registers", 1)}
+        places |= {
+            "state_dim": (encoders + "state_encoder.0.weight", 1),
+            "registers": ("action.registers", 1),
+        }
     found = seen(path, shapes, places)
-    wan = {key.removeprefix("wan."): value for key, value in stated.items() if key.startswith("wan.")}
+    wan = {
+        key.removeprefix("wan."): value for key, value in stated.items() if key.startswith("wan.")
+    }
     video = wan_config(path, within(shapes, "video."), wan, found.pop("heads"))
     found["expert_ffn"] //= found["action_width"]
-    settled = settle(path, found, stated, weights.MOTUS_FIELDS, wanted=("frames", "ratio", "action_eps", "und_eps"))
+    settled = settle(
+        path,
+        found,
+        stated,
+        weights.MOTUS_FIELDS,
+        wanted=("frames", "ratio", "action_eps", "und_eps"),
+    )
     rows = settled["frames"] * settled["ratio"] + (2 + found["registers"] if finetune else 0)
     if positions not in ((), (rows,)):
-        raise ValueError(f"{path}: config.json makes chunks of {settled['frames']} x {settled['ratio']} actions, whose position table has "
-                         f"{rows} rows; the file's has {positions[0]}: take the config.json that belongs to it")
+        raise ValueError(
+            f"{path}: config.json makes chunks of {settled['frames']} x {settled['ratio']} actions, whose position table has "
+            f"{rows} rows; the file's has {positions[0]}: take the config.json that belongs to it"
+        )
     return settled | {"video": video, "finetune": finetune}
 
 
 def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
     """What is known of the robot, as `data.Statistics`. No official file has any; RoboTwin's model, known by its rates (every third step,
     two actions per frame), was trained on raw numbers. Others must be told: None."""
-    if not config["finetune"] or (config["ratio"], stated.get("common.global_downsample_rate")) != (2, 3):
+    if not config["finetune"] or (config["ratio"], stated.get("common.global_downsample_rate")) != (
+        2,
+        3,
+    ):
         return None
     raw = lambda size: {"mean": [0.0] * size, "std": [1.0] * size}
-    return {"embodiment": "robotwin", "rate": config["ratio"], "actions": raw(config["action_dim"]), "state": raw(config["state_dim"])}
+    return {
+        "embodiment": "robotwin",
+        "rate": config["ratio"],
+        "actions": raw(config["action_dim"]),
+        "state": raw(config["state_dim"]),
+    }
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------
@@ -211,11 +378,13 @@ class Published:
     """Weights of a model that others wrote."""
 
     source: weights.TensorSource
-    rename: Rename                            # from the names of the file to those of `motus.Motus`; the VLM's begin with vlm.
-    stage: str                                # "1", "2" or "3"
-    config: dict                              # fields of MotusConfig
+    rename: (
+        Rename  # from the names of the file to those of `motus.Motus`; the VLM's begin with vlm.
+    )
+    stage: str  # "1", "2" or "3"
+    config: dict  # fields of MotusConfig
     statistics: dict | None = None
-    fresh: tuple[str, ...] = ()               # experts that the file does not hold
+    fresh: tuple[str, ...] = ()  # experts that the file does not hold
 
 
 def is_published(path: str | Path) -> bool:
@@ -243,30 +412,53 @@ def open_motus(path: str | Path) -> Published:
     kind, stage = weights.identify(source.names())
     rename, stated = weights.renaming(source.names()), flatten(weights.config_beside(source))
     if kind in ("motus", "motus-own"):
-        table = (source.shape(weights.POSITIONS) if weights.POSITIONS in source.tensors else ())[1:2]
-        rows = table or tuple(map(int, re.findall(r"^\d+$", source.metadata.get("pos_embedding_rows", ""))))
+        table = (source.shape(weights.POSITIONS) if weights.POSITIONS in source.tensors else ())[
+            1:2
+        ]
+        rows = table or tuple(
+            map(int, re.findall(r"^\d+$", source.metadata.get("pos_embedding_rows", "")))
+        )
         config = motus_fields(source.path, shapes_of(source, rename), stated, rows)
         return Published(source, rename, str(stage), config, robot_statistics(stated, config))
     if stage != 1:
-        raise ValueError(f"{source.path}: holds {kind} weights; a model is built from motus, wan or wan-diffusers weights")
-    config = {"video": wan_config(source.path, shapes_of(source, rename), stated), "finetune": False, "ratio": 1}
-    return Published(source, lambda name: f"video.{rename(name)}", "1", config, fresh=("action.", "und."))
+        raise ValueError(
+            f"{source.path}: holds {kind} weights; a model is built from motus, wan or wan-diffusers weights"
+        )
+    config = {
+        "video": wan_config(source.path, shapes_of(source, rename), stated),
+        "finetune": False,
+        "ratio": 1,
+    }
+    return Published(
+        source, lambda name: f"video.{rename(name)}", "1", config, fresh=("action.", "und.")
+    )
 
 
 def place(folder: str | Path, *names: str) -> Path:
     """The first of `names` that is in `folder`; the path itself if it is a file."""
     folder = Path(folder)
-    found = [folder] * folder.is_file() + [folder / name for name in names if (folder / name).exists()]
+    found = [folder] * folder.is_file() + [
+        folder / name for name in names if (folder / name).exists()
+    ]
     if not found:
-        raise ValueError(f"{folder}: has none of {', '.join(names)}; `python -m backbones.weights download NAME` fetches published folders")
+        raise ValueError(
+            f"{folder}: has none of {', '.join(names)}; `python -m backbones.weights download NAME` fetches published folders"
+        )
     return found[0]
 
 
-def fill(module: type[nn.Module], config: object, source: weights.TensorSource, rename: Rename) -> nn.Module:
+def fill(
+    module: type[nn.Module], config: object, source: weights.TensorSource, rename: Rename
+) -> nn.Module:
     """A network with the weights of a file, in the dtype of its first tensor."""
     with torch.device("meta"):
         network = module(config)
-    weights.load_into(network, source, rename, next(source.dtype(name) for name in source.names() if rename(name) is not None))
+    weights.load_into(
+        network,
+        source,
+        rename,
+        next(source.dtype(name) for name in source.names() if rename(name) is not None),
+    )
     return network.eval()
 
 
@@ -275,7 +467,12 @@ def load_vae(folder: str | Path) -> WanVAE:
     bf16; the encoder, whose latents the network was trained on, in the dtype of the file."""
     source = weights.open_source(place(folder, "Wan2.2_VAE.pth", "vae"))
     rename = weights.renaming(source.names())
-    vae = fill(WanVAE, vae_config(source.path, shapes_of(source, rename), flatten(weights.config_beside(source))), source, rename)
+    vae = fill(
+        WanVAE,
+        vae_config(source.path, shapes_of(source, rename), flatten(weights.config_beside(source))),
+        source,
+        rename,
+    )
     vae.decoder.bfloat16(), vae.conv2.bfloat16()
     return vae
 
@@ -283,24 +480,38 @@ def load_vae(folder: str | Path) -> WanVAE:
 def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5Tokenizer]:
     """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers repository."""
     source = weights.open_source(place(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
-    tokenizer = T5Tokenizer(place(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), text_len)
+    tokenizer = T5Tokenizer(
+        place(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), text_len
+    )
     rename = weights.renaming(source.names())
-    return fill(UMT5Encoder, text_config(source.path, shapes_of(source, rename)), source, rename), tokenizer
+    return fill(
+        UMT5Encoder, text_config(source.path, shapes_of(source, rename)), source, rename
+    ), tokenizer
 
 
 def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3VL, Tokenizer]:
     """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus file `motus`."""
     source, folder = weights.open_source(weights.fetched(motus or folder)), Path(folder)
     own = weights.renaming(source.names())
-    rename = own if motus is None else lambda name: ((key := own(name)) and key.startswith("vlm.") and key.removeprefix("vlm.")) or None
+    rename = (
+        own
+        if motus is None
+        else lambda name: (
+            ((key := own(name)) and key.startswith("vlm.") and key.removeprefix("vlm.")) or None
+        )
+    )
     stated = {}
     for name in ("preprocessor_config.json", "config.json"):
         stated |= flatten(weights.read_json(folder / name)) if (folder / name).is_file() else {}
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return fill(Qwen3VL, vlm_config(source.path, shapes_of(source, rename), stated), source, rename), tokenizer
+    return fill(
+        Qwen3VL, vlm_config(source.path, shapes_of(source, rename), stated), source, rename
+    ), tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     if not path.is_file():
-        raise ValueError(f"tokenizer file {path} does not exist; it is published beside the weights")
+        raise ValueError(
+            f"tokenizer file {path} does not exist; it is published beside the weights"
+        )
     return Tokenizer.from_file(str(path))

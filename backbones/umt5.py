@@ -32,25 +32,29 @@ class UMT5Config:
 
     vocab: int = 256384
     dim: int = 4096
-    dim_attn: int = 4096                      # heads x head size
+    dim_attn: int = 4096  # heads x head size
     dim_ffn: int = 10240
     heads: int = 64
     layers: int = 24
-    buckets: int = 32                         # relative positions, half of them for keys after the query
-    max_distance: int = 128                   # from here on all distances share the last bucket
+    buckets: int = 32  # relative positions, half of them for keys after the query
+    max_distance: int = 128  # from here on all distances share the last bucket
 
     def __post_init__(self):
         if self.dim_attn % self.heads:
-            raise ValueError(f"umt5 dim_attn {self.dim_attn} must be a multiple of heads {self.heads}")
+            raise ValueError(
+                f"umt5 dim_attn {self.dim_attn} must be a multiple of heads {self.heads}"
+            )
 
 
 UMT5_PRESETS = {"umt5-xxl": UMT5Config()}
 
 
-def relative_buckets(length: int, buckets: int, max_distance: int, device: torch.device | str | None = None) -> Tensor:
+def relative_buckets(
+    length: int, buckets: int, max_distance: int, device: torch.device | str | None = None
+) -> Tensor:
     """Row of the bias table for every query and key: (L, L) int64, [query, key]."""
     position = torch.arange(length, device=device)
-    offset = position[None, :] - position[:, None]                                           # key - query
+    offset = position[None, :] - position[:, None]  # key - query
     half, exact = buckets // 2, buckets // 4
     distance = offset.abs()
     log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
@@ -65,19 +69,24 @@ class UMT5Attention(nn.Module):
         self.q, self.k, self.v = (Linear(config.dim, config.dim_attn, bias=False) for _ in range(3))
         self.o = Linear(config.dim_attn, config.dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:                                    # x (B, L, D), bias (B or 1, N, L, L)
-        q, k, v = (rearrange(part(x), "b l (n k) -> b l n k", n=self.heads) for part in (self.q, self.k, self.v))
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # x (B, L, D), bias (B or 1, N, L, L)
+        q, k, v = (
+            rearrange(part(x), "b l (n k) -> b l n k", n=self.heads)
+            for part in (self.q, self.k, self.v)
+        )
         return self.o(rearrange(attention(q, k, v, bias, scale=1.0), "b l n k -> b l (n k)"))
 
 
 class UMT5FFN(nn.Module):
     def __init__(self, config: UMT5Config):
         super().__init__()
-        self.gate = nn.Sequential(Linear(config.dim, config.dim_ffn, bias=False), nn.GELU(approximate="tanh"))
+        self.gate = nn.Sequential(
+            Linear(config.dim, config.dim_ffn, bias=False), nn.GELU(approximate="tanh")
+        )
         self.fc1 = Linear(config.dim, config.dim_ffn, bias=False)
         self.fc2 = Linear(config.dim_ffn, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:                                                  # (B, L, D) -> (B, L, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
         return self.fc2(self.fc1(x) * self.gate(x))
 
 
@@ -87,7 +96,9 @@ class UMT5Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(config.dim), RMSNorm(config.dim)
         self.attn = UMT5Attention(config)
         self.ffn = UMT5FFN(config)
-        self.pos_embedding = nn.ModuleDict({"embedding": nn.Embedding(config.buckets, config.heads)})
+        self.pos_embedding = nn.ModuleDict(
+            {"embedding": nn.Embedding(config.buckets, config.heads)}
+        )
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
         """x (B, L, D), buckets (L, L), mask (B, 1, 1, L) bool -> (B, L, D)."""
@@ -111,7 +122,9 @@ class UMT5Encoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, L) int64, mask (B, L), nonzero where a token is real -> states (B, L, D), exactly zero where it is not."""
         mask = mask.bool()
-        buckets = relative_buckets(ids.shape[1], self.config.buckets, self.config.max_distance, ids.device)
+        buckets = relative_buckets(
+            ids.shape[1], self.config.buckets, self.config.max_distance, ids.device
+        )
         x = self.token_embedding(ids)
         for block in self.blocks:
             x = block(x, buckets, mask[:, None, None])
@@ -123,12 +136,14 @@ class UMT5Encoder(nn.Module):
 
 def clean(text: str) -> str:
     """Official cleaning: repaired Unicode (ftfy), HTML entities resolved twice, every run of whitespace one space."""
-    if not re.fullmatch(r"[ -%'-~\t\r\n]*", text):                                           # ftfy changes no printable ASCII without "&"
+    if not re.fullmatch(r"[ -%'-~\t\r\n]*", text):  # ftfy changes no printable ASCII without "&"
         try:
             import ftfy
         except ImportError:
-            raise ImportError(f"the text {text!r} has characters other than plain ASCII, which the official tokenizer cleans with ftfy; "
-                              "run `pip install ftfy`, or write the text in plain ASCII without '&'") from None
+            raise ImportError(
+                f"the text {text!r} has characters other than plain ASCII, which the official tokenizer cleans with ftfy; "
+                "run `pip install ftfy`, or write the text in plain ASCII without '&'"
+            ) from None
         text = ftfy.fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split())
 
@@ -140,15 +155,23 @@ class T5Tokenizer:
         from tokenizers import Tokenizer
 
         if not Path(path).is_file():
-            raise ValueError(f"tokenizer file {path} does not exist; give the path of a tokenizer.json (google/umt5-xxl/tokenizer.json)")
+            raise ValueError(
+                f"tokenizer file {path} does not exist; give the path of a tokenizer.json (google/umt5-xxl/tokenizer.json)"
+            )
         self.tokenizer, self.text_len = Tokenizer.from_file(str(path)), text_len
         self.eos, self.pad = (self.tokenizer.token_to_id(token) for token in ("</s>", "<pad>"))
         if self.eos is None or self.pad is None:
-            raise ValueError(f"tokenizer file {path} has no token '</s>' or '<pad>'; a T5 tokenizer.json holds both")
+            raise ValueError(
+                f"tokenizer file {path} has no token '</s>' or '<pad>'; a T5 tokenizer.json holds both"
+            )
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """B texts -> ids (B, L) int64 and mask (B, L) bool, L the longest of them and at most text_len; too long ones are cut."""
-        rows = [self.tokenizer.encode(clean(text), add_special_tokens=False).ids[:self.text_len - 1] + [self.eos] for text in texts]
+        rows = [
+            self.tokenizer.encode(clean(text), add_special_tokens=False).ids[: self.text_len - 1]
+            + [self.eos]
+            for text in texts
+        ]
         length = max(len(row) for row in rows)
         ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
@@ -156,7 +179,9 @@ class T5Tokenizer:
 
 
 @torch.no_grad()
-def encode_text(model: UMT5Encoder, tokenizer: T5Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+def encode_text(
+    model: UMT5Encoder, tokenizer: T5Tokenizer, texts: list[str]
+) -> tuple[Tensor, Tensor]:
     """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>` counted, on the model's device."""
     ids, mask = (x.to(model.norm.weight.device) for x in tokenizer.encode(texts))
     return model(ids, mask), mask.sum(dim=1)

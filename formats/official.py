@@ -27,17 +27,39 @@ import torch
 
 from backbones.weights import read_json, read_torch
 from formats.lerobot import write_v3, write_v21
-from formats.recordings import MAX_BYTES, ROBOTWIN_SCENE, Choice, Film, Recordings, Storage, av, t_layout
+from formats.recordings import (
+    MAX_BYTES,
+    ROBOTWIN_SCENE,
+    Choice,
+    Film,
+    Recordings,
+    Storage,
+    av,
+    t_layout,
+)
 
 VIEW, PARTS = "cam_concatenated", ("qpos", "latent_action_dim14")
-WORDINGS = "meta/wordings.json"               # in a LeRobot dataset that was converted: every wording of each episode
+WORDINGS = (
+    "meta/wordings.json"  # in a LeRobot dataset that was converted: every wording of each episode
+)
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
 def is_official(root: Path) -> bool:
     """Whether task folders of the official forms lie in it."""
-    return next((folder for part in PARTS for folder in Path(root).rglob(part) if (folder.parent / "videos").is_dir()), None) is not None
+    return (
+        next(
+            (
+                folder
+                for part in PARTS
+                for folder in Path(root).rglob(part)
+                if (folder.parent / "videos").is_dir()
+            ),
+            None,
+        )
+        is not None
+    )
 
 
 class OfficialFolder(Recordings):
@@ -46,35 +68,78 @@ class OfficialFolder(Recordings):
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None, open_files: int = 24):
         super().__init__(root, mapping, open_files)
         if self.given.t_layout or self.given.cameras or self.given.state or self.given.action:
-            raise self._fault(None, "mapping", f"is {self.given}", "official folders have one view and one array: only texts can be chosen")
-        leaves = sorted({folder.parent for part in PARTS for folder in self.root.rglob(part) if (folder.parent / "videos").is_dir()})
-        leaves = [leaf for leaf in leaves if not any(part.endswith("_bak") for part in leaf.relative_to(self.root).parts)]
+            raise self._fault(
+                None,
+                "mapping",
+                f"is {self.given}",
+                "official folders have one view and one array: only texts can be chosen",
+            )
+        leaves = sorted(
+            {
+                folder.parent
+                for part in PARTS
+                for folder in self.root.rglob(part)
+                if (folder.parent / "videos").is_dir()
+            }
+        )
+        leaves = [
+            leaf
+            for leaf in leaves
+            if not any(part.endswith("_bak") for part in leaf.relative_to(self.root).parts)
+        ]
         kinds = {part for leaf in leaves for part in PARTS if (leaf / part).is_dir()}
         if len(kinds) != 1:
-            raise self._fault(None, "folders", f"have {sorted(kinds) or 'no qpos beside videos'}", "give a root of one kind")
-        self.part, = kinds
-        self.files = [(leaf.relative_to(self.root), video.stem) for leaf in leaves for video in sorted((leaf / "videos").glob("*.mp4"))]
+            raise self._fault(
+                None,
+                "folders",
+                f"have {sorted(kinds) or 'no qpos beside videos'}",
+                "give a root of one kind",
+            )
+        (self.part,) = kinds
+        self.files = [
+            (leaf.relative_to(self.root), video.stem)
+            for leaf in leaves
+            for video in sorted((leaf / "videos").glob("*.mp4"))
+        ]
         if not self.files:
-            raise self._fault(None, "videos", "hold no mp4", "each episode is videos/N.mp4 and qpos/N.pt")
+            raise self._fault(
+                None, "videos", "hold no mp4", "each episode is videos/N.mp4 and qpos/N.pt"
+            )
         first = self._file(0, "videos")
         try:
             with av.open(str(first)) as container:
                 stream = container.streams.video[0]
-                self.fps, self.size = float(stream.average_rate), (stream.codec_context.height, stream.codec_context.width)
+                self.fps, self.size = (
+                    float(stream.average_rate),
+                    (stream.codec_context.height, stream.codec_context.width),
+                )
         except (av.error.FFmpegError, OSError, IndexError, TypeError) as error:
-            raise self._fault(0, "videos", f"{first.name} cannot be opened ({error})", "fetch or write it again") from error
+            raise self._fault(
+                0, "videos", f"{first.name} cannot be opened ({error})", "fetch or write it again"
+            ) from error
         self.cameras, self.left_out, self.robot = (VIEW,), [], self.root.name
-        self.titles = {"state": "qpos", "action": "qpos"} if self.part == "qpos" else {"state": "", "action": ""}
+        self.titles = (
+            {"state": "qpos", "action": "qpos"}
+            if self.part == "qpos"
+            else {"state": "", "action": ""}
+        )
         shapes = [self._rows(e).shape for e in range(len(self.files))]
         if wrong := [e for e, shape in enumerate(shapes) if shape[1] != shapes[0][1]]:
-            raise self._fault(wrong[0], self.part, f"has {shapes[wrong[0]][1]} columns, episode 0 has {shapes[0][1]}", "keep one robot")
+            raise self._fault(
+                wrong[0],
+                self.part,
+                f"has {shapes[wrong[0]][1]} columns, episode 0 has {shapes[0][1]}",
+                "keep one robot",
+            )
         self.lengths = np.array([shape[0] + (self.part != "qpos") for shape in shapes])
         self.widths = (shapes[0][1], shapes[0][1]) if self.part == "qpos" else (0, 0)
         self.tasks = sorted({str(leaf) for leaf, _ in self.files})
 
     def _file(self, episode: int, part: str) -> Path:
         leaf, name = self.files[episode]
-        return self._path(str(leaf / part / f"{name}{'.mp4' if part == 'videos' else '.pt'}"), episode, part)
+        return self._path(
+            str(leaf / part / f"{name}{'.mp4' if part == 'videos' else '.pt'}"), episode, part
+        )
 
     def _rows(self, episode: int) -> np.ndarray:
         """The tested (T, D) float32 of an episode's .pt: a tensor, or a dictionary with `latent_action`."""
@@ -86,15 +151,34 @@ class OfficialFolder(Recordings):
             except ValueError as error:
                 raise self._fault(episode, self.part, str(error), again) from error
             rows = content.get("latent_action") if isinstance(content, dict) else content
-            if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.dim() != 2 or not rows.numel():
-                kind = f"{rows.dtype} {tuple(rows.shape)}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            if (
+                not isinstance(rows, torch.Tensor)
+                or not rows.is_floating_point()
+                or rows.dim() != 2
+                or not rows.numel()
+            ):
+                kind = (
+                    f"{rows.dtype} {tuple(rows.shape)}"
+                    if isinstance(rows, torch.Tensor)
+                    else type(rows).__name__
+                )
                 raise self._fault(episode, self.part, f"{path.name} holds {kind}", again)
             if rows.nbytes > path.stat().st_size:
-                raise self._fault(episode, self.part, f"{path.name} claims {rows.nbytes} bytes and has {path.stat().st_size}", again)
+                raise self._fault(
+                    episode,
+                    self.part,
+                    f"{path.name} claims {rows.nbytes} bytes and has {path.stat().st_size}",
+                    again,
+                )
             rows = rows.float().numpy().copy()
             if len(bad := np.argwhere(~np.isfinite(rows))):
                 row, column = bad[0]
-                raise self._fault(episode, self.part, f"row {row}, dimension {column} is {rows[row, column]} (of {len(bad)})", "repair it")
+                raise self._fault(
+                    episode,
+                    self.part,
+                    f"row {row}, dimension {column} is {rows[row, column]} (of {len(bad)})",
+                    "repair it",
+                )
         self.shelf.give(("rows", episode), rows)
         return rows
 
@@ -122,29 +206,59 @@ class OfficialFolder(Recordings):
         else:
             listed = sorted((self.root / leaf / "instructions").glob("*.txt"))
             known = {path.stem: path.name for path in listed}
-            found = "instructions/" + (listed[0].name if len(listed) == 1 else known.get(name) or known.get(leaf.name) or f"{name}.txt")
+            found = "instructions/" + (
+                listed[0].name
+                if len(listed) == 1
+                else known.get(name) or known.get(leaf.name) or f"{name}.txt"
+            )
         path = self._path(str(leaf / found), episode, "instruction")
         if path.stat().st_size > MAX_BYTES:
-            raise self._fault(episode, "instruction", f"{path.name} has {path.stat().st_size} bytes", "write a line per wording")
+            raise self._fault(
+                episode,
+                "instruction",
+                f"{path.name} has {path.stat().st_size} bytes",
+                "write a line per wording",
+            )
         try:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
-            raise self._fault(episode, "instruction", f"{path.name} is no text ({error.reason})", "write it in UTF-8") from error
+            raise self._fault(
+                episode,
+                "instruction",
+                f"{path.name} is no text ({error.reason})",
+                "write it in UTF-8",
+            ) from error
         if not lines:
-            raise self._fault(episode, "instruction", f"{path.name} is empty", "write a line per wording")
+            raise self._fault(
+                episode, "instruction", f"{path.name} is empty", "write a line per wording"
+            )
         return lines
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
         due = int(self.lengths[episode])
-        return {VIEW: self._film(self._file(episode, "videos"), self.size, episode, "videos", 0.0, rows, due, single=True)}
+        return {
+            VIEW: self._film(
+                self._file(episode, "videos"),
+                self.size,
+                episode,
+                "videos",
+                0.0,
+                rows,
+                due,
+                single=True,
+            )
+        }
 
     def describe(self) -> str:
         frames = int(self.lengths.sum())
-        return "\n".join([
-            f"{self.name}: official Motus folder with {self.part}, {len(self.files)} episodes in {len(self.tasks)} task folders, "
-            f"{frames} rows at {self.fps:g} fps ({frames / self.fps / 3600:.2f} h)",
-            f"  state, actions  {f'qpos ({self.widths[0]}), absolute positions' if self.part == 'qpos' else 'none, but latent actions'}",
-            f"  cameras         {VIEW} ({self.size[0]} x {self.size[1]})"])
+        return "\n".join(
+            [
+                f"{self.name}: official Motus folder with {self.part}, {len(self.files)} episodes in {len(self.tasks)} task folders, "
+                f"{frames} rows at {self.fps:g} fps ({frames / self.fps / 3600:.2f} h)",
+                f"  state, actions  {f'qpos ({self.widths[0]}), absolute positions' if self.part == 'qpos' else 'none, but latent actions'}",
+                f"  cameras         {VIEW} ({self.size[0]} x {self.size[1]})",
+            ]
+        )
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -164,7 +278,9 @@ def convert(source: Recordings, root: str | Path, form: str, lossless: bool = Fa
     if form.startswith("lerobot"):
         write = write_v3 if form == "lerobot" else write_v21
         write(root, _as_lerobot(source), source.fps, storage)
-        wordings = {str(e): lines for e in range(len(source.lengths)) if len(lines := source.texts(e)) > 1}
+        wordings = {
+            str(e): lines for e in range(len(source.lengths)) if len(lines := source.texts(e)) > 1
+        }
         if wordings:
             (root / WORDINGS).write_text(json.dumps(wordings, ensure_ascii=False), "utf-8")
         return
@@ -190,28 +306,68 @@ def _as_lerobot(source: Recordings) -> Iterator[tuple]:
         yield source.views(e, range(length)), state, action, source.texts(e)[0]
 
 
-def _write_official(source: Recordings, e: int, root: Path, form: str, storage: Storage, wordings: dict[str, list[str]]) -> None:
+def _write_official(
+    source: Recordings,
+    e: int,
+    root: Path,
+    form: str,
+    storage: Storage,
+    wordings: dict[str, list[str]],
+) -> None:
     """One episode: in one task folder per first instruction, under the number of the episode."""
     length, (state, _) = int(source.lengths[e]), source.numbers(e)
     lines = wordings.get(str(e)) or source.texts(e)
-    task = source.group(e) if isinstance(source, OfficialFolder) else "_".join(lines[0].removeprefix(ROBOTWIN_SCENE).split())[:60]
-    leaf = root / ("clean" if form == "robotwin" else ".") / "".join(c if c.isalnum() or c in "-_" else "" for c in task)
-    rows = source.latents(e) if form == "latent_action" and isinstance(source, OfficialFolder) else state
-    if rows is None or (form == "latent_action") != (isinstance(source, OfficialFolder) and source.part != "qpos"):
-        raise source._fault(e, "state", f"is none that form {form} holds", "robotwin and ac_one need a state, latent_action latent actions")
+    task = (
+        source.group(e)
+        if isinstance(source, OfficialFolder)
+        else "_".join(lines[0].removeprefix(ROBOTWIN_SCENE).split())[:60]
+    )
+    leaf = (
+        root
+        / ("clean" if form == "robotwin" else ".")
+        / "".join(c if c.isalnum() or c in "-_" else "" for c in task)
+    )
+    rows = (
+        source.latents(e)
+        if form == "latent_action" and isinstance(source, OfficialFolder)
+        else state
+    )
+    if rows is None or (form == "latent_action") != (
+        isinstance(source, OfficialFolder) and source.part != "qpos"
+    ):
+        raise source._fault(
+            e,
+            "state",
+            f"is none that form {form} holds",
+            "robotwin and ac_one need a state, latent_action latent actions",
+        )
     texts = "metas" if form != "ac_one" else "instructions"
     for folder in ("videos", PARTS[form == "latent_action"], texts):
         (leaf / folder).mkdir(parents=True, exist_ok=True)
     if form != "ac_one":
-        lines = [line if line.startswith(ROBOTWIN_SCENE) else ROBOTWIN_SCENE + line for line in lines]
+        lines = [
+            line if line.startswith(ROBOTWIN_SCENE) else ROBOTWIN_SCENE + line for line in lines
+        ]
     (leaf / texts / f"{e}.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    torch.save(torch.tensor(rows, dtype=torch.float32), leaf / PARTS[form == "latent_action"] / f"{e}.pt")
+    torch.save(
+        torch.tensor(rows, dtype=torch.float32), leaf / PARTS[form == "latent_action"] / f"{e}.pt"
+    )
     film, views = None, source.views(e, range(length))
     if len(views) not in (1, 3):
-        raise source._fault(e, "cameras", f"are {list(views)}", "one view, or head, left and right, can be written: choose by mapping")
+        raise source._fault(
+            e,
+            "cameras",
+            f"are {list(views)}",
+            "one view, or head, left and right, can be written: choose by mapping",
+        )
     for i, pictures in enumerate(zip(*views.values())):
         picture = pictures[0] if len(pictures) == 1 else _mosaic(*pictures)
-        film = film or Film(leaf / "videos" / f"{e}.mp4", Fraction(source.fps).limit_denominator(1001), picture.shape[:2], storage)
+        film = film or Film(
+            leaf / "videos" / f"{e}.mp4",
+            Fraction(source.fps).limit_denominator(1001),
+            picture.shape[:2],
+            storage,
+        )
         film.add(picture, first=i == 0)
     film.close()
 

@@ -14,7 +14,12 @@ class Line(World):
         self.task, self.size, self.hops, self.instruction = task, size, hops, TASKS[task]
 
     def reset(self, seed):
-        self.goal, self.seed, self.x, self.success = 3 + (seed + len(self.task)) % (self.size - 6), seed, 0.0, False
+        self.goal, self.seed, self.x, self.success = (
+            3 + (seed + len(self.task)) % (self.size - 6),
+            seed,
+            0.0,
+            False,
+        )
         return self.observe()
 
     def step(self, action):
@@ -25,7 +30,10 @@ class Line(World):
         return np.float32([self.x, self.seed % 7])
 
     def render(self):
-        front, side = np.zeros((self.size, self.size, 3), np.uint8), np.full((self.size, self.size, 3), int(self.x) % 255, np.uint8)
+        front, side = (
+            np.zeros((self.size, self.size, 3), np.uint8),
+            np.full((self.size, self.size, 3), int(self.x) % 255, np.uint8),
+        )
         front[:, self.goal] = 255
         return {"front": front, "side": side}
 

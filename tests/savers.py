@@ -17,16 +17,32 @@ from backbones.weights import open_source, save_safetensors
 
 def state(step: int, mesh: DeviceMesh | None, rows: int = 512) -> dict[str, dict[str, Tensor]]:
     """Files whose every number is `step`: sharded evenly, unevenly, along axis 1, not at all."""
+
     def tensor(*shape: int, axis: int = 0) -> Tensor:
         value = torch.full(shape, float(step))
         if mesh is None:
             return value
         size, rank = mesh.size(), mesh.get_local_rank()
         chunk = -(-shape[axis] // size)
-        part = value.narrow(axis, min(rank * chunk, shape[axis]), max(0, min(chunk, shape[axis] - rank * chunk)))
-        return DTensor.from_local(part.contiguous(), mesh, [Shard(axis)], run_check=False, shape=value.shape, stride=value.stride())
-    tensors = {"even": tensor(rows, 64), "uneven": tensor(7, 3), "short": tensor(1, 4), "across": tensor(3, 64, 5, axis=1),
-               "whole": torch.tensor(float(step))}
+        part = value.narrow(
+            axis, min(rank * chunk, shape[axis]), max(0, min(chunk, shape[axis] - rank * chunk))
+        )
+        return DTensor.from_local(
+            part.contiguous(),
+            mesh,
+            [Shard(axis)],
+            run_check=False,
+            shape=value.shape,
+            stride=value.stride(),
+        )
+
+    tensors = {
+        "even": tensor(rows, 64),
+        "uneven": tensor(7, 3),
+        "short": tensor(1, 4),
+        "across": tensor(3, 64, 5, axis=1),
+        "whole": torch.tensor(float(step)),
+    }
     return {"model.safetensors": tensors, "ema.safetensors": tensors}
 
 
@@ -37,8 +53,12 @@ def config(step: int) -> dict[str, str]:
 def meet(rank: int, world: int, store: Path) -> scale.Ranks:
     if world == 1:
         return scale.Ranks()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    return scale.Ranks(rank, world, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("shard",)))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+    return scale.Ranks(
+        rank, world, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+    )
 
 
 def save_forever(rank: int, world: int, store: Path, run: Path, first: int) -> None:
@@ -80,15 +100,29 @@ def copy(ranks: scale.Ranks, source: Path, run: Path) -> str:
 def save_numbered(path: Path) -> Path:
     """A file with the tensors of `state`, every number of which differs."""
     tensors = state(0, None)["model.safetensors"]
-    save_safetensors(path, {name: torch.arange(value.numel(), dtype=torch.float32).reshape(value.shape) for name, value in tensors.items()})
+    save_safetensors(
+        path,
+        {
+            name: torch.arange(value.numel(), dtype=torch.float32).reshape(value.shape)
+            for name, value in tensors.items()
+        },
+    )
     return path
 
 
 def gather(ranks: scale.Ranks) -> str:
     """What two ranks give each other: tensors of unequal size and number, one rank none at all; a text of any length."""
-    found = ranks.gather({str(i): torch.full((1000 * ranks.rank, 3), i, dtype=torch.float64) for i in range(2 * ranks.rank)})
+    found = ranks.gather(
+        {
+            str(i): torch.full((1000 * ranks.rank, 3), i, dtype=torch.float64)
+            for i in range(2 * ranks.rank)
+        }
+    )
     for rank, tensors in enumerate(found):
-        assert {name: (tuple(x.shape), set(x.flatten().tolist())) for name, x in tensors.items()} == {
-            str(i): ((1000 * rank, 3), {float(i)}) for i in range(2 * rank)}
-    assert ranks.texts("é" * 10_000 * ranks.rank) == ["é" * 10_000 * rank for rank in range(ranks.world)]
+        assert {
+            name: (tuple(x.shape), set(x.flatten().tolist())) for name, x in tensors.items()
+        } == {str(i): ((1000 * rank, 3), {float(i)}) for i in range(2 * rank)}
+    assert ranks.texts("é" * 10_000 * ranks.rank) == [
+        "é" * 10_000 * rank for rank in range(ranks.world)
+    ]
     return "gathered"

@@ -10,9 +10,16 @@ from backbones.dcae import DCAE, PRESETS, DCAEConfig, LinearAttention, canonical
 from backbones.weights import expected, save_safetensors
 
 FULL, TINY = PRESETS["f128c512"], PRESETS["tiny"]
-THIN = DCAEConfig(widths=(16, 16, 32, 32, 64, 128, 512), encoder_depths=(1,) * 7, decoder_depths=(1, 2, 1, 1, 1, 1, 1), latent_channels=512,
-                  head_dim=8)
-SAME_NAMES = dataclasses.replace(FULL, widths=(8,) * 7, latent_channels=8, head_dim=8)      # as deep as the published one
+THIN = DCAEConfig(
+    widths=(16, 16, 32, 32, 64, 128, 512),
+    encoder_depths=(1,) * 7,
+    decoder_depths=(1, 2, 1, 1, 1, 1, 1),
+    latent_channels=512,
+    head_dim=8,
+)
+SAME_NAMES = dataclasses.replace(
+    FULL, widths=(8,) * 7, latent_channels=8, head_dim=8
+)  # as deep as the published one
 
 
 def diffusers_model(config: DCAEConfig) -> nn.Module:
@@ -22,11 +29,19 @@ def diffusers_model(config: DCAEConfig) -> nn.Module:
     kinds = ("ResBlock",) * convs + ("EfficientViTBlock",) * (stages - convs)
     widths, plain = (config.widths[0], *config.widths), ((),) * stages
     model = diffusers.AutoencoderDC(
-        latent_channels=config.latent_channels, attention_head_dim=config.head_dim, encoder_block_types=kinds, decoder_block_types=kinds,
-        encoder_block_out_channels=widths, decoder_block_out_channels=widths, encoder_layers_per_block=(0, *config.encoder_depths),
-        decoder_layers_per_block=(0, *config.decoder_depths), encoder_qkv_multiscales=plain, decoder_qkv_multiscales=plain,
+        latent_channels=config.latent_channels,
+        attention_head_dim=config.head_dim,
+        encoder_block_types=kinds,
+        decoder_block_types=kinds,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(0, *config.encoder_depths),
+        decoder_layers_per_block=(0, *config.decoder_depths),
+        encoder_qkv_multiscales=plain,
+        decoder_qkv_multiscales=plain,
         decoder_norm_types=["batch_norm"] * convs + ["rms_norm"] * (stages - convs),
-        decoder_act_fns=["relu"] * convs + ["silu"] * (stages - convs))
+        decoder_act_fns=["relu"] * convs + ["silu"] * (stages - convs),
+    )
     generator = torch.Generator().manual_seed(0)
     for name, value in model.state_dict().items():
         if "norm" in name and value.is_floating_point() and not value.is_meta:
@@ -44,8 +59,9 @@ def differences(ours, theirs, size):
     pictures = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     latent = theirs.encode(pictures).latent
     picture = theirs.decode(latent).sample
-    return ((ours.encode(pictures) - latent).abs().max() / latent.abs().max()).item(), \
-        ((ours.decode(latent) - picture).abs().max() / picture.abs().max()).item()
+    return ((ours.encode(pictures) - latent).abs().max() / latent.abs().max()).item(), (
+        (ours.decode(latent) - picture).abs().max() / picture.abs().max()
+    ).item()
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -55,11 +71,19 @@ def test_latents_and_pictures_equal_diffusers(config, size, train):
     theirs, ours = diffusers_model(config), DCAE(config)
     ours.load_state_dict(canonical(theirs.state_dict()))
     theirs.train(train), ours.train(train)
-    positions = [size[0] * size[1] // 4**stage for stage in range(config.conv_stages + 1, len(config.widths) + 1)]
+    positions = [
+        size[0] * size[1] // 4**stage
+        for stage in range(config.conv_stages + 1, len(config.widths) + 1)
+    ]
     assert min(positions) <= config.head_dim < max(positions)
     assert max(differences(ours, theirs, size)) < 1e-5
-    after = canonical(theirs.state_dict())          # train mode has moved the batch statistics, and equally so
-    assert all(torch.allclose(value, after[name], rtol=1e-4, atol=1e-6) for name, value in ours.named_buffers())
+    after = canonical(
+        theirs.state_dict()
+    )  # train mode has moved the batch statistics, and equally so
+    assert all(
+        torch.allclose(value, after[name], rtol=1e-4, atol=1e-6)
+        for name, value in ours.named_buffers()
+    )
 
 
 def test_the_full_model_makes_four_tokens_of_512():
@@ -85,35 +109,64 @@ def test_tables_list_exactly_what_each_format_holds():
     """The diffusers table is AutoencoderDC's state dict; diffusers' own converter turns the original table into it."""
     with torch.device("meta"):
         theirs, ours = diffusers_model(FULL), DCAE(FULL)
-        files = {form: {name: torch.empty(shape) for name, shape in expected(f"dcae_{form}").items()} for form in ("original", "diffusers")}
-    assert {form: len(tensors) for form, tensors in files.items()} == {"original": 434, "diffusers": 474}
+        files = {
+            form: {name: torch.empty(shape) for name, shape in expected(f"dcae_{form}").items()}
+            for form in ("original", "diffusers")
+        }
+    assert {form: len(tensors) for form, tensors in files.items()} == {
+        "original": 434,
+        "diffusers": 474,
+    }
     assert expected("dcae_diffusers") == parts(theirs)
     for tensors in files.values():
-        assert {name: tuple(value.shape) for name, value in canonical(tensors).items()} == parts(ours)
-    convert = pytest.importorskip("diffusers.loaders.single_file_utils").convert_autoencoder_dc_checkpoint_to_diffusers
-    assert {name: tuple(value.shape) for name, value in convert(dict(files["original"])).items()} == expected("dcae_diffusers")
+        assert {name: tuple(value.shape) for name, value in canonical(tensors).items()} == parts(
+            ours
+        )
+    convert = pytest.importorskip(
+        "diffusers.loaders.single_file_utils"
+    ).convert_autoencoder_dc_checkpoint_to_diffusers
+    assert {
+        name: tuple(value.shape) for name, value in convert(dict(files["original"])).items()
+    } == expected("dcae_diffusers")
 
 
 def test_both_formats_load_from_files_to_the_same_model(tmp_path):
     """434 original tensors and the 474 that diffusers makes of them fill every parameter with the same values."""
-    convert = pytest.importorskip("diffusers.loaders.single_file_utils").convert_autoencoder_dc_checkpoint_to_diffusers
+    convert = pytest.importorskip(
+        "diffusers.loaders.single_file_utils"
+    ).convert_autoencoder_dc_checkpoint_to_diffusers
     torch.manual_seed(0)
     model = DCAE(SAME_NAMES)
     ours, original = model.state_dict(), {}
     for name in expected("dcae_original"):
         key = rename(name)
-        qkv = [ours[key.replace("qkv", f"to_{part}")] for part in "qkv"] if key.endswith("qkv.weight") else None
+        qkv = (
+            [ours[key.replace("qkv", f"to_{part}")] for part in "qkv"]
+            if key.endswith("qkv.weight")
+            else None
+        )
         original[name] = torch.cat(qkv) if qkv else ours[key]
     for form, tensors in {"original": original, "diffusers": convert(dict(original))}.items():
-        save_safetensors(tmp_path / f"{form}.safetensors", {name: value.contiguous() for name, value in tensors.items()})
+        save_safetensors(
+            tmp_path / f"{form}.safetensors",
+            {name: value.contiguous() for name, value in tensors.items()},
+        )
         loaded = load_dcae(tmp_path / f"{form}.safetensors", SAME_NAMES).state_dict()
-        assert loaded.keys() == ours.keys() and all(torch.equal(value, loaded[name]) for name, value in ours.items())
+        assert loaded.keys() == ours.keys() and all(
+            torch.equal(value, loaded[name]) for name, value in ours.items()
+        )
 
 
-@pytest.mark.parametrize("lost", ["encoder.down_blocks.3.0.attn.to_k.weight", "decoder.norm_out.bias"])
+@pytest.mark.parametrize(
+    "lost", ["encoder.down_blocks.3.0.attn.to_k.weight", "decoder.norm_out.bias"]
+)
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path, lost):
     """Nothing keeps random values silently, not even a third of a qkv."""
-    tensors = {name: value.contiguous() for name, value in diffusers_model(TINY).state_dict().items() if name != lost}
+    tensors = {
+        name: value.contiguous()
+        for name, value in diffusers_model(TINY).state_dict().items()
+        if name != lost
+    }
     save_safetensors(tmp_path / "short.safetensors", tensors)
     with pytest.raises(ValueError, match=rename(lost).replace(".", r"\.")):
         load_dcae(tmp_path / "short.safetensors", TINY)
@@ -123,10 +176,12 @@ def test_the_two_forms_of_attention_are_one_function():
     """Summing over positions before or after the query enters gives the same result up to rounding."""
     torch.manual_seed(0)
     attention = LinearAttention(channels=64, head_dim=32)
-    x = torch.randn(2, 64, 6, 5)                    # 30 positions are fewer than 32 channels: the quadratic form
+    x = torch.randn(2, 64, 6, 5)  # 30 positions are fewer than 32 channels: the quadratic form
     with torch.no_grad():
         quadratic = attention(x)
-        stretched = attention(torch.cat([x, x], dim=-1))[..., :5]       # 60 positions, each key twice: the linear form
+        stretched = attention(torch.cat([x, x], dim=-1))[
+            ..., :5
+        ]  # 60 positions, each key twice: the linear form
     assert torch.allclose(quadratic, stretched, atol=1e-5)
 
 
@@ -142,7 +197,11 @@ def test_gradients_pass_through_a_frozen_decoder_and_leave_it_alone():
 
 def test_impossible_sizes_are_refused_by_name():
     """Each constraint of the shortcuts and of the heads is an error that names the field."""
-    for change, message in (({"latent_channels": 48}, "latent_channels=48"), ({"head_dim": 24}, "head_dim=24"),
-                            ({"encoder_depths": (1,) * 4}, "4 encoder_depths"), ({"widths": (16, 80, 32, 64, 64)}, "widths: 16 -> 80")):
+    for change, message in (
+        ({"latent_channels": 48}, "latent_channels=48"),
+        ({"head_dim": 24}, "head_dim=24"),
+        ({"encoder_depths": (1,) * 4}, "4 encoder_depths"),
+        ({"widths": (16, 80, 32, 64, 64)}, "widths: 16 -> 80"),
+    ):
         with pytest.raises(ValueError, match=message):
             DCAE(dataclasses.replace(TINY, **change))

@@ -40,11 +40,14 @@ class OracleBase(torch.nn.Module):
         images = ((images + bgr_add) * bgr_mult).flip(-3)
         extra_h, extra_w = -images.shape[-2] % stride, -images.shape[-1] % stride
         pad = (extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2)
-        return F.pad(images.flatten(0, 1), pad, mode="replicate").unflatten(0, images.shape[:2]), (pad, images.shape[-2:])
+        return F.pad(images.flatten(0, 1), pad, mode="replicate").unflatten(0, images.shape[:2]), (
+            pad,
+            images.shape[-2:],
+        )
 
     def postprocess_predictions(self, prediction, resizer, is_flow):
         pad, (height, width) = resizer
-        return prediction[..., pad[2]:pad[2] + height, pad[0]:pad[0] + width]
+        return prediction[..., pad[2] : pad[2] + height, pad[0] : pad[0] + width]
 
 
 @contextmanager
@@ -66,7 +69,10 @@ def stubbed_ptlflow():
     module("ptlflow.utils", root / "utils")
     module("ptlflow.models.base_model", root / "models" / "base_model")
     module("ptlflow.models.base_model.base_model", BaseModel=OracleBase)
-    module("ptlflow.utils.registry", **{name: (lambda cls: cls) for name in ("register_model", "trainable", "ptlflow_trained")})
+    module(
+        "ptlflow.utils.registry",
+        **{name: (lambda cls: cls) for name in ("register_model", "trainable", "ptlflow_trained")},
+    )
     module("ptlflow.utils.utils", forward_interpolate_batch=None)
     module("loguru", logger=types.SimpleNamespace(info=lambda *_: None, warning=lambda *_: None))
     try:
@@ -74,7 +80,13 @@ def stubbed_ptlflow():
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] in ("ptlflow", "loguru")]:
             del sys.modules[name]
-        sys.modules.update({name: old for name, old in before.items() if name.split(".")[0] in ("ptlflow", "loguru")})
+        sys.modules.update(
+            {
+                name: old
+                for name, old in before.items()
+                if name.split(".")[0] in ("ptlflow", "loguru")
+            }
+        )
 
 
 def make_oracle(oracle, **sizes):
@@ -127,12 +139,25 @@ def test_flow_equals_the_original_at_any_size(original, size):
 
 def test_levels_and_iterations_are_options():
     """Four levels with two iterations each, two rows of a batch, other widths: still the original."""
-    sizes = dict(enc_hidden_chs=(16, 24, 32), enc_depth=1, enc_out_1x1_chs="96", dec_gru_depth=1, dec_net_chs=32, dec_inp_chs=32,
-                 dec_motion_chs=32, dec_flow_head_chs=64, dec_motenc_corr_hidden_chs=64, dec_motenc_corr_out_chs=48,
-                 dec_motenc_flow_hidden_chs=32, dec_motenc_flow_out_chs=16)
+    sizes = dict(
+        enc_hidden_chs=(16, 24, 32),
+        enc_depth=1,
+        enc_out_1x1_chs="96",
+        dec_gru_depth=1,
+        dec_net_chs=32,
+        dec_inp_chs=32,
+        dec_motion_chs=32,
+        dec_flow_head_chs=64,
+        dec_motenc_corr_hidden_chs=64,
+        dec_motenc_corr_out_chs=48,
+        dec_motenc_flow_hidden_chs=32,
+        dec_motenc_flow_out_chs=16,
+    )
     with stubbed_ptlflow() as oracle:
         model = make_oracle(oracle, pyramid_levels=4, iters_per_level=2, **sizes)
-    assert difference(replace(THIN, levels=4, iterations=2), model, *frames(130, 140, batch=2)) < 1e-4
+    assert (
+        difference(replace(THIN, levels=4, iterations=2), model, *frames(130, 140, batch=2)) < 1e-4
+    )
 
 
 def test_pyramid_depth_follows_the_diagonal():
@@ -142,7 +167,9 @@ def test_pyramid_depth_follows_the_diagonal():
     with stubbed_ptlflow():
         rule = importlib.import_module("ptlflow.models.dpflow.utils").compute_pyramid_levels
         for side in range(50, 6000, 37):
-            assert pyramid_levels(side, 2 * side) == rule(torch.empty(1, side, 2 * side, device="meta"))
+            assert pyramid_levels(side, 2 * side) == rule(
+                torch.empty(1, side, 2 * side, device="meta")
+            )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (17, 23), (40, 200)])
@@ -184,7 +211,10 @@ def test_convex_upsampling_of_one_sided_weights_is_a_copy():
     flow = torch.randn(1, 2, 2, 3)
     mask = torch.full((1, 9, 64, 2, 3), -1e4)
     mask[:, 4] = 0
-    assert torch.equal(convex_upsample(flow, mask.flatten(1, 2)), flow.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    assert torch.equal(
+        convex_upsample(flow, mask.flatten(1, 2)),
+        flow.repeat_interleave(8, 2).repeat_interleave(8, 3),
+    )
 
 
 def test_every_published_tensor_has_a_place():
@@ -193,8 +223,12 @@ def test_every_published_tensor_has_a_place():
     with torch.device("meta"):
         ours = {name: tuple(value.shape) for name, value in DPFlow().state_dict().items()}
         with stubbed_ptlflow() as oracle:
-            assert table == {name: tuple(value.shape) for name, value in oracle().state_dict().items()}
-    assert {rename(name): shape for name, shape in table.items()} == ours and len(table) == len(ours) == 498
+            assert table == {
+                name: tuple(value.shape) for name, value in oracle().state_dict().items()
+            }
+    assert {rename(name): shape for name, shape in table.items()} == ours and len(table) == len(
+        ours
+    ) == 498
     assert sum(torch.Size(shape).numel() for shape in ours.values()) == 10_021_508
 
 
@@ -213,18 +247,28 @@ def test_a_published_checkpoint_loads_whole_or_not_at_all(tmp_path, thin):
     torch.manual_seed(1)
     model = DPFlow(config)
     loaded = load_dpflow(publish(model, tmp_path / "dpflow-things-00000000.ckpt"), config)
-    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
+    )
     with pytest.raises(ValueError, match="fnet_extra"):
-        load_dpflow(publish(model, tmp_path / "more.ckpt", **{"fnet_extra.weight": torch.zeros(1)}), config)
+        load_dpflow(
+            publish(model, tmp_path / "more.ckpt", **{"fnet_extra.weight": torch.zeros(1)}), config
+        )
 
 
 def test_fetching_weights_prints_their_licence(tmp_path, monkeypatch, capsys):
     """The notice appears before any byte of the research-only weights arrives, also when they lie there already."""
     asked = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: asked.append((url, hash_prefix)))
+    monkeypatch.setattr(
+        torch.hub,
+        "download_url_to_file",
+        lambda url, path, hash_prefix: asked.append((url, hash_prefix)),
+    )
     path = fetch("things", tmp_path / "weights")
     assert LICENCE_NOTICE in capsys.readouterr().err and "research" in LICENCE_NOTICE
-    assert asked[0][0].endswith("/weights1/dpflow-things-2012b5d6.ckpt") and asked[0][1] == "2012b5d6"
+    assert (
+        asked[0][0].endswith("/weights1/dpflow-things-2012b5d6.ckpt") and asked[0][1] == "2012b5d6"
+    )
     path.touch()
     assert fetch("things", tmp_path / "weights") == path and len(asked) == 1
     assert LICENCE_NOTICE in capsys.readouterr().err
@@ -236,7 +280,11 @@ def test_fetching_weights_prints_their_licence(tmp_path, monkeypatch, capsys):
 def test_dis_measures_a_known_shift_in_pixels(upscale):
     """A texture moved 3 pixels right and 2 down gives (3, 2), in pixels of the frames whatever the enlargement."""
     pytest.importorskip("cv2")
-    picture = F.interpolate(torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)), (160, 160), mode="bicubic").clamp(0, 1)
+    picture = F.interpolate(
+        torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)),
+        (160, 160),
+        mode="bicubic",
+    ).clamp(0, 1)
     flow = DISFlow(upscale=upscale)(picture[:, :, 40:104, 40:104], picture[:, :, 38:102, 37:101])
     assert flow.shape == (2, 2, 64, 64)
     error = (flow - torch.tensor([3.0, 2.0])[:, None, None])[:, :, 12:-12, 12:-12].norm(dim=1)

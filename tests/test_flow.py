@@ -9,7 +9,16 @@ import flow
 def test_the_table_has_the_official_values():
     """Row i of the shift-5 table is 5 s / (1 + 4 s) with s = 1 - i / 1000; its mean and median lie far on the noisy side."""
     table = flow.official_table()
-    published = {0: 1.0, 250: 0.9375, 500: 0.83333, 750: 0.625, 900: 0.35714, 950: 0.20833, 990: 0.04808, 999: 0.00498}
+    published = {
+        0: 1.0,
+        250: 0.9375,
+        500: 0.83333,
+        750: 0.625,
+        900: 0.35714,
+        950: 0.20833,
+        990: 0.04808,
+        999: 0.00498,
+    }
     for row, time in published.items():
         assert table[row].item() == pytest.approx(time, abs=5e-6)
     assert table.mean().item() == pytest.approx(0.7476, abs=1e-4)
@@ -27,8 +36,12 @@ def test_training_times_are_rows_of_the_table_drawn_evenly():
 
 def test_logit_normal_times_are_what_the_paper_states():
     """The logit of a logit-normal time has the mean and standard deviation that were asked for."""
-    logit = torch.logit(flow.logit_normal_times(20000, torch.Generator().manual_seed(0), mean=0.5, std=2.0))
-    assert logit.mean().item() == pytest.approx(0.5, abs=0.05) and logit.std().item() == pytest.approx(2.0, abs=0.05)
+    logit = torch.logit(
+        flow.logit_normal_times(20000, torch.Generator().manual_seed(0), mean=0.5, std=2.0)
+    )
+    assert logit.mean().item() == pytest.approx(
+        0.5, abs=0.05
+    ) and logit.std().item() == pytest.approx(2.0, abs=0.05)
 
 
 def test_sampling_times_run_from_noise_to_data():
@@ -75,9 +88,18 @@ def test_padded_actions_carry_no_loss():
 @pytest.mark.parametrize("steps", [1, 3, 10])
 def test_euler_is_exact_on_straight_paths(steps):
     """Where the velocity is noise - data, any number of steps lands on the data."""
-    video, action, noise_v, noise_a = torch.randn(2, 3, 2, 2, 2), torch.randn(2, 4, 3), torch.randn(2, 3, 2, 2, 2), torch.randn(2, 4, 3)
-    sampled = flow.sample(lambda *_: (noise_v - video, noise_a - action), noise_v, noise_a, None, "joint", steps)
-    assert torch.allclose(sampled[0], video, atol=1e-6) and torch.allclose(sampled[1], action, atol=1e-6)
+    video, action, noise_v, noise_a = (
+        torch.randn(2, 3, 2, 2, 2),
+        torch.randn(2, 4, 3),
+        torch.randn(2, 3, 2, 2, 2),
+        torch.randn(2, 4, 3),
+    )
+    sampled = flow.sample(
+        lambda *_: (noise_v - video, noise_a - action), noise_v, noise_a, None, "joint", steps
+    )
+    assert torch.allclose(sampled[0], video, atol=1e-6) and torch.allclose(
+        sampled[1], action, atol=1e-6
+    )
 
 
 def test_the_observation_is_put_back_after_every_step():
@@ -88,13 +110,19 @@ def test_the_observation_is_put_back_after_every_step():
         seen.append(video[:, :, :1].clone())
         return torch.ones_like(video), torch.ones_like(action)
 
-    video, _ = flow.sample(velocity, torch.randn(2, 3, 2, 2, 2), torch.randn(2, 4, 3), observation, "joint", 4)
-    assert len(seen) == 4 and all(torch.equal(frame, observation) for frame in [*seen, video[:, :, :1]])
+    video, _ = flow.sample(
+        velocity, torch.randn(2, 3, 2, 2, 2), torch.randn(2, 4, 3), observation, "joint", 4
+    )
+    assert len(seen) == 4 and all(
+        torch.equal(frame, observation) for frame in [*seen, video[:, :, :1]]
+    )
 
 
 def test_an_unknown_mode_names_the_modes_there_are():
     """The error lists what is allowed."""
-    with pytest.raises(ValueError, match="mode is 'policy'; allowed: joint, vla, world_model, idm, vgm"):
+    with pytest.raises(
+        ValueError, match="mode is 'policy'; allowed: joint, vla, world_model, idm, vgm"
+    ):
         flow.sample(None, torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1), None, "policy")
 
 
@@ -103,5 +131,10 @@ def test_a_given_modality_is_at_time_zero_and_never_both():
     t_video, t_action = torch.full((4000,), 0.3), torch.full((4000,), 0.6)
     video, action = flow.give(t_video, t_action, 0.4, torch.Generator().manual_seed(0))
     assert not ((video == 0) & (action == 0)).any()
-    assert abs((video == 0).float().mean() - 0.2) < 0.02 and abs((action == 0).float().mean() - 0.2) < 0.02
-    assert torch.equal(video[video > 0], t_video[video > 0]) and torch.equal(action[action > 0], t_action[action > 0])
+    assert (
+        abs((video == 0).float().mean() - 0.2) < 0.02
+        and abs((action == 0).float().mean() - 0.2) < 0.02
+    )
+    assert torch.equal(video[video > 0], t_video[video > 0]) and torch.equal(
+        action[action > 0], t_action[action > 0]
+    )

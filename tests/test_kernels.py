@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent.parent))        # the ahead-of-time compilation runs as a script
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # the ahead-of-time compilation runs as a script
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
@@ -35,7 +37,11 @@ DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 
 # Relative to the largest value. In fp32 the sums run in another order. In bf16 outputs and gradients are rounded (2^-9), and on a GPU also
 # what goes into the second products.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2} if DEVICE == "cpu" else {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+TOLERANCE = (
+    {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+    if DEVICE == "cpu"
+    else {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+)
 
 
 def close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
@@ -44,7 +50,9 @@ def close(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> No
         assert a.shape == b.shape and a.dtype == b.dtype
         if a.numel():
             assert torch.isfinite(a).all()
-            assert (a.float() - b.float()).abs().max() <= TOLERANCE[dtype] * max(1.0, b.float().abs().max().item())
+            assert (a.float() - b.float()).abs().max() <= TOLERANCE[dtype] * max(
+                1.0, b.float().abs().max().item()
+            )
 
 
 def incoming(outputs: list[Tensor]) -> list[Tensor]:
@@ -67,59 +75,115 @@ def plain(monkeypatch):
 def rounding(monkeypatch):
     """The interpreter cuts bf16 off, which is biased and twice as wrong; here it rounds to the nearest, as a GPU does."""
     from triton.runtime import interpreter
+
     cast = interpreter._convert_float
 
     def nearest(x: np.ndarray, source, target, mode) -> np.ndarray:
         if (source, target) != (interpreter.tl.float32, interpreter.tl.bfloat16):
             return cast(x, source, target, mode)
         bits = x.view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)                   # ties to even
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # ties to even
+
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------------
 
 
-def segments(lengths: tuple[int, ...], heads: int, size: int, dtype: torch.dtype, batch: int = 1, seed: int = 0) -> list[list[Tensor]]:
+def segments(
+    lengths: tuple[int, ...],
+    heads: int,
+    size: int,
+    dtype: torch.dtype,
+    batch: int = 1,
+    seed: int = 0,
+) -> list[list[Tensor]]:
     """q, k, v per segment, slices of one projection as the experts make them: rows are 3*N*K apart."""
     torch.manual_seed(seed)
-    qkv = [torch.randn(batch, length, 3, heads, size, device=DEVICE).to(dtype) for length in lengths]
+    qkv = [
+        torch.randn(batch, length, 3, heads, size, device=DEVICE).to(dtype) for length in lengths
+    ]
     return [[x[:, :, i].detach().requires_grad_() for x in qkv] for i in range(3)]
 
 
-def plain_segments(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None],
-                   scale: float | None = None) -> list[Tensor]:
-    row = torch.cat([key.new_zeros(key.shape[:2], dtype=torch.float32) if b is None else b for key, b in zip(k, bias)], dim=1)
-    out = attention.plain_attention(torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1), row[:, None, None], scale)
+def plain_segments(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    bias: list[Tensor | None],
+    scale: float | None = None,
+) -> list[Tensor]:
+    row = torch.cat(
+        [
+            key.new_zeros(key.shape[:2], dtype=torch.float32) if b is None else b
+            for key, b in zip(k, bias)
+        ],
+        dim=1,
+    )
+    out = attention.plain_attention(
+        torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1), row[:, None, None], scale
+    )
     return list(out.split([x.shape[1] for x in q], dim=1))
 
 
-def plain_gradients(q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor | None], scale: float | None) -> list[Tensor]:
+def plain_gradients(
+    q: list[Tensor],
+    k: list[Tensor],
+    v: list[Tensor],
+    bias: list[Tensor | None],
+    scale: float | None,
+) -> list[Tensor]:
     """Of q, k, v. Like any attention that saves its output, the kernels take delta = sum(o * do) of an o in bf16: that shifts the gradient
     of a query's logits by p times the rounding error of delta, as if the log-sum-exp had a gradient too. In fp32 nothing is rounded."""
     wide_q, wide_k, wide_v = ([x.float() for x in group] for group in (q, k, v))
     out = plain_segments(wide_q, wide_k, wide_v, bias, scale)
-    row = torch.cat([x.new_zeros(x.shape[:2]) if b is None else b for x, b in zip(wide_k, bias)], dim=1)[:, None, None]
-    logits = torch.einsum("bqnk,bsnk->bnqs", torch.cat(wide_q, 1), torch.cat(wide_k, 1)) * (q[0].shape[3]**-0.5 if scale is None else scale)
+    row = torch.cat(
+        [x.new_zeros(x.shape[:2]) if b is None else b for x, b in zip(wide_k, bias)], dim=1
+    )[:, None, None]
+    logits = torch.einsum("bqnk,bsnk->bnqs", torch.cat(wide_q, 1), torch.cat(wide_k, 1)) * (
+        q[0].shape[3] ** -0.5 if scale is None else scale
+    )
     rounded = [x.to(v[0].dtype) for x in out]
     do = [x.float() for x in incoming(rounded)]
-    error = torch.cat([(d * (r.float() - x)).sum(-1) for d, r, x in zip(do, rounded, out)], dim=1)             # (B, Lq, N)
-    return list(torch.autograd.grad([*out, (logits + row).logsumexp(-1)], [*q, *k, *v], [*do, -error.detach().transpose(1, 2)]))
+    error = torch.cat(
+        [(d * (r.float() - x)).sum(-1) for d, r, x in zip(do, rounded, out)], dim=1
+    )  # (B, Lq, N)
+    return list(
+        torch.autograd.grad(
+            [*out, (logits + row).logsumexp(-1)],
+            [*q, *k, *v],
+            [*do, -error.detach().transpose(1, 2)],
+        )
+    )
 
 
 def random_case(rng: random.Random, seed: int) -> None:
     """One draw: video always has keys; the others may be empty, padded, wholly padded, or carry log counts."""
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])
-    size, heads, batch = rng.choice([16, 24, 32, 32, 48, 64, 80, 128]), rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
-    lengths = (rng.choice([1, 15, 16, 17, rng.randint(1, 36)]), rng.choice([0, 1, 5, 18]), rng.choice([0, 1, 7, 16, rng.randint(1, 20)]))
-    lengths = lengths[:rng.choice([1, 2, 3, 3, 3])]
+    size, heads, batch = (
+        rng.choice([16, 24, 32, 32, 48, 64, 80, 128]),
+        rng.choice([1, 1, 2]),
+        rng.choice([1, 1, 2]),
+    )
+    lengths = (
+        rng.choice([1, 15, 16, 17, rng.randint(1, 36)]),
+        rng.choice([0, 1, 5, 18]),
+        rng.choice([0, 1, 7, 16, rng.randint(1, 20)]),
+    )
+    lengths = lengths[: rng.choice([1, 2, 3, 3, 3])]
     q, k, v = segments(lengths, heads, size, dtype, batch, seed)
     bias: list[Tensor | None] = [None]
     for length in lengths[1:]:
         kind = rng.choice(["none", "ragged", "all padded", "count"])
-        visible = torch.arange(length)[None] < torch.tensor([[rng.randint(0, length)] for _ in range(batch)])
-        row = {"none": None, "ragged": attention.key_bias(visible), "all padded": torch.full((batch, length), float("-inf")),
-               "count": torch.randint(1, 500, (batch, length)).float().log()}[kind]
+        visible = torch.arange(length)[None] < torch.tensor(
+            [[rng.randint(0, length)] for _ in range(batch)]
+        )
+        row = {
+            "none": None,
+            "ragged": attention.key_bias(visible),
+            "all padded": torch.full((batch, length), float("-inf")),
+            "count": torch.randint(1, 500, (batch, length)).float().log(),
+        }[kind]
         bias.append(None if row is None else row.to(DEVICE))
     scale = rng.choice([None, 0.3])
     found = kernels.attend(q, k, v, bias, scale)
@@ -146,7 +210,9 @@ def test_attention_equals_the_plain_one_on_two_hundred_more(group):
 def test_joint_attention_equals_the_plain_one_behind_the_same_call(dtype):
     """`kernels.joint_attention` takes what `attention.joint_attention` takes; rotated queries and keys may be fp32."""
     q, k, v = segments((20, 5, 9), 2, 32, dtype, batch=2)
-    bias = attention.key_bias(torch.arange(9, device=DEVICE)[None] < torch.tensor([[9], [0]], device=DEVICE))
+    bias = attention.key_bias(
+        torch.arange(9, device=DEVICE)[None] < torch.tensor([[9], [0]], device=DEVICE)
+    )
     qkv = [(q[0].float(), k[0].float(), v[0]), (q[1], k[1], v[1]), (q[2], k[2], v[2])]
     expected, found = (f.joint_attention(qkv, [None, None, bias]) for f in (attention, kernels))
     close(found, expected, dtype)
@@ -169,7 +235,9 @@ def test_a_key_with_log_count_bias_stands_for_its_copies():
     _, (k3,), (v3,) = segments((1,), 1, 16, torch.float32, seed=3)
     count = torch.full((1, 1), 3.0, device=DEVICE).log()
     once = kernels.attend(q, [*k, k3], [*v, v3], [None, count])
-    thrice = kernels.attend(q, [*k, k3.expand(1, 3, 1, 16)], [*v, v3.expand(1, 3, 1, 16)], [None, None])
+    thrice = kernels.attend(
+        q, [*k, k3.expand(1, 3, 1, 16)], [*v, v3.expand(1, 3, 1, 16)], [None, None]
+    )
     close(once, thrice, torch.float32)
 
 
@@ -202,7 +270,9 @@ def test_offsets_reach_beyond_two_to_the_31():
     q, k, v = (room.as_strided((2, 5, 1, 16), (stride, 16, 16, 1), 80 * i) for i in range(3))
     for x in (q, k, v):
         x.copy_(torch.randn(2, 5, 1, 16))
-    close(kernels.attend([q], [k], [v], [None]), plain_segments([q], [k], [v], [None]), torch.bfloat16)
+    close(
+        kernels.attend([q], [k], [v], [None]), plain_segments([q], [k], [v], [None]), torch.bfloat16
+    )
 
 
 @pytest.mark.long
@@ -213,7 +283,9 @@ def test_a_layer_of_the_full_model():
     inputs = [*q, *k, *v]
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(kernels, "tile", lambda kernel, dtype: kernels.TILES[torch.bfloat16][kernel])
+            patch.setattr(
+                kernels, "tile", lambda kernel, dtype: kernels.TILES[torch.bfloat16][kernel]
+            )
         found = kernels.attend(q, k, v, bias)
         grads = gradients(found, inputs)
     expected = plain_segments(q, k, v, bias)
@@ -221,8 +293,11 @@ def test_a_layer_of_the_full_model():
     close(grads, gradients(expected, inputs), torch.float32)
 
 
-ROW_CASES = [pytest.param(dtype, seed, marks=[pytest.mark.long] * (seed > 2))
-             for dtype in (torch.float32, torch.bfloat16) for seed in range(20)]
+ROW_CASES = [
+    pytest.param(dtype, seed, marks=[pytest.mark.long] * (seed > 2))
+    for dtype in (torch.float32, torch.bfloat16)
+    for seed in range(20)
+]
 
 
 # -- row kernels ------------------------------------------------------------------------------------------------------------
@@ -232,7 +307,12 @@ ROW_CASES = [pytest.param(dtype, seed, marks=[pytest.mark.long] * (seed > 2))
 def test_norm_and_rotation_equal_the_plain_ones(seed, dtype):
     """RMS norm over all heads, rotation of video only, from slices of one projection; gradients of inputs and of both weights."""
     rng = random.Random(seed)
-    batch, length, heads, size = rng.choice([1, 2]), rng.choice([1, 17, 33]), rng.choice([1, 3, 4]), rng.choice([4, 12, 24, 64])
+    batch, length, heads, size = (
+        rng.choice([1, 2]),
+        rng.choice([1, 17, 33]),
+        rng.choice([1, 3, 4]),
+        rng.choice([4, 12, 24, 64]),
+    )
     torch.manual_seed(seed)
     qkv = torch.randn(batch, length, 3 * heads * size, device=DEVICE).to(dtype).requires_grad_()
     norms = [attention.RMSNorm(heads * size).to(DEVICE, dtype) for _ in range(2)]
@@ -242,7 +322,9 @@ def test_norm_and_rotation_equal_the_plain_ones(seed, dtype):
     angle = torch.randn(length, size // 2, device=DEVICE)
     rope = (angle.cos(), angle.sin()) if seed % 2 else None
     expected = [x.to(dtype) for x in attention.norm_rotate(q, k, *norms, size, rope)]
-    found = list(kernels.norm_rotate(q, k, norms[0].weight, norms[1].weight, norms[0].eps, size, rope))
+    found = list(
+        kernels.norm_rotate(q, k, norms[0].weight, norms[1].weight, norms[0].eps, size, rope)
+    )
     inputs = [qkv, norms[0].weight, norms[1].weight]
     close(found, expected, dtype)
     close(gradients(found, inputs), gradients(expected, inputs), dtype)
@@ -254,12 +336,24 @@ def test_modulation_and_gated_residual_equal_the_plain_ones(seed, dtype):
     rng = random.Random(seed)
     batch, length, width = rng.choice([1, 2]), rng.choice([1, 5, 35]), rng.choice([6, 64, 130])
     torch.manual_seed(seed)
-    x = torch.randn(length, batch, width, device=DEVICE).transpose(0, 1).requires_grad_()      # the strides need not be the usual ones
+    x = (
+        torch.randn(length, batch, width, device=DEVICE).transpose(0, 1).requires_grad_()
+    )  # the strides need not be the usual ones
     y = torch.randn(batch, length, width, device=DEVICE).to(dtype).requires_grad_()
-    mods = torch.randn(rng.choice([1, batch]), length if length < 35 else 1, 6, width, device=DEVICE, requires_grad=True)
+    mods = torch.randn(
+        rng.choice([1, batch]),
+        length if length < 35 else 1,
+        6,
+        width,
+        device=DEVICE,
+        requires_grad=True,
+    )
     shift, scale, gate = mods.unbind(dim=2)[:3]
     norm = attention.LayerNorm(width, 1e-5, elementwise_affine=False)
-    expected = [attention.norm_modulate(x, norm, shift, scale, dtype), attention.add_gated(x, y, gate)]
+    expected = [
+        attention.norm_modulate(x, norm, shift, scale, dtype),
+        attention.add_gated(x, y, gate),
+    ]
     found = [kernels.norm_modulate(x, shift, scale, 1e-5, dtype), kernels.add_gated(x, y, gate)]
     close(found, expected, dtype)
     close(gradients(found, [x, y, mods]), gradients(expected, [x, y, mods]), dtype)
@@ -275,13 +369,24 @@ def leaf(*shape: int) -> Tensor:
 def op_arguments() -> dict:
     q, k, v = ([leaf(1, length, 1, 16) for length in (5, 0, 3)] for _ in range(3))
     rows, weight, mod = leaf(1, 3, 8), leaf(8), leaf(1, 1, 8)
-    return {"attention": (kernels.attention_op, (q, k, v, [torch.zeros(1, 3, device=DEVICE)], "2", 0.25)),
-            "norm_rotate": (kernels.norm_rotate_op, (rows, rows, weight, weight, None, None, 1e-6, 4, torch.float32)),
-            "norm_modulate": (kernels.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
-            "add_gated": (kernels.add_gated_op, (rows, leaf(1, 3, 8), mod))}
+    return {
+        "attention": (
+            kernels.attention_op,
+            (q, k, v, [torch.zeros(1, 3, device=DEVICE)], "2", 0.25),
+        ),
+        "norm_rotate": (
+            kernels.norm_rotate_op,
+            (rows, rows, weight, weight, None, None, 1e-6, 4, torch.float32),
+        ),
+        "norm_modulate": (kernels.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
+        "add_gated": (kernels.add_gated_op, (rows, leaf(1, 3, 8), mod)),
+    }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.long) for name in ("norm_rotate", "norm_modulate", "add_gated")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ("norm_rotate", "norm_modulate", "add_gated")
+]
 
 
 @pytest.mark.parametrize("name", ["attention", *SLOW])
@@ -303,7 +408,10 @@ def test_a_layer_of_kernels_compiles_in_one_graph_and_checkpoints():
     inputs = [leaf(1, 6, 32), leaf(32), leaf(1, 1, 32)]
     expected = layer(*inputs)
     expected_grads = gradients([expected], inputs)
-    for run in (torch.compile(layer, fullgraph=True, backend="aot_eager"), lambda *x: checkpoint(layer, *x, use_reentrant=False)):
+    for run in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        lambda *x: checkpoint(layer, *x, use_reentrant=False),
+    ):
         found = run(*inputs)
         assert torch.equal(found, expected)
         assert all(torch.equal(a, b) for a, b in zip(gradients([found], inputs), expected_grads))
@@ -334,13 +442,22 @@ def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch):
     with pytest.raises(ValueError, match="asked for on cpu.*TRITON_INTERPRET"):
         kernels.check(torch.device("cpu"))
     code = "import sys, torch; sys.modules['triton'] = None; import kernels; x = torch.zeros(1, 2, 1, 16); kernels.attention(x, x, x)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert "Triton is not installed: pip install" in run.stderr.splitlines()[-1]
 
 
 # -- the whole model --------------------------------------------------------------------------------------------------------
 
-ALL_KERNELS = {name + suffix for name in ("norm_rotate", "norm_modulate", "add_gated") for suffix in ("", "_backward")} | {*kernels.KERNELS}
+ALL_KERNELS = {
+    name + suffix
+    for name in ("norm_rotate", "norm_modulate", "add_gated")
+    for suffix in ("", "_backward")
+} | {*kernels.KERNELS}
 
 
 @pytest.fixture
@@ -348,8 +465,14 @@ def launched(monkeypatch) -> set[str]:
     """Names of the kernels that were launched; heads may be as small as tests like them."""
     names, launch = set(), kernels.launch
     monkeypatch.setattr(attention, "HEAD_SIZES", range(1, 129))
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *args, **options: (
-        names.add(kernel.fn.__name__.removesuffix("_kernel")), launch(kernel, *args, **options)))
+    monkeypatch.setattr(
+        kernels,
+        "launch",
+        lambda kernel, *args, **options: (
+            names.add(kernel.fn.__name__.removesuffix("_kernel")),
+            launch(kernel, *args, **options),
+        ),
+    )
     return names
 
 
@@ -358,28 +481,49 @@ def loss_and_gradients(model: Motus, **change) -> list[Tensor]:
     model.zero_grad()
     losses = model.loss(inputs, **draw(inputs, torch.Generator().manual_seed(5)))
     losses.total().backward()
-    return [losses.video, *([] if losses.action is None else [losses.action]), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [
+        losses.video,
+        *([] if losses.action is None else [losses.action]),
+        *(p.grad for p in model.parameters() if p.grad is not None),
+    ]
 
 
-@pytest.mark.parametrize("case", ["padded", *(pytest.param(case, marks=pytest.mark.long) for case in ("video alone", "bf16"))])
-def test_the_losses_and_gradients_of_a_whole_model_equal_the_plain_ones(case, launched, monkeypatch):
+@pytest.mark.parametrize(
+    "case",
+    ["padded", *(pytest.param(case, marks=pytest.mark.long) for case in ("video alone", "bf16"))],
+)
+def test_the_losses_and_gradients_of_a_whole_model_equal_the_plain_ones(
+    case, launched, monkeypatch
+):
     """Through joint attention, prologue, adaLN and gates of three experts, with padded actions and understanding; in stage 1; in bf16."""
     model = test_motus.model_of().to(DEVICE, torch.bfloat16 if case == "bf16" else torch.float32)
-    change = dict(actions=None, und=None, und_mask=None) if case == "video alone" else dict(
-        action_mask=(torch.arange(8) < 5)[None, :, None].expand(2, 8, 3), und_mask=torch.tensor([[True] * 3, [False] * 3]))
+    change = (
+        dict(actions=None, und=None, und_mask=None)
+        if case == "video alone"
+        else dict(
+            action_mask=(torch.arange(8) < 5)[None, :, None].expand(2, 8, 3),
+            und_mask=torch.tensor([[True] * 3, [False] * 3]),
+        )
+    )
     results = {}
     for name in ("plain", "triton"):
         monkeypatch.setenv("MOTUS_ATTENTION", name)
         results[name] = loss_and_gradients(model, **change)
         assert launched == (ALL_KERNELS if name == "triton" else set())
-    if case == "bf16":                                   # rounded in other places; what counts is the whole
+    if case == "bf16":  # rounded in other places; what counts is the whole
         for a, b in zip(results["triton"][:2], results["plain"]):
             assert (a - b).abs().max() <= 0.02 * b.abs().max()
     else:
         close(results["triton"], results["plain"], torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["vla", *(pytest.param(m, marks=pytest.mark.long) for m in ("joint", "world_model", "idm", "vgm"))])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "vla",
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("joint", "world_model", "idm", "vgm")),
+    ],
+)
 def test_every_mode_samples_the_same_with_the_kernels(mode, launched, monkeypatch):
     """Two Euler steps from the same noise; only forward kernels run."""
     model, inputs, results = test_motus.model_of(), test_motus.inputs_of(batch=1, und=3), []
@@ -416,12 +560,18 @@ def test_the_kernels_take_what_they_are_compiled_for_and_sdpa_the_rest(dtype, mo
     """Head sizes 32, 64 and 128 in the two dtypes of `TILES`; not the toy's 16, the wide head of the video VAE, or biases of pairs."""
     monkeypatch.setenv("MOTUS_ATTENTION", "triton")
     taken, keys = set(), torch.zeros(1, 1, 1, 3, dtype=dtype)
-    monkeypatch.setattr(kernels, "attend", lambda q, k, v, bias, scale=None: taken.add(q[0].shape[3]) or q)
+    monkeypatch.setattr(
+        kernels, "attend", lambda q, k, v, bias, scale=None: taken.add(q[0].shape[3]) or q
+    )
     for size in (16, 32, 48, 64, 80, 128, 160):
         x = torch.randn(1, 3, 1, size).to(dtype)
         for bias in (keys, keys.expand(1, 1, 3, 3)):
             found, pairs = attention.attention(x, x, x, bias), bias.shape[2] == 3
-            assert not pairs and size in taken or torch.equal(found, attention.sdpa_attention(x, x, x, bias))
+            assert (
+                not pairs
+                and size in taken
+                or torch.equal(found, attention.sdpa_attention(x, x, x, bias))
+            )
         attention.joint_attention([(x, x, x)], [None])
     assert taken == (set(attention.HEAD_SIZES) if dtype in kernels.TILES else set())
     assert set(attention.DTYPES) == set(kernels.TILES)
@@ -432,7 +582,10 @@ def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
     monkeypatch.setenv("MOTUS_ATTENTION", "triton")
     torch.manual_seed(0)
     for x in (torch.randn(1, 1, 4104), torch.randn(1, 1, 8).half()):
-        assert torch.allclose(attention.add_gated(x, x, x), x.float() + x.float() * x, atol=1e-6) and not launched
+        assert (
+            torch.allclose(attention.add_gated(x, x, x), x.float() + x.float() * x, atol=1e-6)
+            and not launched
+        )
     attention.add_gated(torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8))
     assert launched == {"add_gated"}
 
@@ -446,6 +599,7 @@ class Traffic:
 
     def __init__(self, operation, *arguments):
         from triton.runtime.interpreter import InterpreterBuilder as Builder
+
         load, store = Builder.create_masked_load, Builder.create_masked_store
         self.reads, self.written, self.bytes = Counter(), set(), 0
 
@@ -480,34 +634,54 @@ def size_of(*tensors: Tensor) -> int:
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
 def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
     """Bytes of a forward and a backward pass against inputs + outputs; the other side's tensors are read again once per tile."""
-    q, k, v = ([x.detach().contiguous() for x in group] for group in segments((20, 5, 9), 1, 32, torch.bfloat16))
+    q, k, v = (
+        [x.detach().contiguous() for x in group]
+        for group in segments((20, 5, 9), 1, 32, torch.bfloat16)
+    )
     bias = torch.zeros(1, 9)
     forward = Traffic(kernels.attention_op, q, k, v, [bias], "2", 0.2)
     *o, lse = forward.outputs
     assert forward.bytes <= 1.1 * size_of(*q, *k, *v, bias, *o, lse)
-    assert forward.times_read(q[1]) == 1 and forward.times_read(k[1]) == forward.times_read(v[1]) == 2 + 1 + 1   # tiles of the queries
+    assert (
+        forward.times_read(q[1]) == 1
+        and forward.times_read(k[1]) == forward.times_read(v[1]) == 2 + 1 + 1
+    )  # tiles of the queries
     do = [torch.randn_like(x) for x in o]
     backward = Traffic(kernels.attention_backward_op, do, q, k, v, [bias], "2", o, lse, 0.2)
-    assert backward.bytes <= 1.1 * size_of(*do, *q, *k, *v, bias, *o, lse, *backward.outputs, lse)              # delta is as large as lse
+    assert backward.bytes <= 1.1 * size_of(
+        *do, *q, *k, *v, bias, *o, lse, *backward.outputs, lse
+    )  # delta is as large as lse
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
 def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
     """Every row is read once; the excess is the parts of gradients that sum over rows, written and read again by torch's sum."""
+
     def bf16(*shape: int) -> Tensor:
         return torch.randn(shape).bfloat16()
 
-    stream, y, z, mod, scale = torch.randn(1, 64, 64), bf16(1, 64, 64), bf16(1, 64, 64), torch.randn(1, 1, 64), torch.randn(1, 1, 64)
-    weights, rope, heads = (bf16(64), bf16(64)), (torch.randn(64, 8), torch.randn(64, 8)), (bf16(1, 64, 4, 16), bf16(1, 64, 4, 16))
+    stream, y, z, mod, scale = (
+        torch.randn(1, 64, 64),
+        bf16(1, 64, 64),
+        bf16(1, 64, 64),
+        torch.randn(1, 1, 64),
+        torch.randn(1, 1, 64),
+    )
+    weights, rope, heads = (
+        (bf16(64), bf16(64)),
+        (torch.randn(64, 8), torch.randn(64, 8)),
+        (bf16(1, 64, 4, 16), bf16(1, 64, 4, 16)),
+    )
     for operation, rows, shared, options, parts in (
-            (kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
-            (kernels.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
-            (kernels.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
-            (kernels.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
-            (kernels.add_gated_op, (stream, y), (scale,), (), 0),
-            (kernels.add_gated_backward_op, (stream, y), (scale,), (), 1)):
+        (kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
+        (kernels.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
+        (kernels.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
+        (kernels.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
+        (kernels.add_gated_op, (stream, y), (scale,), (), 0),
+        (kernels.add_gated_backward_op, (stream, y), (scale,), (), 1),
+    ):
         run = Traffic(operation, *rows, *shared, *options)
-        reread = parts * 64 // kernels.ROWS * 64 * 4                                         # by the sum over the parts
+        reread = parts * 64 // kernels.ROWS * 64 * 4  # by the sum over the parts
         assert run.bytes + reread <= 1.1 * size_of(*rows, *shared, *run.outputs), operation
         assert all(run.times_read(x) == 1 for x in rows), operation
 
@@ -515,25 +689,39 @@ def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
 # -- ahead of time ----------------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}       # KiB that one block may use
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one block may use
 HEADS = 24
-SHIPPED = [(dtype, size) for dtype in attention.DTYPES for size in (*attention.HEAD_SIZES, None)]   # attention; None: the row kernels
-WIDTHS = (3072, 1024)                                              # of rows: the full model's video and action experts
+SHIPPED = [
+    (dtype, size) for dtype in attention.DTYPES for size in (*attention.HEAD_SIZES, None)
+]  # attention; None: the row kernels
+WIDTHS = (3072, 1024)  # of rows: the full model's video and action experts
 
 
-def launches(dtype: torch.dtype, size: int | None, lengths: tuple[int, ...] = (360, 53, 130)) -> list[tuple]:
+def launches(
+    dtype: torch.dtype, size: int | None, lengths: tuple[int, ...] = (360, 53, 130)
+) -> list[tuple]:
     """What would be launched on a GPU: (name, kernel, arguments, options) of the attention at a head size, or of the row kernels (None)
     at each of WIDTHS."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "launch", lambda kernel, grid, device, *args, **options: calls.append((kernel, args, options)))
+        patch.setattr(
+            kernels,
+            "launch",
+            lambda kernel, grid, device, *args, **options: calls.append((kernel, args, options)),
+        )
         if size:
-            q, k, v = ([torch.empty(1, n, HEADS, size, dtype=dtype) for n in lengths] for _ in range(3))
+            q, k, v = (
+                [torch.empty(1, n, HEADS, size, dtype=dtype) for n in lengths] for _ in range(3)
+            )
             bias = [torch.empty(1, n) for n in lengths[1:]]
             *o, lse = kernels.attention_op(q, k, v, bias, "12", size**-0.5)
             kernels.attention_backward_op(o, q, k, v, bias, "12", o, lse, size**-0.5)
         for width in () if size else WIDTHS:
-            stream, y, weight = torch.empty(1, 360, width), torch.empty(1, 360, width, dtype=dtype), torch.empty(width, dtype=dtype)
+            stream, y, weight = (
+                torch.empty(1, 360, width),
+                torch.empty(1, 360, width, dtype=dtype),
+                torch.empty(width, dtype=dtype),
+            )
             mod, table = torch.empty(1, 1, 6, width).unbind(2), torch.empty(360, 64)
             heads = kernels.norm_rotate_op(y, y, weight, weight, table, table, 1e-6, 128, dtype)
             kernels.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
@@ -542,7 +730,10 @@ def launches(dtype: torch.dtype, size: int | None, lengths: tuple[int, ...] = (3
             kernels.add_gated(stream, y, mod[2])
             kernels.add_gated_backward_op(stream, y, mod[2])
     shape = lambda options: f"K={options['K']}" if "OWN" in options else f"D={options['WIDTH']}"
-    return [(f"{kernel.fn.__name__.removesuffix('_kernel')} {shape(options)}", kernel, args, options) for kernel, args, options in calls]
+    return [
+        (f"{kernel.fn.__name__.removesuffix('_kernel')} {shape(options)}", kernel, args, options)
+        for kernel, args, options in calls
+    ]
 
 
 class NoDevice:
@@ -550,14 +741,16 @@ class NoDevice:
 
     def __init__(self, sm: int):
         from triton.backends.compiler import GPUTarget
+
         self.get_current_target = lambda: GPUTarget("cuda", sm, 32)
-        self.get_current_device = lambda: sm                      # one cache of compiled kernels per architecture
+        self.get_current_device = lambda: sm  # one cache of compiled kernels per architecture
         self.get_current_stream = lambda device: 0
 
 
 def compiled(kernel, args: tuple, options: dict, sm: int):
     """Compiles one launch for `sm` as Triton's launcher would, short of running it; finds what is compiled already."""
     import triton
+
     triton.runtime.driver.set_active(NoDevice(sm))
     return kernel.warmup(*args, grid=(1,), **options)
 
@@ -565,23 +758,37 @@ def compiled(kernel, args: tuple, options: dict, sm: int):
 def figures(kernel, args: tuple, options: dict, sm: int) -> dict:
     """Reads the figures out of the machine code."""
     import triton
+
     out = compiled(kernel, args, options, sm)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(out.asm["cubin"])
-        usage, code = (subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-                       for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+        usage, code = (
+            subprocess.run(
+                [tools / tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     warps, stages = options["num_warps"], options["num_stages"]
-    rows = f"{options['OWN']}x{options['OTHER']}" if "OWN" in options else str(options.get("ROWS", 1))
-    return {"tile": f"{rows} w{warps} s{stages}", "registers": int(registers), "stack": int(stack),
-            "spills": count(r"\b(?:LDL|STL)\b"), "shared": out.metadata.shared, "tensor core": count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
-            "async copies": count(r"\bLDGSTS\b"), "16-byte loads": count(r"\bLDG\.E\.128\b"),
-            "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/")}
+    rows = (
+        f"{options['OWN']}x{options['OTHER']}" if "OWN" in options else str(options.get("ROWS", 1))
+    )
+    return {
+        "tile": f"{rows} w{warps} s{stages}",
+        "registers": int(registers),
+        "stack": int(stack),
+        "spills": count(r"\b(?:LDL|STL)\b"),
+        "shared": out.metadata.shared,
+        "tensor core": count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"),
+        "async copies": count(r"\bLDGSTS\b"),
+        "16-byte loads": count(r"\bLDG\.E\.128\b"),
+        "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/"),
+    }
 
 
 def table(only: str = "") -> dict[str, dict]:
@@ -600,8 +807,13 @@ def table(only: str = "") -> dict[str, dict]:
 def written(rows: dict[str, dict]) -> str:
     """docs/kernels.md."""
     import triton
+
     columns = ["kernel", *next(iter(rows.values()))]
-    lines = [columns, ["---"] * len(columns), *([key, *map(str, row.values())] for key, row in rows.items())]
+    lines = [
+        columns,
+        ["---"] * len(columns),
+        *([key, *map(str, row.values())] for key, row in rows.items()),
+    ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""# What the compiler makes of the kernels
 
@@ -635,13 +847,18 @@ def committed() -> dict[str, dict]:
     """The table of docs/kernels.md."""
     table = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
     columns, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
-    return {line[0]: {c: int(x) if x.isdigit() else x for c, x in zip(columns[1:], line[1:])} for line in lines}
+    return {
+        line[0]: {c: int(x) if x.isdigit() else x for c, x in zip(columns[1:], line[1:])}
+        for line in lines
+    }
 
 
 def check_figures(rows: dict[str, dict]) -> None:
     for key, row in rows.items():
         assert row["spills"] == row["stack"] == 0, f"{key} spills: {row}"
-        assert row["shared"] <= 1024 * SHARED_LIMIT[int(re.match(r"sm_(\d+)", key)[1])], f"{key} needs too much shared memory: {row}"
+        assert row["shared"] <= 1024 * SHARED_LIMIT[int(re.match(r"sm_(\d+)", key)[1])], (
+            f"{key} needs too much shared memory: {row}"
+        )
         if "K=" in key:
             assert row["tensor core"] > 0 and row["async copies"] > 0, f"{key}: {row}"
         else:
@@ -650,16 +867,26 @@ def check_figures(rows: dict[str, dict]) -> None:
 
 def compile_in_another_process(tmp_path: Path, *arguments: str) -> dict[str, dict]:
     """Interpreted kernels cannot be compiled, so a fresh process does."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    run = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "TRITON_DEFAULT_FP_FUSION": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, env=environment
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
 def agrees(found: dict[str, dict]) -> None:
     import triton
+
     check_figures(found)
-    if triton.__version__ in DOCS.read_text():           # another version of the compiler may count differently, but must not spill
+    if (
+        triton.__version__ in DOCS.read_text()
+    ):  # another version of the compiler may count differently, but must not spill
         rows = committed()
         assert {key: rows[key] for key in found} == found
 
@@ -668,8 +895,14 @@ def test_committed_figures_show_no_spill_and_fit_every_card():
     """On five architectures and in both dtypes: three attention kernels at each head size that is taken, six row kernels at two widths."""
     rows = committed()
     shapes = {f"{name} K={size}" for name in kernels.KERNELS for size in attention.HEAD_SIZES} | {
-        f"{name} D={width}" for name in ALL_KERNELS - {*kernels.KERNELS} for width in WIDTHS}
-    assert rows.keys() == {f"sm_{sm} {str(dtype)[6:]} {shape}" for sm in ARCHITECTURES for dtype in kernels.TILES for shape in shapes}
+        f"{name} D={width}" for name in ALL_KERNELS - {*kernels.KERNELS} for width in WIDTHS
+    }
+    assert rows.keys() == {
+        f"sm_{sm} {str(dtype)[6:]} {shape}"
+        for sm in ARCHITECTURES
+        for dtype in kernels.TILES
+        for shape in shapes
+    }
     check_figures(rows)
 
 
@@ -694,10 +927,17 @@ def test_all_kernels_compile_to_the_committed_figures(tmp_path):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["lengths"]:                               # a test asks how many kernels are compiled for three sets of lengths
-        forward = [launches(torch.bfloat16, 16, lengths)[0] for lengths in ((360, 53, 130), (368, 1, 16), (1, 0, 7))]
-        print(len({compiled(kernel, args, options, 80).hash for _, kernel, args, options in forward}))
-    elif len(sys.argv) > 1:                                       # or for the rows whose name contains the argument
+    if sys.argv[1:] == [
+        "lengths"
+    ]:  # a test asks how many kernels are compiled for three sets of lengths
+        forward = [
+            launches(torch.bfloat16, 16, lengths)[0]
+            for lengths in ((360, 53, 130), (368, 1, 16), (1, 0, 7))
+        ]
+        print(
+            len({compiled(kernel, args, options, 80).hash for _, kernel, args, options in forward})
+        )
+    elif len(sys.argv) > 1:  # or for the rows whose name contains the argument
         print(json.dumps(table(sys.argv[1])))
     else:
         DOCS.write_text(written(table()))

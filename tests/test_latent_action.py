@@ -17,7 +17,9 @@ TOY = la.PRESETS["toy"]
 def directions(radius: float, n: int = 64) -> torch.Tensor:
     """Flow (1, n, n, 2): n directions, seams included, times n speeds from 0 to the radius."""
     angle, speed = torch.arange(n) * 2 * math.pi / n, torch.linspace(0, radius, n)
-    return torch.stack([torch.outer(speed, angle.cos()), torch.outer(speed, angle.sin())], dim=-1)[None]
+    return torch.stack([torch.outer(speed, angle.cos()), torch.outer(speed, angle.sin())], dim=-1)[
+        None
+    ]
 
 
 def model_of(seed: int = 0, **changes) -> LatentActionModel:
@@ -48,7 +50,14 @@ def test_colour_and_back_is_exact_up_to_the_radius():
 
 def test_colours_are_those_of_the_wheel():
     """Right is red, 55/4 steps on (down) is nearly yellow, left is cyan to blue, rest is white; 55 steps of the published table agree."""
-    ramps = [(15, 0, 1, 1), (6, 1, 0, -1), (4, 1, 2, 1), (11, 2, 1, -1), (13, 2, 0, 1), (6, 0, 2, -1)]   # count, full, moving channel, way
+    ramps = [
+        (15, 0, 1, 1),
+        (6, 1, 0, -1),
+        (4, 1, 2, 1),
+        (11, 2, 1, -1),
+        (13, 2, 0, 1),
+        (6, 0, 2, -1),
+    ]  # count, full, moving channel, way
     table = []
     for count, full, moving, way in ramps:
         for i in range(count):
@@ -59,7 +68,7 @@ def test_colours_are_those_of_the_wheel():
     angle = torch.arange(55) * 2 * math.pi / 55
     flow = torch.stack([angle.cos(), angle.sin()], dim=-1)[None, None]
     ours = (flow_to_colour(flow, 1.0)[0, :, 0].T + 1) * 127.5
-    assert (ours - torch.tensor(table)).abs().max() < 1.01                                   # the table rounds down
+    assert (ours - torch.tensor(table)).abs().max() < 1.01  # the table rounds down
     assert (flow_to_colour(torch.zeros(1, 1, 1, 2), 1.0) == 1).all()
 
 
@@ -68,7 +77,9 @@ def test_colour_has_no_seam_and_keeps_magnitude():
     pair = torch.tensor([[1.0, 1e-6], [1.0, -1e-6]])[None, None]
     colours = flow_to_colour(pair, 1.0)[0, :, 0]
     assert (colours[:, 0] - colours[:, 1]).abs().max() < 1e-4
-    slow, fast = flow_to_colour(torch.tensor([[1.0, 2.0]]).mT[None, None] * torch.tensor([1.0, 0.0]), 4.0)[0, :, 0].T
+    slow, fast = flow_to_colour(
+        torch.tensor([[1.0, 2.0]]).mT[None, None] * torch.tensor([1.0, 0.0]), 4.0
+    )[0, :, 0].T
     assert torch.allclose(2 * (1 - slow), 1 - fast, atol=1e-6)
 
 
@@ -103,7 +114,10 @@ def test_planes_and_back_are_exact_and_opposite_motions_are_opposite_numbers():
     assert (la.planes_to_flow(la.flow_to_planes(flow, 5.0), 5.0) - flow).norm(dim=-1).max() < 1e-5
     fast = torch.tensor([30.0, 40.0])[None, None, None]
     pictures = la.flow_to_planes(fast, 10.0)
-    assert torch.allclose(la.planes_to_flow(pictures, 10.0), torch.tensor([6.0, 8.0])) and pictures.abs().max() <= 1
+    assert (
+        torch.allclose(la.planes_to_flow(pictures, 10.0), torch.tensor([6.0, 8.0]))
+        and pictures.abs().max() <= 1
+    )
     assert torch.equal(la.flow_to_planes(-flow, 5.0)[:, :2], -la.flow_to_planes(flow, 5.0)[:, :2])
     with pytest.raises(ValueError, match="'wheel', 'planes'"):
         replace(TOY, code="hsv")
@@ -117,7 +131,11 @@ def test_presets_give_four_tokens():
     for name, positions, features in (("toy", 9, 288), ("small", 4, 512), ("full", 4, 2048)):
         with torch.device("meta"):
             model = LatentActionModel(la.PRESETS[name])
-        assert model.config.grid**2 == positions and model.token_mean.shape == (features,) and model.encoder[-1].out_features == 28
+        assert (
+            model.config.grid**2 == positions
+            and model.token_mean.shape == (features,)
+            and model.encoder[-1].out_features == 28
+        )
 
 
 def test_shapes_of_the_way_there_and_back():
@@ -125,14 +143,18 @@ def test_shapes_of_the_way_there_and_back():
     model, flow = model_of(), random_flow(3, side=48)
     tokens = model.tokens(flow)
     mu, logvar = model.encode(tokens)
-    assert tokens.shape == (3, 288) and mu.shape == logvar.shape == (3, 14) and not tokens.requires_grad
+    assert (
+        tokens.shape == (3, 288)
+        and mu.shape == logvar.shape == (3, 14)
+        and not tokens.requires_grad
+    )
     assert model.decode(mu).shape == (3, 288) and model.flow_of(mu).shape == (3, 48, 48, 2)
 
 
 def test_loss_equals_its_definition():
     """With noise of almost no size the three terms are those of the docstring, and total is their weighted sum."""
     model = model_of(lambda_action=0.5, beta=0.01)
-    torch.nn.init.constant_(model.encoder[-1].bias[14:], -40.0)                               # clamped to -12
+    torch.nn.init.constant_(model.encoder[-1].bias[14:], -40.0)  # clamped to -12
     tokens = torch.randn(4, 288, generator=torch.Generator().manual_seed(1))
     model.fit_whitening(tokens)
     actions = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
@@ -142,8 +164,12 @@ def test_loss_equals_its_definition():
     known = [(actions[i, j] - mu[i, j]) ** 2 for i, j in ((0, 0), (0, 1), (2, 2))]
     kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum() / 4
     assert torch.isclose(loss["alignment"], sum(known) / 3) and torch.isclose(loss["kl"], kl)
-    assert torch.isclose(loss["reconstruction"], ((model.decoder(mu) - model.whiten(tokens)) ** 2).mean(), rtol=1e-2)
-    assert torch.isclose(loss["total"], loss["reconstruction"] + 0.5 * loss["alignment"] + 0.01 * loss["kl"])
+    assert torch.isclose(
+        loss["reconstruction"], ((model.decoder(mu) - model.whiten(tokens)) ** 2).mean(), rtol=1e-2
+    )
+    assert torch.isclose(
+        loss["total"], loss["reconstruction"] + 0.5 * loss["alignment"] + 0.01 * loss["kl"]
+    )
 
 
 def test_unlabelled_rows_feel_no_alignment():
@@ -168,7 +194,10 @@ def test_dcae_is_frozen_unless_asked():
     assert all(p.grad is None for p in frozen.dcae.parameters()) and not frozen.dcae.training
     tuned = model_of(finetune_dcae=True, reconstruct="picture", moving=10.0)
     tuned.train().loss(flow, *unknown(2))["total"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned.dcae.parameters()) and not tuned.dcae.training
+    assert (
+        all(p.grad is not None and p.grad.isfinite().all() for p in tuned.dcae.parameters())
+        and not tuned.dcae.training
+    )
     with pytest.raises(ValueError, match="finetune_dcae=True"):
         replace(TOY, finetune_dcae=True)
 
@@ -177,7 +206,10 @@ def test_paper_form_reaches_the_encoder_through_the_frozen_decoder():
     """reconstruct="picture" with a frozen DC-AE trains both MLPs."""
     model = model_of(reconstruct="picture")
     model.loss(random_flow(2), *unknown(2))["total"].backward()
-    assert model.encoder[0].weight.grad.abs().sum() > 0 and model.decoder[0].weight.grad.abs().sum() > 0
+    assert (
+        model.encoder[0].weight.grad.abs().sum() > 0
+        and model.decoder[0].weight.grad.abs().sum() > 0
+    )
 
 
 def test_bad_labels_and_flow_are_refused():
@@ -205,7 +237,10 @@ def test_save_and_load_give_the_same_latents_and_refuse_another_configuration(tm
     model.fit_latents(tokens)
     model.save(tmp_path / "model.safetensors")
     again = LatentActionModel.load(tmp_path / "model.safetensors", TOY)
-    assert torch.equal(again.standardise(again.encode(again.tokens(flow))[0]), model.standardise(model.encode(tokens)[0]))
+    assert torch.equal(
+        again.standardise(again.encode(again.tokens(flow))[0]),
+        model.standardise(model.encode(tokens)[0]),
+    )
     assert again.fingerprint() == model.fingerprint() != model_of(1).fingerprint()
     z = model.encode(tokens)[0]
     assert torch.allclose(model.unstandardise(model.standardise(z)), z, atol=1e-5)
@@ -252,8 +287,16 @@ def test_toy_labels_are_true_motion_and_only_some_may_be_used():
     pairs = la.toy_pairs(episodes, 3)
     row = (pairs.index == torch.tensor([3, 7])).all(dim=1).nonzero()[0, 0]
     moved = episodes[3].motion[10] - episodes[3].motion[7]
-    assert np.allclose(pairs.labels[row], moved / [0.135, 0.135, 1.0], atol=1e-6) and pairs.labels.abs().max() <= 1.001
-    assert {level: pairs.labelled[pairs.level == level].all().item() for level in (2, 4, 5, 6)} == {2: False, 4: True, 5: False, 6: True}
+    assert (
+        np.allclose(pairs.labels[row], moved / [0.135, 0.135, 1.0], atol=1e-6)
+        and pairs.labels.abs().max() <= 1.001
+    )
+    assert {level: pairs.labelled[pairs.level == level].all().item() for level in (2, 4, 5, 6)} == {
+        2: False,
+        4: True,
+        5: False,
+        6: True,
+    }
     with pytest.raises(ValueError, match="interval of 500"):
         la.toy_pairs(episodes, 500)
 
@@ -263,13 +306,17 @@ def test_alignment_makes_the_first_latents_the_motion():
     lambda 0 it does not."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.rand(600, 3, generator=generator) * 2 - 1
-    tokens = torch.cat([labels, torch.randn(600, 5, generator=generator)], dim=1) @ torch.randn(8, 288, generator=generator)
+    tokens = torch.cat([labels, torch.randn(600, 5, generator=generator)], dim=1) @ torch.randn(
+        8, 288, generator=generator
+    )
     labelled, direct = torch.arange(600) < 200, {}
     for weight in (0.0, 1.0):
         model = model_of(lambda_action=weight, hidden=(64,))
         la.fit(model, tokens, labels, labelled[:, None].expand(-1, 3), steps=150, batch=64, lr=5e-3)
         mu = model.encode(tokens)[0].detach()
-        direct[weight] = 1 - (mu[200:, :3] - labels[200:]).square().sum() / labels[200:].square().sum()
+        direct[weight] = (
+            1 - (mu[200:, :3] - labels[200:]).square().sum() / labels[200:].square().sum()
+        )
         assert la.probe(mu[:200], labels[:200], mu[200:], labels[200:]).min() > 0.9
     assert direct[1.0] > 0.9 and direct[0.0] < 0.5
 
@@ -283,7 +330,11 @@ def test_mirrors_turn_flow_and_labels_together():
         made, label = la.mirrored(flow, labels, torch.Generator().manual_seed(seed))
         sign = label[0, :2] / labels[0, :2]
         x, y = (2 if sign[0] > 0 else 5), (1 if sign[1] > 0 else 6)
-        assert torch.equal(made[0, y, x], flow[0, 1, 2] * sign) and (made != 0).sum() == 2 and label[0, 2] == 0.5
+        assert (
+            torch.equal(made[0, y, x], flow[0, 1, 2] * sign)
+            and (made != 0).sum() == 2
+            and label[0, 2] == 0.5
+        )
         seen.add(tuple(sign.tolist()))
     assert len(seen) == 4
 
@@ -291,7 +342,10 @@ def test_mirrors_turn_flow_and_labels_together():
 @pytest.mark.parametrize("finetune", [False, True])
 def test_training_on_flow_tunes_the_dcae_only_if_asked(finetune):
     """`fit` takes flow if pictures are reconstructed; the DC-AE changes with finetune_dcae alone, and statistics fit the final tokens."""
-    model, flow = model_of(finetune_dcae=finetune, reconstruct="picture", moving=10.0), random_flow(12)
+    model, flow = (
+        model_of(finetune_dcae=finetune, reconstruct="picture", moving=10.0),
+        random_flow(12),
+    )
     before = {k: v.clone() for k, v in model.dcae.state_dict().items()}
     labels, mask = unknown(12)
     mask[:4] = True
@@ -308,8 +362,14 @@ def test_toy_rows_begin_with_the_pairs_and_repeat_what_is_labelled():
     tokens, labels, mask = la.toy_rows(model_of(), pairs)
     n, known = len(pairs.flow), pairs.labelled.sum().item()
     opens = (pairs.labelled & (pairs.labels[:, 2].abs() > 0.1)).sum().item()
-    assert len(tokens) == n + 2 * (known + opens) and mask[n:].all() and torch.equal(mask[:n, 0], pairs.labelled)
-    assert torch.allclose(tokens[:n], model_of().tokens(pairs.flow), atol=1e-5) and torch.equal(labels[:n], pairs.labels)
+    assert (
+        len(tokens) == n + 2 * (known + opens)
+        and mask[n:].all()
+        and torch.equal(mask[:n, 0], pairs.labelled)
+    )
+    assert torch.allclose(tokens[:n], model_of().tokens(pairs.flow), atol=1e-5) and torch.equal(
+        labels[:n], pairs.labels
+    )
 
 
 def test_pretraining_lowers_the_picture_loss():
@@ -318,7 +378,11 @@ def test_pretraining_lowers_the_picture_loss():
     model, before = model_of(), model_of()
     la.pretrain_dcae(model, flow, steps=20, batch=8)
     picture = lambda m: m.picture_loss(m.picture_of(m.tokens(flow)), flow, 100.0)
-    assert picture(model) < picture(before) and not any(p.requires_grad for p in model.dcae.parameters()) and not model.dcae.training
+    assert (
+        picture(model) < picture(before)
+        and not any(p.requires_grad for p in model.dcae.parameters())
+        and not model.dcae.training
+    )
 
 
 # ---- Clips ----
@@ -341,6 +405,8 @@ def test_camera_compensation_takes_the_camera_off():
     flow[:, 10:16, 10:16, 0] = 3.0
     valid = torch.ones(2, dtype=torch.bool)
     still, figures = la.encode_flows(model, iter([(flow, valid)]))
-    panned, moving = la.encode_flows(model, iter([(flow + torch.tensor([1.0, 2.0]), valid)]), compensate=True)
+    panned, moving = la.encode_flows(
+        model, iter([(flow + torch.tensor([1.0, 2.0]), valid)]), compensate=True
+    )
     assert torch.allclose(still["latent_action"], panned["latent_action"], atol=1e-2)
     assert figures["camera_share"] < 0.05 and moving["camera_share"] > 0.9

@@ -34,7 +34,9 @@ class Shifts:
 
     def __call__(self, a, b):
         moved = 10 * (b[:, 0, 0, 0] - a[:, 0, 0, 0])
-        return torch.stack([moved, torch.zeros_like(moved)], dim=1)[:, :, None, None].expand(-1, -1, *a.shape[2:])
+        return torch.stack([moved, torch.zeros_like(moved)], dim=1)[:, :, None, None].expand(
+            -1, -1, *a.shape[2:]
+        )
 
 
 def film(n: int, blank: int | None = None) -> list[torch.Tensor]:
@@ -61,7 +63,7 @@ def test_measured_rows_do_not_depend_on_chunks_and_mark_what_is_not_real(compose
 
 def test_rows_that_touch_a_blank_frame_are_not_valid():
     """A frame of one colour shows no motion: the rows that begin or end there say so."""
-    (_, valid), = ld.measured_flows(film(8, blank=4), Shifts(), 2)
+    ((_, valid),) = ld.measured_flows(film(8, blank=4), Shifts(), 2)
     assert valid.tolist() == [True, True, False, True, False, True, False]
 
 
@@ -72,14 +74,32 @@ def encode(*args) -> None:
 def test_export_of_the_toy_writes_resumes_and_refuses_a_mixture(tmp_path, capsys):
     """Official folder and keys, statistics and summary; a second run keeps the files, and another way of measuring is refused."""
     model_of().save(tmp_path / "m.safetensors", {"step": "0"})
-    args = ("--weights", tmp_path / "m.safetensors", "--data", "toy", "--episodes", 2, "--out", tmp_path / "out", "--flow", "true")
+    args = (
+        "--weights",
+        tmp_path / "m.safetensors",
+        "--data",
+        "toy",
+        "--episodes",
+        2,
+        "--out",
+        tmp_path / "out",
+        "--flow",
+        "true",
+    )
     encode(*args, "--pt")
     first, second = sorted((tmp_path / "out" / "latent_action_dim14").glob("*.safetensors"))
     official = torch.load(first.with_suffix(".pt"), weights_only=True)
-    assert official["latent_action"].shape == (len(official["valid"]), 14) and official["interval"] == 3
+    assert (
+        official["latent_action"].shape == (len(official["valid"]), 14)
+        and official["interval"] == 3
+    )
     assert official["valid"].sum() == len(official["valid"]) - 2
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["clips"] == 2 and summary["skipped"] == {} and summary["rows"] == summary["valid_rows"] + 4
+    assert (
+        summary["clips"] == 2
+        and summary["skipped"] == {}
+        and summary["rows"] == summary["valid_rows"] + 4
+    )
     assert len(json.loads((tmp_path / "out" / "statistics.json").read_text())["std"]) == 14
     stamp = first.stat().st_mtime_ns
     second.unlink()
@@ -113,11 +133,27 @@ def test_bad_videos_are_skipped_with_a_reason_each(tmp_path):
     (videos / "corrupt.mp4").write_bytes(b"not a video" * 100)
     (videos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     model_of().save(tmp_path / "m.safetensors")
-    args = ("--weights", tmp_path / "m.safetensors", "--data", videos, "--out", tmp_path / "out", "--side", 64)
+    args = (
+        "--weights",
+        tmp_path / "m.safetensors",
+        "--data",
+        videos,
+        "--out",
+        tmp_path / "out",
+        "--side",
+        64,
+    )
     encode(*args)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["clips"] == 1 and summary["rows"] == 7 and set(summary["skipped"]) == {"corrupt", "cut", "grey", "single"}
-    assert "more than one colour" in summary["skipped"]["grey"] and "decoded" in summary["skipped"]["corrupt"]
+    assert (
+        summary["clips"] == 1
+        and summary["rows"] == 7
+        and set(summary["skipped"]) == {"corrupt", "cut", "grey", "single"}
+    )
+    assert (
+        "more than one colour" in summary["skipped"]["grey"]
+        and "decoded" in summary["skipped"]["corrupt"]
+    )
     (videos / "good.mp4").unlink()
     with pytest.raises(SystemExit, match="no usable clip among 4"):
         encode(*args[:-4], "--out", tmp_path / "other", "--side", 64)
@@ -134,8 +170,14 @@ def test_flow_that_is_not_finite_is_a_skip_and_flow_too_fast_is_counted(tmp_path
     good, bad = torch.zeros(5, 48, 48, 2), torch.full((5, 48, 48, 2), float("nan"))
     good[:, 10:20, 10:20, 0], good[:, 20:30, 20:30, 1] = 5.0, 50.0
     summary = ld.export(model_of(), {"good": clip(good), "bad": clip(bad)}, tmp_path, {})
-    assert summary["clips"] == 1 and "not finite" in summary["skipped"]["bad"] and abs(summary["clipped"] - 0.5) < 1e-6
-    assert [p.name for p in sorted((tmp_path / "latent_action_dim14").iterdir())] == ["good.safetensors"]
+    assert (
+        summary["clips"] == 1
+        and "not finite" in summary["skipped"]["bad"]
+        and abs(summary["clipped"] - 0.5) < 1e-6
+    )
+    assert [p.name for p in sorted((tmp_path / "latent_action_dim14").iterdir())] == [
+        "good.safetensors"
+    ]
 
 
 def test_labels_that_do_not_fit_are_a_skip(tmp_path):
@@ -144,12 +186,25 @@ def test_labels_that_do_not_fit_are_a_skip(tmp_path):
     flow[:, 5:9, 5:9] = 2.0
     lacks, holes = labels.clone(), labels.clone()
     lacks[:, 1], holes[1, 2] = float("nan"), float("nan")
-    summary = ld.write_tokens(model_of(), {"short": clip(flow, labels[:3]), "holes": clip(flow, holes), "lacks": clip(flow, lacks),
-                                           "none": clip(flow)}, tmp_path, {})
+    summary = ld.write_tokens(
+        model_of(),
+        {
+            "short": clip(flow, labels[:3]),
+            "holes": clip(flow, holes),
+            "lacks": clip(flow, lacks),
+            "none": clip(flow),
+        },
+        tmp_path,
+        {},
+    )
     assert set(summary["skipped"]) == {"short", "holes"} and "(3, 3)" in summary["skipped"]["short"]
     assert "row 1, dimension 2 is not finite" in summary["skipped"]["holes"]
     tokens, read, mask = ld.read_tokens([tmp_path], model_of())
-    assert tokens.shape == (6, 288) and read.isfinite().all() and mask.tolist() == 3 * [[True, False, True]] + 3 * [[False] * 3]
+    assert (
+        tokens.shape == (6, 288)
+        and read.isfinite().all()
+        and mask.tolist() == 3 * [[True, False, True]] + 3 * [[False] * 3]
+    )
     with pytest.raises(ValueError, match="dcae="):
         ld.read_tokens([tmp_path], model_of(1))
 
@@ -157,15 +212,61 @@ def test_labels_that_do_not_fit_are_a_skip(tmp_path):
 def test_tokens_of_videos_train_the_encoder(tmp_path, capsys):
     """pretrain, tokens and train.py --stage latent --cache in turn, on the toy as on videos: the encoder's file has the DC-AE it used."""
     toy = ("--data", "toy", "--flow", "true", "--labelled", "--level", "4,5", "--episodes", "1")
-    ld.main(["pretrain", *toy, "--steps", "2", "--rows", "60", "--out", str(tmp_path / "dcae.safetensors")])
-    ld.main(["tokens", *toy, "--dcae", str(tmp_path / "dcae.safetensors"), "--out", str(tmp_path / "tokens")])
-    train.main(["--stage", "latent", "--cache", str(tmp_path / "tokens"), "--init", str(tmp_path / "dcae.safetensors"), "--run",
-                str(tmp_path / "run"), "--steps", "3", "--set", "batch=10", "beta=0.001"])
+    ld.main(
+        [
+            "pretrain",
+            *toy,
+            "--steps",
+            "2",
+            "--rows",
+            "60",
+            "--out",
+            str(tmp_path / "dcae.safetensors"),
+        ]
+    )
+    ld.main(
+        [
+            "tokens",
+            *toy,
+            "--dcae",
+            str(tmp_path / "dcae.safetensors"),
+            "--out",
+            str(tmp_path / "tokens"),
+        ]
+    )
+    train.main(
+        [
+            "--stage",
+            "latent",
+            "--cache",
+            str(tmp_path / "tokens"),
+            "--init",
+            str(tmp_path / "dcae.safetensors"),
+            "--run",
+            str(tmp_path / "run"),
+            "--steps",
+            "3",
+            "--set",
+            "batch=10",
+            "beta=0.001",
+        ]
+    )
     model = la.LatentActionModel.load(tmp_path / "run" / "latent_action.safetensors")
     used = ld.fresh_model("toy", tmp_path / "dcae.safetensors", "cpu")
     assert model.config.beta == 0.001 and model.dcae_fingerprint() == used.dcae_fingerprint()
     with pytest.raises(ValueError, match="latent_action.py tokens"):
-        train.main(["--stage", "latent", "--preset", "small", "--init", str(tmp_path / "dcae.safetensors"), "--run", str(tmp_path / "no")])
+        train.main(
+            [
+                "--stage",
+                "latent",
+                "--preset",
+                "small",
+                "--init",
+                str(tmp_path / "dcae.safetensors"),
+                "--run",
+                str(tmp_path / "no"),
+            ]
+        )
 
 
 @pytest.mark.parametrize("version", ["v3.0", "v2.1"])
@@ -177,43 +278,87 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
     films[1][:] = 128
     states = np.random.default_rng(0).normal(size=(2, 9, 3))
     write = lerobot.write_v3 if version == "v3.0" else lerobot.write_v21
-    write(tmp_path / "set", (({"top": list(film)}, state, -state, "go") for film, state in zip(films, states)), fps=10)
+    write(
+        tmp_path / "set",
+        (({"top": list(film)}, state, -state, "go") for film, state in zip(films, states)),
+        fps=10,
+    )
     model_of().save(tmp_path / "m.safetensors")
-    encode("--weights", tmp_path / "m.safetensors", "--data", tmp_path / "set", "--side", 96, "--out", tmp_path / "out",
-           "--column", tmp_path / "new")
+    encode(
+        "--weights",
+        tmp_path / "m.safetensors",
+        "--data",
+        tmp_path / "set",
+        "--side",
+        96,
+        "--out",
+        tmp_path / "out",
+        "--column",
+        tmp_path / "new",
+    )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["clips"] == 1 and "more than one colour" in summary["skipped"]["episode_000001"]
     made = json.loads((tmp_path / "out" / "statistics.json").read_text())["made"]
     assert made["interval"] == 3 and made["fps"] == 10
     new = lerobot.LeRobotDataset.open(tmp_path / "new", quiet=True)
     assert new.check() == [] and new.features["latent_action"]["shape"] == [14]
-    with open_source(tmp_path / "out" / "latent_action_dim14" / "episode_000000.safetensors") as source:
+    with open_source(
+        tmp_path / "out" / "latent_action_dim14" / "episode_000000.safetensors"
+    ) as source:
         z = source.read("latent_action").numpy()
-    tables = [pq.read_table(path) for path in sorted((tmp_path / "new" / "data").rglob("*.parquet"))]
+    tables = [
+        pq.read_table(path) for path in sorted((tmp_path / "new" / "data").rglob("*.parquet"))
+    ]
     rows = np.concatenate([np.array(table["latent_action"].to_pylist()) for table in tables])
     valid = [v for table in tables for v in table["latent_action_valid"].to_pylist()]
     assert np.array_equal(rows[:9], np.concatenate([z, z[-1:]])) and not rows[9:].any()
     assert valid == [True] * 6 + [False] * 12
-    stage2 = pyramid.Pyramid(tmp_path / "new", (5,))                                         # reads the column, and standardises it
+    stage2 = pyramid.Pyramid(tmp_path / "new", (5,))  # reads the column, and standardises it
     stored = json.loads((tmp_path / "out" / "statistics.json").read_text())
     wanted = (np.concatenate([z, z[-1:]]) - np.float32(stored["mean"])) / np.float32(stored["std"])
     with pytest.raises(ValueError, match="spans 0.3 s, a video step 0.2 s"):
         stage2.latent_rows(0, 0)
     stage2.video_hz = 10 / 3
-    for episode, (due, known) in enumerate([(wanted, 6), ((wanted * 0 - np.float32(stored["mean"])) / np.float32(stored["std"]), 0)]):
+    for episode, (due, known) in enumerate(
+        [(wanted, 6), ((wanted * 0 - np.float32(stored["mean"])) / np.float32(stored["std"]), 0)]
+    ):
         rows, mask = stage2.latent_rows(0, episode)
         np.testing.assert_allclose(rows, due, atol=1e-6)
         assert mask.tolist() == [True] * known + [False] * (9 - known)
     with pytest.raises(SystemExit, match="exists"):
-        encode("--weights", tmp_path / "m.safetensors", "--data", tmp_path / "set", "--side", 96, "--out", tmp_path / "out",
-               "--column", tmp_path / "new")
+        encode(
+            "--weights",
+            tmp_path / "m.safetensors",
+            "--data",
+            tmp_path / "set",
+            "--side",
+            96,
+            "--out",
+            tmp_path / "out",
+            "--column",
+            tmp_path / "new",
+        )
 
 
 def test_a_share_of_the_clips_keeps_its_labels(tmp_path):
     """Every second of four, and those files are of no other share; where all are labelled, stage latent says what to do."""
-    some = ("tokens", "--data", "toy", "--flow", "true", "--level", "6", "--episodes", "4", "--dcae", str(DCAE))
+    some = (
+        "tokens",
+        "--data",
+        "toy",
+        "--flow",
+        "true",
+        "--level",
+        "6",
+        "--episodes",
+        "4",
+        "--dcae",
+        str(DCAE),
+    )
     ld.main([*some, "--labelled", "0.5", "--out", str(tmp_path / "half")])
-    masks = [open_source(path).read("mask") for path in sorted((tmp_path / "half/tokens").iterdir())]
+    masks = [
+        open_source(path).read("mask") for path in sorted((tmp_path / "half/tokens").iterdir())
+    ]
     assert [bool(mask.any()) for mask in masks] == [False, True, False, True]
     with pytest.raises(SystemExit, match="labelled"):
         ld.main([*some, "--labelled", "0.25", "--out", str(tmp_path / "half")])
@@ -221,7 +366,18 @@ def test_a_share_of_the_clips_keeps_its_labels(tmp_path):
         ld.main([*some, "--labelled", "2", "--out", str(tmp_path / "no")])
     ld.main([*some, "--labelled", "--out", str(tmp_path / "all")])
     with pytest.raises(ValueError, match="0 are not.*tokens --labelled 0.1"):
-        train.main(["--stage", "latent", "--cache", str(tmp_path / "all"), "--run", str(tmp_path / "run"), "--steps", "1"])
+        train.main(
+            [
+                "--stage",
+                "latent",
+                "--cache",
+                str(tmp_path / "all"),
+                "--run",
+                str(tmp_path / "run"),
+                "--steps",
+                "1",
+            ]
+        )
 
 
 def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
@@ -229,12 +385,16 @@ def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
     pytest.importorskip("av")
     states = np.stack([np.arange(8.0) ** 2, np.ones(8), np.arange(8.0)], axis=1)
     films = [np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)]
-    lerobot.write_v3(tmp_path / "set", (({"top": list(film)}, states, states, "go") for film in films), fps=10)
+    lerobot.write_v3(
+        tmp_path / "set", (({"top": list(film)}, states, states, "go") for film in films), fps=10
+    )
     dataset = lerobot.LeRobotDataset.open(tmp_path / "set", quiet=True)
     label, scale = ld.lerobot_labels(dataset, 3, [2, -1, 0, 1], 5)
     rows = label(0).numpy()
     assert rows.shape == (7, 5) and np.isnan(rows[:, [1, 3, 4]]).all()
-    assert np.allclose(rows[:5, 2] * scale[2], [9, 15, 21, 27, 33]) and np.allclose(np.square(rows[:, [0, 2]]).mean(axis=0), 1)
+    assert np.allclose(rows[:5, 2] * scale[2], [9, 15, 21, 27, 33]) and np.allclose(
+        np.square(rows[:, [0, 2]]).mean(axis=0), 1
+    )
     with pytest.raises(ValueError, match="--slots"):
         ld.lerobot_labels(dataset, 3, [7], 5)
 
@@ -244,10 +404,15 @@ def test_dpflow_by_name_fetches_its_weights_and_says_their_licence(tmp_path, mon
     loaded = []
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: None)
-    monkeypatch.setattr(ld, "load_dpflow", lambda path: loaded.append(str(path)) or torch.nn.Identity())
+    monkeypatch.setattr(
+        ld, "load_dpflow", lambda path: loaded.append(str(path)) or torch.nn.Identity()
+    )
     for name in ("things", str(tmp_path / "mine.ckpt")):
         ld.estimator_of(name, 1, "cpu")
         assert capsys.readouterr().err.count(dpflow.LICENCE_NOTICE) == 1
-    assert loaded == [str(tmp_path / "checkpoints" / dpflow.CHECKPOINTS["things"]), str(tmp_path / "mine.ckpt")]
+    assert loaded == [
+        str(tmp_path / "checkpoints" / dpflow.CHECKPOINTS["things"]),
+        str(tmp_path / "mine.ckpt"),
+    ]
     with pytest.raises(ValueError, match="choose one of chairs"):
         ld.estimator_of("raft", 1, "cpu")

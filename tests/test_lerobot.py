@@ -47,7 +47,12 @@ def episodes(lengths=LENGTHS, cameras=CAMERAS, dims=(3, 2)):
     for e, length in enumerate(lengths):
         rng = np.random.default_rng(e)
         frames = {name: [picture(c, e, i) for i in range(length)] for c, name in enumerate(cameras)}
-        yield frames, rng.normal(size=(length, dims[0])), rng.normal(size=(length, dims[1])), f"task {e % 2}"
+        yield (
+            frames,
+            rng.normal(size=(length, dims[0])),
+            rng.normal(size=(length, dims[1])),
+            f"task {e % 2}",
+        )
 
 
 def key(camera: str) -> str:
@@ -64,7 +69,12 @@ def whole(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("whole")
     for version, write in WRITERS.items():
         write(folder / version, episodes(), FPS)
-        write(folder / f"{version}-images", episodes(cameras=("high", "left")), FPS, Storage(images=True))
+        write(
+            folder / f"{version}-images",
+            episodes(cameras=("high", "left")),
+            FPS,
+            Storage(images=True),
+        )
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -75,11 +85,18 @@ def whole(tmp_path_factory) -> dict[str, Path]:
 def test_what_is_written_is_read_back(whole, kind):
     """Actions, states and tasks are equal to the last bit, and every picture is the one of its row, in any order of access."""
     dataset, order = opened(whole[kind]), np.random.default_rng(0)
-    assert dataset.check() == [] and [e.length for e in dataset.episodes] == list(LENGTHS) and dataset.fps == FPS
+    assert (
+        dataset.check() == []
+        and [e.length for e in dataset.episodes] == list(LENGTHS)
+        and dataset.fps == FPS
+    )
     truth = list(episodes(cameras=tuple(k.rsplit(".", 1)[1] for k in dataset.cameras)))
     for e, row in order.permutation([(e, i) for e, n in enumerate(LENGTHS) for i in range(n)]):
         seen = dataset.window(e, row / FPS, [0], [0])
-        assert np.array_equal(seen.state, truth[e][1][row].astype(np.float32)) and seen.instruction == truth[e][3]
+        assert (
+            np.array_equal(seen.state, truth[e][1][row].astype(np.float32))
+            and seen.instruction == truth[e][3]
+        )
         assert np.array_equal(seen.actions[0], truth[e][2][row].astype(np.float32))
         for c, camera in enumerate(dataset.cameras):
             assert number(seen.frames[camera][0]) == (c, e, row)
@@ -87,7 +104,10 @@ def test_what_is_written_is_read_back(whole, kind):
                 assert np.array_equal(seen.frames[camera][0], picture(c, e, row))
 
 
-@pytest.mark.parametrize("options", [(("g", "2"),), (("g", "30"),), (("g", "12"), ("bf", "3")), (("g", "250"), ("bf", "2"))])
+@pytest.mark.parametrize(
+    "options",
+    [(("g", "2"),), (("g", "30"),), (("g", "12"), ("bf", "3")), (("g", "250"), ("bf", "2"))],
+)
 def test_pictures_are_exact_with_any_key_frames_and_with_b_frames(tmp_path, options):
     """One mp4 holds three episodes; forwards, backwards and in leaps, each time gives its own picture."""
     write_v3(tmp_path / "d", episodes((40, 30, 50), ("one",)), 29.97, Storage(options=options))
@@ -101,9 +121,16 @@ def test_pictures_are_exact_with_any_key_frames_and_with_b_frames(tmp_path, opti
 def test_a_lossless_codec_returns_the_same_pictures(tmp_path):
     """libx264rgb at crf 0 is exact, noise included."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 20, 30, 3), np.uint8)
-    write_v3(tmp_path / "d", [({"a": noise}, None, None, "look")], 5, Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)))
+    write_v3(
+        tmp_path / "d",
+        [({"a": noise}, None, None, "look")],
+        5,
+        Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)),
+    )
     seen = opened(tmp_path / "d").window(0, 0, np.arange(5) / 5, [0])
-    assert np.array_equal(seen.frames[key("a")], noise) and seen.actions is None and seen.state is None
+    assert (
+        np.array_equal(seen.frames[key("a")], noise) and seen.actions is None and seen.state is None
+    )
 
 
 @pytest.mark.parametrize("version", WRITERS)
@@ -111,15 +138,26 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, versio
     """Labels come back under their names and change nothing else; numbers that are not finite, or too few of them, are refused, and so are
     names that do not fit."""
     plain = list(episodes(cameras=("one",)))
-    labels = [{"cup x": np.arange(len(states)) / 8, "cup y": np.zeros(len(states))} for _, states, _, _ in plain]
-    WRITERS[version](tmp_path / "d", [(*episode, known) for episode, known in zip(plain, labels)], FPS)
+    labels = [
+        {"cup x": np.arange(len(states)) / 8, "cup y": np.zeros(len(states))}
+        for _, states, _, _ in plain
+    ]
+    WRITERS[version](
+        tmp_path / "d", [(*episode, known) for episode, known in zip(plain, labels)], FPS
+    )
     WRITERS[version](tmp_path / "plain", plain, FPS)
     with_labels, without = opened(tmp_path / "d"), opened(tmp_path / "plain")
     for e, known in enumerate(labels):
-        assert {k: v.tolist() for k, v in with_labels.labels(e).items()} == {k: v.tolist() for k, v in known.items()}
+        assert {k: v.tolist() for k, v in with_labels.labels(e).items()} == {
+            k: v.tolist() for k, v in known.items()
+        }
         assert without.labels(e) == {}
         a, b = (dataset.window(e, 0.2, (0, 0.1), (0, 0.1)) for dataset in (with_labels, without))
-        assert np.array_equal(a.state, b.state) and np.array_equal(a.actions, b.actions) and a.state.shape == (3,)
+        assert (
+            np.array_equal(a.state, b.state)
+            and np.array_equal(a.actions, b.actions)
+            and a.state.shape == (3,)
+        )
     assert not with_labels.check()
     for wrong in ({"cup x": [np.nan] * len(plain[0][1])}, {"cup x": [0.0]}):
         with pytest.raises(ValueError, match="observation.environment_state: is .* give finite"):
@@ -133,25 +171,46 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, versio
 
 def test_v3_files_roll_over_and_number_on(tmp_path):
     """With tiny limits every episode has its own files, in folders of two; data and video roll by themselves."""
-    write_v3(tmp_path / "d", episodes(cameras=("one",)), FPS, Storage(data_mb=1e-6, video_mb=0.0012, chunks_size=2))
+    write_v3(
+        tmp_path / "d",
+        episodes(cameras=("one",)),
+        FPS,
+        Storage(data_mb=1e-6, video_mb=0.0012, chunks_size=2),
+    )
     names = {str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").rglob("*") if p.is_file()}
-    assert "data/chunk-001/file-001.parquet" in names and sum(n.startswith("videos") for n in names) < 4
+    assert (
+        "data/chunk-001/file-001.parquet" in names
+        and sum(n.startswith("videos") for n in names) < 4
+    )
     dataset = opened(tmp_path / "d", verify=True)
-    assert [number(next(dataset.pictures(e, key("one"), [3]))) for e in range(4)] == [(0, e, 3) for e in range(4)]
+    assert [number(next(dataset.pictures(e, key("one"), [3]))) for e in range(4)] == [
+        (0, e, 3) for e in range(4)
+    ]
 
 
 def test_times_become_the_nearest_rows_and_the_rest_is_masked(whole):
     """At 10 rows per second from 0.5 s on: exact times, times between rows, times before the start and past the end."""
-    seen = opened(whole["v3.0"]).window(1, 0.5, [0, 0.1, 0.34, -0.6, 0.8, 0.9], [0, 0.26, 0.8, 0.9, 5])
+    seen = opened(whole["v3.0"]).window(
+        1, 0.5, [0, 0.1, 0.34, -0.6, 0.8, 0.9], [0, 0.26, 0.8, 0.9, 5]
+    )
     assert [number(f)[2] for f in seen.frames[key("left")]] == [5, 6, 8, 0, 13, 13]
     assert seen.video_mask.tolist() == [True, True, True, False, True, False]
     truth = list(episodes())[1][2].astype(np.float32)
-    assert np.array_equal(seen.actions, truth[[5, 8, 13, 13, 13]]) and seen.action_mask.tolist() == [True, True, True, False, False]
+    assert np.array_equal(
+        seen.actions, truth[[5, 8, 13, 13, 13]]
+    ) and seen.action_mask.tolist() == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize("start, video, tolerance, named", [
-    (1.4, [0], None, "start_time"), (-0.1, [0], None, "start_time"), (float("nan"), [0], None, "start_time"),
-    (0, [float("inf")], None, "video_times"), (0, [0, 0.14], 0.01, "video_times")])
+@pytest.mark.parametrize(
+    "start, video, tolerance, named",
+    [
+        (1.4, [0], None, "start_time"),
+        (-0.1, [0], None, "start_time"),
+        (float("nan"), [0], None, "start_time"),
+        (0, [float("inf")], None, "video_times"),
+        (0, [0, 0.14], 0.01, "video_times"),
+    ],
+)
 def test_impossible_times_are_refused(whole, start, video, tolerance, named):
     """Outside the episode, not finite, or farther from any row than the caller's tolerance."""
     with pytest.raises(ValueError, match=rf"dataset .*, episode 1, {named}: .*; "):
@@ -161,13 +220,18 @@ def test_impossible_times_are_refused(whole, start, video, tolerance, named):
 def test_windows_decoded_by_threads_equal_windows_alone(whole):
     """Two threads change nothing; nor does a pickled copy, which opens its own files."""
     dataset, rng = opened(whole["v3.0"]), np.random.default_rng(2)
-    requests = [(int(e), float(i) / FPS, [0, 0.2, 0.4], [0, 0.1]) for e, i in zip(rng.integers(4, size=20), rng.integers(11, size=20))]
+    requests = [
+        (int(e), float(i) / FPS, [0, 0.2, 0.4], [0, 0.1])
+        for e, i in zip(rng.integers(4, size=20), rng.integers(11, size=20))
+    ]
     copy = pickle.loads(pickle.dumps(dataset))
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda request: dataset.window(*request), requests))
     for request, a in zip(requests, found, strict=True):
         b = copy.window(*request)
-        assert all(np.array_equal(a.frames[k], b.frames[k]) for k in dataset.cameras) and np.array_equal(a.actions, b.actions)
+        assert all(
+            np.array_equal(a.frames[k], b.frames[k]) for k in dataset.cameras
+        ) and np.array_equal(a.actions, b.actions)
 
 
 # -- choices, layouts, the hub ----------------------------------------------------------------------------------------------
@@ -196,19 +260,30 @@ def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
         assert not faults and len(shelf.items) <= 2, (faults, shelf.items)
         """
     root = Path(recordings.__file__).parents[1]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
 
 
 def test_the_t_layout_has_the_official_sizes():
     """240 x 320 with halved wrists is 360 x 320, centred on 384 x 320 with 12 black rows; three 480 x 640 cameras give the same."""
+
     def flat(value, *size):
         return np.full((*size, 3), value, np.uint8)
 
     for h, w in ((240, 320), (480, 640)):
         t = t_layout(flat(10, h, w), flat(20, h, w), flat(30, h, w))
         assert t.shape == (384, 320, 3) and not t[:12].any() and not t[372:].any()
-        assert (t[12:252] == 10).all() and (t[252:372, :160] == 20).all() and (t[252:372, 160:] == 30).all()
+        assert (
+            (t[12:252] == 10).all()
+            and (t[252:372, :160] == 20).all()
+            and (t[252:372, 160:] == 30).all()
+        )
     assert fit(flat(9, 100, 50), 64, 64)[32].any(-1).sum() == 32
     with pytest.raises(ValueError, match="left is float32"):
         t_layout(flat(1, 4, 4), flat(1, 4, 4).astype(np.float32), flat(1, 4, 4))
@@ -229,27 +304,59 @@ def test_resizing_agrees_with_opencv():
     cv2 = pytest.importorskip("cv2")
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     for h, w in ((45, 60), (64, 64), (200, 130), (31, 77)):
-        gap = np.abs(recordings.resize(image, h, w).astype(int) - cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR))
+        gap = np.abs(
+            recordings.resize(image, h, w).astype(int)
+            - cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
+        )
         assert gap.max() <= (0 if h == 45 else 1)
 
 
 def test_defaults_are_chosen_and_printed(whole, capsys):
     """State, action and all cameras without being asked; the T-layout finds its three by name; a prefix stands before the task."""
     dataset = LeRobotDataset.open(whole["v2.1"])
-    assert (dataset.state_key, dataset.action_key, dataset.cameras) == ("observation.state", "action", tuple(map(key, CAMERAS)))
+    assert (dataset.state_key, dataset.action_key, dataset.cameras) == (
+        "observation.state",
+        "action",
+        tuple(map(key, CAMERAS)),
+    )
     said = capsys.readouterr().err
-    assert all(word in said for word in ("v2.1", "observation.state (3), chosen", "action (2), chosen", f"{key('left')} (16 x 48)"))
-    seen = opened(whole["v2.1"], {"t_layout": True, "prefix": ROBOTWIN_SCENE}).window(0, 0, [0, 0.1], [0])
-    assert seen.frames["t"].shape == (2, 384, 320, 3) and seen.instruction == ROBOTWIN_SCENE + "task 0"
-    seen = opened(whole["v2.1"], Choice(cameras=(key("left"),), state="action", instruction="go")).window(0, 0, [0], [0])
-    assert list(seen.frames) == [key("left")] and np.array_equal(seen.state, seen.actions[0]) and seen.instruction == "go"
+    assert all(
+        word in said
+        for word in (
+            "v2.1",
+            "observation.state (3), chosen",
+            "action (2), chosen",
+            f"{key('left')} (16 x 48)",
+        )
+    )
+    seen = opened(whole["v2.1"], {"t_layout": True, "prefix": ROBOTWIN_SCENE}).window(
+        0, 0, [0, 0.1], [0]
+    )
+    assert (
+        seen.frames["t"].shape == (2, 384, 320, 3) and seen.instruction == ROBOTWIN_SCENE + "task 0"
+    )
+    seen = opened(
+        whole["v2.1"], Choice(cameras=(key("left"),), state="action", instruction="go")
+    ).window(0, 0, [0], [0])
+    assert (
+        list(seen.frames) == [key("left")]
+        and np.array_equal(seen.state, seen.actions[0])
+        and seen.instruction == "go"
+    )
 
 
-@pytest.mark.parametrize("mapping, named", [
-    ({"stat": "x"}, "unknown fields"), ({"state": "observation.pose"}, "observation.pose: .*choose from"),
-    ({"action": key("left")}, "is chosen as action"), ({"cameras": ["action"]}, "is chosen as a camera"),
-    ({"cameras": [key("left")] * 2}, "each once"), ({"cameras": [key("left")], "t_layout": True}, "head"),
-    ({"cameras": [key("high"), key("right"), key("left")], "t_layout": True}, "in this order")])
+@pytest.mark.parametrize(
+    "mapping, named",
+    [
+        ({"stat": "x"}, "unknown fields"),
+        ({"state": "observation.pose"}, "observation.pose: .*choose from"),
+        ({"action": key("left")}, "is chosen as action"),
+        ({"cameras": ["action"]}, "is chosen as a camera"),
+        ({"cameras": [key("left")] * 2}, "each once"),
+        ({"cameras": [key("left")], "t_layout": True}, "head"),
+        ({"cameras": [key("high"), key("right"), key("left")], "t_layout": True}, "in this order"),
+    ],
+)
 def test_a_mapping_that_does_not_fit_is_refused(whole, mapping, named):
     """Misspelt fields, columns that are not there or of the wrong kind, cameras twice, too few or left for right."""
     with pytest.raises(ValueError, match=named):
@@ -259,9 +366,13 @@ def test_a_mapping_that_does_not_fit_is_refused(whole, mapping, named):
 def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
     """USER/NAME@REVISION is asked of the hub, snapshots may link to their blobs, and a missing package is said plainly."""
     asked = []
-    hub = types.SimpleNamespace(snapshot_download=lambda *a, **k: asked.append((a, k["revision"])) or str(whole["v3.0"]))
+    hub = types.SimpleNamespace(
+        snapshot_download=lambda *a, **k: asked.append((a, k["revision"])) or str(whole["v3.0"])
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert len(opened("user/pick-place@v1").episodes) == 4 and asked == [(("user/pick-place",), "v1")]
+    assert len(opened("user/pick-place@v1").episodes) == 4 and asked == [
+        (("user/pick-place",), "v1")
+    ]
     with pytest.raises(ValueError, match="no hub name"):
         opened("../../nowhere")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -294,11 +405,20 @@ def test_a_hub_snapshot_may_link_to_its_blobs_and_nowhere_else(whole, tmp_path):
 GOOD = list(episodes((4,), ("one",)))[0]
 
 
-@pytest.mark.parametrize("bad, named", [
-    ((GOOD[0], GOOD[1], GOOD[2], ""), "task"), ((GOOD[0], GOOD[1][:3], GOOD[2], "t"), "action"), (({}, None, None, "t"), "features"),
-    ((GOOD[0], GOOD[1], GOOD[2] * np.nan, "t"), "action"), (({"one": GOOD[0]["one"][:3]}, *GOOD[1:]), "one: has 3 pictures for 4"),
-    (({"one": [p.astype(float) for p in GOOD[0]["one"]]}, *GOOD[1:]), "float64"), (({"two": GOOD[0]["one"]}, *GOOD[1:]), "features"),
-    (({"one": [p[:8] for p in GOOD[0]["one"]]}, *GOOD[1:]), "one"), ((GOOD[0], GOOD[1], GOOD[2][:, :1], "t"), "features")])
+@pytest.mark.parametrize(
+    "bad, named",
+    [
+        ((GOOD[0], GOOD[1], GOOD[2], ""), "task"),
+        ((GOOD[0], GOOD[1][:3], GOOD[2], "t"), "action"),
+        (({}, None, None, "t"), "features"),
+        ((GOOD[0], GOOD[1], GOOD[2] * np.nan, "t"), "action"),
+        (({"one": GOOD[0]["one"][:3]}, *GOOD[1:]), "one: has 3 pictures for 4"),
+        (({"one": [p.astype(float) for p in GOOD[0]["one"]]}, *GOOD[1:]), "float64"),
+        (({"two": GOOD[0]["one"]}, *GOOD[1:]), "features"),
+        (({"one": [p[:8] for p in GOOD[0]["one"]]}, *GOOD[1:]), "one"),
+        ((GOOD[0], GOOD[1], GOOD[2][:, :1], "t"), "features"),
+    ],
+)
 @pytest.mark.parametrize("version", WRITERS)
 def test_bad_episodes_are_not_written(tmp_path, version, bad, named):
     """The fault is named with its episode, and no half-written folder stays."""
@@ -340,15 +460,26 @@ def test_the_lerobot_package_reads_the_same(whole, tmp_path, kind):
     if not python:
         pytest.skip("no lerobot at hand")
     (tmp_path / "oracle.py").write_text(ORACLE)
-    subprocess.run([python, tmp_path / "oracle.py", whole[kind], tmp_path / "rows.npz"], check=True, cwd=tmp_path,
-                   env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    subprocess.run(
+        [python, tmp_path / "oracle.py", whole[kind], tmp_path / "rows.npz"],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
     theirs, dataset = np.load(tmp_path / "rows.npz"), opened(whole[kind])
     for n, (e, i) in enumerate((e, i) for e, length in enumerate(LENGTHS) for i in range(length)):
         ours = dataset.window(e, i / FPS, [0], np.arange(5) / FPS)
-        assert np.array_equal(ours.state, theirs["observation.state"][n]) and np.array_equal(ours.actions, theirs["action"][n])
-        assert np.array_equal(~ours.action_mask, theirs["action_is_pad"][n]) and ours.instruction == theirs["task"][n]
+        assert np.array_equal(ours.state, theirs["observation.state"][n]) and np.array_equal(
+            ours.actions, theirs["action"][n]
+        )
+        assert (
+            np.array_equal(~ours.action_mask, theirs["action_is_pad"][n])
+            and ours.instruction == theirs["task"][n]
+        )
         for camera in dataset.cameras:
-            assert np.array_equal(ours.frames[camera][0], np.round(theirs[camera][n].transpose(1, 2, 0) * 255))
+            assert np.array_equal(
+                ours.frames[camera][0], np.round(theirs[camera][n].transpose(1, 2, 0) * 255)
+            )
 
 
 # -- mutants: what is broken is named ---------------------------------------------------------------------------------------
@@ -360,16 +491,21 @@ def edit_info(**changes):
         for name, value in changes.items():
             info[name] = value(info) if callable(value) else value
         (root / "meta/info.json").write_text(json.dumps(info))
+
     return mutate
 
 
 def feature(name: str, **changes):
-    return edit_info(features=lambda info: info["features"] | {name: info["features"].get(name, {}) | changes})
+    return edit_info(
+        features=lambda info: info["features"] | {name: info["features"].get(name, {}) | changes}
+    )
 
 
 def data_file(root: Path, episode: int = 1) -> Path:
     """The parquet that holds an episode: its own in v2.1, the only one in v3.0."""
-    return sorted((root / "data").rglob("*.parquet"))[episode if (root / "meta/episodes.jsonl").exists() else 0]
+    return sorted((root / "data").rglob("*.parquet"))[
+        episode if (root / "meta/episodes.jsonl").exists() else 0
+    ]
 
 
 def video_file(root: Path, camera: str = "left", episode: int = 1) -> Path:
@@ -381,26 +517,31 @@ def edit_table(change, path=data_file):
     def mutate(root: Path) -> None:
         file = path(root)
         pq.write_table(change(pq.read_table(file)), file)
+
     return mutate
 
 
 def column(name: str, change):
     """Replaces a column by change(list of its values)."""
+
     def replace(table):
         values = pa.array(change(table[name].to_pylist()))
         try:
             values = values.cast(table[name].type)
         except pa.ArrowException:
-            pass                                    # another type is the fault that is wanted
+            pass  # another type is the fault that is wanted
         return table.set_column(table.schema.get_field_index(name), name, values)
+
     return replace
 
 
 def at(name: str, row: int, value):
     """One cell of the data: `value`, or value(old)."""
+
     def change(cells):
         cells[row] = value(cells[row]) if callable(value) else value
         return cells
+
     return edit_table(column(name, change))
 
 
@@ -413,6 +554,7 @@ def edit_lines(name: str, change):
         path = root / f"meta/{name}.jsonl"
         rows = change([json.loads(line) for line in path.read_text().splitlines()])
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     return mutate
 
 
@@ -420,13 +562,14 @@ def edit_bytes(path, change):
     def mutate(root: Path) -> None:
         file = path(root)
         file.write_bytes(change(bytearray(file.read_bytes())))
+
     return mutate
 
 
 def claim_frames(raw: bytearray) -> bytearray:
     """The sample table of an mp4 says 10^9."""
     i = raw.index(b"stts")
-    raw[i + 12:i + 16] = struct.pack(">I", 10**9)
+    raw[i + 12 : i + 16] = struct.pack(">I", 10**9)
     return raw
 
 
@@ -434,13 +577,13 @@ def claim_samples(raw: bytearray) -> bytearray:
     for name, words in ((b"stts", {12: 10**9}), (b"stsz", {8: 100, 12: 10**9})):
         for offset, value in words.items():
             i = raw.index(name)
-            raw[i + offset:i + offset + 4] = struct.pack(">I", value)
+            raw[i + offset : i + offset + 4] = struct.pack(">I", value)
     return raw
 
 
 def garble(raw: bytearray) -> bytearray:
     i = raw.index(b"mdat") + 900
-    raw[i:i + 200] = b"\0" * 200
+    raw[i : i + 200] = b"\0" * 200
     return raw
 
 
@@ -450,6 +593,7 @@ def encode(fps: int, count: int, size=(16, 48)):
         for i in range(count):
             film.add(picture(1, 1, i, size), i == 0)
         film.close()
+
     return mutate
 
 
@@ -459,6 +603,7 @@ def swap(a, b):
         kept = first.read_bytes()
         first.write_bytes(second.read_bytes())
         second.write_bytes(kept)
+
     return mutate
 
 
@@ -468,6 +613,7 @@ def link(path, inside: bool):
         target = root / "meta/kept" if inside else root.parent / "outside"
         file.rename(target)
         file.symlink_to(target)
+
     return mutate
 
 
@@ -486,7 +632,9 @@ def pipe(root: Path) -> None:
 def many_rows(root: Path) -> None:
     """A few bytes on disk that unpack to millions of rows."""
     zeros = pa.array(np.zeros(2_000_000, np.int8))
-    pq.write_table(pa.table({name: zeros for name in pq.read_schema(data_file(root)).names}), data_file(root))
+    pq.write_table(
+        pa.table({name: zeros for name in pq.read_schema(data_file(root)).names}), data_file(root)
+    )
 
 
 def twice(root: Path) -> None:
@@ -520,175 +668,458 @@ def remove(path):
 
 def rows_of(e: int, **changes):
     """Changes fields of one row of episodes.jsonl."""
-    return edit_lines("episodes", lambda rows: [r | changes if r["episode_index"] == e else r for r in rows])
+    return edit_lines(
+        "episodes", lambda rows: [r | changes if r["episode_index"] == e else r for r in rows]
+    )
 
 
 def both(*mutations):
     def mutate(root: Path) -> None:
         for one in mutations:
             one(root)
+
     return mutate
 
 
-half = lambda raw: raw[:len(raw) // 2]
+half = lambda raw: raw[: len(raw) // 2]
 nan_in = lambda old: [float("nan"), *old[1:]]
 shift = lambda name, by: edit_table(column(name, lambda v: [v[0], v[1] + by, *v[2:]]), episode_rows)
 left_video = f"videos/{key('left')}"
 MUTANTS = {
     # numbers
-    "a NaN action": ("v3.0", at("action", 12, nan_in), "episode 1, action: row 1, dimension 0 is nan"),
+    "a NaN action": (
+        "v3.0",
+        at("action", 12, nan_in),
+        "episode 1, action: row 1, dimension 0 is nan",
+    ),
     "an infinite state": (
-        "v2.1", at("observation.state", 2, lambda old: [*old[:2], float("-inf")]),
-        "episode 1, observation.state: .*-inf"),
+        "v2.1",
+        at("observation.state", 2, lambda old: [*old[:2], float("-inf")]),
+        "episode 1, observation.state: .*-inf",
+    ),
     "an empty action": ("v3.0", at("action", 12, None), "episode 1, action"),
     "an empty number in an action": ("v2.1", at("action", 3, [None, 1.0]), "episode 1, action"),
     "another width in info": ("v3.0", feature("action", shape=[4]), "episode 0, action: has"),
     "a ragged action": ("v2.1", edit_table(ragged), "episode 1, action: has"),
     "actions in float64": (
-        "v3.0", edit_table(lambda t: t.set_column(1, "action", t["action"].cast(pa.list_(pa.float64(), 2)))),
-        "action: is of type"),
-    "actions as text": ("v2.1", edit_table(column("action", lambda v: ["left"] * len(v))), "episode 1, action: is of type string"),
+        "v3.0",
+        edit_table(
+            lambda t: t.set_column(1, "action", t["action"].cast(pa.list_(pa.float64(), 2)))
+        ),
+        "action: is of type",
+    ),
+    "actions as text": (
+        "v2.1",
+        edit_table(column("action", lambda v: ["left"] * len(v))),
+        "episode 1, action: is of type string",
+    ),
     "actions as whole numbers": (
-        "v2.1", edit_table(lambda t: t.set_column(1, "action", t["action"].cast(pa.list_(pa.int32(), 2), safe=False))),
-        "int32"),
-    "no action column": ("v3.0", edit_table(lambda t: t.drop_columns(["action"])), "action: .* no such column"),
-    "no task column": ("v2.1", edit_table(lambda t: t.drop_columns(["task_index"])), "episode 1, task_index: .* no such column"),
+        "v2.1",
+        edit_table(
+            lambda t: t.set_column(
+                1, "action", t["action"].cast(pa.list_(pa.int32(), 2), safe=False)
+            )
+        ),
+        "int32",
+    ),
+    "no action column": (
+        "v3.0",
+        edit_table(lambda t: t.drop_columns(["action"])),
+        "action: .* no such column",
+    ),
+    "no task column": (
+        "v2.1",
+        edit_table(lambda t: t.drop_columns(["task_index"])),
+        "episode 1, task_index: .* no such column",
+    ),
     "a dimension that never moves": (
-        "v3.0", edit_table(column("action", lambda v: [[0.5, b] for _, b in v])),
-        "action: dimension 0 is 0.5"),
+        "v3.0",
+        edit_table(column("action", lambda v: [[0.5, b] for _, b in v])),
+        "action: dimension 0 is 0.5",
+    ),
     "an episode twice": ("v2.1", twice, "episode 2, action: equals episode 0"),
     # rows
-    "a row less": ("v2.1", edit_table(lambda t: t.slice(0, 13)), "episode 1, data: .*13 rows where 14"),
-    "a row more": ("v3.0", edit_table(lambda t: pa.concat_tables([t, t.slice(0, 1)])), "51 rows where 50"),
-    "a row left out": ("v2.1", edit_table(lambda t: t.take([*range(5), *range(6, 14)])), "episode 1, data: .*14"),
-    "one left out, one doubled": ("v2.1", edit_table(lambda t: t.take([*range(5), *range(6, 14), 13])), "episode 1, (frame_)?index: row 5"),
-    "time going backwards": ("v3.0", at("timestamp", 13, 0.05), "episode 1, timestamp: row 2 is 0.05"),
+    "a row less": (
+        "v2.1",
+        edit_table(lambda t: t.slice(0, 13)),
+        "episode 1, data: .*13 rows where 14",
+    ),
+    "a row more": (
+        "v3.0",
+        edit_table(lambda t: pa.concat_tables([t, t.slice(0, 1)])),
+        "51 rows where 50",
+    ),
+    "a row left out": (
+        "v2.1",
+        edit_table(lambda t: t.take([*range(5), *range(6, 14)])),
+        "episode 1, data: .*14",
+    ),
+    "one left out, one doubled": (
+        "v2.1",
+        edit_table(lambda t: t.take([*range(5), *range(6, 14), 13])),
+        "episode 1, (frame_)?index: row 5",
+    ),
+    "time going backwards": (
+        "v3.0",
+        at("timestamp", 13, 0.05),
+        "episode 1, timestamp: row 2 is 0.05",
+    ),
     "time that is NaN": ("v2.1", at("timestamp", 3, float("nan")), "episode 1, timestamp"),
     "another fps in info (v2.1)": ("v2.1", edit_info(fps=20), "timestamp: .*20 fps"),
     "another fps in info (v3.0)": ("v3.0", edit_info(fps=9), "to_timestamp"),
-    "rows in another order": ("v2.1", edit_table(lambda t: t.take([1, 0, *range(2, 14)])), "episode 1, (frame_index|index|timestamp)"),
-    "a gap in frame_index": ("v3.0", at("frame_index", 14, 9), "episode 1, frame_index: row 3 is 9"),
+    "rows in another order": (
+        "v2.1",
+        edit_table(lambda t: t.take([1, 0, *range(2, 14)])),
+        "episode 1, (frame_index|index|timestamp)",
+    ),
+    "a gap in frame_index": (
+        "v3.0",
+        at("frame_index", 14, 9),
+        "episode 1, frame_index: row 3 is 9",
+    ),
     "a gap in index": ("v3.0", at("index", 14, 99), "episode 1, index: row 3 is 99"),
-    "another episode's file": ("v2.1", lambda root: shutil.copy(data_file(root, 1), data_file(root, 2)), "episode 2, "),
+    "another episode's file": (
+        "v2.1",
+        lambda root: shutil.copy(data_file(root, 1), data_file(root, 2)),
+        "episode 2, ",
+    ),
     "a wrong episode_index": ("v3.0", at("episode_index", 12, 0), "episode 1, episode_index"),
     "an unknown task": ("v3.0", at("task_index", 12, 7), "episode 1, task_index: is 7"),
     # metadata
-    "no tasks file (v3.0)": ("v3.0", remove(lambda r: r / "meta/tasks.parquet"), "tasks.parquet is missing"),
-    "no tasks file (v2.1)": ("v2.1", remove(lambda r: r / "meta/tasks.jsonl"), "tasks.jsonl is missing"),
-    "a task less": ("v2.1", edit_lines("tasks", lambda rows: rows[:1]), "episode 1, task_index: is 1"),
-    "a task twice": ("v2.1", edit_lines("tasks", lambda rows: [rows[0], rows[0] | {"task": "other"}]), "tasks.jsonl: task 0"),
+    "no tasks file (v3.0)": (
+        "v3.0",
+        remove(lambda r: r / "meta/tasks.parquet"),
+        "tasks.parquet is missing",
+    ),
+    "no tasks file (v2.1)": (
+        "v2.1",
+        remove(lambda r: r / "meta/tasks.jsonl"),
+        "tasks.jsonl is missing",
+    ),
+    "a task less": (
+        "v2.1",
+        edit_lines("tasks", lambda rows: rows[:1]),
+        "episode 1, task_index: is 1",
+    ),
+    "a task twice": (
+        "v2.1",
+        edit_lines("tasks", lambda rows: [rows[0], rows[0] | {"task": "other"}]),
+        "tasks.jsonl: task 0",
+    ),
     "an empty task": (
-        "v3.0", edit_table(column("task", lambda v: ["", v[1]]), lambda r: r / "meta/tasks.parquet"),
-        "tasks.parquet: task 0 is ''"),
+        "v3.0",
+        edit_table(column("task", lambda v: ["", v[1]]), lambda r: r / "meta/tasks.parquet"),
+        "tasks.parquet: task 0 is ''",
+    ),
     "tasks without text": (
-        "v3.0", edit_table(lambda t: t.select(["task_index"]), lambda r: r / "meta/tasks.parquet"),
-        "tasks.parquet: task 0"),
+        "v3.0",
+        edit_table(lambda t: t.select(["task_index"]), lambda r: r / "meta/tasks.parquet"),
+        "tasks.parquet: task 0",
+    ),
     "an episode without tasks": ("v2.1", rows_of(1, tasks=[]), "episode 1, tasks"),
     "an episode index twice": ("v2.1", rows_of(2, episode_index=1), "episode_index: is 1"),
-    "a gap in episode indices": ("v2.1", rows_of(3, episode_index=5), "episode 3, episode_index: is 5"),
-    "an episode row less": ("v2.1", edit_lines("episodes", lambda rows: rows[:-1]), "total_episodes: is 4 .* 3"),
-    "an episode row more": ("v3.0", edit_table(lambda t: pa.concat_tables([t, t.slice(3, 1)]), episode_rows), "total_episodes: is 4 .* 5"),
+    "a gap in episode indices": (
+        "v2.1",
+        rows_of(3, episode_index=5),
+        "episode 3, episode_index: is 5",
+    ),
+    "an episode row less": (
+        "v2.1",
+        edit_lines("episodes", lambda rows: rows[:-1]),
+        "total_episodes: is 4 .* 3",
+    ),
+    "an episode row more": (
+        "v3.0",
+        edit_table(lambda t: pa.concat_tables([t, t.slice(3, 1)]), episode_rows),
+        "total_episodes: is 4 .* 5",
+    ),
     "an episode twice in v3.0": (
-        "v3.0", edit_table(column("episode_index", lambda v: [0, 1, 1, 3]), episode_rows),
-        "episode 2, episode_index"),
+        "v3.0",
+        edit_table(column("episode_index", lambda v: [0, 1, 1, 3]), episode_rows),
+        "episode 2, episode_index",
+    ),
     "a length that is text": ("v2.1", rows_of(1, length="14"), "episodes.jsonl: line 2"),
     "a length of 31 digits": ("v2.1", rows_of(1, length=10**30), "meta/episodes"),
-    "a length below zero": ("v3.0", edit_table(column("length", lambda v: [-v[0], *v[1:]]), episode_rows), "length: .*negative"),
-    "deep json": ("v2.1", lambda root: (root / "meta/episodes.jsonl").write_text("[" * 100_000), "episodes.jsonl: line 1"),
-    "10^9 frames in info": ("v3.0", edit_info(total_frames=10**9), "total_frames: is 1000000000 .* 50"),
-    "10^9 rows in an episode": ("v2.1", both(rows_of(1, length=10**9), edit_info(total_frames=10**9)), "episode 1, length"),
+    "a length below zero": (
+        "v3.0",
+        edit_table(column("length", lambda v: [-v[0], *v[1:]]), episode_rows),
+        "length: .*negative",
+    ),
+    "deep json": (
+        "v2.1",
+        lambda root: (root / "meta/episodes.jsonl").write_text("[" * 100_000),
+        "episodes.jsonl: line 1",
+    ),
+    "10^9 frames in info": (
+        "v3.0",
+        edit_info(total_frames=10**9),
+        "total_frames: is 1000000000 .* 50",
+    ),
+    "10^9 rows in an episode": (
+        "v2.1",
+        both(rows_of(1, length=10**9), edit_info(total_frames=10**9)),
+        "episode 1, length",
+    ),
     "10^9 episodes": ("v3.0", edit_info(total_episodes=10**9), "total_episodes: is 1000000000"),
     "rows that only metadata claims": (
-        "v2.1", both(rows_of(1, length=15), edit_info(total_frames=51)),
-        "episode 1, data: .*14 rows where 15"),
+        "v2.1",
+        both(rows_of(1, length=15), edit_info(total_frames=51)),
+        "episode 1, data: .*14 rows where 15",
+    ),
     "millions of packed rows": ("v2.1", many_rows, "episode 1, data: .*2000000 rows where 14"),
-    "dataset_from_index off by one": ("v3.0", shift("dataset_from_index", 1), "episode 1, dataset_from_index"),
-    "dataset_to_index off by one": ("v3.0", shift("dataset_to_index", -1), "episode 1, dataset_to_index"),
+    "dataset_from_index off by one": (
+        "v3.0",
+        shift("dataset_from_index", 1),
+        "episode 1, dataset_from_index",
+    ),
+    "dataset_to_index off by one": (
+        "v3.0",
+        shift("dataset_to_index", -1),
+        "episode 1, dataset_to_index",
+    ),
     "another data file": ("v3.0", shift("data/file_index", 3), "missing|rows"),
-    "to_timestamp too late": ("v3.0", shift(f"{left_video}/to_timestamp", 0.3), f"episode 1, {left_video}/to_timestamp"),
+    "to_timestamp too late": (
+        "v3.0",
+        shift(f"{left_video}/to_timestamp", 0.3),
+        f"episode 1, {left_video}/to_timestamp",
+    ),
     "an overlap of videos": (
-        "v3.0", both(shift(f"{left_video}/from_timestamp", -0.5), shift(f"{left_video}/to_timestamp", -0.5)),
-        f"{left_video}/from_timestamp: is"),
+        "v3.0",
+        both(
+            shift(f"{left_video}/from_timestamp", -0.5), shift(f"{left_video}/to_timestamp", -0.5)
+        ),
+        f"{left_video}/from_timestamp: is",
+    ),
     "videos between two frames": (
-        "v3.0", both(*(shift(f"{left_video}/{n}_timestamp", 0.04) for n in ("from", "to"))),
-        f"episode 1, {key('left')}: .*none at"),
-    "a NaN in meta/episodes": ("v3.0", shift(f"{left_video}/from_timestamp", float("nan")), f"{left_video}/from_timestamp"),
+        "v3.0",
+        both(*(shift(f"{left_video}/{n}_timestamp", 0.04) for n in ("from", "to"))),
+        f"episode 1, {key('left')}: .*none at",
+    ),
+    "a NaN in meta/episodes": (
+        "v3.0",
+        shift(f"{left_video}/from_timestamp", float("nan")),
+        f"{left_video}/from_timestamp",
+    ),
     "tasks that are no list": (
-        "v3.0", edit_table(lambda t: t.drop_columns(["tasks"]).append_column("tasks", t["length"]), episode_rows),
-        "meta/episodes"),
+        "v3.0",
+        edit_table(
+            lambda t: t.drop_columns(["tasks"]).append_column("tasks", t["length"]), episode_rows
+        ),
+        "meta/episodes",
+    ),
     # versions and info.json
-    "an unknown version": ("v3.0", edit_info(codebase_version="v1.6"), "codebase_version: is 'v1.6'"),
-    "v2.1 in a v3.0 tree": ("v3.0", edit_info(codebase_version="v2.1"), "meta/tasks.parquet: belongs"),
-    "v3.0 in a v2.1 tree": ("v2.1", edit_info(codebase_version="v3.0"), "meta/tasks.jsonl: belongs"),
-    "files of both versions": ("v3.0", lambda root: (root / "meta/tasks.jsonl").write_text("{}"), "meta/tasks.jsonl: belongs"),
+    "an unknown version": (
+        "v3.0",
+        edit_info(codebase_version="v1.6"),
+        "codebase_version: is 'v1.6'",
+    ),
+    "v2.1 in a v3.0 tree": (
+        "v3.0",
+        edit_info(codebase_version="v2.1"),
+        "meta/tasks.parquet: belongs",
+    ),
+    "v3.0 in a v2.1 tree": (
+        "v2.1",
+        edit_info(codebase_version="v3.0"),
+        "meta/tasks.jsonl: belongs",
+    ),
+    "files of both versions": (
+        "v3.0",
+        lambda root: (root / "meta/tasks.jsonl").write_text("{}"),
+        "meta/tasks.jsonl: belongs",
+    ),
     "no info.json": ("v3.0", remove(lambda r: r / "meta/info.json"), "info.json is missing"),
-    "half an info.json": ("v2.1", edit_bytes(lambda r: r / "meta/info.json", half), "meta/info.json"),
-    "an empty info.json": ("v2.1", edit_bytes(lambda r: r / "meta/info.json", lambda raw: b""), "meta/info.json: is empty"),
-    "info.json as a list": ("v2.1", edit_bytes(lambda r: r / "meta/info.json", lambda raw: b"[1]"), "meta/info.json"),
+    "half an info.json": (
+        "v2.1",
+        edit_bytes(lambda r: r / "meta/info.json", half),
+        "meta/info.json",
+    ),
+    "an empty info.json": (
+        "v2.1",
+        edit_bytes(lambda r: r / "meta/info.json", lambda raw: b""),
+        "meta/info.json: is empty",
+    ),
+    "info.json as a list": (
+        "v2.1",
+        edit_bytes(lambda r: r / "meta/info.json", lambda raw: b"[1]"),
+        "meta/info.json",
+    ),
     "fps of zero": ("v3.0", edit_info(fps=0), "fps: is 0"),
     "fps that is NaN": ("v3.0", edit_info(fps=float("nan")), "fps: is nan"),
     "fps as text": ("v2.1", edit_info(fps="10"), "fps: is '10'"),
     "a feature without a shape": ("v3.0", feature("action", shape=None), "action: feature is"),
-    "a camera of 10^9 rows": ("v3.0", feature(key("left"), shape=[10**9, 48, 3]), f"{key('left')}: feature is"),
+    "a camera of 10^9 rows": (
+        "v3.0",
+        feature(key("left"), shape=[10**9, 48, 3]),
+        f"{key('left')}: feature is",
+    ),
     # files
     "half a parquet (v3.0)": ("v3.0", edit_bytes(data_file, half), "data: .*no whole parquet"),
-    "half a parquet (v2.1)": ("v2.1", edit_bytes(data_file, half), "episode 1, data: .*no whole parquet"),
-    "half of meta/episodes": ("v3.0", edit_bytes(episode_rows, half), "meta/episodes.*no whole parquet"),
+    "half a parquet (v2.1)": (
+        "v2.1",
+        edit_bytes(data_file, half),
+        "episode 1, data: .*no whole parquet",
+    ),
+    "half of meta/episodes": (
+        "v3.0",
+        edit_bytes(episode_rows, half),
+        "meta/episodes.*no whole parquet",
+    ),
     "a garbled parquet": (
-        "v2.1", edit_bytes(data_file, lambda raw: raw[:60] + bytes(b ^ 255 for b in raw[60:90]) + raw[90:]),
-        "episode 1, data"),
+        "v2.1",
+        edit_bytes(data_file, lambda raw: raw[:60] + bytes(b ^ 255 for b in raw[60:90]) + raw[90:]),
+        "episode 1, data",
+    ),
     "an empty parquet": ("v2.1", edit_bytes(data_file, lambda raw: b""), "episode 1, data"),
     "no data file": ("v2.1", remove(data_file), "episode 1, data_path: .*missing"),
     "a pipe for a parquet": ("v2.1", pipe, "episode 1, data_path: .*no file"),
     "a path that leaves the folder": ("v2.1", outside, "data_path: .*leaves"),
     "an absolute path": ("v3.0", edit_info(data_path="/etc/passwd"), "data_path: .*leaves"),
-    "a video path that leaves": ("v3.0", edit_info(video_path="videos/../../{video_key}.mp4"), f"{key('high')}: .*leaves"),
-    "a camera named like a path": ("v2.1", feature("../../../x", dtype="video", shape=[16, 48, 3]), "x: .*leaves"),
+    "a video path that leaves": (
+        "v3.0",
+        edit_info(video_path="videos/../../{video_key}.mp4"),
+        f"{key('high')}: .*leaves",
+    ),
+    "a camera named like a path": (
+        "v2.1",
+        feature("../../../x", dtype="video", shape=[16, 48, 3]),
+        "x: .*leaves",
+    ),
     "a path with a zero byte": ("v2.1", edit_info(data_path="data/\0"), "data_path: .*leaves"),
-    "a path that formats for ever": ("v3.0", edit_info(data_path="{chunk_index:1000000000d}"), "data_path: .*write it as"),
-    "a path that reads attributes": ("v3.0", edit_info(video_path="{video_key.__class__}"), "write it as"),
-    "a link out of the folder": ("v2.1", link(data_file, inside=False), "episode 1, data_path: .*link"),
-    "a link inside the folder": ("v2.1", link(video_file, inside=True), f"episode 1, {key('left')}: .*link"),
-    "a linked folder": ("v3.0", link(lambda r: r / "videos", inside=False), f"{key('high')}: .*link"),
+    "a path that formats for ever": (
+        "v3.0",
+        edit_info(data_path="{chunk_index:1000000000d}"),
+        "data_path: .*write it as",
+    ),
+    "a path that reads attributes": (
+        "v3.0",
+        edit_info(video_path="{video_key.__class__}"),
+        "write it as",
+    ),
+    "a link out of the folder": (
+        "v2.1",
+        link(data_file, inside=False),
+        "episode 1, data_path: .*link",
+    ),
+    "a link inside the folder": (
+        "v2.1",
+        link(video_file, inside=True),
+        f"episode 1, {key('left')}: .*link",
+    ),
+    "a linked folder": (
+        "v3.0",
+        link(lambda r: r / "videos", inside=False),
+        f"{key('high')}: .*link",
+    ),
     # videos
     "half an mp4 (v3.0)": ("v3.0", edit_bytes(video_file, half), f"{key('left')}: .*truncated"),
-    "half an mp4 (v2.1)": ("v2.1", edit_bytes(video_file, half), f"episode 1, {key('left')}: .*truncated"),
-    "an mp4 without its end": ("v2.1", edit_bytes(video_file, lambda raw: raw[:-20]), f"episode 1, {key('left')}: .*truncated"),
-    "an mp4 of text": ("v2.1", edit_bytes(video_file, lambda raw: b"not a video"), f"episode 1, {key('left')}"),
+    "half an mp4 (v2.1)": (
+        "v2.1",
+        edit_bytes(video_file, half),
+        f"episode 1, {key('left')}: .*truncated",
+    ),
+    "an mp4 without its end": (
+        "v2.1",
+        edit_bytes(video_file, lambda raw: raw[:-20]),
+        f"episode 1, {key('left')}: .*truncated",
+    ),
+    "an mp4 of text": (
+        "v2.1",
+        edit_bytes(video_file, lambda raw: b"not a video"),
+        f"episode 1, {key('left')}",
+    ),
     "a garbled mp4": ("v3.0", edit_bytes(video_file, garble), f"{key('left')}"),
-    "10^9 frames in the times of an mp4": ("v2.1", edit_bytes(video_file, claim_frames), f"episode 1, {key('left')}: .*claims 1000000000"),
-    "10^9 frames in all of an mp4": ("v3.0", edit_bytes(video_file, claim_samples), f"{key('left')}"),
+    "10^9 frames in the times of an mp4": (
+        "v2.1",
+        edit_bytes(video_file, claim_frames),
+        f"episode 1, {key('left')}: .*claims 1000000000",
+    ),
+    "10^9 frames in all of an mp4": (
+        "v3.0",
+        edit_bytes(video_file, claim_samples),
+        f"{key('left')}",
+    ),
     "no mp4 (v3.0)": ("v3.0", remove(video_file), f"{key('left')}: .*missing"),
     "no mp4 (v2.1)": ("v2.1", remove(video_file), f"episode 1, {key('left')}: .*missing"),
     "no columns for a camera": (
-        "v3.0", edit_table(lambda t: t.drop_columns([f"{left_video}/file_index"]), episode_rows),
-        f"{left_video}/file_index"),
+        "v3.0",
+        edit_table(lambda t: t.drop_columns([f"{left_video}/file_index"]), episode_rows),
+        f"{left_video}/file_index",
+    ),
     "no paths for videos": ("v3.0", edit_info(video_path=None), "video_path: is None"),
-    "a camera that only info knows": ("v2.1", feature(key("rear"), dtype="video", shape=[16, 48, 3]), f"{key('rear')}: .*missing"),
+    "a camera that only info knows": (
+        "v2.1",
+        feature(key("rear"), dtype="video", shape=[16, 48, 3]),
+        f"{key('rear')}: .*missing",
+    ),
     "an mp4 at another fps": ("v2.1", encode(12, 14), f"episode 1, {key('left')}: .*other fps"),
-    "an mp4 with a frame less": ("v2.1", encode(FPS, 13), f"episode 1, {key('left')}: .*13 frames where 14"),
-    "an mp4 with a frame more": ("v2.1", encode(FPS, 15), f"episode 1, {key('left')}: .*15 frames where 14"),
-    "an mp4 of another size": ("v2.1", encode(FPS, 14, (32, 48)), f"episode 1, {key('left')}: .*32 x 48"),
-    "a size that only info has": ("v3.0", feature(key("left"), shape=[48, 16, 3]), f"{key('left')}: .*16 x 48"),
-    "two cameras swapped": ("v2.1", swap(video_file, lambda r: video_file(r, "right")), "episode 1, .*each other's view"),
+    "an mp4 with a frame less": (
+        "v2.1",
+        encode(FPS, 13),
+        f"episode 1, {key('left')}: .*13 frames where 14",
+    ),
+    "an mp4 with a frame more": (
+        "v2.1",
+        encode(FPS, 15),
+        f"episode 1, {key('left')}: .*15 frames where 14",
+    ),
+    "an mp4 of another size": (
+        "v2.1",
+        encode(FPS, 14, (32, 48)),
+        f"episode 1, {key('left')}: .*32 x 48",
+    ),
+    "a size that only info has": (
+        "v3.0",
+        feature(key("left"), shape=[48, 16, 3]),
+        f"{key('left')}: .*16 x 48",
+    ),
+    "two cameras swapped": (
+        "v2.1",
+        swap(video_file, lambda r: video_file(r, "right")),
+        "episode 1, .*each other's view",
+    ),
     "two episodes' videos swapped": (
-        "v2.1", swap(lambda r: video_file(r, "left", 0), lambda r: video_file(r, "left", 3)),
-        f"{key('left')}: .*frames where"),
+        "v2.1",
+        swap(lambda r: video_file(r, "left", 0), lambda r: video_file(r, "left", 3)),
+        f"{key('left')}: .*frames where",
+    ),
     # pictures in parquet
     "half a PNG": ("v3.0-images", cell(half), f"episode 1, {key('left')}: picture of row 1"),
-    "a PNG of another size": ("v3.0-images", cell(lambda raw: png((16, 16))), f"episode 1, {key('left')}: .*16 x 16"),
-    "a PNG of 16 bits": ("v3.0-images", cell(lambda raw: png((48, 16), "I;16")), f"episode 1, {key('left')}: .*I;16"),
-    "a PNG that claims 60000 x 60000": ("v3.0-images", cell(bomb), f"episode 1, {key('left')}: picture of row 1"),
+    "a PNG of another size": (
+        "v3.0-images",
+        cell(lambda raw: png((16, 16))),
+        f"episode 1, {key('left')}: .*16 x 16",
+    ),
+    "a PNG of 16 bits": (
+        "v3.0-images",
+        cell(lambda raw: png((48, 16), "I;16")),
+        f"episode 1, {key('left')}: .*I;16",
+    ),
+    "a PNG that claims 60000 x 60000": (
+        "v3.0-images",
+        cell(bomb),
+        f"episode 1, {key('left')}: picture of row 1",
+    ),
     "a picture that is no struct": (
-        "v3.0-images", edit_table(column(key("left"), lambda v: [1] * len(v))),
-        f"{key('left')}: picture of row 0"),
-    "an empty picture": ("v3.0-images", at(key("left"), 12, {"bytes": None, "path": None}), f"episode 1, {key('left')}: .*empty"),
+        "v3.0-images",
+        edit_table(column(key("left"), lambda v: [1] * len(v))),
+        f"{key('left')}: picture of row 0",
+    ),
+    "an empty picture": (
+        "v3.0-images",
+        at(key("left"), 12, {"bytes": None, "path": None}),
+        f"episode 1, {key('left')}: .*empty",
+    ),
     "a picture outside": (
-        "v3.0-images", at(key("left"), 12, {"bytes": None, "path": "../../x.png"}),
-        f"episode 1, {key('left')}: .*leaves"),
+        "v3.0-images",
+        at(key("left"), 12, {"bytes": None, "path": "../../x.png"}),
+        f"episode 1, {key('left')}: .*leaves",
+    ),
     "no column for a camera": (
-        "v2.1-images", edit_table(lambda t: t.drop_columns([key("left")])),
-        f"episode 1, {key('left')}: .*no such column"),
+        "v2.1-images",
+        edit_table(lambda t: t.drop_columns([key("left")])),
+        f"episode 1, {key('left')}: .*no such column",
+    ),
 }
 
 
@@ -711,4 +1142,7 @@ def test_a_broken_dataset_is_refused_by_name(whole, tmp_path, mutant):
             dataset = opened(root)
             for e, info in enumerate(dataset.episodes):
                 dataset.window(e, 0, np.arange(info.length) / FPS, [0])
-    assert time.process_time() - start < 2 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert (
+        time.process_time() - start < 2
+        and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    )

@@ -25,20 +25,31 @@ def model() -> Motus:
 
 def given(model: Motus, seed: int = 1) -> Inputs:
     generator, config = torch.Generator().manual_seed(seed), model.config
+
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
-    return Inputs(latents=normal(2, config.video.latent, config.latent_frames, 4, 4), context=normal(2, 5, config.video.text_dim),
-                  context_len=torch.tensor([5, 5]), und=normal(2, 7, config.vlm_dim), state=normal(2, config.state_dim),
-                  actions=normal(2, config.chunk, config.action_dim))
+
+    return Inputs(
+        latents=normal(2, config.video.latent, config.latent_frames, 4, 4),
+        context=normal(2, 5, config.video.text_dim),
+        context_len=torch.tensor([5, 5]),
+        und=normal(2, 7, config.vlm_dim),
+        state=normal(2, config.state_dim),
+        actions=normal(2, config.chunk, config.action_dim),
+    )
 
 
 def noises(model: Motus, seed: int = 2) -> dict[str, torch.Tensor]:
     generator, inputs = torch.Generator().manual_seed(seed), given(model)
-    return dict(video_noise=torch.randn(inputs.latents.shape, generator=generator),
-                action_noise=torch.randn(inputs.actions.shape, generator=generator))
+    return dict(
+        video_noise=torch.randn(inputs.latents.shape, generator=generator),
+        action_noise=torch.randn(inputs.actions.shape, generator=generator),
+    )
 
 
-def outcome(model: Motus, mode: str, inputs: Inputs, noise: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def outcome(
+    model: Motus, mode: str, inputs: Inputs, noise: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
     return [x for x in model.sample(inputs, mode, 3, **noise) if x is not None]
 
 
@@ -51,14 +62,26 @@ def test_what_is_pinned_stays_bit_identical_through_the_loop(model, monkeypatch,
     """Every evaluation sees the same noise at t = 1, or the same given data at t = 0, while what is denoised goes down the clock."""
     calls, row, inputs, noise = [], flow.MODES[mode], given(model), noises(model)
     euler = flow.sample
-    monkeypatch.setattr(flow, "sample", lambda velocity, *rest: euler(lambda *args: calls.append(args) or velocity(*args), *rest))
+    monkeypatch.setattr(
+        flow,
+        "sample",
+        lambda velocity, *rest: euler(lambda *args: calls.append(args) or velocity(*args), *rest),
+    )
     outcome(model, mode, inputs, noise)
-    pinned_noise = flow.keep_observation(noise["video_noise"], inputs.latents[:, :, :1]), noise["action_noise"]
+    pinned_noise = (
+        flow.keep_observation(noise["video_noise"], inputs.latents[:, :, :1]),
+        noise["action_noise"],
+    )
     assert len(calls) == 3
-    for what, modality, clean, noisy in ((row.video, 0, inputs.latents, pinned_noise[0]), (row.action, 1, inputs.actions, pinned_noise[1])):
+    for what, modality, clean, noisy in (
+        (row.video, 0, inputs.latents, pinned_noise[0]),
+        (row.action, 1, inputs.actions, pinned_noise[1]),
+    ):
         contents, times = [c[modality] for c in calls], [c[2 + modality] for c in calls]
         if what == flow.DENOISE:
-            assert torch.allclose(torch.stack(times)[:, 0], torch.tensor([1, 2 / 3, 1 / 3])) and torch.equal(contents[0], noisy)
+            assert torch.allclose(
+                torch.stack(times)[:, 0], torch.tensor([1, 2 / 3, 1 / 3])
+            ) and torch.equal(contents[0], noisy)
             assert not torch.equal(contents[1], contents[0])
         else:
             assert all(torch.equal(x, noisy if what == flow.NOISE else clean) for x in contents)
@@ -80,8 +103,12 @@ def test_what_is_given_moves_the_output_and_what_is_not_given_cannot(model, mode
     before = outcome(model, mode, inputs, noise)
     future = inputs.latents.clone()
     future[:, :, 1:] += 0.5
-    assert same(before, outcome(model, mode, replace(inputs, latents=future), noise)) == (row.video != flow.GIVEN)
-    assert same(before, outcome(model, mode, replace(inputs, actions=inputs.actions + 0.5), noise)) == (row.action != flow.GIVEN)
+    assert same(before, outcome(model, mode, replace(inputs, latents=future), noise)) == (
+        row.video != flow.GIVEN
+    )
+    assert same(
+        before, outcome(model, mode, replace(inputs, actions=inputs.actions + 0.5), noise)
+    ) == (row.action != flow.GIVEN)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -90,7 +117,9 @@ def test_the_noise_of_a_pinned_modality_enters_and_that_of_a_given_one_does_not(
     inputs, noise, row = given(model), noises(model), flow.MODES[mode]
     before = outcome(model, mode, inputs, noise)
     for name, what in (("video_noise", row.video), ("action_noise", row.action)):
-        assert same(before, outcome(model, mode, inputs, {**noise, name: noise[name] + 0.5})) == (what == flow.GIVEN)
+        assert same(before, outcome(model, mode, inputs, {**noise, name: noise[name] + 0.5})) == (
+            what == flow.GIVEN
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,26 +129,46 @@ def test_observation_instruction_understanding_and_state_reach_every_mode(model,
     before = outcome(model, mode, inputs, noise)
     seen = inputs.latents.clone()
     seen[:, :, 0] += 0.5
-    for change in (dict(latents=seen), dict(context=inputs.context + 0.5), dict(und=-inputs.und), dict(state=inputs.state + 0.5)):
-        assert not same(before, outcome(model, mode, replace(inputs, **change), noise)), list(change)
+    for change in (
+        dict(latents=seen),
+        dict(context=inputs.context + 0.5),
+        dict(und=-inputs.und),
+        dict(state=inputs.state + 0.5),
+    ):
+        assert not same(before, outcome(model, mode, replace(inputs, **change), noise)), list(
+            change
+        )
 
 
 def counting(model: Motus, monkeypatch) -> dict[str, int]:
     """How often the whole network and the action expert alone are evaluated from now on."""
     calls = {"evaluate": 0, "act": 0}
+
     def count(name: str, part):
         def counted(*args):
             calls[name] += 1
             return part(*args)
+
         return counted
+
     for name in calls:
         monkeypatch.setattr(model, name, count(name, getattr(model, name)))
     return calls
 
 
-@pytest.mark.parametrize("mode, joint, expected", [("joint", None, (4, 0)), ("joint", 4, (4, 0)), ("vla", 1, (1, 3)), ("idm", 2, (2, 2)),
-                                                   ("joint", 0, (1, 4))])
-def test_action_first_evaluates_the_whole_network_in_its_joint_steps_alone(model, monkeypatch, mode, joint, expected):
+@pytest.mark.parametrize(
+    "mode, joint, expected",
+    [
+        ("joint", None, (4, 0)),
+        ("joint", 4, (4, 0)),
+        ("vla", 1, (1, 3)),
+        ("idm", 2, (2, 2)),
+        ("joint", 0, (1, 4)),
+    ],
+)
+def test_action_first_evaluates_the_whole_network_in_its_joint_steps_alone(
+    model, monkeypatch, mode, joint, expected
+):
     """k joint steps, then the action expert alone; k = 0 takes one look of the video without the actions. An unfinished video is not
     returned, and with all steps joint nothing changes."""
     inputs, noise = given(model), noises(model)
@@ -141,7 +190,9 @@ def test_with_fresh_keys_and_values_the_action_expert_alone_finds_the_joint_velo
     assert torch.allclose(model.act(inputs.actions, clock, conditions, held), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode, joint", [("joint", 5), ("joint", -1), ("vgm", 1), ("world_model", 0)])
+@pytest.mark.parametrize(
+    "mode, joint", [("joint", 5), ("joint", -1), ("vgm", 1), ("world_model", 0)]
+)
 def test_action_first_refuses_what_makes_no_sense(model, mode, joint):
     """More joint steps than steps, fewer than none, or a mode without actions to denoise."""
     with pytest.raises(ValueError, match=f"joint is {joint} in mode {mode} of 4 steps"):
@@ -152,17 +203,25 @@ def test_padding_to_buckets_changes_nothing(model):
     """Text, which counts its padded rows, and understanding, where they are padded further."""
     inputs, noise = given(model), noises(model)
     padded = inputs.padded(6)
-    assert padded.context.shape[1] == 5 and padded.und.shape[1] == 12 and padded.und_mask.sum() == 14
-    assert padded.unmasked().und_mask is not None and inputs.padded(7).unmasked().und_mask is None      # nothing to mask, no mask
+    assert (
+        padded.context.shape[1] == 5 and padded.und.shape[1] == 12 and padded.und_mask.sum() == 14
+    )
+    assert (
+        padded.unmasked().und_mask is not None and inputs.padded(7).unmasked().und_mask is None
+    )  # nothing to mask, no mask
     for bucket in (6, 4, 8):
         found = outcome(model, "joint", inputs.padded(bucket), noise)
-        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(outcome(model, "joint", inputs, noise), found))
+        assert all(
+            torch.allclose(x, y, atol=1e-5)
+            for x, y in zip(outcome(model, "joint", inputs, noise), found)
+        )
 
 
 def test_one_graph_without_breaks_serves_all_five_modes(model, monkeypatch):
     """The compiler's counters: one graph for all modes and lengths of a bucket, a second and third for action-first, no break, no second
     compilation; and the samples are those of eager."""
     from torch._dynamo.utils import counters
+
     inputs, noise = given(model), noises(model)
     expected = {mode: outcome(model, mode, inputs, noise) for mode in MODES}
     first = model.sample(inputs, "vla", 3, **noise, joint=1).actions
@@ -172,12 +231,26 @@ def test_one_graph_without_breaks_serves_all_five_modes(model, monkeypatch):
     compiled.compile_sampler(backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for mode in MODES:
-            shorter = inputs if mode == "joint" else replace(inputs, context=inputs.context, und=torch.cat([inputs.und, inputs.und], 1),
-                                                             und_mask=torch.arange(14).expand(2, -1) < 7)
+            shorter = (
+                inputs
+                if mode == "joint"
+                else replace(
+                    inputs,
+                    context=inputs.context,
+                    und=torch.cat([inputs.und, inputs.und], 1),
+                    und_mask=torch.arange(14).expand(2, -1) < 7,
+                )
+            )
             found = outcome(compiled, mode, shorter, noise)
             assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(found, expected[mode])), mode
-        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"] and not counters["recompile_limit"]
-    assert torch.allclose(compiled.sample(inputs, "vla", 3, **noise, joint=1).actions, first, atol=1e-5)
+        assert (
+            counters["stats"]["unique_graphs"] == 1
+            and not counters["graph_break"]
+            and not counters["recompile_limit"]
+        )
+    assert torch.allclose(
+        compiled.sample(inputs, "vla", 3, **noise, joint=1).actions, first, atol=1e-5
+    )
     assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
 
 
@@ -200,16 +273,23 @@ def test_a_mode_that_lacks_what_it_is_given_says_so(model):
 
 PARTS = {"video": slice(0, 2), "action": slice(2, 4)}
 OTHER = {"video": "action", "action": "video"}
-KNOWN = torch.tensor([0.9, -0.7], dtype=torch.float64)                                       # what a mode is given
+KNOWN = torch.tensor([0.9, -0.7], dtype=torch.float64)  # what a mode is given
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """An observation (2,), and mean (4,) and covariance (4, 4) of future and actions given it."""
     root = torch.randn(6, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    joint, mean = root @ root.T / 3 + 0.2 * torch.eye(6), torch.tensor([0.3, -0.2, 1.0, -0.5, 0.4, 2.0], dtype=torch.float64)
+    joint, mean = (
+        root @ root.T / 3 + 0.2 * torch.eye(6),
+        torch.tensor([0.3, -0.2, 1.0, -0.5, 0.4, 2.0], dtype=torch.float64),
+    )
     observation = torch.tensor([0.8, -1.1], dtype=torch.float64)
     gain = joint[2:, :2] @ torch.linalg.inv(joint[:2, :2])
-    return observation, mean[2:] + gain @ (observation - mean[:2]), joint[2:, 2:] - gain @ joint[:2, 2:]
+    return (
+        observation,
+        mean[2:] + gain @ (observation - mean[:2]),
+        joint[2:, 2:] - gain @ joint[:2, 2:],
+    )
 
 
 def exact_velocity(video, action, t_video, t_action):
@@ -218,9 +298,13 @@ def exact_velocity(video, action, t_video, t_action):
     x = torch.cat([video[:, :, 1, 0, 0], action[:, :, 0]], dim=1)
     t = torch.stack([t_video[0], t_video[0], t_action[0], t_action[0]]).double()
     D, N = torch.diag(1 - t), torch.diag(t)
-    v = -mean + (x - D @ mean) @ torch.linalg.solve(D @ covariance @ D + N @ N, (N - covariance @ D).T)
+    v = -mean + (x - D @ mean) @ torch.linalg.solve(
+        D @ covariance @ D + N @ N, (N - covariance @ D).T
+    )
     future = v[:, PARTS["video"]]
-    v_video = torch.stack([torch.full_like(future, math.nan), future], dim=2)                # nobody may use that of the observation
+    v_video = torch.stack(
+        [torch.full_like(future, math.nan), future], dim=2
+    )  # nobody may use that of the observation
     return v_video[..., None, None], v[:, PARTS["action"], None]
 
 
@@ -252,17 +336,30 @@ def test_with_the_exact_velocity_each_mode_samples_its_conditional(mode):
 
     The sampler is affine in the noise here, so eight points with mean 0 and covariance 1 give the mean and covariance of its output
     as infinitely many draws would."""
-    points, row = torch.cat([2 * torch.eye(4), -2 * torch.eye(4)]).double(), flow.MODES[mode]._asdict()
-    start = {name: KNOWN.expand(8, 2) if what == flow.GIVEN else points[:, PARTS[name]] for name, what in row.items()}
+    points, row = (
+        torch.cat([2 * torch.eye(4), -2 * torch.eye(4)]).double(),
+        flow.MODES[mode]._asdict(),
+    )
+    start = {
+        name: KNOWN.expand(8, 2) if what == flow.GIVEN else points[:, PARTS[name]]
+        for name, what in row.items()
+    }
     observation = rearrange(problem()[0].expand(8, 2), "b c -> b c 1 1 1")
-    video = torch.cat([torch.full_like(observation, math.nan), rearrange(start["video"], "b c -> b c 1 1 1")], dim=2)
-    video, action = flow.sample(exact_velocity, video, start["action"][..., None], observation, mode, steps=200)
+    video = torch.cat(
+        [torch.full_like(observation, math.nan), rearrange(start["video"], "b c -> b c 1 1 1")],
+        dim=2,
+    )
+    video, action = flow.sample(
+        exact_velocity, video, start["action"][..., None], observation, mode, steps=200
+    )
     samples = {"video": video[:, :, 1, 0, 0], "action": action[:, :, 0]}
     found = torch.cat([samples[name] for name, what in row.items() if what == flow.DENOISE], dim=1)
     mean, covariance = TRUTH[mode]()
     scale = covariance.diagonal().sqrt()
     assert ((found.mean(dim=0) - mean).abs() < 0.03 * scale).all()
-    assert ((torch.cov(found.T, correction=0) - covariance).abs() < 0.03 * torch.outer(scale, scale)).all()
+    assert (
+        (torch.cov(found.T, correction=0) - covariance).abs() < 0.03 * torch.outer(scale, scale)
+    ).all()
 
 
 @pytest.mark.parametrize("part", PARTS)

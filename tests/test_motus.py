@@ -9,26 +9,42 @@ import motus
 from backbones.wan import WanConfig
 from motus import Inputs, Losses, Motus, MotusConfig, preset
 
-TINY = MotusConfig(video=WanConfig(width=32, ffn=48, layers=2, heads=2, latent=4, text_dim=12, text_len=10, freq_dim=16),
-                   frames=4, ratio=2, action_width=16, action_dim=3, state_dim=5, und_width=16, vlm_dim=8)
+TINY = MotusConfig(
+    video=WanConfig(
+        width=32, ffn=48, layers=2, heads=2, latent=4, text_dim=12, text_len=10, freq_dim=16
+    ),
+    frames=4,
+    ratio=2,
+    action_width=16,
+    action_dim=3,
+    state_dim=5,
+    und_width=16,
+    vlm_dim=8,
+)
 
 
 def model_of(config: MotusConfig = TINY, seed: int = 0) -> Motus:
     torch.manual_seed(seed)
     model = Motus(config).init_weights()
-    for parameter in model.parameters():                                                     # away from zero, so that every term counts
+    for parameter in model.parameters():  # away from zero, so that every term counts
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
 
-def inputs_of(config: MotusConfig = TINY, batch: int = 2, und: int = 5, text: int = 4, seed: int = 1) -> Inputs:
+def inputs_of(
+    config: MotusConfig = TINY, batch: int = 2, und: int = 5, text: int = 4, seed: int = 1
+) -> Inputs:
     g = torch.Generator().manual_seed(seed)
-    return Inputs(torch.randn(batch, config.video.latent, config.latent_frames, 4, 4, generator=g),
-                  torch.randn(batch, text, config.video.text_dim, generator=g), torch.full((batch,), text),
-                  torch.randn(batch, und, config.vlm_dim, generator=g), torch.ones(batch, und, dtype=torch.bool),
-                  torch.randn(batch, config.state_dim, generator=g) if config.finetune else None,
-                  torch.randn(batch, config.chunk, config.action_dim, generator=g),
-                  torch.ones(batch, config.chunk, config.action_dim, dtype=torch.bool))
+    return Inputs(
+        torch.randn(batch, config.video.latent, config.latent_frames, 4, 4, generator=g),
+        torch.randn(batch, text, config.video.text_dim, generator=g),
+        torch.full((batch,), text),
+        torch.randn(batch, und, config.vlm_dim, generator=g),
+        torch.ones(batch, und, dtype=torch.bool),
+        torch.randn(batch, config.state_dim, generator=g) if config.finetune else None,
+        torch.randn(batch, config.chunk, config.action_dim, generator=g),
+        torch.ones(batch, config.chunk, config.action_dim, dtype=torch.bool),
+    )
 
 
 def velocity(model: Motus, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,14 +58,24 @@ def test_full_size_has_the_published_parameter_counts():
     with torch.device("meta"):
         model = Motus(preset("full"))
     count = lambda part: sum(p.numel() for p in part.parameters())
-    assert (count(model.video), count(model.action), count(model.und)) == (4_999_787_712, 641_527_822, 253_493_760)
-    assert count(model) == 4_999_787_712 + 641_527_822 + 253_493_760                          # no parameter is counted twice
+    assert (count(model.video), count(model.action), count(model.und)) == (
+        4_999_787_712,
+        641_527_822,
+        253_493_760,
+    )
+    assert (
+        count(model) == 4_999_787_712 + 641_527_822 + 253_493_760
+    )  # no parameter is counted twice
 
 
 def test_layers_only_line_up_blocks_that_the_experts_own():
     """The state dict names every tensor once, by its expert."""
     names = list(model_of().state_dict())
-    assert len(names) == len(set(names)) and {n.split(".")[0] for n in names} == {"video", "action", "und"}
+    assert len(names) == len(set(names)) and {n.split(".")[0] for n in names} == {
+        "video",
+        "action",
+        "und",
+    }
 
 
 def test_padded_understanding_tokens_change_nothing():
@@ -66,14 +92,18 @@ def test_padded_understanding_tokens_change_nothing():
 def test_padded_text_rows_collapse_into_one_key_exactly():
     """Padding the text to its official length with zeros, as the official code does, gives the same velocities."""
     model, inputs = model_of(), inputs_of()
-    padded = torch.cat([inputs.context, torch.zeros(2, TINY.video.text_len - 4, TINY.video.text_dim)], dim=1)
+    padded = torch.cat(
+        [inputs.context, torch.zeros(2, TINY.video.text_len - 4, TINY.video.text_dim)], dim=1
+    )
     official = model.video.text_embedding(padded)
     plain = motus.TextStates(official, torch.zeros(1, 1, 1, TINY.video.text_len))
     conditions = model.conditions(inputs)
     t = torch.full((2,), 0.6)
     with torch.no_grad():
         ours = model.velocity(inputs.latents, inputs.actions, t, t, conditions)
-        theirs = model.velocity(inputs.latents, inputs.actions, t, t, conditions._replace(text=[plain] * 2))
+        theirs = model.velocity(
+            inputs.latents, inputs.actions, t, t, conditions._replace(text=[plain] * 2)
+        )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -84,12 +114,18 @@ def test_padded_actions_are_no_keys_and_carry_no_loss():
     inputs.action_mask[:, 5:] = False
     other = replace(inputs, actions=inputs.actions.clone())
     other.actions[:, 5:] += 100
-    noise = dict(t_video=torch.full((2,), 0.7), t_action=torch.full((2,), 0.4), video_noise=torch.randn_like(inputs.latents),
-                 action_noise=torch.randn_like(inputs.actions))
+    noise = dict(
+        t_video=torch.full((2,), 0.7),
+        t_action=torch.full((2,), 0.4),
+        video_noise=torch.randn_like(inputs.latents),
+        action_noise=torch.randn_like(inputs.actions),
+    )
     a, b = model.loss(inputs, **noise), model.loss(other, **noise)
     torch.testing.assert_close(a.video, b.video)
     torch.testing.assert_close(a.action, b.action)
-    assert not torch.allclose(a.action, model.loss(replace(inputs, action_mask=None), **noise).action)
+    assert not torch.allclose(
+        a.action, model.loss(replace(inputs, action_mask=None), **noise).action
+    )
 
 
 def test_the_two_times_are_independent_and_per_sample():
@@ -111,15 +147,22 @@ def test_cached_text_keys_equal_those_made_in_the_layer():
     t = torch.full((2,), 0.3)
     with torch.no_grad():
         a = model.velocity(inputs.latents, inputs.actions, t, t, model.conditions(inputs))
-        b = model.velocity(inputs.latents, inputs.actions, t, t, model.conditions(inputs, cache=True))
+        b = model.velocity(
+            inputs.latents, inputs.actions, t, t, model.conditions(inputs, cache=True)
+        )
     for x, y in zip(a, b):
         torch.testing.assert_close(x, y)
 
 
 def test_what_is_given_carries_no_loss():
     """A sample whose video is given enters the mean of the action loss alone, and the other way round."""
-    losses = Losses(torch.tensor([100.0, 2.0, 4.0]), torch.tensor([1.0, 100.0, 3.0]), torch.tensor([0.0, 0.5, 0.5]),
-                    torch.tensor([0.5, 0.0, 0.5]), torch.ones(3, dtype=torch.bool))
+    losses = Losses(
+        torch.tensor([100.0, 2.0, 4.0]),
+        torch.tensor([1.0, 100.0, 3.0]),
+        torch.tensor([0.0, 0.5, 0.5]),
+        torch.tensor([0.5, 0.0, 0.5]),
+        torch.ones(3, dtype=torch.bool),
+    )
     assert losses.total(1.0, 10.0).item() == 3.0 + 10 * 2.0
 
 
@@ -170,10 +213,10 @@ def test_the_pretraining_form_has_neither_state_nor_registers():
     assert not [n for n in model.state_dict() if "state_encoder" in n or "registers" in n]
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(frames=6), "frames is 6"),
-    (dict(action_width=15), "action_width is 15"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [(dict(frames=6), "frames is 6"), (dict(action_width=15), "action_width is 15")],
+)
 def test_impossible_sizes_are_refused_by_name(change, words):
     """The error names the field and its value."""
     with pytest.raises(ValueError, match=words):

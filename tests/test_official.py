@@ -18,7 +18,12 @@ from formats.recordings import ROBOTWIN_SCENE, Film, Storage  # noqa: E402
 from pyramid import Pyramid  # noqa: E402
 
 EXACT = Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),))
-LENGTHS = {"clean/lift_cup/7": 60, "clean/lift_cup/12": 20, "randomized/lift_cup/0": 55, "clean/open_door/a": 58}
+LENGTHS = {
+    "clean/lift_cup/7": 60,
+    "clean/lift_cup/12": 20,
+    "randomized/lift_cup/0": 55,
+    "clean/open_door/a": 58,
+}
 
 
 def picture(shade: int, row: int) -> np.ndarray:
@@ -28,7 +33,9 @@ def picture(shade: int, row: int) -> np.ndarray:
     return page
 
 
-def film(path: Path, count: int, shade: int = 50, fps: int = 30, size: tuple[int, int] = (48, 32)) -> None:
+def film(
+    path: Path, count: int, shade: int = 50, fps: int = 30, size: tuple[int, int] = (48, 32)
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     video = Film(path, Fraction(fps), size, EXACT)
     for i in range(count):
@@ -37,7 +44,9 @@ def film(path: Path, count: int, shade: int = 50, fps: int = 30, size: tuple[int
 
 
 def qpos(length: int, seed: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(length, 14)).astype(np.float32)).cumsum(0)
+    return torch.from_numpy(
+        np.random.default_rng(seed).normal(size=(length, 14)).astype(np.float32)
+    ).cumsum(0)
 
 
 def write(root: Path, form: str) -> Path:
@@ -45,13 +54,22 @@ def write(root: Path, form: str) -> Path:
     for n, (name, length) in enumerate(LENGTHS.items()):
         leaf, stem = (root / name).parent, Path(name).name
         film(leaf / "videos" / f"{stem}.mp4", length, 40 + 10 * n)
-        part, rows = ("latent_action_dim14", qpos(length - 1, n)) if form == "latent_action" else ("qpos", qpos(length, n))
+        part, rows = (
+            ("latent_action_dim14", qpos(length - 1, n))
+            if form == "latent_action"
+            else ("qpos", qpos(length, n))
+        )
         (leaf / part).mkdir(exist_ok=True)
-        torch.save({"latent_action": rows} if form == "latent_action" and n else rows, leaf / part / f"{stem}.pt")
+        torch.save(
+            {"latent_action": rows} if form == "latent_action" and n else rows,
+            leaf / part / f"{stem}.pt",
+        )
         texts = leaf / ("instructions" if form == "ac_one" else "metas")
         texts.mkdir(exist_ok=True)
         scene = "" if form == "ac_one" else ROBOTWIN_SCENE
-        wordings = [f"{scene}{leaf.name} {stem} wording {k}" for k in range(1 if form == "ac_one" else 3)]
+        wordings = [
+            f"{scene}{leaf.name} {stem} wording {k}" for k in range(1 if form == "ac_one" else 3)
+        ]
         (texts / f"{stem}.txt").write_text("\n".join(wordings) + "\n")
     return root
 
@@ -64,7 +82,9 @@ def whole(tmp_path_factory) -> dict[str, Path]:
 
 def card(where: Path, **source) -> Path:
     """RoboTwin's rates: actions at 10 Hz, video at 5 Hz, from 30 fps."""
-    (where / "card.json").write_text(json.dumps({"video_hz": 5, "action_hz": 10, "size": [48, 32], "sources": [source]}))
+    (where / "card.json").write_text(
+        json.dumps({"video_hz": 5, "action_hz": 10, "size": [48, 32], "sources": [source]})
+    )
     return where / "card.json"
 
 
@@ -76,19 +96,33 @@ def test_robotwin_windows_are_those_of_the_official_code(whole, tmp_path):
     is qpos[c]; no normalisation. What they repeat past the end is masked here."""
     pyramid = Pyramid(card(tmp_path, path=str(whole["robotwin"]), normalise="none"), name="full")
     files = [(str(leaf), name) for leaf, name in pyramid.opened[0].reader.files]
-    for episode, c in ((files.index(("clean/lift_cup", "7")), 4), (files.index(("clean/lift_cup", "12")), 5)):
+    for episode, c in (
+        (files.index(("clean/lift_cup", "7")), 4),
+        (files.index(("clean/lift_cup", "12")), 5),
+    ):
         leaf, name = files[episode]
-        truth, last = torch.load(whole["robotwin"] / leaf / "qpos" / f"{name}.pt", weights_only=True), LENGTHS[f"{leaf}/{name}"] - 1
+        truth, last = (
+            torch.load(whole["robotwin"] / leaf / "qpos" / f"{name}.pt", weights_only=True),
+            LENGTHS[f"{leaf}/{name}"] - 1,
+        )
         action_at = [c + (i + 1) * 3 for i in range(16)]
         video_at = [c, *(action_at[(j + 1) * 2 - 1] for j in range(8))]
         _, frames, video_mask, actions, mask, state, text = pyramid.window((0, episode, c), "real")
-        assert np.array_equal(actions, truth[[min(i, last) for i in action_at]]) and np.array_equal(state, truth[c])
+        assert np.array_equal(actions, truth[[min(i, last) for i in action_at]]) and np.array_equal(
+            state, truth[c]
+        )
         shade = int(frames[0, 31, 31, 0])
-        assert all(np.array_equal(f, picture(shade, min(i, last))) for f, i in zip(frames, video_at))
-        assert mask.tolist() == [i <= last for i in action_at] and video_mask.tolist() == [i <= last for i in video_at]
+        assert all(
+            np.array_equal(f, picture(shade, min(i, last))) for f, i in zip(frames, video_at)
+        )
+        assert mask.tolist() == [i <= last for i in action_at] and video_mask.tolist() == [
+            i <= last for i in video_at
+        ]
         assert text.startswith(f"{ROBOTWIN_SCENE}lift_cup {name} wording")
-    robot, = pyramid.robots(acting=True)
-    assert torch.equal(robot.actions.apply(truth), truth) and robot.rate == 2 and robot.action_hz == 10
+    (robot,) = pyramid.robots(acting=True)
+    assert (
+        torch.equal(robot.actions.apply(truth), truth) and robot.rate == 2 and robot.action_hz == 10
+    )
 
 
 def test_robotwin_tasks_are_drawn_alike_and_wordings_vary(whole):
@@ -105,13 +139,22 @@ def test_robotwin_tasks_are_drawn_alike_and_wordings_vary(whole):
 def test_real_robots_have_one_text_per_episode_or_task(whole, tmp_path):
     """N.txt, else the only text, else the task's."""
     reader = OfficialFolder(whole["ac_one"])
-    assert reader.texts(reader.files.index((Path("clean/open_door"), "a"))) == ["open_door a wording 0"]
+    assert reader.texts(reader.files.index((Path("clean/open_door"), "a"))) == [
+        "open_door a wording 0"
+    ]
     shutil.copytree(whole["ac_one"], tmp_path / "one")
     leaf = tmp_path / "one/clean/lift_cup/instructions"
     (leaf / "12.txt").unlink()
-    assert OfficialFolder(tmp_path / "one").texts(0) == OfficialFolder(tmp_path / "one").texts(1) == ["lift_cup 7 wording 0"]
+    assert (
+        OfficialFolder(tmp_path / "one").texts(0)
+        == OfficialFolder(tmp_path / "one").texts(1)
+        == ["lift_cup 7 wording 0"]
+    )
     (leaf / "lift_cup.txt").write_text("any of them")
-    assert sorted(OfficialFolder(tmp_path / "one").texts(e)[0] for e in (0, 1)) == ["any of them", "lift_cup 7 wording 0"]
+    assert sorted(OfficialFolder(tmp_path / "one").texts(e)[0] for e in (0, 1)) == [
+        "any of them",
+        "lift_cup 7 wording 0",
+    ]
     shutil.copytree(tmp_path / "one/clean/open_door", tmp_path / "one/old_bak")
     assert len(OfficialFolder(tmp_path / "one").lengths) == 4
 
@@ -122,8 +165,15 @@ def test_latent_actions_are_taken_at_the_video_rate(whole, tmp_path):
     reader = pyramid.opened[0].reader
     e = reader.files.index((Path("clean/lift_cup"), "7"))
     _, frames, _, rows, mask, _, _ = pyramid.window((0, e, 3), "latent")
-    assert np.array_equal(rows, reader.latents(e)[3 + 6 * np.arange(8)]) and mask.all() and len(reader.latents(e)) == 59
-    assert np.array_equal(frames[2], picture(int(frames[0, 31, 31, 0]), 15)) and reader.widths == (0, 0)
+    assert (
+        np.array_equal(rows, reader.latents(e)[3 + 6 * np.arange(8)])
+        and mask.all()
+        and len(reader.latents(e)) == 59
+    )
+    assert np.array_equal(frames[2], picture(int(frames[0, 31, 31, 0]), 15)) and reader.widths == (
+        0,
+        0,
+    )
 
 
 # -- converting -------------------------------------------------------------------------------------------------------------
@@ -144,7 +194,10 @@ def test_there_and_back_changes_nothing(whole, tmp_path, form, version):
     for e, length in enumerate(source.lengths.tolist()):
         b = where[key(source, e)]
         assert back.texts(b) == source.texts(e)
-        (ours,), (theirs,) = source.views(e, range(length)).values(), back.views(b, range(length)).values()
+        (ours,), (theirs,) = (
+            source.views(e, range(length)).values(),
+            back.views(b, range(length)).values(),
+        )
         assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
     state, action = between.numbers(0)
     assert np.array_equal(action[:-1], state[1:]) and np.array_equal(action[-1], state[-1])
@@ -158,7 +211,9 @@ def test_a_converted_dataset_gives_the_same_windows(whole, tmp_path):
         (tmp_path / name).mkdir()
     mapping = {"action": "observation.state"}
     official = Pyramid(card(tmp_path / "a", path=str(whole["ac_one"])), name="full")
-    lerobot = Pyramid(card(tmp_path / "b", path=str(tmp_path / "lero"), mapping=mapping, ahead=True), name="full")
+    lerobot = Pyramid(
+        card(tmp_path / "b", path=str(tmp_path / "lero"), mapping=mapping, ahead=True), name="full"
+    )
     for e in range(4):
         for a, b in zip(official.window((0, e, 2), "real"), lerobot.window((0, e, 2), "real")):
             assert np.array_equal(a, b)
@@ -166,13 +221,34 @@ def test_a_converted_dataset_gives_the_same_windows(whole, tmp_path):
 
 def test_three_cameras_are_written_as_the_t_layout(tmp_path):
     """Head above two wrists of half its size, as one video; text with RoboTwin's scene before it."""
-    rows, shades = np.random.default_rng(0).normal(size=(9, 14)), {"cam_high": 60, "cam_left_wrist": 120, "cam_right_wrist": 180}
-    write_v3(tmp_path / "lero", [({k: [np.full((32, 48, 3), v, np.uint8)] * 9 for k, v in shades.items()}, rows, rows, "fold it")], 30,
-             Storage(images=True))
-    convert(LeRobotDataset.open(tmp_path / "lero", quiet=True), tmp_path / "out", "robotwin", lossless=True)
+    rows, shades = (
+        np.random.default_rng(0).normal(size=(9, 14)),
+        {"cam_high": 60, "cam_left_wrist": 120, "cam_right_wrist": 180},
+    )
+    write_v3(
+        tmp_path / "lero",
+        [
+            (
+                {k: [np.full((32, 48, 3), v, np.uint8)] * 9 for k, v in shades.items()},
+                rows,
+                rows,
+                "fold it",
+            )
+        ],
+        30,
+        Storage(images=True),
+    )
+    convert(
+        LeRobotDataset.open(tmp_path / "lero", quiet=True),
+        tmp_path / "out",
+        "robotwin",
+        lossless=True,
+    )
     reader = OfficialFolder(tmp_path / "out")
     page = next(iter(reader.views(0, [3])["cam_concatenated"]))
-    assert page.shape == (48, 48, 3) and [int(page[y, x, 0]) for y, x in ((9, 9), (40, 9), (40, 40))] == [60, 120, 180]
+    assert page.shape == (48, 48, 3) and [
+        int(page[y, x, 0]) for y, x in ((9, 9), (40, 9), (40, 40))
+    ] == [60, 120, 180]
     assert reader.texts(0) == [ROBOTWIN_SCENE + "fold it"] and is_official(tmp_path / "out")
 
 
@@ -189,6 +265,7 @@ def raw(name: str, change):
     def edit(root: Path) -> None:
         path = root / LEAF / name
         path.write_bytes(change(path.read_bytes()))
+
     return edit
 
 
@@ -196,6 +273,7 @@ def gone(name: str):
     def edit(root: Path) -> None:
         path = root / LEAF / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     return edit
 
 
@@ -204,6 +282,7 @@ def linked(name: str):
         path = root / LEAF / name
         path.rename(path.with_name("elsewhere"))
         path.symlink_to(path.with_name("elsewhere"))
+
     return edit
 
 
@@ -227,39 +306,113 @@ def shaped(*strides):
 half = lambda data: data[: len(data) // 2]
 MUTANTS = {
     "no qpos": ("robotwin", gone("qpos/7.pt"), "episode 1, qpos: .*missing"),
-    "no video": ("robotwin", lambda root: [p.unlink() for p in root.rglob("*.mp4")], "videos: hold no mp4"),
+    "no video": (
+        "robotwin",
+        lambda root: [p.unlink() for p in root.rglob("*.mp4")],
+        "videos: hold no mp4",
+    ),
     "no text": ("robotwin", gone("metas/7.txt"), "episode 1, instruction: .*missing"),
     "no texts at all": ("robotwin", gone("metas"), "instruction: .*missing"),
-    "an empty text": ("robotwin", raw("metas/7.txt", lambda _: b"\n \n"), "episode 1, instruction: 7.txt is empty"),
-    "a text that is none": ("ac_one", raw("instructions/7.txt", lambda _: b"\xff\xfe\x00"), "instruction: 7.txt is no text"),
+    "an empty text": (
+        "robotwin",
+        raw("metas/7.txt", lambda _: b"\n \n"),
+        "episode 1, instruction: 7.txt is empty",
+    ),
+    "a text that is none": (
+        "ac_one",
+        raw("instructions/7.txt", lambda _: b"\xff\xfe\x00"),
+        "instruction: 7.txt is no text",
+    ),
     "a NaN": ("robotwin", bad_number(float("nan")), "episode 1, qpos: row 3, dimension 2 is nan"),
-    "an infinity": ("ac_one", bad_number(float("inf")), "episode 1, qpos: row 3, dimension 2 is inf"),
-    "a row less": ("robotwin", save(qpos(59, 0)), "episode 1, videos: 7.mp4 has 60 frames where 59"),
-    "a row more": ("robotwin", save(qpos(61, 0)), "episode 1, videos: 7.mp4 has 60 frames where 61"),
-    "another width": ("robotwin", save(qpos(60, 0)[:, :7]), "episode 1, qpos: has 7 columns, episode 0 has 14"),
+    "an infinity": (
+        "ac_one",
+        bad_number(float("inf")),
+        "episode 1, qpos: row 3, dimension 2 is inf",
+    ),
+    "a row less": (
+        "robotwin",
+        save(qpos(59, 0)),
+        "episode 1, videos: 7.mp4 has 60 frames where 59",
+    ),
+    "a row more": (
+        "robotwin",
+        save(qpos(61, 0)),
+        "episode 1, videos: 7.mp4 has 60 frames where 61",
+    ),
+    "another width": (
+        "robotwin",
+        save(qpos(60, 0)[:, :7]),
+        "episode 1, qpos: has 7 columns, episode 0 has 14",
+    ),
     "a vector": ("robotwin", save(qpos(60, 0)[:, 0]), "episode 1, qpos: 7.pt holds torch.float32"),
-    "whole numbers": ("robotwin", save(torch.ones(60, 14, dtype=torch.int64)), "episode 1, qpos: 7.pt holds torch.int64"),
+    "whole numbers": (
+        "robotwin",
+        save(torch.ones(60, 14, dtype=torch.int64)),
+        "episode 1, qpos: 7.pt holds torch.int64",
+    ),
     "no rows": ("robotwin", save(torch.zeros(0, 14)), "episode 1, qpos: 7.pt holds"),
     "a list": ("robotwin", save([1.0, 2.0]), "episode 1, qpos: 7.pt holds list"),
-    "a dictionary without latents": ("latent_action", save({"z": qpos(59, 0)}, "latent_action_dim14"), "episode 1, latent.*holds NoneType"),
-    "10^9 numbers in 16 bytes": ("robotwin", shaped(0, 0), "episode 1, qpos: 7.pt claims 5600000000 bytes"),
+    "a dictionary without latents": (
+        "latent_action",
+        save({"z": qpos(59, 0)}, "latent_action_dim14"),
+        "episode 1, latent.*holds NoneType",
+    ),
+    "10^9 numbers in 16 bytes": (
+        "robotwin",
+        shaped(0, 0),
+        "episode 1, qpos: 7.pt claims 5600000000 bytes",
+    ),
     "half a pt": ("robotwin", raw("qpos/7.pt", half), "episode 1, qpos: .*torch zip"),
-    "a pt of text": ("robotwin", raw("qpos/7.pt", lambda _: b"hello"), "episode 1, qpos: .*torch zip"),
+    "a pt of text": (
+        "robotwin",
+        raw("qpos/7.pt", lambda _: b"hello"),
+        "episode 1, qpos: .*torch zip",
+    ),
     "a pt that runs code": ("robotwin", save(Path("/tmp")), "episode 1, qpos: .*pickle names"),
     "an empty pt": ("ac_one", raw("qpos/7.pt", lambda _: b""), "episode 1, qpos"),
     "half an mp4": ("robotwin", raw("videos/7.mp4", half), "episode 1, videos: 7.mp4"),
     "an mp4 of text": ("robotwin", raw("videos/7.mp4", lambda _: b"no film"), "episode 1, videos"),
-    "a frame less": ("ac_one", lambda root: film(root / LEAF / "videos/7.mp4", 59), "videos: 7.mp4 has 59 frames where 60"),
-    "another size": ("robotwin", lambda root: film(root / LEAF / "videos/7.mp4", 60, size=(32, 32)), "videos: 7.mp4 is 32 x 32"),
-    "another fps": ("robotwin", lambda root: film(root / LEAF / "videos/7.mp4", 60, fps=25), "videos: 7.mp4 .*other fps"),
+    "a frame less": (
+        "ac_one",
+        lambda root: film(root / LEAF / "videos/7.mp4", 59),
+        "videos: 7.mp4 has 59 frames where 60",
+    ),
+    "another size": (
+        "robotwin",
+        lambda root: film(root / LEAF / "videos/7.mp4", 60, size=(32, 32)),
+        "videos: 7.mp4 is 32 x 32",
+    ),
+    "another fps": (
+        "robotwin",
+        lambda root: film(root / LEAF / "videos/7.mp4", 60, fps=25),
+        "videos: 7.mp4 .*other fps",
+    ),
     "a link for a pt": ("robotwin", linked("qpos/7.pt"), "episode 1, qpos: .*link"),
     "a link for a video": ("robotwin", linked("videos/7.mp4"), "episode 1, videos: .*link"),
     "a link for a text": ("robotwin", linked("metas/7.txt"), "episode 1, instruction: .*link"),
-    "a pipe for a pt": ("robotwin", lambda root: [gone("qpos/7.pt")(root), os.mkfifo(root / LEAF / "qpos/7.pt")], "no file"),
-    "latents one too many": ("latent_action", save(qpos(60, 0), "latent_action_dim14"), "videos: 7.mp4 has 60 frames where 61"),
-    "two kinds of folder": ("robotwin", lambda root: (root / LEAF / "latent_action_dim14").mkdir(), "folders: have"),
-    "an episode twice": ("robotwin", lambda root: [shutil.copy(root / LEAF / f"{p}/7.{s}", root / LEAF / f"{p}/8.{s}") for p, s in (
-        ("qpos", "pt"), ("videos", "mp4"), ("metas", "txt"))], "episode 2, qpos: equals episode 1"),
+    "a pipe for a pt": (
+        "robotwin",
+        lambda root: [gone("qpos/7.pt")(root), os.mkfifo(root / LEAF / "qpos/7.pt")],
+        "no file",
+    ),
+    "latents one too many": (
+        "latent_action",
+        save(qpos(60, 0), "latent_action_dim14"),
+        "videos: 7.mp4 has 60 frames where 61",
+    ),
+    "two kinds of folder": (
+        "robotwin",
+        lambda root: (root / LEAF / "latent_action_dim14").mkdir(),
+        "folders: have",
+    ),
+    "an episode twice": (
+        "robotwin",
+        lambda root: [
+            shutil.copy(root / LEAF / f"{p}/7.{s}", root / LEAF / f"{p}/8.{s}")
+            for p, s in (("qpos", "pt"), ("videos", "mp4"), ("metas", "txt"))
+        ],
+        "episode 2, qpos: equals episode 1",
+    ),
     "a dimension that never moves": ("ac_one", still, "qpos: dimension 5 is 0.5 in every row"),
 }
 

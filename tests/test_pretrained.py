@@ -20,8 +20,18 @@ from backbones.umt5 import UMT5Config, UMT5Encoder
 from backbones.wan import WanConfig, WanModel, WanVAE, WanVAEConfig
 from motus import Backbones, Card, Inputs, Motus, MotusConfig, preset, save_part
 
-TINY = MotusConfig(video=WanConfig(width=32, ffn=48, layers=2, heads=2, latent=4, text_dim=12, text_len=10, freq_dim=16),
-                   frames=4, ratio=2, action_width=16, action_dim=3, state_dim=5, und_width=12, vlm_dim=8)
+TINY = MotusConfig(
+    video=WanConfig(
+        width=32, ffn=48, layers=2, heads=2, latent=4, text_dim=12, text_len=10, freq_dim=16
+    ),
+    frames=4,
+    ratio=2,
+    action_width=16,
+    action_dim=3,
+    state_dim=5,
+    und_width=12,
+    vlm_dim=8,
+)
 FORMS = {"2": replace(TINY, finetune=False, ratio=1, action_dim=14, state_dim=14), "3": TINY}
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -29,7 +39,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def model_of(config: MotusConfig) -> Motus:
     torch.manual_seed(0)
     model = Motus(config)
-    for parameter in model.parameters():                                                     # away from zero, so that every term counts
+    for parameter in model.parameters():  # away from zero, so that every term counts
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
@@ -47,15 +57,23 @@ def checkpoint(folder: Path, stage: str) -> tuple[Motus, Path]:
 def velocities(model: Motus) -> list[torch.Tensor]:
     config, g = model.config, torch.Generator().manual_seed(1)
     normal = lambda *shape: torch.randn(*shape, generator=g)
-    inputs = Inputs(normal(2, config.video.latent, config.latent_frames, 4, 4), normal(2, 4, config.video.text_dim), torch.tensor([4, 3]),
-                    normal(2, 5, config.vlm_dim), None, normal(2, config.state_dim) if config.finetune else None,
-                    normal(2, config.chunk, config.action_dim))
+    inputs = Inputs(
+        normal(2, config.video.latent, config.latent_frames, 4, 4),
+        normal(2, 4, config.video.text_dim),
+        torch.tensor([4, 3]),
+        normal(2, 5, config.vlm_dim),
+        None,
+        normal(2, config.state_dim) if config.finetune else None,
+        normal(2, config.chunk, config.action_dim),
+    )
     times = torch.tensor([0.6, 0.2]), torch.tensor([0.5, 0.9])
     return list(model.velocity(inputs.latents, inputs.actions, *times, model.conditions(inputs)))
 
 
 def same(a: Motus, b: Motus) -> bool:
-    return a.config == b.config and all(torch.equal(x, y) for x, y in zip(velocities(a), velocities(b)))
+    return a.config == b.config and all(
+        torch.equal(x, y) for x, y in zip(velocities(a), velocities(b))
+    )
 
 
 def edit(folder: Path, change) -> Path:
@@ -78,41 +96,96 @@ def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
     deep = tmp_path / "deep"
     shutil.copytree(tmp_path / "official", deep / "pytorch_model")
     (deep / "pytorch_model" / "config.json").rename(deep / "config.json")
-    for path in (own, own.parent, tmp_path / "official", tmp_path / "official" / "mp_rank_00_model_states.pt", deep,
-                 tmp_path / "converted", tmp_path / "converted" / "motus.safetensors"):
+    for path in (
+        own,
+        own.parent,
+        tmp_path / "official",
+        tmp_path / "official" / "mp_rank_00_model_states.pt",
+        deep,
+        tmp_path / "converted",
+        tmp_path / "converted" / "motus.safetensors",
+    ):
         loaded, card = Motus.from_pretrained(path)
         assert same(loaded, model) and card.stage == stage, path
 
 
 def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
     """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; `dtype` decides otherwise."""
-    w.export(checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors", tmp_path / "official")
-    assert {p.dtype for p in Motus.from_pretrained(tmp_path / "official")[0].parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in Motus.from_pretrained(tmp_path / "official", dtype=torch.float32)[0].parameters()} == {torch.float32}
+    w.export(
+        checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors", tmp_path / "official"
+    )
+    assert {p.dtype for p in Motus.from_pretrained(tmp_path / "official")[0].parameters()} == {
+        torch.bfloat16
+    }
+    assert {
+        p.dtype
+        for p in Motus.from_pretrained(tmp_path / "official", dtype=torch.float32)[0].parameters()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize("name, stage", [("motus_finetune", "3"), ("motus_pretrain", "2")])
-def test_files_of_the_official_code_load_with_the_config_that_its_trainer_writes(tmp_path, name, stage):
+def test_files_of_the_official_code_load_with_the_config_that_its_trainer_writes(
+    tmp_path, name, stage
+):
     """Sizes come from shapes and from the five sections of the official config.json, with 1e-5 left as text by a yaml reader."""
     size = json.loads((GOLDEN / f"{name}.json").read_text())
-    shutil.copy(GOLDEN / f"{name}.mp_rank_00_model_states.pt", tmp_path / "mp_rank_00_model_states.pt")
-    (tmp_path / "config.json").write_text(json.dumps({
-        "common": {"action_dim": 14, "state_dim": 14, "num_video_frames": size["frames"], "video_height": 384, "video_width": 320,
-                   "global_downsample_rate": 3, "video_action_freq_ratio": size["ratio"]},
-        "action_expert": {"hidden_size": size["action_width"], "ffn_dim_multiplier": 4, "norm_eps": "1e-5"},
-        "und_expert": {"hidden_size": size["und_width"], "ffn_dim_multiplier": 4, "norm_eps": 1e-5,
-                       "vlm": {"input_dim": size["vlm_dim"], "projector_type": "mlp3x_silu"}},
-        "time_distribution": {"timestep_sample_method": "logit_normal"}, "ema": {"enabled": False}}))
+    shutil.copy(
+        GOLDEN / f"{name}.mp_rank_00_model_states.pt", tmp_path / "mp_rank_00_model_states.pt"
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "common": {
+                    "action_dim": 14,
+                    "state_dim": 14,
+                    "num_video_frames": size["frames"],
+                    "video_height": 384,
+                    "video_width": 320,
+                    "global_downsample_rate": 3,
+                    "video_action_freq_ratio": size["ratio"],
+                },
+                "action_expert": {
+                    "hidden_size": size["action_width"],
+                    "ffn_dim_multiplier": 4,
+                    "norm_eps": "1e-5",
+                },
+                "und_expert": {
+                    "hidden_size": size["und_width"],
+                    "ffn_dim_multiplier": 4,
+                    "norm_eps": 1e-5,
+                    "vlm": {"input_dim": size["vlm_dim"], "projector_type": "mlp3x_silu"},
+                },
+                "time_distribution": {"timestep_sample_method": "logit_normal"},
+                "ema": {"enabled": False},
+            }
+        )
+    )
     model, card = Motus.from_pretrained(tmp_path)
-    video = WanConfig(width=size["video_width"], ffn=size["video_ffn"], layers=2, heads=2, latent=4, text_dim=20)
-    assert card == Card(MotusConfig(video=video, frames=8, ratio=size["ratio"], action_width=32, und_width=16, vlm_dim=24,
-                                    finetune=stage == "3"), stage, "full", card.statistics)
-    assert (card.statistics is not None) == (stage == "3")                                   # RoboTwin's rates: raw numbers
+    video = WanConfig(
+        width=size["video_width"], ffn=size["video_ffn"], layers=2, heads=2, latent=4, text_dim=20
+    )
+    assert card == Card(
+        MotusConfig(
+            video=video,
+            frames=8,
+            ratio=size["ratio"],
+            action_width=32,
+            und_width=16,
+            vlm_dim=24,
+            finetune=stage == "3",
+        ),
+        stage,
+        "full",
+        card.statistics,
+    )
+    assert (card.statistics is not None) == (stage == "3")  # RoboTwin's rates: raw numbers
     with w.open_source(tmp_path) as source:
         assert torch.equal(model.und.blocks[1].qkv, source.read("und_expert.blocks.1.wan_und_qkv"))
     if stage == "3":
         statistics = data.Statistics.from_json(card.statistics)
-        assert statistics.embodiment == "robotwin" and torch.equal(statistics.actions.apply(torch.ones(2, 14)), torch.ones(2, 14))
+        assert statistics.embodiment == "robotwin" and torch.equal(
+            statistics.actions.apply(torch.ones(2, 14)), torch.ones(2, 14)
+        )
 
 
 def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Path]]:
@@ -123,40 +196,80 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     torch.nn.init.normal_(model.head.head.weight)
     tensors = model.state_dict()
     theirs = {w.wan_from_diffusers(name): name for name in w.expected("wan-diffusers")}
-    stated = {"_class_name": "WanModel", "dim": config.width, "eps": 1e-6, "ffn_dim": config.ffn, "freq_dim": config.freq_dim,
-              "in_dim": 4, "model_type": "ti2v", "num_heads": config.heads, "num_layers": config.layers, "out_dim": 4,
-              "text_len": config.text_len}
-    diffusers = {"_class_name": "WanTransformer3DModel", "num_attention_heads": config.heads, "attention_head_dim": config.head_dim,
-                 "num_layers": config.layers, "ffn_dim": config.ffn, "in_channels": 4, "out_channels": 4, "text_dim": config.text_dim,
-                 "freq_dim": config.freq_dim, "eps": 1e-6, "patch_size": [1, 2, 2], "cross_attn_norm": True, "added_kv_proj_dim": None}
+    stated = {
+        "_class_name": "WanModel",
+        "dim": config.width,
+        "eps": 1e-6,
+        "ffn_dim": config.ffn,
+        "freq_dim": config.freq_dim,
+        "in_dim": 4,
+        "model_type": "ti2v",
+        "num_heads": config.heads,
+        "num_layers": config.layers,
+        "out_dim": 4,
+        "text_len": config.text_len,
+    }
+    diffusers = {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_dim,
+        "num_layers": config.layers,
+        "ffn_dim": config.ffn,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": config.text_dim,
+        "freq_dim": config.freq_dim,
+        "eps": 1e-6,
+        "patch_size": [1, 2, 2],
+        "cross_attn_norm": True,
+        "added_kv_proj_dim": None,
+    }
     paths = {name: folder / name for name in ("file", "shards", "diffusers", "stage1")}
     for name, path in paths.items():
         path.mkdir()
         (path / "config.json").write_text(json.dumps(diffusers if name == "diffusers" else stated))
     w.save_safetensors(paths["file"] / "diffusion_pytorch_model.safetensors", tensors)
-    torch.save({"state_dict": {f"dit.{name}": tensor for name, tensor in tensors.items()}}, paths["stage1"] / "model.pt")
-    for path, names in ((paths["shards"], {name: name for name in tensors}), (paths["diffusers"], theirs)):
+    torch.save(
+        {"state_dict": {f"dit.{name}": tensor for name, tensor in tensors.items()}},
+        paths["stage1"] / "model.pt",
+    )
+    for path, names in (
+        (paths["shards"], {name: name for name in tensors}),
+        (paths["diffusers"], theirs),
+    ):
         index = {names[name]: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
         for shard in set(index.values()):
-            w.save_safetensors(path / shard, {names[n]: t for n, t in tensors.items() if index[names[n]] == shard})
+            w.save_safetensors(
+                path / shard, {names[n]: t for n, t in tensors.items() if index[names[n]] == shard}
+            )
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     w.convert(paths["diffusers"], folder / "converted.safetensors")
     return model, paths | {"converted": folder / "converted.safetensors"}
 
 
-def test_a_video_expert_loads_from_every_layout_and_the_rest_starts_fresh_and_says_so(tmp_path, capsys):
+def test_a_video_expert_loads_from_every_layout_and_the_rest_starts_fresh_and_says_so(
+    tmp_path, capsys
+):
     """Original, sharded, diffusers, converted and `dit.` files give one video expert; the others are real, initialised, and named."""
     config = replace(TINY.video, text_len=512)
     wan, paths = wan_folders(tmp_path, config)
     g = torch.Generator().manual_seed(1)
-    args = torch.randn(1, 4, 2, 4, 4, generator=g), torch.tensor([0.4]), torch.randn(1, 3, 12, generator=g), torch.tensor([3])
+    args = (
+        torch.randn(1, 4, 2, 4, 4, generator=g),
+        torch.tensor([0.4]),
+        torch.randn(1, 3, 12, generator=g),
+        torch.tensor([3]),
+    )
     for path in paths.values():
         model, card = Motus.from_pretrained(path)
         with torch.no_grad():
             assert torch.equal(model.video(*args), wan(*args))
         assert card.stage == "1" and card.motus.video == config and not card.motus.finetune
         assert "start fresh" in (said := capsys.readouterr().err) and "action.*, und.*" in said
-        assert not any(p.is_meta for p in model.parameters()) and model.action.decoder.action_head[0].weight.abs().sum() == 0
+        assert (
+            not any(p.is_meta for p in model.parameters())
+            and model.action.decoder.action_head[0].weight.abs().sum() == 0
+        )
         assert 0.5 < model.und.blocks[0].qkv.std() * (12 * 16) ** 0.5 < 2
 
 
@@ -164,7 +277,9 @@ def drop(folder: Path, prefix: str) -> Path:
     """Takes tensors out of an official file."""
     path = folder / "mp_rank_00_model_states.pt"
     module = torch.load(path, weights_only=True)["module"]
-    torch.save({"module": {name: tensor for name, tensor in module.items() if prefix not in name}}, path)
+    torch.save(
+        {"module": {name: tensor for name, tensor in module.items() if prefix not in name}}, path
+    )
     return folder
 
 
@@ -173,21 +288,52 @@ def states(section: str, **changes):
 
 
 WRONG = {
-    "no config": (lambda f: (f / "config.json").unlink(),
-                  r"4 found\)(.|\n)*num_video_frames is missing(.|\n)*und_expert.norm_eps is missing"),
-    "a missing field": (lambda f: edit(f, lambda c: c["action_expert"].pop("norm_eps")),
-                        "action_expert.norm_eps is missing; no tensor shows"),
-    "sizes of another model": (states("common", action_dim=7), "common.action_dim is 7, the tensors have 3"),
-    "another chunk": (states("common", num_video_frames=8), "8 x 2 actions(.|\n)*22 rows; the file's has 14"),
-    "text for a number": (states("common", num_video_frames="four"), "num_video_frames is 'four'; expected a whole"),
-    "half a frame": (states("common", num_video_frames=0.5), "num_video_frames is '0.5'; expected a whole"),
-    "a list for a number": (states("common", num_video_frames=[4]), r"num_video_frames is '\[4\]'; expected a whole"),
+    "no config": (
+        lambda f: (f / "config.json").unlink(),
+        r"4 found\)(.|\n)*num_video_frames is missing(.|\n)*und_expert.norm_eps is missing",
+    ),
+    "a missing field": (
+        lambda f: edit(f, lambda c: c["action_expert"].pop("norm_eps")),
+        "action_expert.norm_eps is missing; no tensor shows",
+    ),
+    "sizes of another model": (
+        states("common", action_dim=7),
+        "common.action_dim is 7, the tensors have 3",
+    ),
+    "another chunk": (
+        states("common", num_video_frames=8),
+        "8 x 2 actions(.|\n)*22 rows; the file's has 14",
+    ),
+    "text for a number": (
+        states("common", num_video_frames="four"),
+        "num_video_frames is 'four'; expected a whole",
+    ),
+    "half a frame": (
+        states("common", num_video_frames=0.5),
+        "num_video_frames is '0.5'; expected a whole",
+    ),
+    "a list for a number": (
+        states("common", num_video_frames=[4]),
+        r"num_video_frames is '\[4\]'; expected a whole",
+    ),
     "a number too large": (states("und_expert", norm_eps=10**400), "expected a number above 0"),
     "broken json": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid json"),
-    "no understanding expert": (lambda f: drop(f, "und_expert."), "no tensor und.blocks.0.qkv that shows und_width"),
-    "no video expert": (lambda f: drop(f, "wan_model."), "no tensor patch_embedding.weight that shows width"),
-    "no state encoder": (lambda f: drop(f, "state_encoder."), "state_encoder.0.weight that shows state_dim"),
-    "a block without its norm": (lambda f: drop(f, "blocks.1.wan_action_norm_q"), "missing: action.blocks.1.norm_q.weight"),
+    "no understanding expert": (
+        lambda f: drop(f, "und_expert."),
+        "no tensor und.blocks.0.qkv that shows und_width",
+    ),
+    "no video expert": (
+        lambda f: drop(f, "wan_model."),
+        "no tensor patch_embedding.weight that shows width",
+    ),
+    "no state encoder": (
+        lambda f: drop(f, "state_encoder."),
+        "state_encoder.0.weight that shows state_dim",
+    ),
+    "a block without its norm": (
+        lambda f: drop(f, "blocks.1.wan_action_norm_q"),
+        "missing: action.blocks.1.norm_q.weight",
+    ),
     "no action expert": (lambda f: drop(f, "action_expert."), "holds unknown weights"),
 }
 
@@ -195,7 +341,11 @@ WRONG = {
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("official")
-    w.export(checkpoint(folder / "step_000001", "3")[1] / "ema.safetensors", folder / "official", dtype=torch.float32)
+    w.export(
+        checkpoint(folder / "step_000001", "3")[1] / "ema.safetensors",
+        folder / "official",
+        dtype=torch.float32,
+    )
     return folder / "official"
 
 
@@ -211,9 +361,11 @@ def test_whatever_is_wrong_with_published_weights_is_one_clear_error(official, t
 def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
     """No tensor of Wan shows its heads; only the published sizes may go without a config. Text encoders make no model."""
     _, paths = wan_folders(tmp_path, TINY.video)
-    for change, message in ((lambda c: c.pop("num_heads"), "num_heads or num_attention_heads is missing"),
-                            (lambda c: c.update(num_heads=0), "num_heads is '0'"),
-                            (lambda c: c.update(num_heads=3), "multiple of heads 3")):
+    for change, message in (
+        (lambda c: c.pop("num_heads"), "num_heads or num_attention_heads is missing"),
+        (lambda c: c.update(num_heads=0), "num_heads is '0'"),
+        (lambda c: c.update(num_heads=3), "multiple of heads 3"),
+    ):
         edit(shutil.copytree(paths["file"], copy := tmp_path / "copy"), change)
         with pytest.raises(ValueError, match=message):
             Motus.from_pretrained(copy)
@@ -226,8 +378,18 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
 def test_our_own_card_is_checked_by_itself(tmp_path):
     """Bad json, missing keys, unknown keys and values of the wrong kind: a ValueError that names the file."""
     good = json.loads(Card(TINY, "3").as_json())
-    changed = [json.dumps(good | {"motus": good["motus"] | change}) for change in ({"frames": "four"}, {"frame": 4}, {"video": 7})]
-    for change in ("{", "[1]", "{}", json.dumps({"motus": 3, "stage": "3"}), json.dumps({"motus": good["motus"]}), *changed):
+    changed = [
+        json.dumps(good | {"motus": good["motus"] | change})
+        for change in ({"frames": "four"}, {"frame": 4}, {"video": 7})
+    ]
+    for change in (
+        "{",
+        "[1]",
+        "{}",
+        json.dumps({"motus": 3, "stage": "3"}),
+        json.dumps({"motus": good["motus"]}),
+        *changed,
+    ):
         (tmp_path / "config.json").write_text(change)
         with pytest.raises(ValueError, match="config.json"):
             Card.read(tmp_path / "config.json")
@@ -237,12 +399,24 @@ def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
     """A key of HUB or its repository leads to the folder weights/KEY; what lies there complete is not fetched again."""
     calls = []
     monkeypatch.chdir(tmp_path)
-    hub = type("hub", (), {"snapshot_download": staticmethod(lambda *args, local_dir, **_: (
-        calls.append(args), shutil.copytree(official, local_dir, dirs_exist_ok=True)))})
+    hub = type(
+        "hub",
+        (),
+        {
+            "snapshot_download": staticmethod(
+                lambda *args, local_dir, **_: (
+                    calls.append(args),
+                    shutil.copytree(official, local_dir, dirs_exist_ok=True),
+                )
+            )
+        },
+    )
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", hub)
     for name in ("motus-stage3", "motus-robotics/Motus_robotwin2", "motus-stage3"):
         assert Motus.from_pretrained(name)[1].stage == "3"
-    assert calls == [("motus-robotics/Motus_robotwin2",)] and w.fetched("elsewhere") == Path("elsewhere")
+    assert calls == [("motus-robotics/Motus_robotwin2",)] and w.fetched("elsewhere") == Path(
+        "elsewhere"
+    )
     with pytest.raises(ValueError, match="holds no checkpoint"):
         Motus.from_pretrained("motus-robotics/Unknown")
 
@@ -250,15 +424,42 @@ def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
 # -- the frozen backbones ---------------------------------------------------------------------------------------------------
 
 SENTENCES = ["put the red disc at the top", "push the blue disc to the left"]
-VAE = WanVAEConfig(dim=8, dec_dim=8, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                   mean=(0.1, -0.2, 0.3, 0.0), std=(0.5, 1.0, 2.0, 0.25))
+VAE = WanVAEConfig(
+    dim=8,
+    dec_dim=8,
+    z_dim=4,
+    dim_mult=(1, 2, 2),
+    num_res_blocks=1,
+    temporal_downsample=(True, True),
+    mean=(0.1, -0.2, 0.3, 0.0),
+    std=(0.5, 1.0, 2.0, 0.25),
+)
 
 
 def vlm_size(tokenizer: Path) -> Qwen3VLConfig:
     tokens = motus.read_tokenizer(tokenizer)
-    return Qwen3VLConfig(vocab=tokens.get_vocab_size(), width=8, ffn=24, layers=2, heads=4, kv_heads=2, head_dim=12, rope_theta=1e4,
-                         mrope=(2, 2, 2), image_token=tokens.token_to_id("<|image_pad|>"), vision_width=16, vision_ffn=24, vision_layers=2,
-                         vision_heads=2, taps=(0,), side=6, patch=8, merge=2, min_pixels=256, max_pixels=2304)
+    return Qwen3VLConfig(
+        vocab=tokens.get_vocab_size(),
+        width=8,
+        ffn=24,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=12,
+        rope_theta=1e4,
+        mrope=(2, 2, 2),
+        image_token=tokens.token_to_id("<|image_pad|>"),
+        vision_width=16,
+        vision_ffn=24,
+        vision_layers=2,
+        vision_heads=2,
+        taps=(0,),
+        side=6,
+        patch=8,
+        merge=2,
+        min_pixels=256,
+        max_pixels=2304,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -267,27 +468,69 @@ def houses(tmp_path_factory) -> tuple[Path, Path]:
     ours, theirs = (tmp_path_factory.mktemp(name) for name in ("ours", "theirs"))
     torch.manual_seed(0)
     word_tokenizer(ours / "text.json", ["</s>"], SENTENCES)
-    specials = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "user", "assistant"]
+    specials = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|image_pad|>",
+        "<|vision_end|>",
+        "user",
+        "assistant",
+    ]
     word_tokenizer(ours / "vlm.json", specials, SENTENCES)
     size = vlm_size(ours / "vlm.json")
-    text = UMT5Config(vocab=motus.read_tokenizer(ours / "text.json").get_vocab_size(), dim=12, dim_attn=8, dim_ffn=16, heads=2, layers=2)
+    text = UMT5Config(
+        vocab=motus.read_tokenizer(ours / "text.json").get_vocab_size(),
+        dim=12,
+        dim_attn=8,
+        dim_ffn=16,
+        heads=2,
+        layers=2,
+    )
     vae, text, vlm = WanVAE(VAE), UMT5Encoder(text), Qwen3VL(size)
     for name, part in (("vae", vae), ("text", text), ("vlm", vlm)):
         save_part(ours / f"{name}.safetensors", part)
     (theirs / "wan" / "google" / "umt5-xxl").mkdir(parents=True)
     torch.save(vae.state_dict(), theirs / "wan" / "Wan2.2_VAE.pth")
     torch.save(text.state_dict(), theirs / "wan" / "models_t5_umt5-xxl-enc-bf16.pth")
-    (theirs / "wan" / "config.json").write_text(json.dumps({"latents_mean": VAE.mean, "latents_std": VAE.std}))
+    (theirs / "wan" / "config.json").write_text(
+        json.dumps({"latents_mean": VAE.mean, "latents_std": VAE.std})
+    )
     shutil.copy(ours / "text.json", theirs / "wan" / "google" / "umt5-xxl" / "tokenizer.json")
     (qwen := theirs / "qwen3vl").mkdir()
-    w.save_safetensors(qwen / "model.safetensors", {f"model.{name}": tensor for name, tensor in vlm.state_dict().items()})
+    w.save_safetensors(
+        qwen / "model.safetensors",
+        {f"model.{name}": tensor for name, tensor in vlm.state_dict().items()},
+    )
     shutil.copy(ours / "vlm.json", qwen / "tokenizer.json")
-    (qwen / "config.json").write_text(json.dumps({
-        "text_config": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
-                        "rope_scaling": {"mrope_section": [2, 2, 2], "mrope_interleaved": True, "rope_type": "default"}},
-        "vision_config": {"depth": 2, "num_heads": 2, "deepstack_visual_indexes": [0], "patch_size": 8},
-        "image_token_id": size.image_token}))
-    (qwen / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 256, "longest_edge": 2304}, "patch_size": 8}))
+    (qwen / "config.json").write_text(
+        json.dumps(
+            {
+                "text_config": {
+                    "hidden_size": 8,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "rope_theta": 1e4,
+                    "rms_norm_eps": 1e-6,
+                    "rope_scaling": {
+                        "mrope_section": [2, 2, 2],
+                        "mrope_interleaved": True,
+                        "rope_type": "default",
+                    },
+                },
+                "vision_config": {
+                    "depth": 2,
+                    "num_heads": 2,
+                    "deepstack_visual_indexes": [0],
+                    "patch_size": 8,
+                },
+                "image_token_id": size.image_token,
+            }
+        )
+    )
+    (qwen / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"shortest_edge": 256, "longest_edge": 2304}, "patch_size": 8})
+    )
     return ours, theirs
 
 
@@ -301,7 +544,10 @@ def test_published_backbones_compute_what_ours_do(houses):
     a, b = (backbones.inputs(frames(), SENTENCES) for backbones in (ours, theirs))
     for name in ("latents", "context", "context_len", "und", "und_mask"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert theirs.vae.conv1.weight.dtype == torch.float32 and theirs.vae.decoder.conv1.weight.dtype == torch.bfloat16
+    assert (
+        theirs.vae.conv1.weight.dtype == torch.float32
+        and theirs.vae.decoder.conv1.weight.dtype == torch.bfloat16
+    )
     assert sample.psnr(theirs.decode_video(a.latents), ours.decode_video(a.latents)) > 45
 
 
@@ -309,15 +555,25 @@ def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
     """Then the Qwen3-VL folder needs configs and a tokenizer only; a policy of a folder without a VLM takes that of Qwen3-VL."""
     model, own = checkpoint(tmp_path / "step_000001", "3")
     vlm = Backbones.load(houses[0], 16, ("vlm",)).vlm
-    tensors = model.state_dict() | {f"vlm.{name}": tensor for name, tensor in vlm.state_dict().items()}
+    tensors = model.state_dict() | {
+        f"vlm.{name}": tensor for name, tensor in vlm.state_dict().items()
+    }
     w.save_safetensors(tmp_path / "all.safetensors", tensors, {"config": json.dumps(asdict(TINY))})
     w.export(tmp_path / "all.safetensors", tmp_path / "official", dtype=torch.float32)
     w.export(tmp_path / "all.safetensors", tmp_path / "half")
     assert same(Motus.from_pretrained(tmp_path / "official")[0], model)
-    shutil.copytree(houses[1] / "qwen3vl", tmp_path / "qwen3vl", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        houses[1] / "qwen3vl", tmp_path / "qwen3vl", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     inside = Backbones.load(tmp_path, parts=("vlm",), motus=tmp_path / "official").vlm
-    assert all(torch.equal(x, y) for x, y in zip(inside.state_dict().values(), vlm.state_dict().values()))
-    assert inside.config == vlm.config and published.holds_vlm(tmp_path / "official") and not published.holds_vlm(own)
+    assert all(
+        torch.equal(x, y) for x, y in zip(inside.state_dict().values(), vlm.state_dict().values())
+    )
+    assert (
+        inside.config == vlm.config
+        and published.holds_vlm(tmp_path / "official")
+        and not published.holds_vlm(own)
+    )
     half = Backbones.load(tmp_path, parts=("vlm",), motus=tmp_path / "half").vlm
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="0 weight files"):
@@ -326,10 +582,13 @@ def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
 
 def test_a_backbone_that_says_too_little_is_refused(houses, tmp_path):
     """Statistics of latents that are not Wan2.2's, taps and rotary sections of a VLM, files and tokenizers that are not there."""
-    for name, message in (("wan/config.json", "latents_mean is missing(.|\n)*latents_std is missing"),
-                          ("wan/Wan2.2_VAE.pth", "has none of Wan2.2_VAE"), ("qwen3vl/config.json", "mrope_section is missing"),
-                          ("qwen3vl/tokenizer.json", "tokenizer.json does not exist"),
-                          ("wan/google/umt5-xxl/tokenizer.json", "has none of google/umt5-xxl/tokenizer.json")):
+    for name, message in (
+        ("wan/config.json", "latents_mean is missing(.|\n)*latents_std is missing"),
+        ("wan/Wan2.2_VAE.pth", "has none of Wan2.2_VAE"),
+        ("qwen3vl/config.json", "mrope_section is missing"),
+        ("qwen3vl/tokenizer.json", "tokenizer.json does not exist"),
+        ("wan/google/umt5-xxl/tokenizer.json", "has none of google/umt5-xxl/tokenizer.json"),
+    ):
         copy = shutil.copytree(houses[1], tmp_path / name.replace("/", "_"))
         (copy / name).unlink()
         with pytest.raises(ValueError, match=message):
@@ -340,9 +599,18 @@ def test_the_published_configs_are_the_defaults_of_ours():
     """From the tables of the published files alone, without any config.json, come the sizes that this repository has as defaults."""
     assert published.text_config(Path("x"), w.expected("umt5")) == UMT5Config()
     assert published.vae_config(Path("x"), w.expected("wan-vae"), {}) == WanVAEConfig()
-    assert published.vlm_config(Path("x"), {w.qwen_own(k): v for k, v in w.expected("qwen3vl").items()}, {}) == Qwen3VLConfig()
-    stated = {"common.num_video_frames": 8, "common.video_action_freq_ratio": 2, "action_expert.norm_eps": 1e-5,
-              "und_expert.norm_eps": 1e-5}
+    assert (
+        published.vlm_config(
+            Path("x"), {w.qwen_own(k): v for k, v in w.expected("qwen3vl").items()}, {}
+        )
+        == Qwen3VLConfig()
+    )
+    stated = {
+        "common.num_video_frames": 8,
+        "common.video_action_freq_ratio": 2,
+        "action_expert.norm_eps": 1e-5,
+        "und_expert.norm_eps": 1e-5,
+    }
     shapes = {w.own_name(name): shape for name, shape in w.expected("motus-stage3").items()}
     assert MotusConfig(**published.motus_fields(Path("x"), shapes, stated, (22,))) == preset("full")
 
@@ -351,7 +619,11 @@ def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
     """Text prepared beforehand: the three experts and the VLM in bf16, the VAE's encoder in fp32 and its decoder in bf16. With all of the
     VAE in fp32 it would be 18.9 GB (17.6 GiB); without the decoder, which acting does not need, it is 16.6 GB."""
     with torch.device("meta"):
-        model, vlm, vae = Motus(preset("full")).bfloat16(), Qwen3VL(Qwen3VLConfig()).bfloat16(), WanVAE(WanVAEConfig())
+        model, vlm, vae = (
+            Motus(preset("full")).bfloat16(),
+            Qwen3VL(Qwen3VLConfig()).bfloat16(),
+            WanVAE(WanVAEConfig()),
+        )
     size = lambda part: sum(tensor.nbytes for tensor in part.state_dict().values())
     experts = size(model) + size(vlm)
     assert round((experts + size(vae)) / 1e9, 2) == 18.86
@@ -374,8 +646,14 @@ def test_prepared_text_stands_in_for_the_text_encoder(houses, tmp_path, monkeypa
     whole, light = motus.backbones_of("full", config), motus.backbones_of("full", config, file)
     assert light.text is None and light.fingerprint() == whole.fingerprint()
     a, b = (x.inputs(frames(), SENTENCES) for x in (whole, light))
-    assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a) if getattr(a, name) is not None)
-    with pytest.raises(ValueError, match="'fly' is among no prepared text states(.|\n)*--encode-text"):
+    assert all(
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in vars(a)
+        if getattr(a, name) is not None
+    )
+    with pytest.raises(
+        ValueError, match="'fly' is among no prepared text states(.|\n)*--encode-text"
+    ):
         light.inputs(frames(), ["fly", "fly"])
     with pytest.raises(ValueError, match="--text; name one"):
         sample.main(["--encode-text", "fly"])
@@ -406,9 +684,13 @@ def test_an_official_model_acts_without_a_text_encoder(houses, tmp_path, monkeyp
     encoder = Backbones.load(houses[1], 10, ("text",))
     encoder.encode_text(SENTENCES)
     encoder.save_text(tmp_path / "states.safetensors")
-    policy = sample.Policy.load(tmp_path / "official", "vla", steps=2, device="cpu", text=tmp_path / "states.safetensors")
+    policy = sample.Policy.load(
+        tmp_path / "official", "vla", steps=2, device="cpu", text=tmp_path / "states.safetensors"
+    )
     actions = policy.act(frames()[:, 0].numpy(), np.zeros((2, 5), np.float32), SENTENCES)
-    assert actions.shape == (2, 8, 3) and np.isfinite(actions).all() and policy.backbones.text is None
+    assert (
+        actions.shape == (2, 8, 3) and np.isfinite(actions).all() and policy.backbones.text is None
+    )
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
 
 
@@ -422,7 +704,11 @@ def pool(houses) -> tuple[data.Pool, Backbones, data.Statistics]:
     episodes, backbones = data.toy_episodes((6,), 2, seed=0), Backbones.load(houses[0], 16)
     episodes = [replace(e, instruction=SENTENCES[i % 2]) for i, e in enumerate(episodes)]
     stats = data.statistics(episodes)
-    return data.Pool.encode(episodes, backbones, WINDOWS, 6, 0, stats, progress=False), backbones, stats
+    return (
+        data.Pool.encode(episodes, backbones, WINDOWS, 6, 0, stats, progress=False),
+        backbones,
+        stats,
+    )
 
 
 def test_a_cache_gives_the_batches_that_it_was_made_of(pool, tmp_path):
@@ -432,7 +718,9 @@ def test_a_cache_gives_the_batches_that_it_was_made_of(pool, tmp_path):
     back = data.Pool.load(tmp_path / "pool.safetensors", backbones, WINDOWS)
     assert back.statistics == stats and back.about == {"levels": [6]} and len(back) == len(pool)
     for name, value in vars(pool.batch(4, 0, 1)).items():
-        assert value is getattr(back.batch(4, 0, 1), name) is None or torch.equal(value, getattr(back.batch(4, 0, 1), name)), name
+        assert value is getattr(back.batch(4, 0, 1), name) is None or torch.equal(
+            value, getattr(back.batch(4, 0, 1), name)
+        ), name
 
 
 def test_a_stale_or_foreign_cache_is_refused_by_name(pool, houses, tmp_path):
@@ -448,7 +736,10 @@ def test_a_stale_or_foreign_cache_is_refused_by_name(pool, houses, tmp_path):
     pool.save(path, prints, WINDOWS)
     with pytest.raises(ValueError, match=f"is stale: vae was {prints['vae']}, is (?!.*text was)"):
         data.Pool.load(path, changed, WINDOWS)
-    with pytest.raises(ValueError, match="cut for another model: frames is 4, this model has 8; ratio is 3, this model has 2"):
+    with pytest.raises(
+        ValueError,
+        match="cut for another model: frames is 4, this model has 8; ratio is 3, this model has 2",
+    ):
         data.Pool.load(path, backbones, replace(WINDOWS, frames=8, ratio=2))
     with pytest.raises(ValueError, match="is no cache of windows"):
         data.Pool.load(houses[0] / "vae.safetensors", backbones, WINDOWS)
@@ -458,12 +749,23 @@ def test_the_cache_command_writes_what_training_reads(houses, tmp_path, monkeypa
     """Level 6 with actions and state; levels before it without, and without understanding, so the VLM does not matter."""
     monkeypatch.setitem(motus.BACKBONES, "toy", houses[0])
     real = data.toy_episodes
-    monkeypatch.setattr(data, "toy_episodes", lambda *args: [replace(e, instruction=SENTENCES[0]) for e in real(*args)])
+    monkeypatch.setattr(
+        data,
+        "toy_episodes",
+        lambda *args: [replace(e, instruction=SENTENCES[0]) for e in real(*args)],
+    )
     for levels, acting in (("6", True), ("2,3", False)):
         file = tmp_path / f"{levels}.safetensors"
-        data.main(["cache", "--levels", levels, "--episodes", "1", "--windows", "3", "--out", str(file)])
+        data.main(
+            ["cache", "--levels", levels, "--episodes", "1", "--windows", "3", "--out", str(file)]
+        )
         assert "3 windows" in capsys.readouterr().out
         config = preset("toy") if acting else preset("toy", finetune=False, ratio=1, action_dim=14)
         pool = data.Pool.load(file, motus.backbones_of("toy", config), config)
-        assert (pool.inputs.actions is not None) == (pool.inputs.und is not None) == (pool.statistics is not None) == acting
+        assert (
+            (pool.inputs.actions is not None)
+            == (pool.inputs.und is not None)
+            == (pool.statistics is not None)
+            == acting
+        )
         assert pool.about["levels"] == [int(level) for level in levels.split(",")]

@@ -3,25 +3,99 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
-from backbones.qwen3vl import PRESETS, Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids, smart_resize
+from backbones.qwen3vl import (
+    PRESETS,
+    Qwen3VL,
+    Qwen3VLConfig,
+    pad_prompts,
+    prepare_image,
+    prompt_ids,
+    smart_resize,
+)
 from backbones.weights import qwen_own
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 IMAGE_ID = 155
-TINY = dict(vocab=160, width=48, ffn=80, layers=3, heads=4, kv_heads=2, head_dim=16, mrope=(4, 2, 2), image_token=IMAGE_ID, vision_width=32,
-            vision_ffn=56, vision_layers=3, vision_heads=2, taps=(1,), side=6, patch=4, min_pixels=64, max_pixels=4096)
+TINY = dict(
+    vocab=160,
+    width=48,
+    ffn=80,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mrope=(4, 2, 2),
+    image_token=IMAGE_ID,
+    vision_width=32,
+    vision_ffn=56,
+    vision_layers=3,
+    vision_heads=2,
+    taps=(1,),
+    side=6,
+    patch=4,
+    min_pixels=64,
+    max_pixels=4096,
+)
 CONFIGS = {
     "toy: square images of one grid": (Qwen3VLConfig(**TINY), [(1, 4, 4)] * 3, [[0], [1], [2]]),
     "the frequency pattern and the taps of the full size, odd widths, images wider and taller than the table, one row of padding": (
-        Qwen3VLConfig(**TINY | dict(width=56, ffn=76, layers=4, heads=6, kv_heads=3, head_dim=128, mrope=(24, 20, 20), vision_width=60,
-                                    vision_heads=3, vision_ffn=52, vision_layers=4, taps=(0, 1, 2))),
-        [(1, 8, 6), (1, 4, 10)], [[0], [1]]),
+        Qwen3VLConfig(
+            **TINY
+            | dict(
+                width=56,
+                ffn=76,
+                layers=4,
+                heads=6,
+                kv_heads=3,
+                head_dim=128,
+                mrope=(24, 20, 20),
+                vision_width=60,
+                vision_heads=3,
+                vision_ffn=52,
+                vision_layers=4,
+                taps=(0, 1, 2),
+            )
+        ),
+        [(1, 8, 6), (1, 4, 10)],
+        [[0], [1]],
+    ),
     "one key head, two images in one prompt and one in the other, a grid of one block": (
-        Qwen3VLConfig(**TINY | dict(heads=3, kv_heads=1, head_dim=32, mrope=(6, 5, 5), vision_heads=1, vision_width=20, taps=(0, 2), side=3,
-                                    patch=2, merge=3)),
-        [(1, 3, 3), (1, 9, 6), (1, 3, 3)], [[0, 1], [2]]),
+        Qwen3VLConfig(
+            **TINY
+            | dict(
+                heads=3,
+                kv_heads=1,
+                head_dim=32,
+                mrope=(6, 5, 5),
+                vision_heads=1,
+                vision_width=20,
+                taps=(0, 2),
+                side=3,
+                patch=2,
+                merge=3,
+            )
+        ),
+        [(1, 3, 3), (1, 9, 6), (1, 3, 3)],
+        [[0, 1], [2]],
+    ),
 }
 
 
@@ -29,18 +103,53 @@ def oracle(config):
     """The same sizes in transformers, eager attention, all parameters drawn away from zero and identity."""
     transformers = pytest.importorskip("transformers")
     c = config
-    ids = dict(image_token_id=c.image_token, video_token_id=156, vision_start_token_id=153, vision_end_token_id=154)
-    text = dict(vocab_size=c.vocab, hidden_size=c.width, intermediate_size=c.ffn, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.eps, pad_token_id=0, tie_word_embeddings=True,
-                rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta, mrope_section=list(c.mrope), mrope_interleaved=True))
-    vision = dict(depth=c.vision_layers, hidden_size=c.vision_width, intermediate_size=c.vision_ffn, num_heads=c.vision_heads,
-                  out_hidden_size=c.width, num_position_embeddings=c.side**2, deepstack_visual_indexes=list(c.taps), patch_size=c.patch,
-                  spatial_merge_size=c.merge, temporal_patch_size=c.repeat)
+    ids = dict(
+        image_token_id=c.image_token,
+        video_token_id=156,
+        vision_start_token_id=153,
+        vision_end_token_id=154,
+    )
+    text = dict(
+        vocab_size=c.vocab,
+        hidden_size=c.width,
+        intermediate_size=c.ffn,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        rms_norm_eps=c.eps,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        rope_parameters=dict(
+            rope_type="default",
+            rope_theta=c.rope_theta,
+            mrope_section=list(c.mrope),
+            mrope_interleaved=True,
+        ),
+    )
+    vision = dict(
+        depth=c.vision_layers,
+        hidden_size=c.vision_width,
+        intermediate_size=c.vision_ffn,
+        num_heads=c.vision_heads,
+        out_hidden_size=c.width,
+        num_position_embeddings=c.side**2,
+        deepstack_visual_indexes=list(c.taps),
+        patch_size=c.patch,
+        spatial_merge_size=c.merge,
+        temporal_patch_size=c.repeat,
+    )
     model = transformers.Qwen3VLForConditionalGeneration(
-        transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)).eval()
+        transformers.Qwen3VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+        )
+    ).eval()
     torch.manual_seed(0)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5 if parameter.dim() == 1 else (2 / parameter.flatten(1).shape[1]) ** 0.5)
+        torch.nn.init.normal_(
+            parameter,
+            std=0.5 if parameter.dim() == 1 else (2 / parameter.flatten(1).shape[1]) ** 0.5,
+        )
     return model
 
 
@@ -51,18 +160,36 @@ def inputs(config, grids, images_of):
     for row, images in enumerate(images_of):
         prompt = torch.randint(1, 150, (3 + row,), generator=generator).tolist()
         for image in images:
-            prompt += [153] + [config.image_token] * (grids[image][1] * grids[image][2] // config.merge**2) + [154]
+            prompt += (
+                [153]
+                + [config.image_token] * (grids[image][1] * grids[image][2] // config.merge**2)
+                + [154]
+            )
         prompts.append(prompt + torch.randint(1, 150, (2 + 3 * row,), generator=generator).tolist())
     ids, mask = pad_prompts(prompts)
     patches = sum(h * w for _, h, w in grids)
-    return ids, mask, torch.randn(patches, 3 * config.repeat * config.patch**2, generator=generator), torch.tensor(grids)
+    return (
+        ids,
+        mask,
+        torch.randn(patches, 3 * config.repeat * config.patch**2, generator=generator),
+        torch.tensor(grids),
+    )
 
 
 @torch.no_grad()
 def run_oracle(model, ids, mask, pixels, grid):
     kinds = (ids == model.config.image_token_id).int()
-    return model.model(input_ids=ids, attention_mask=mask.long(), pixel_values=pixels, image_grid_thw=grid,
-                       mm_token_type_ids=kinds).last_hidden_state[mask].float()
+    return (
+        model.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            pixel_values=pixels,
+            image_grid_thw=grid,
+            mm_token_type_ids=kinds,
+        )
+        .last_hidden_state[mask]
+        .float()
+    )
 
 
 def build(config, model):
@@ -86,7 +213,9 @@ def test_the_full_model_has_the_published_parameters():
     assert shapes["visual.patch_embed.proj.weight"] == (1024, 3, 2, 16, 16)
     assert shapes["visual.deepstack_merger_list.2.norm.weight"] == (4096,)
     assert shapes["language_model.layers.27.mlp.down_proj.weight"] == (2048, 6144)
-    assert qwen_own("model.visual.pos_embed.weight") in shapes and qwen_own("lm_head.weight") is None
+    assert (
+        qwen_own("model.visual.pos_embed.weight") in shapes and qwen_own("lm_head.weight") is None
+    )
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -108,7 +237,7 @@ def test_hidden_states_in_bf16_differ_from_transformers_by_no_more_than_its_own_
     model = model.to(torch.bfloat16)
     rounded = run_oracle(model, *batch)
     found = build(config, model)(*batch)[batch[1]].detach().float()
-    own_rounding = (rounded - exact).norm()                                                  # single draws scatter by 10 %
+    own_rounding = (rounded - exact).norm()  # single draws scatter by 10 %
     assert (found - exact).norm() < 1.2 * own_rounding
     assert (found - rounded).norm() < 1.2 * own_rounding
 
@@ -120,7 +249,9 @@ def test_grouped_encoding_equals_encoding_one_image_at_a_time():
     tower = Qwen3VL(config).visual
     grid = torch.tensor([(1, 4, 6), (1, 2, 2), (1, 4, 6), (1, 2, 8), (1, 2, 2)])
     pixels = torch.randn(int(grid.prod(dim=1).sum()), 3 * config.repeat * config.patch**2)
-    alone = [tower(part, row[None]) for part, row in zip(pixels.split(grid.prod(dim=1).tolist()), grid)]
+    alone = [
+        tower(part, row[None]) for part, row in zip(pixels.split(grid.prod(dim=1).tolist()), grid)
+    ]
     torch.testing.assert_close(tower(pixels, grid), torch.cat(alone, dim=1))
 
 
@@ -183,14 +314,21 @@ def picture(height, width):
     """A smooth pattern with edges and noise."""
     y, x = np.mgrid[:height, :width]
     noise = np.random.default_rng(0).integers(0, 40, (height, width, 3))
-    return np.stack([(x * 3) % 200, (y * 5) % 200, ((x + y) // 16 % 2) * 200], axis=-1).astype(np.uint8) + noise.astype(np.uint8)
+    return np.stack([(x * 3) % 200, (y * 5) % 200, ((x + y) // 16 % 2) * 200], axis=-1).astype(
+        np.uint8
+    ) + noise.astype(np.uint8)
 
 
 def image_processor(config):
     processing = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     return processing.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}, patch_size=config.patch, merge_size=config.merge,
-        temporal_patch_size=config.repeat, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        size={"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
+        patch_size=config.patch,
+        merge_size=config.merge,
+        temporal_patch_size=config.repeat,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
 
 
 @pytest.mark.parametrize("size", [(384, 320), (240, 320), (128, 128), (100, 333), (300, 37)])
@@ -198,7 +336,9 @@ def test_prepared_images_equal_the_processor(size):
     """Same grid, same patches within one grey level (2/255 after scaling), for sizes that fit, grow and are rounded."""
     config = PRESETS["qwen3-vl-2b"]
     image = picture(*size)
-    expected = image_processor(config)(images=[image], input_data_format="channels_last", return_tensors="pt")
+    expected = image_processor(config)(
+        images=[image], input_data_format="channels_last", return_tensors="pt"
+    )
     pixels, grid = prepare_image(image, config)
     assert grid.tolist() == expected["image_grid_thw"].tolist()
     assert (pixels - expected["pixel_values"]).abs().max() < 2 / 255 + 1e-6
@@ -208,7 +348,9 @@ def test_too_large_images_shrink_as_the_processor_shrinks_them():
     """Above max_pixels both sides are scaled down; a toy image of 64 x 64 stays as it is."""
     config = Qwen3VLConfig(**TINY)
     image = picture(100, 300)
-    expected = image_processor(config)(images=[image], input_data_format="channels_last", return_tensors="pt")
+    expected = image_processor(config)(
+        images=[image], input_data_format="channels_last", return_tensors="pt"
+    )
     pixels, grid = prepare_image(image, config)
     assert grid.tolist() == expected["image_grid_thw"].tolist()
     assert (pixels - expected["pixel_values"]).abs().max() < 2 / 255 + 1e-6
@@ -222,7 +364,10 @@ def test_the_training_form_resamples_twice():
 
     config, image = PRESETS["qwen3-vl-2b"], picture(384, 320)
     between = np.array(Image.fromarray(image).resize((308, 392), Image.Resampling.BICUBIC))
-    trained, deployed = prepare_image(image, config, form="training"), prepare_image(image, config, form="deployment")
+    trained, deployed = (
+        prepare_image(image, config, form="training"),
+        prepare_image(image, config, form="deployment"),
+    )
     torch.testing.assert_close(trained[0], prepare_image(between, config)[0])
     assert trained[1].tolist() == deployed[1].tolist() == [[1, 24, 20]]
     first = (deployed[0][0].view(3, 2, 16, 16)[:, 1] + 1) / 2 * 255
@@ -244,9 +389,15 @@ def byte_tokenizer():
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(["pick up the red cube", "user assistant\n", "put the blue bowl on the plate"], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        ["pick up the red cube", "user assistant\n", "put the blue bowl on the plate"], trainer
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return tokenizer
 
 
@@ -255,35 +406,68 @@ def byte_tokenizer():
 def test_prompts_equal_the_processor(form, sizes):
     """Training shows image then text and opens the answer; deployment shows text then image and does not."""
     transformers = pytest.importorskip("transformers")
-    config, tokenizer, text = PRESETS["qwen3-vl-2b"], byte_tokenizer(), "Pick up the red cube,\nthen café №5  "
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL))
+    config, tokenizer, text = (
+        PRESETS["qwen3-vl-2b"],
+        byte_tokenizer(),
+        "Pick up the red cube,\nthen café №5  ",
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL)
+    )
     pictures = [picture(*size) for size in sizes]
-    processor = object.__new__(transformers.Qwen3VLProcessor)                                # its video half would need torchvision
-    processor.tokenizer, processor.image_processor, processor.image_token = fast, image_processor(config), "<|image_pad|>"
+    processor = object.__new__(
+        transformers.Qwen3VLProcessor
+    )  # its video half would need torchvision
+    processor.tokenizer, processor.image_processor, processor.image_token = (
+        fast,
+        image_processor(config),
+        "<|image_pad|>",
+    )
     parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
     parts = parts if form == "training" else parts[-1:] + parts[:-1]
-    prompt = fast.apply_chat_template([{"role": "user", "content": parts}], chat_template=CHAT, tokenize=False,
-                                      add_generation_prompt=form == "training")
+    prompt = fast.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        chat_template=CHAT,
+        tokenize=False,
+        add_generation_prompt=form == "training",
+    )
     found = processor.image_processor(images=pictures, input_data_format="channels_last")
     pieces = prompt.split("<|image_pad|>")
     pads = [processor.replace_image_token(found, i) for i in range(len(pictures))]
     expected = fast("".join(piece + pad for piece, pad in zip(pieces, [*pads, ""])))["input_ids"]
     grids = [prepare_image(p, config)[1][0] for p in pictures]
     assert prompt_ids(tokenizer, text, grids, form) == expected
-    assert tokenizer.decode(expected, skip_special_tokens=True).endswith("assistant\n") == (form == "training")
+    assert tokenizer.decode(expected, skip_special_tokens=True).endswith("assistant\n") == (
+        form == "training"
+    )
 
 
 def test_a_word_level_tokenizer_works_through_the_same_code():
     """The toy reads whole words; a tokenizer without the image tokens is refused by name."""
     words = ["<unk>", "user", "assistant", "push", "red", *SPECIAL]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with_special = Tokenizer.from_str(tokenizer.to_str())
     with_special.add_special_tokens(list(SPECIAL))
     ids = prompt_ids(with_special, "push red", [(1, 4, 2)], form="training")
-    assert [words[i] for i in ids] == ["<|im_start|>", "user", "<|vision_start|>", "<|image_pad|>", "<|image_pad|>", "<|vision_end|>",
-                                       "push", "red", "<|im_end|>", "<|im_start|>", "assistant"]
+    assert [words[i] for i in ids] == [
+        "<|im_start|>",
+        "user",
+        "<|vision_start|>",
+        "<|image_pad|>",
+        "<|image_pad|>",
+        "<|vision_end|>",
+        "push",
+        "red",
+        "<|im_end|>",
+        "<|im_start|>",
+        "assistant",
+    ]
     padded, mask = pad_prompts([ids, ids[:4]])
     assert padded[1].tolist() == ids[:4] + [0] * 7 and mask[1].tolist() == [True] * 4 + [False] * 7
     with pytest.raises(ValueError, match="no <|vision_start|>"):
-        prompt_ids(Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")), "push red", [(1, 4, 2)])
+        prompt_ids(
+            Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")), "push red", [(1, 4, 2)]
+        )

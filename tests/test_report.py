@@ -13,15 +13,28 @@ def run(tmp_path):
     for stage in report.STAGES:
         (tmp_path / stage).mkdir()
         names = ("reconstruction", "alignment") if stage == "latent" else ("video", "action")
-        (tmp_path / stage / "log.csv").write_text(f"step,{','.join(names)}\n10,0.5,0.25\n20,0.3,0.15\n")
-    (tmp_path / "latent" / "figures.json").write_text(json.dumps({"probe R2 (x, y, opening)": {"target robot": [0.9, 0.8, 0.1]}}))
+        (tmp_path / stage / "log.csv").write_text(
+            f"step,{','.join(names)}\n10,0.5,0.25\n20,0.3,0.15\n"
+        )
+    (tmp_path / "latent" / "figures.json").write_text(
+        json.dumps({"probe R2 (x, y, opening)": {"target robot": [0.9, 0.8, 0.1]}})
+    )
     (tmp_path / "samples").mkdir()
-    figures = {"idm": {"action MSE": {"model": 0.2, "mean": 1.0}},
-               "world_model": {"PSNR moving (dB)": {"model": 19.0, "copy": 15.5, "vae": 22.0}}}
-    (tmp_path / "samples" / "figures.json").write_text(json.dumps({"episodes": 32, "steps": 10, "figures": figures}))
+    figures = {
+        "idm": {"action MSE": {"model": 0.2, "mean": 1.0}},
+        "world_model": {"PSNR moving (dB)": {"model": 19.0, "copy": 15.5, "vae": 22.0}},
+    }
+    (tmp_path / "samples" / "figures.json").write_text(
+        json.dumps({"episodes": 32, "steps": 10, "figures": figures})
+    )
     (tmp_path / "samples" / "idm.png").write_bytes(b"")
     (tmp_path / "evaluation").mkdir()
-    row = {"policy": "joint", "split": "eval", "look": "clean", "all": {"rate": 0.85, "interval": [0.77, 0.9], "episodes": 100}}
+    row = {
+        "policy": "joint",
+        "split": "eval",
+        "look": "clean",
+        "all": {"rate": 0.85, "interval": [0.77, 0.9], "episodes": 100},
+    }
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [row]}))
     return tmp_path
 
@@ -39,12 +52,20 @@ def test_the_page_shows_every_stage_and_mode_as_markdown_and_html(run, capsys):
     """Both files hold the same table and pictures."""
     report.main(["--run", str(run)])
     markdown, page = (run / "report.md").read_text(), (run / "report.html").read_text()
-    for text in ("85.0 % [77, 90] of 100", "0.4000 (video)", "0.2000 (alignment)", "samples/idm.png", "stage3/curve.png"):
+    for text in (
+        "85.0 % [77, 90] of 100",
+        "0.4000 (video)",
+        "0.2000 (alignment)",
+        "samples/idm.png",
+        "stage3/curve.png",
+    ):
         assert text in markdown and text in page
     assert "report.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("missing", ["samples/figures.json", "evaluation/evaluation.json", "stage2/log.csv"])
+@pytest.mark.parametrize(
+    "missing", ["samples/figures.json", "evaluation/evaluation.json", "stage2/log.csv"]
+)
 def test_what_is_missing_is_named(run, missing):
     """No silent gaps."""
     (run / missing).unlink()

@@ -22,11 +22,22 @@ from sample import Policy, action_figures, film, moving_region, psnr, sheet, ssi
 def write_checkpoint(folder: Path, stage: str, /, **changes) -> Path:
     """A checkpoint of a one-layer toy model with random weights, the heads included."""
     torch.manual_seed(0)
-    config = preset("toy") if stage == "3" else preset("toy", finetune=False, ratio=1, action_dim=14)
+    config = (
+        preset("toy") if stage == "3" else preset("toy", finetune=False, ratio=1, action_dim=14)
+    )
     config = replace(config, video=replace(config.video, layers=1))
     robot = data.Normaliser((0.1, -0.2, 0.3), (0.5, 0.25, 2.0))
     statistics = data.Statistics("gripper", 3, robot, robot).as_json() if stage == "3" else None
-    card = replace(Card(config, stage, statistics=statistics, latent_interval=3 if stage == "2" else None, step=1), **changes)
+    card = replace(
+        Card(
+            config,
+            stage,
+            statistics=statistics,
+            latent_interval=3 if stage == "2" else None,
+            step=1,
+        ),
+        **changes,
+    )
     folder = folder / "step_000001"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(card.as_json())
@@ -36,7 +47,10 @@ def write_checkpoint(folder: Path, stage: str, /, **changes) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    return {stage: write_checkpoint(tmp_path_factory.mktemp("runs") / f"stage{stage}", stage) for stage in "123"}
+    return {
+        stage: write_checkpoint(tmp_path_factory.mktemp("runs") / f"stage{stage}", stage)
+        for stage in "123"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +60,11 @@ def policy(runs) -> Policy:
 
 def views(n: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, 48, 48, 3), np.uint8), rng.uniform(-1, 1, (n, 3)), ["put the red disc at the top"] * n
+    return (
+        rng.integers(0, 256, (n, 48, 48, 3), np.uint8),
+        rng.uniform(-1, 1, (n, 3)),
+        ["put the red disc at the top"] * n,
+    )
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------------
@@ -65,17 +83,25 @@ def test_psnr_of_an_error_of_one_grey_level_is_48_decibels():
 
 def test_ssim_is_one_for_equal_pictures_and_the_luminance_term_for_flat_ones():
     """Flat pictures have no contrast: SSIM is (2ab + c) / (a^2 + b^2 + c). Noise has no structure in common with other noise."""
-    noise = torch.randint(0, 256, (1, 2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (1, 2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     assert ssim(noise, noise) == pytest.approx(1, abs=1e-5)
     a, b, c = 51 / 255, 102 / 255, 0.01**2
-    flat = ssim(torch.full((1, 1, 12, 12, 3), 51, dtype=torch.uint8), torch.full((1, 1, 12, 12, 3), 102, dtype=torch.uint8))
+    flat = ssim(
+        torch.full((1, 1, 12, 12, 3), 51, dtype=torch.uint8),
+        torch.full((1, 1, 12, 12, 3), 102, dtype=torch.uint8),
+    )
     assert flat == pytest.approx((2 * a * b + c) / (a * a + b * b + c), abs=1e-4)
     assert abs(ssim(noise, noise.flip(1))) < 0.1
 
 
 def test_the_moving_region_is_what_changes_and_two_pixels_around():
     """One pixel that changes makes a square of five; a change below the threshold makes nothing."""
-    before, after = torch.full((1, 1, 20, 20, 3), 50, dtype=torch.uint8), torch.full((1, 2, 20, 20, 3), 50, dtype=torch.uint8)
+    before, after = (
+        torch.full((1, 1, 20, 20, 3), 50, dtype=torch.uint8),
+        torch.full((1, 2, 20, 20, 3), 50, dtype=torch.uint8),
+    )
     after[0, 0, 8, 9, 1] = 90
     after[0, 1] += 10
     region = moving_region(before, after)
@@ -97,7 +123,10 @@ def test_predicting_the_mean_is_the_baseline_of_the_actions():
     """Zeros are the mean of normalised actions; robot units weigh each dimension by its std."""
     truth, robot = torch.tensor([[[1.0, 2.0]]]), data.Normaliser((5.0, 5.0), (1.0, 0.5))
     figures = action_figures(torch.tensor([[[1.0, 0.0]]]), truth, robot)
-    assert figures == {"action MSE": {"model": 2.0, "mean": 2.5}, "action MSE (robot)": {"model": 0.5, "mean": 1.0}}
+    assert figures == {
+        "action MSE": {"model": 2.0, "mean": 2.5},
+        "action MSE (robot)": {"model": 0.5, "mean": 1.0},
+    }
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------------
@@ -106,7 +135,12 @@ def test_predicting_the_mean_is_the_baseline_of_the_actions():
 def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path):
     """Even of pure noise, a long film fits: fewer colours, then fewer frames. Its pixels are enlarged four times."""
     videos = np.random.default_rng(0).integers(0, 256, (2, 9, 48, 48, 3), np.uint8)
-    film(tmp_path / "a.gif", {"predicted": videos[0], "true": videos[1]}, "put the red disc at the top", limit=120_000)
+    film(
+        tmp_path / "a.gif",
+        {"predicted": videos[0], "true": videos[1]},
+        "put the red disc at the top",
+        limit=120_000,
+    )
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.size == (2 * 192 + 4, 192 + 40) and 1 < gif.n_frames <= 9
     assert (tmp_path / "a.gif").stat().st_size <= 120_000
@@ -115,8 +149,20 @@ def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path):
 def test_a_sheet_has_a_dark_ground_of_its_own(tmp_path):
     """The corner is the ground colour and opaque, whatever page it lies on."""
     pictures, actions = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 4, 3))
-    sheet(tmp_path / "a.png", "idm", ["push it to the top"] * 2, {"observation": pictures}, actions, actions)
-    assert Image.open(tmp_path / "a.png").convert("RGBA").getpixel((2, 2)) == (0x15, 0x18, 0x1E, 255)
+    sheet(
+        tmp_path / "a.png",
+        "idm",
+        ["push it to the top"] * 2,
+        {"observation": pictures},
+        actions,
+        actions,
+    )
+    assert Image.open(tmp_path / "a.png").convert("RGBA").getpixel((2, 2)) == (
+        0x15,
+        0x18,
+        0x1E,
+        255,
+    )
 
 
 # -- the policy -------------------------------------------------------------------------------------------------------------
@@ -134,7 +180,9 @@ def test_a_policy_acts_in_robot_units_and_repeats_itself_from_a_seed(policy):
     assert video.shape == (2, 5, 48, 48, 3) and video.dtype == np.uint8
     policy.generator.manual_seed(4)
     robot = policy.statistics.state
-    inputs = policy.inputs(torch.tensor(images[:, None]), texts, robot.apply(torch.tensor(states, dtype=torch.float32)))
+    inputs = policy.inputs(
+        torch.tensor(images[:, None]), texts, robot.apply(torch.tensor(states, dtype=torch.float32))
+    )
     normalised = policy.sample(inputs, "joint").actions
     assert np.allclose(first, normalised.numpy() * [0.5, 0.25, 2.0] + [0.1, -0.2, 0.3], atol=1e-5)
 
@@ -147,13 +195,31 @@ def test_a_policy_decodes_no_video_unless_asked(policy, monkeypatch):
     assert policy.predict(*views(), video=True)[1] is None
 
 
-@pytest.mark.parametrize("images, states, texts, message", [
-    (np.zeros((2, 48, 48, 3), np.float32), np.zeros((2, 3)), ["a", "b"], "images are float32"),
-    (np.zeros((48, 48, 3), np.uint8), np.zeros((1, 3)), ["a"], r"expected uint8 of shape \(n, H, W, 3\)"),
-    (np.zeros((2, 48, 48, 3), np.uint8), np.zeros((2, 4)), ["a", "b"], r"finite states \(2, 3\), found \(2, 4\)"),
-    (np.zeros((2, 48, 48, 3), np.uint8), np.full((2, 3), np.nan), ["a", "b"], "finite states"),
-    (np.zeros((2, 48, 48, 3), np.uint8), np.zeros((2, 3)), ["a"], "2 images need 2 instructions, found 1"),
-])
+@pytest.mark.parametrize(
+    "images, states, texts, message",
+    [
+        (np.zeros((2, 48, 48, 3), np.float32), np.zeros((2, 3)), ["a", "b"], "images are float32"),
+        (
+            np.zeros((48, 48, 3), np.uint8),
+            np.zeros((1, 3)),
+            ["a"],
+            r"expected uint8 of shape \(n, H, W, 3\)",
+        ),
+        (
+            np.zeros((2, 48, 48, 3), np.uint8),
+            np.zeros((2, 4)),
+            ["a", "b"],
+            r"finite states \(2, 3\), found \(2, 4\)",
+        ),
+        (np.zeros((2, 48, 48, 3), np.uint8), np.full((2, 3), np.nan), ["a", "b"], "finite states"),
+        (
+            np.zeros((2, 48, 48, 3), np.uint8),
+            np.zeros((2, 3)),
+            ["a"],
+            "2 images need 2 instructions, found 1",
+        ),
+    ],
+)
 def test_a_policy_refuses_what_it_cannot_read(policy, images, states, texts, message):
     """One ValueError that names what was found and what is allowed."""
     with pytest.raises(ValueError, match=message):
@@ -176,11 +242,14 @@ def test_stage_1_samples_video_without_the_action_and_understanding_experts(runs
     assert torch.equal(prediction.video[:, :, :1], inputs.latents)
 
 
-@pytest.mark.parametrize("stage, mode, message", [
-    ("3", "policy", "mode is 'policy'; allowed: joint, vla, world_model, idm, vgm"),
-    ("1", "joint", "mode joint needs actions that stage 1 lacks; allowed: vgm"),
-    ("2", "idm", "mode idm needs actions that stage 2 lacks; allowed: joint, vgm"),
-])
+@pytest.mark.parametrize(
+    "stage, mode, message",
+    [
+        ("3", "policy", "mode is 'policy'; allowed: joint, vla, world_model, idm, vgm"),
+        ("1", "joint", "mode joint needs actions that stage 1 lacks; allowed: vgm"),
+        ("2", "idm", "mode idm needs actions that stage 2 lacks; allowed: joint, vgm"),
+    ],
+)
 def test_a_mode_that_a_checkpoint_lacks_is_refused(runs, stage, mode, message):
     """Unknown modes and modes of later stages: the error lists those there are."""
     with pytest.raises(ValueError, match=message):
@@ -209,30 +278,74 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
 def test_windows_lie_inside_held_out_episodes(policy):
     """Nothing is padded, the split is not the training one, and a seed repeats the windows."""
     batch, again = (sample.held_out_windows(policy, 4, seed=3) for _ in range(2))
-    assert batch.video_mask.all() and batch.action_mask.all() and torch.equal(batch.frames, again.frames)
-    assert not any(np.array_equal(e.frames[0], data.toy_episodes([6], 4, 3, "eval")[i].frames[0])
-                   for i, e in enumerate(data.toy_episodes([6], 4, 3, "train")))
+    assert (
+        batch.video_mask.all()
+        and batch.action_mask.all()
+        and torch.equal(batch.frames, again.frames)
+    )
+    assert not any(
+        np.array_equal(e.frames[0], data.toy_episodes([6], 4, 3, "eval")[i].frames[0])
+        for i, e in enumerate(data.toy_episodes([6], 4, 3, "train"))
+    )
 
 
 def test_the_command_writes_figures_and_pictures_of_all_modes(runs, tmp_path, capsys):
     """Films where video is predicted, a sheet for every mode, figures as json and as text; a film is below 300 kB."""
-    sample.main(["--ckpt", str(runs["3"]), "--mode", "all", "--episodes", "1", "--steps", "1", "--out", str(tmp_path)])
-    figures, text = json.loads((tmp_path / "figures.json").read_text())["figures"], capsys.readouterr().out
+    sample.main(
+        [
+            "--ckpt",
+            str(runs["3"]),
+            "--mode",
+            "all",
+            "--episodes",
+            "1",
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    figures, text = (
+        json.loads((tmp_path / "figures.json").read_text())["figures"],
+        capsys.readouterr().out,
+    )
     video, actions = {"PSNR (dB)", "PSNR moving (dB)", "SSIM"}, {"action MSE", "action MSE (robot)"}
     assert {mode: set(f) for mode, f in figures.items()} == {
-        "joint": video | actions, "vla": actions, "world_model": video, "idm": actions, "vgm": video}
+        "joint": video | actions,
+        "vla": actions,
+        "world_model": video,
+        "idm": actions,
+        "vgm": video,
+    }
     for mode in figures:
         assert (tmp_path / f"{mode}.png").is_file() and f"{mode} " in text
-        assert len(list(tmp_path.glob(f"{mode}_?.gif"))) == (1 if mode in ("joint", "world_model", "vgm") else 0)
+        assert len(list(tmp_path.glob(f"{mode}_?.gif"))) == (
+            1 if mode in ("joint", "world_model", "vgm") else 0
+        )
     assert max(path.stat().st_size for path in tmp_path.glob("*.gif")) < 300_000
 
 
 @pytest.mark.parametrize("stage, modes", [("1", {"vgm"}), ("2", {"joint", "vgm"})])
 def test_earlier_stages_are_sampled_in_the_modes_they_have(runs, tmp_path, stage, modes):
     """Stage 1 in vgm; stage 2 in joint and vgm, where its latent actions are not compared with anything."""
-    sample.main(["--ckpt", str(runs[stage]), "--mode", "all", "--episodes", "2", "--steps", "1", "--out", str(tmp_path)])
+    sample.main(
+        [
+            "--ckpt",
+            str(runs[stage]),
+            "--mode",
+            "all",
+            "--episodes",
+            "2",
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
-    assert set(figures) == modes and all(set(f) == {"PSNR (dB)", "PSNR moving (dB)", "SSIM"} for f in figures.values())
+    assert set(figures) == modes and all(
+        set(f) == {"PSNR (dB)", "PSNR moving (dB)", "SSIM"} for f in figures.values()
+    )
 
 
 @pytest.mark.parametrize("program", ["sample", "evaluate"])
@@ -242,4 +355,8 @@ def test_a_bad_command_ends_with_one_line_and_status_2(program, monkeypatch, cap
     with pytest.raises(SystemExit) as ending:
         runpy.run_path(str(Path(sample.__file__).with_name(f"{program}.py")), run_name="__main__")
     message = capsys.readouterr().err
-    assert ending.value.code == 2 and message.startswith("error: no/such/run holds no checkpoint") and message.count("\n") == 1
+    assert (
+        ending.value.code == 2
+        and message.startswith("error: no/such/run holds no checkpoint")
+        and message.count("\n") == 1
+    )

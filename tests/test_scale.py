@@ -41,15 +41,23 @@ from backbones.weights import export, held, load_into, open_source, part, save_s
 from motus import Inputs, newest_step  # noqa: E402
 
 TOY = motus.PRESETS["toy"]
-TINY = replace(TOY, video=replace(TOY.video, patch=(1, 2, 2), width=32, ffn=64, layers=2, heads=2, freq_dim=32), action_width=32,
-               und_width=32)
+TINY = replace(
+    TOY,
+    video=replace(TOY.video, patch=(1, 2, 2), width=32, ffn=64, layers=2, heads=2, freq_dim=32),
+    action_width=32,
+    und_width=32,
+)
 
 
 def perform(job: dict) -> str:
     """One command of a rank, with what it is to do wrong before; returns the error it ends in, or the digest of what comes next."""
     motus.PRESETS["tiny"], motus.BACKBONES["tiny"] = TINY, motus.BACKBONES["toy"]
     rank, steps, first = os.environ["RANK"], [], train.Steps.__init__
-    os.environ.update(WORLD_SIZE=str(job["world"]), LOCAL_WORLD_SIZE=str(job["world"]), MASTER_PORT=str(job["port"]))
+    os.environ.update(
+        WORLD_SIZE=str(job["world"]),
+        LOCAL_WORLD_SIZE=str(job["world"]),
+        MASTER_PORT=str(job["port"]),
+    )
     if int(rank) >= job["world"]:
         return "next"
 
@@ -59,14 +67,22 @@ def perform(job: dict) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Steps, "__init__", remember)
-        names = {"train": train, "scale": scale, "torch": torch, "time": time, "os": os, "signal": signal, "patch": patch}
+        names = {
+            "train": train,
+            "scale": scale,
+            "torch": torch,
+            "time": time,
+            "os": os,
+            "signal": signal,
+            "patch": patch,
+        }
         for line in job.get("before", {}).get(rank, []):
             exec(line, names)
         try:
             train.main([*job["argv"], *job.get("also", {}).get(rank, [])])
         except ValueError as error:
             return str(error)
-        if not steps:                                                                        # it had reached its last step before
+        if not steps:  # it had reached its last step before
             return "next"
         inputs, noise, _ = steps[-1][steps[-1].settings.steps]
         return "next " + train.digest({k: v for k, v in (inputs | noise).items() if v is not None})
@@ -92,8 +108,18 @@ def begin(folder: Path, jobs: list[dict], ranks: int = 2, **options) -> list[sub
     file = folder / f"jobs{len(list(folder.glob('jobs*')))}"
     file.write_text(json.dumps(jobs))
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    return [subprocess.Popen([sys.executable, __file__, str(file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **options) for rank in range(ranks)]
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, str(file)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **options,
+        )
+        for rank in range(ranks)
+    ]
 
 
 def finish(processes: list[subprocess.Popen], limit: float = 1200) -> list[list[str]]:
@@ -123,16 +149,60 @@ def cache(folder: Path, stage: str) -> list[str]:
     if not file.exists():
         levels = ",".join(map(str, train.STAGES[stage].levels))
         if stage == "2":
-            train.main(["--stage", "latent", "--run", str(latent), "--steps", "2", "--set", "episodes=3", "batch=20"])
-        train.data.main(["cache", "--levels", levels, "--episodes", "4", "--windows", "48", "--out", str(file),
-                         *(["--latent", str(latent / train.LATENT_FILE)] if stage == "2" else [])])
+            train.main(
+                [
+                    "--stage",
+                    "latent",
+                    "--run",
+                    str(latent),
+                    "--steps",
+                    "2",
+                    "--set",
+                    "episodes=3",
+                    "batch=20",
+                ]
+            )
+        train.data.main(
+            [
+                "cache",
+                "--levels",
+                levels,
+                "--episodes",
+                "4",
+                "--windows",
+                "48",
+                "--out",
+                str(file),
+                *(["--latent", str(latent / train.LATENT_FILE)] if stage == "2" else []),
+            ]
+        )
     return ["--cache", str(file), *(["--latent", str(latent)] if stage == "2" else [])]
 
 
-def job(caches: Path, run: Path, stage: str, world: int, steps: int, *settings: str, **more) -> dict:
+def job(
+    caches: Path, run: Path, stage: str, world: int, steps: int, *settings: str, **more
+) -> dict:
     """A run of the tiny network on a global batch of 8."""
-    return dict(world=world, argv=["--stage", stage, "--preset", "tiny", *cache(caches, stage), "--run", str(run), "--steps", str(steps),
-                                   *more.pop("flags", []), "--set", "batch=8", "log_every=1", *settings], **more)
+    return dict(
+        world=world,
+        argv=[
+            "--stage",
+            stage,
+            "--preset",
+            "tiny",
+            *cache(caches, stage),
+            "--run",
+            str(run),
+            "--steps",
+            str(steps),
+            *more.pop("flags", []),
+            "--set",
+            "batch=8",
+            "log_every=1",
+            *settings,
+        ],
+        **more,
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -146,34 +216,55 @@ def apart(a: Path, b: Path) -> float:
     return max(abs(x - y) / abs(x) for x, y in zip(one, other))
 
 
-VARIANTS = {"plain": [], "accumulated, all computed again": ["micro=2", "checkpointing=full"],
-            "accumulated, some computed again": ["micro=1", "checkpointing=selective"], "replicas": ["shards=1"],
-            "kept gathered": ["reshard=0"]}
+VARIANTS = {
+    "plain": [],
+    "accumulated, all computed again": ["micro=2", "checkpointing=full"],
+    "accumulated, some computed again": ["micro=1", "checkpointing=selective"],
+    "replicas": ["shards=1"],
+    "kept gathered": ["reshard=0"],
+}
 
 
 # What AdamW is given has at most norm 1, on each rank and in all; the norm in the log is that before.
-CLIPPED = ("step = torch.optim.AdamW.step\n"
-           "def check(adam):\n"
-           "    norms = [scale.whole(p.grad.norm()) for group in adam.param_groups for p in group['params'] if p.grad is not None]\n"
-           "    assert torch.stack(norms).norm() < 1 + 1e-5, norms\n"
-           "    step(adam)\n"
-           "patch.setattr(torch.optim.AdamW, 'step', check)")
+CLIPPED = (
+    "step = torch.optim.AdamW.step\n"
+    "def check(adam):\n"
+    "    norms = [scale.whole(p.grad.norm()) for group in adam.param_groups for p in group['params'] if p.grad is not None]\n"
+    "    assert torch.stack(norms).norm() < 1 + 1e-5, norms\n"
+    "    step(adam)\n"
+    "patch.setattr(torch.optim.AdamW, 'step', check)"
+)
 
 
-def compare(caches: Path, folder: Path, stages: str, steps: int, variants: dict, *common: str) -> dict[str, float]:
+def compare(
+    caches: Path, folder: Path, stages: str, steps: int, variants: dict, *common: str
+) -> dict[str, float]:
     """Trains each stage on one process and, in each variant, on two, all with the `common` settings; how far the losses are apart.
     Gradients that need it are clipped, on all ranks together."""
     jobs = []
     for stage in stages:
         jobs.append(job(caches, folder / stage / "one", stage, 1, steps, *common))
-        jobs += [job(caches, folder / stage / name, stage, 2, steps, *common, *settings) for name, settings in variants.items()]
+        jobs += [
+            job(caches, folder / stage / name, stage, 2, steps, *common, *settings)
+            for name, settings in variants.items()
+        ]
     for each in jobs:
         each["before"] = dict.fromkeys("01", [CLIPPED])
     assert all(end.startswith("next") for rank in together(folder, jobs) for end in rank)
-    found = {f"stage {stage}, {name}": apart(folder / stage / "one", folder / stage / name) for stage in stages for name in variants}
+    found = {
+        f"stage {stage}, {name}": apart(folder / stage / "one", folder / stage / name)
+        for stage in stages
+        for name in variants
+    }
     print(json.dumps(found, indent=1))
     if "3" in stages:
-        assert max(float(row["grad_norm"]) for row in csv.DictReader((folder / "3" / "one" / "log.csv").open())) > 1
+        assert (
+            max(
+                float(row["grad_norm"])
+                for row in csv.DictReader((folder / "3" / "one" / "log.csv").open())
+            )
+            > 1
+        )
     return found
 
 
@@ -197,14 +288,18 @@ def test_two_ranks_train_like_one_process_in_every_variant(caches, tmp_path):
 @pytest.mark.long
 def test_two_ranks_train_like_one_process_for_fifty_steps_of_every_stage(caches, tmp_path):
     """Sums in another order: less than 1e-6 after 50 steps."""
-    assert max(compare(caches, tmp_path, "123", 50, dict(list(VARIANTS.items())[:3])).values()) < 1e-6
+    assert (
+        max(compare(caches, tmp_path, "123", 50, dict(list(VARIANTS.items())[:3])).values()) < 1e-6
+    )
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------------
 
-STOP = ("update = train.EMA.update\n"
-        "def stop(ema, model, step):\n    update(ema, model, step)\n    step == {last} and os.kill(os.getpid(), signal.SIGTERM)\n"
-        "patch.setattr(train.EMA, 'update', stop)")
+STOP = (
+    "update = train.EMA.update\n"
+    "def stop(ema, model, step):\n    update(ema, model, step)\n    step == {last} and os.kill(os.getpid(), signal.SIGTERM)\n"
+    "patch.setattr(train.EMA, 'update', stop)"
+)
 
 
 def stop_after(steps: int, rank: int) -> dict:
@@ -213,25 +308,60 @@ def stop_after(steps: int, rank: int) -> dict:
 
 
 def file_digests(run: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in newest_step(run).glob("*.safetensors")}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in newest_step(run).glob("*.safetensors")
+    }
 
 
 def resumes(caches: Path, folder: Path, stages: str, steps: int) -> None:
     jobs = []
     for stage in stages:
-        run = lambda name: folder / stage / name                                             # noqa: B023
+        run = lambda name: folder / stage / name  # noqa: B023
         for world in (1, 2):
-            jobs += [job(caches, run(f"whole{world}"), stage, world, steps, "workers=2"),
-                     job(caches, run(f"parts{world}"), stage, world, steps, "workers=2", before=stop_after(steps // 2, world - 1)),
-                     job(caches, run(f"parts{world}"), stage, world, steps, "workers=2", flags=["--resume"])]
+            jobs += [
+                job(caches, run(f"whole{world}"), stage, world, steps, "workers=2"),
+                job(
+                    caches,
+                    run(f"parts{world}"),
+                    stage,
+                    world,
+                    steps,
+                    "workers=2",
+                    before=stop_after(steps // 2, world - 1),
+                ),
+                job(
+                    caches,
+                    run(f"parts{world}"),
+                    stage,
+                    world,
+                    steps,
+                    "workers=2",
+                    flags=["--resume"],
+                ),
+            ]
         for first, then in ((1, 2), (2, 1)):
-            jobs += [job(caches, run(f"{first} to {then}"), stage, first, steps, before=stop_after(steps // 2, 0)),
-                     job(caches, run(f"{first} to {then}"), stage, then, steps, flags=["--resume"])]
+            jobs += [
+                job(
+                    caches,
+                    run(f"{first} to {then}"),
+                    stage,
+                    first,
+                    steps,
+                    before=stop_after(steps // 2, 0),
+                ),
+                job(caches, run(f"{first} to {then}"), stage, then, steps, flags=["--resume"]),
+            ]
     ends = together(folder, jobs)
     assert all(end.startswith("next") for rank in ends for end in rank), ends
-    assert all(len(set(rank[i:i + 3])) == 1 for rank in ends for j in range(0, len(jobs), 10) for i in (j, j + 3)), "another next batch"
+    assert all(
+        len(set(rank[i : i + 3])) == 1
+        for rank in ends
+        for j in range(0, len(jobs), 10)
+        for i in (j, j + 3)
+    ), "another next batch"
     for stage in stages:
-        run = lambda name: folder / stage / name                                             # noqa: B023
+        run = lambda name: folder / stage / name  # noqa: B023
         for world in (1, 2):
             assert losses(run(f"parts{world}")) == losses(run(f"whole{world}"))
             assert file_digests(run(f"parts{world}")) == file_digests(run(f"whole{world}"))
@@ -266,7 +396,10 @@ def fork():
         multiprocessing.forkserver.ensure_running()
 
     def start(world: int, store: Path, target, *args) -> list:
-        processes = [context.Process(target=target, args=(rank, world, store, *args), daemon=True) for rank in range(world)]
+        processes = [
+            context.Process(target=target, args=(rank, world, store, *args), daemon=True)
+            for rank in range(world)
+        ]
         for process in processes:
             process.start()
         return processes
@@ -290,7 +423,8 @@ def check_newest(run: Path) -> int:
     for file in ("model", "ema"):
         with open_source(folder / f"{file}.safetensors") as source:
             assert {name: source.shape(name) for name in source.names()} == {
-                k: tuple(v.shape) for k, v in savers.state(0, None)["model.safetensors"].items()}
+                k: tuple(v.shape) for k, v in savers.state(0, None)["model.safetensors"].items()
+            }
             assert all((source.read(name) == step).all() for name in source.names())
     return step
 
@@ -302,8 +436,11 @@ def kill_at_random(fork, tmp_path: Path, world: int, times: int) -> int:
     for trial in range(times):
         processes = fork(world, tmp_path / f"store{trial}", savers.save_forever, run, reached + 1)
         until = time.monotonic() + 600
-        while not any(int(path.name[5:]) > reached for path in run.glob("step_*")) and time.monotonic() < until:
-            time.sleep(0.005)                                                                # each time at least one is written
+        while (
+            not any(int(path.name[5:]) > reached for path in run.glob("step_*"))
+            and time.monotonic() < until
+        ):
+            time.sleep(0.005)  # each time at least one is written
         time.sleep(chance.random() * 0.05)
         chance.shuffle(processes)
         for process in processes:
@@ -316,7 +453,10 @@ def kill_at_random(fork, tmp_path: Path, world: int, times: int) -> int:
     saver = scale.Saver(run, scale.Ranks(), keep=2)
     saver.save(reached + 1, savers.state(reached + 1, None), savers.config(reached + 1))
     saver.wait()
-    assert sorted(path.name for path in run.iterdir()) == [f"step_{reached:06d}", f"step_{reached + 1:06d}"], "something was left behind"
+    assert sorted(path.name for path in run.iterdir()) == [
+        f"step_{reached:06d}",
+        f"step_{reached + 1:06d}",
+    ], "something was left behind"
     return reached
 
 
@@ -351,14 +491,19 @@ def disk(tmp_path):
     """A file system of 16 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a small file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize(("trouble", "words"), [("full", "No space left on device"), ("read-only", "Read-only file system")])
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [("full", "No space left on device"), ("read-only", "Read-only file system")],
+)
 def test_a_disk_that_takes_no_more_is_one_clear_error(fork, tmp_path, disk, world, trouble, words):
     """The same on every rank. The older checkpoint stays as it was and nothing is left of the new one."""
     run = disk / "run"
@@ -367,8 +512,18 @@ def test_a_disk_that_takes_no_more_is_one_clear_error(fork, tmp_path, disk, worl
     before = {path: path.read_bytes() for path in (run / "step_000001").iterdir()}
     if trouble == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    said = told(fork, world, tmp_path / "store", savers.save_once, run, 2, 512 if trouble == "read-only" else 100_000)
-    assert len(set(said)) == 1 and re.search(f"step_000002 could not be written: .*{words}.*Earlier checkpoints are intact", said[0])
+    said = told(
+        fork,
+        world,
+        tmp_path / "store",
+        savers.save_once,
+        run,
+        2,
+        512 if trouble == "read-only" else 100_000,
+    )
+    assert len(set(said)) == 1 and re.search(
+        f"step_000002 could not be written: .*{words}.*Earlier checkpoints are intact", said[0]
+    )
     assert check_newest(run) == 1 and before == {path: path.read_bytes() for path in before}
     assert [path.name for path in run.iterdir()] == ["step_000001"]
 
@@ -376,15 +531,34 @@ def test_a_disk_that_takes_no_more_is_one_clear_error(fork, tmp_path, disk, worl
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_training_on_every_rank(caches, tmp_path, disk):
     """The log of rank 0 or the next checkpoint finds no room: one error, the same on both ranks, and the run can be resumed."""
-    fill_up = ("update = train.EMA.update\n"
-               "def fill(ema, model, step):\n    update(ema, model, step)\n"
-               f"    step == 1 and subprocess.run(['dd', 'if=/dev/zero', 'of={disk}/more', 'bs=4k'], capture_output=True)\n"
-               "patch.setattr(train.EMA, 'update', fill)")
+    fill_up = (
+        "update = train.EMA.update\n"
+        "def fill(ema, model, step):\n    update(ema, model, step)\n"
+        f"    step == 1 and subprocess.run(['dd', 'if=/dev/zero', 'of={disk}/more', 'bs=4k'], capture_output=True)\n"
+        "patch.setattr(train.EMA, 'update', fill)"
+    )
     run = disk / "run"
-    tidy_up = (f"import pathlib\nassert [path.name for path in pathlib.Path({str(run)!r}).glob('*step_*')] == ['step_000001']\n"
-               f"os.unlink('{disk}/more')")
-    said = together(tmp_path, [job(caches, run, "3", 2, 4, "save_every=1", before={"0": ["import subprocess\n" + fill_up]}),
-                               job(caches, run, "3", 2, 4, "save_every=1", flags=["--resume"], before={"0": [tidy_up]})])
+    tidy_up = (
+        f"import pathlib\nassert [path.name for path in pathlib.Path({str(run)!r}).glob('*step_*')] == ['step_000001']\n"
+        f"os.unlink('{disk}/more')"
+    )
+    said = together(
+        tmp_path,
+        [
+            job(
+                caches,
+                run,
+                "3",
+                2,
+                4,
+                "save_every=1",
+                before={"0": ["import subprocess\n" + fill_up]},
+            ),
+            job(
+                caches, run, "3", 2, 4, "save_every=1", flags=["--resume"], before={"0": [tidy_up]}
+            ),
+        ],
+    )
     assert said[0][0] == said[1][0] and re.search("No space left on device", said[0][0]), said
     assert all(end[1].startswith("next") for end in said) and newest_step(run).name == "step_000004"
 
@@ -396,24 +570,49 @@ def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
     """One error that names what is wrong and where, the same on both ranks, before anything is trained."""
     run, good = tmp_path / "run", tmp_path / "good"
     start = lambda *settings, **more: job(caches, run, "3", 2, 1, *settings, **more)
-    again = lambda *settings, **more: job(caches, good, "3", 2, 1, *settings, flags=["--resume"], **more)
+    again = lambda *settings, **more: job(
+        caches, good, "3", 2, 1, *settings, flags=["--resume"], **more
+    )
     other_data = "patch.setattr(train.data.Pool, 'digest', lambda pool: 'other')"
     other_code = "patch.setattr(scale, 'code_digest', lambda: 'other')"
     damage = f"import pathlib; pathlib.Path({str(good)!r}, 'step_000001', 'ema.safetensors').unlink(missing_ok=True)"
     cases = [
-        (start("batch=7"), "batch=7 does not divide into equal parts for 2 ranks.*set batch to a multiple of 2"),
+        (
+            start("batch=7"),
+            "batch=7 does not divide into equal parts for 2 ranks.*set batch to a multiple of 2",
+        ),
         (start("micro=3"), "batch=8 does not divide .* micro=3 samples at a time"),
         (start("shards=3"), "2 ranks cannot form groups of shards=3; allowed: 1, 2"),
         (start(also={"1": ["--steps", "2"]}), "ranks differ in steps: rank 0 has 1, rank 1 has 2"),
         (start(before={"1": [other_code]}), "ranks differ in code: .*, rank 1 has other"),
         (start(before={"1": [other_data]}), "ranks differ in data: .*rank 1 has other"),
-        (start(also={"1": ["--cache", "none.safetensors"]}), "rank 1 of 2: none.safetensors: no such weight file"),
+        (
+            start(also={"1": ["--cache", "none.safetensors"]}),
+            "rank 1 of 2: none.safetensors: no such weight file",
+        ),
         (start(flags=["--resume"]), "--resume: run folder .* does not exist"),
         (job(caches, good, "3", 2, 1), "next"),
-        (again("lr=0.5"), "was trained with lr=0.001, this run has lr=0.5; resume with --set lr=0.001"),
+        (
+            again("lr=0.5"),
+            "was trained with lr=0.001, this run has lr=0.5; resume with --set lr=0.001",
+        ),
         (again(before=dict.fromkeys("01", [other_data])), "was trained on data .* has other"),
-        (again(before=dict.fromkeys("01", [other_code])), "was written by code .*, this is other; .*continue with --resume-anyway"),
-        (job(caches, good, "3", 2, 1, flags=["--resume-anyway"], before=dict.fromkeys("01", [other_code])), "next"),
+        (
+            again(before=dict.fromkeys("01", [other_code])),
+            "was written by code .*, this is other; .*continue with --resume-anyway",
+        ),
+        (
+            job(
+                caches,
+                good,
+                "3",
+                2,
+                1,
+                flags=["--resume-anyway"],
+                before=dict.fromkeys("01", [other_code]),
+            ),
+            "next",
+        ),
         (again(before=dict.fromkeys("01", [damage])), "ema.safetensors: no such weight file"),
     ]
     said = together(tmp_path, [case for case, _ in cases])
@@ -426,9 +625,13 @@ def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
 @pytest.mark.long
 def test_a_rank_that_stalls_is_named_and_ends_the_run(caches, tmp_path):
     """Rank 1 sleeps in its data: both processes end, neither hangs; the first to end says who it was, the other may find itself alone."""
-    sleep = ("get = train.Steps.__getitem__\n"
-             "patch.setattr(train.Steps, '__getitem__', lambda steps, i: (time.sleep(600) if i == 2 else None, get(steps, i))[1])")
-    processes = begin(tmp_path, [job(caches, tmp_path / "run", "3", 2, 5, "timeout=40", before={"1": [sleep]})])
+    sleep = (
+        "get = train.Steps.__getitem__\n"
+        "patch.setattr(train.Steps, '__getitem__', lambda steps, i: (time.sleep(600) if i == 2 else None, get(steps, i))[1])"
+    )
+    processes = begin(
+        tmp_path, [job(caches, tmp_path / "run", "3", 2, 5, "timeout=40", before={"1": [sleep]})]
+    )
     outs = [process.communicate(timeout=900) for process in processes]
     assert [process.returncode for process in processes] == [3, 3]
     assert any("waiting for rank 1 (waiting for the data of step 2)" in err for _, err in outs)
@@ -438,7 +641,9 @@ def test_a_rank_that_stalls_is_named_and_ends_the_run(caches, tmp_path):
 def test_a_rank_that_never_came_is_missed(caches, tmp_path):
     """One of two: an error that says how to start, no hang."""
     said = together(tmp_path, [job(caches, tmp_path / "run", "3", 2, 1, "timeout=1")], ranks=1)
-    assert re.search("rank 0 of 2 met no others at 127.0.0.1:.*start all 2 ranks, with torchrun", said[0][0])
+    assert re.search(
+        "rank 0 of 2 met no others at 127.0.0.1:.*start all 2 ranks, with torchrun", said[0][0]
+    )
 
 
 def test_torchrun_passes_our_arguments_on():
@@ -455,16 +660,34 @@ def test_torchrun_passes_our_arguments_on():
 
 def example(config: motus.MotusConfig, size: int) -> tuple[Inputs, dict[str, torch.Tensor]]:
     """A batch of stage 3 at the sizes of a configuration, with three camera rows of latents at full size."""
-    video, acts, side = config.video, (size, config.chunk, config.action_dim), (24, 20) if config.video.width == 3072 else (6, 6)
+    video, acts, side = (
+        config.video,
+        (size, config.chunk, config.action_dim),
+        (24, 20) if config.video.width == 3072 else (6, 6),
+    )
     latents = torch.randn(size, video.latent, config.latent_frames, *side)
-    inputs = Inputs(latents, torch.randn(size, 9, video.text_dim), torch.full((size,), 8), torch.randn(size, 20, config.vlm_dim),
-                    torch.ones(size, 20, dtype=torch.bool), torch.randn(size, config.state_dim), torch.randn(acts),
-                    torch.ones(acts, dtype=torch.bool))
-    return inputs, dict(t_video=torch.rand(size), t_action=torch.rand(size), video_noise=torch.randn_like(latents),
-                        action_noise=torch.randn(acts))
+    inputs = Inputs(
+        latents,
+        torch.randn(size, 9, video.text_dim),
+        torch.full((size,), 8),
+        torch.randn(size, 20, config.vlm_dim),
+        torch.ones(size, 20, dtype=torch.bool),
+        torch.randn(size, config.state_dim),
+        torch.randn(acts),
+        torch.ones(acts, dtype=torch.bool),
+    )
+    return inputs, dict(
+        t_video=torch.rand(size),
+        t_action=torch.rand(size),
+        video_noise=torch.randn_like(latents),
+        action_noise=torch.randn(acts),
+    )
 
 
-@pytest.mark.parametrize("checkpointing", ["none", *(pytest.param(x, marks=pytest.mark.long) for x in ("selective", "full"))])
+@pytest.mark.parametrize(
+    "checkpointing",
+    ["none", *(pytest.param(x, marks=pytest.mark.long) for x in ("selective", "full"))],
+)
 def test_a_compiled_layer_has_no_graph_break(checkpointing, monkeypatch):
     """`fullgraph` makes a break an error; the gradients are those of the plain layer, and few graphs serve all layers."""
     graphs = []
@@ -480,10 +703,19 @@ def test_a_compiled_layer_has_no_graph_break(checkpointing, monkeypatch):
     for compiled in (False, True):
         model = motus.Motus(TINY)
         train.initialise(model, None, train.STAGES["3"], "3")
-        model.video.head.head.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-        step = scale.parallelize(model, train.EXPERTS, checkpointing=checkpointing if compiled else "none", compiled=compiled)
+        model.video.head.head.weight.data.normal_(
+            std=0.1, generator=torch.Generator().manual_seed(0)
+        )
+        step = scale.parallelize(
+            model,
+            train.EXPERTS,
+            checkpointing=checkpointing if compiled else "none",
+            compiled=compiled,
+        )
         step(inputs, noise).total().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys() and 1 <= len(graphs) <= 3
     for name, plain in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], plain, rtol=1e-4, atol=1e-6)
@@ -497,9 +729,14 @@ class Collectives(TorchDispatchMode):
         self.calls: dict[str, list[int]] = {"gather": [], "reduce": []}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kind = {"c10d._allgather_base_.default": "gather", "c10d._reduce_scatter_base_.default": "reduce"}.get(str(function))
+        kind = {
+            "c10d._allgather_base_.default": "gather",
+            "c10d._reduce_scatter_base_.default": "reduce",
+        }.get(str(function))
         if kind:
-            self.calls[kind].append(max(x.nbytes for x in tree_leaves(args) if isinstance(x, torch.Tensor)))
+            self.calls[kind].append(
+                max(x.nbytes for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            )
         return function(*args, **(kwargs or {}))
 
 
@@ -529,13 +766,20 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         before = bytes_read()
         with open_source(tmp_path / "model.safetensors") as source:
-            load_into(model, source) if way == "load_into" else scale.fill(model.state_dict(), source)
+            load_into(model, source) if way == "load_into" else scale.fill(
+                model.state_dict(), source
+            )
         read.append(bytes_read() - before)
     if read[0] < 0.9 * size:
         pytest.skip("this file system does not say what is read from it")
-    print(f"{way}: {size / 1e6:.0f} MB, read whole {read[0] / 1e6:.1f} MB, by one rank of eight {read[1] / 1e6:.1f} MB")
+    print(
+        f"{way}: {size / 1e6:.0f} MB, read whole {read[0] / 1e6:.1f} MB, by one rank of eight {read[1] / 1e6:.1f} MB"
+    )
     assert read[1] < 1.1 * size / 8
-    assert all(torch.equal(held(x)[0], part(x, whole.state_dict()[name])) for name, x in sharded.state_dict().items())
+    assert all(
+        torch.equal(held(x)[0], part(x, whole.state_dict()[name]))
+        for name, x in sharded.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("stage", "123")
@@ -544,23 +788,44 @@ def test_a_rank_starts_from_its_part_of_published_files(one_of_eight, tmp_path, 
     earlier = motus.Motus(replace(TINY, finetune=False, ratio=1, action_dim=14)).init_weights()
     video = earlier.video.state_dict()
     if stage == "3":
-        save_safetensors(tmp_path / "ours.safetensors", earlier.state_dict(), {"config": json.dumps(asdict(earlier.config))})
+        save_safetensors(
+            tmp_path / "ours.safetensors",
+            earlier.state_dict(),
+            {"config": json.dumps(asdict(earlier.config))},
+        )
         export(tmp_path / "ours.safetensors", tmp_path / "published", dtype=torch.float32)
     else:
-        stated = dict(num_heads=TINY.video.heads, text_len=TINY.video.text_len, eps=1e-6, freq_dim=TINY.video.freq_dim)
+        stated = dict(
+            num_heads=TINY.video.heads,
+            text_len=TINY.video.text_len,
+            eps=1e-6,
+            freq_dim=TINY.video.freq_dim,
+        )
         (tmp_path / "published").mkdir()
         (tmp_path / "published" / "config.json").write_text(json.dumps(stated))
         prefix = "dit." if stage == "2" else ""
-        save_safetensors(tmp_path / "published" / "model.safetensors", {prefix + name: x for name, x in video.items()})
+        save_safetensors(
+            tmp_path / "published" / "model.safetensors",
+            {prefix + name: x for name, x in video.items()},
+        )
     config = TINY if stage == "3" else earlier.config
     whole, sharded = motus.Motus(config), motus.Motus(config)
     scale.parallelize(sharded, train.STAGES[stage].experts, one_of_eight)
     for model in (whole, sharded):
         train.initialise(model, tmp_path / "published", train.STAGES[stage], stage)
-    same = [name for name, x in whole.state_dict().items() if name in (old := earlier.state_dict()) and torch.equal(x, old[name])]
+    same = [
+        name
+        for name, x in whole.state_dict().items()
+        if name in (old := earlier.state_dict()) and torch.equal(x, old[name])
+    ]
     assert {f"video.{name}" for name in video} <= set(same)
-    assert [name in same for name in ("action.blocks.0.qkv", "und.blocks.1.qkv")] == [stage == "3"] * 2
-    assert all(torch.equal(held(x)[0], part(x, whole.state_dict()[name])) for name, x in sharded.state_dict().items())
+    assert [name in same for name in ("action.blocks.0.qkv", "und.blocks.1.qkv")] == [
+        stage == "3"
+    ] * 2
+    assert all(
+        torch.equal(held(x)[0], part(x, whole.state_dict()[name]))
+        for name, x in sharded.state_dict().items()
+    )
 
 
 def test_no_rank_holds_more_than_a_layer_of_what_starts_fresh(one_of_eight):
@@ -572,9 +837,15 @@ def test_no_rank_holds_more_than_a_layer_of_what_starts_fresh(one_of_eight):
     kept = [p.to_local() for p in model.parameters()]
     with plan.Meter(kept) as meter:
         train.initialise(model, None, train.STAGES["3"], "3")
-    block, total = (4 * sum(p.numel() for p in part.parameters()) for part in (model.video.blocks[0], model))
-    outside = 4 * sum(p.numel() for n, p in model.video.named_parameters() if not n.startswith("blocks."))
-    print(f"{total / 1e6:.0f} MB in all, {meter.peak / 1e6:.1f} MB at once; a layer and what lies outside: {(block + outside) / 1e6:.1f}")
+    block, total = (
+        4 * sum(p.numel() for p in part.parameters()) for part in (model.video.blocks[0], model)
+    )
+    outside = 4 * sum(
+        p.numel() for n, p in model.video.named_parameters() if not n.startswith("blocks.")
+    )
+    print(
+        f"{total / 1e6:.0f} MB in all, {meter.peak / 1e6:.1f} MB at once; a layer and what lies outside: {(block + outside) / 1e6:.1f}"
+    )
     assert meter.peak < 1.2 * (block + outside) < 0.25 * total
 
 
@@ -590,11 +861,20 @@ def trace(config: motus.MotusConfig, world: int, experts: tuple[str, ...] = trai
             step = scale.parallelize(model, experts, mesh, "full", precision="bf16")
             inputs, noise = example(config, 2)
             # How many rows of text a batch needs is read from its values, which a fake tensor has not.
-            model.video.embed_text = lambda context, lengths: TextStates(model.video.text_embedding(context), None)
+            model.video.embed_text = lambda context, lengths: TextStates(
+                model.video.text_embedding(context), None
+            )
             if experts == ("video",):
-                inputs, noise = replace(inputs, und=None, und_mask=None, state=None, actions=None, action_mask=None), {
-                    name: noise[name] for name in ("t_video", "video_noise")}
-            (optimizer,), ema = train.make_optimizers(model, train.Settings(), experts), train.EMA(model, 0.99)
+                inputs, noise = (
+                    replace(
+                        inputs, und=None, und_mask=None, state=None, actions=None, action_mask=None
+                    ),
+                    {name: noise[name] for name in ("t_video", "video_noise")},
+                )
+            (optimizer,), ema = (
+                train.make_optimizers(model, train.Settings(), experts),
+                train.EMA(model, 0.99),
+            )
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             with Collectives() as seen:
                 losses = step(inputs, noise)
@@ -603,36 +883,70 @@ def trace(config: motus.MotusConfig, world: int, experts: tuple[str, ...] = trai
                 scale.whole(torch.nn.utils.clip_grad_norm_(trained, 1.0))
             optimizer.step()
             ema.update(model, 0)
-            held = lambda tensors: sum(x.to_local().nbytes for x in tensors if isinstance(x, DTensor))
-            return dict(numbers=numbers, per_layer=per_layer, forward=forward, step=seen.calls, losses=losses,
-                        bytes=[held(model.parameters()), held(p.grad for p in trained if p.grad is not None),
-                               held(x for s in optimizer.state.values() for x in s.values()), held(ema.weights.values())])
+            held = lambda tensors: sum(
+                x.to_local().nbytes for x in tensors if isinstance(x, DTensor)
+            )
+            return dict(
+                numbers=numbers,
+                per_layer=per_layer,
+                forward=forward,
+                step=seen.calls,
+                losses=losses,
+                bytes=[
+                    held(model.parameters()),
+                    held(p.grad for p in trained if p.grad is not None),
+                    held(x for s in optimizer.state.values() for x in s.values()),
+                    held(ema.weights.values()),
+                ],
+            )
     finally:
         torch.distributed.destroy_process_group()
 
 
 def check_trace(found: dict, world: int, layers: int) -> None:
     weights, gradients, moments, average = found["bytes"]
-    print({k: found[k] for k in ("numbers", "bytes")}, {k: (len(v), sum(v)) for k, v in found["step"].items()})
-    assert found["losses"].video.shape == found["losses"].action.shape == (2,) and found["losses"].video.dtype == torch.float32
+    print(
+        {k: found[k] for k in ("numbers", "bytes")},
+        {k: (len(v), sum(v)) for k, v in found["step"].items()},
+    )
+    assert (
+        found["losses"].video.shape == found["losses"].action.shape == (2,)
+        and found["losses"].video.dtype == torch.float32
+    )
     even = 4 * found["numbers"] / world
     assert even <= weights < 1.001 * even + 4096 and average == weights
-    assert gradients <= weights and moments == 2 * gradients                                 # what no loss reaches has no gradient
+    assert gradients <= weights and moments == 2 * gradients  # what no loss reaches has no gradient
     # Forward: the root and every layer are gathered once. Backward: each layer again, and one reduction per group.
     assert len(found["forward"]["gather"]) == layers + 1 and not found["forward"]["reduce"]
-    assert len(found["step"]["gather"]) == 2 * layers + 1 and len(found["step"]["reduce"]) == layers + 1
+    assert (
+        len(found["step"]["gather"]) == 2 * layers + 1
+        and len(found["step"]["reduce"]) == layers + 1
+    )
     assert sum(found["forward"]["gather"]) == pytest.approx(4 * found["numbers"], rel=1e-3)
-    assert sum(found["step"]["gather"]) == pytest.approx(4 * (found["numbers"] + sum(found["per_layer"])), rel=1e-3)
+    assert sum(found["step"]["gather"]) == pytest.approx(
+        4 * (found["numbers"] + sum(found["per_layer"])), rel=1e-3
+    )
 
 
 def test_a_traced_step_sends_and_holds_what_is_planned():
     """Eight fake ranks: an eighth of everything at rest, each layer gathered twice and reduced once."""
-    check_trace(trace(replace(motus.PRESETS["small"], video=replace(motus.PRESETS["small"].video, layers=2)), 8), 8, 2)
+    check_trace(
+        trace(
+            replace(motus.PRESETS["small"], video=replace(motus.PRESETS["small"].video, layers=2)),
+            8,
+        ),
+        8,
+        2,
+    )
 
 
 def test_experts_that_a_stage_does_not_train_are_never_gathered():
     """Stage 1 sends the video expert alone."""
-    config = replace(motus.PRESETS["small"], video=replace(motus.PRESETS["small"].video, layers=2), finetune=False)
+    config = replace(
+        motus.PRESETS["small"],
+        video=replace(motus.PRESETS["small"].video, layers=2),
+        finetune=False,
+    )
     found = trace(config, 8, ("video",))
     with torch.device("meta"):
         video = sum(p.numel() for p in motus.Motus(config).video.parameters())

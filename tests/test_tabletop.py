@@ -48,7 +48,9 @@ def warp(image: np.ndarray, motion: np.ndarray) -> np.ndarray:
     x, y = (np.clip(at, 0, IMAGE - 1.001) for at in (x + motion[..., 0], y + motion[..., 1]))
     j, i = x.astype(int), y.astype(int)
     a, b, image = (x - j)[..., None], (y - i)[..., None], image.astype(float)
-    return (image[i, j] * (1 - a) + image[i, j + 1] * a) * (1 - b) + (image[i + 1, j] * (1 - a) + image[i + 1, j + 1] * a) * b
+    return (image[i, j] * (1 - a) + image[i, j + 1] * a) * (1 - b) + (
+        image[i + 1, j] * (1 - a) + image[i + 1, j + 1] * a
+    ) * b
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -68,7 +70,11 @@ def test_recording_is_deterministic_and_a_longer_recording_begins_with_a_shorter
     """Episodes depend on (level, index, seed); other seeds and other levels give other layouts."""
     short, long, other = record(5, 2, seed=1), record(5, 4, seed=1), record(5, 2, seed=2)
     for a, b in zip(short, long):
-        assert np.array_equal(a.frames, b.frames) and np.array_equal(a.actions, b.actions) and a.instruction == b.instruction
+        assert (
+            np.array_equal(a.frames, b.frames)
+            and np.array_equal(a.actions, b.actions)
+            and a.instruction == b.instruction
+        )
     assert not np.array_equal(short[0].frames[0], other[0].frames[0])
     assert [e.embodiment for e in long] == ["arm", "gantry"] * 2
 
@@ -79,10 +85,14 @@ def test_the_expert_succeeds_with_and_without_noise(body):
     world = Tabletop(128, body)
     for noise in (0.0, 0.01):
         success = rollout(world, range(128), noise=noise)
-        assert success.mean() >= 0.99, f"{body}, noise {noise}: failed seeds {np.flatnonzero(~success)}"
+        assert success.mean() >= 0.99, (
+            f"{body}, noise {noise}: failed seeds {np.flatnonzero(~success)}"
+        )
 
 
-@pytest.mark.parametrize("kind", [dict(split="eval"), dict(split="held_out"), dict(randomized=True)])
+@pytest.mark.parametrize(
+    "kind", [dict(split="eval"), dict(split="held_out"), dict(randomized=True)]
+)
 def test_the_expert_succeeds_on_every_split(kind):
     """Unseen layouts, unseen combinations and randomised scenes are as feasible as training ones."""
     assert rollout(Tabletop(64, **kind), range(64)).mean() >= 0.98
@@ -92,7 +102,9 @@ def test_a_random_policy_solves_nothing():
     """Success is not to be had by chance."""
     rng, world = np.random.default_rng(0), Tabletop(128)
     world.reset(range(128))
-    for actions in rng.uniform(-1, 1, (10, 128, 3)).repeat(6, axis=0):  # each held for six steps, so that it goes somewhere
+    for actions in rng.uniform(-1, 1, (10, 128, 3)).repeat(
+        6, axis=0
+    ):  # each held for six steps, so that it goes somewhere
         world.advance(actions)
     assert world.success.mean() < 0.06
 
@@ -100,8 +112,17 @@ def test_a_random_policy_solves_nothing():
 def test_held_out_combinations_are_never_trained_on():
     """32 combinations; train and eval share 28 of them, held_out has the others, and each word is still heard in training."""
     train, held = instructions("train"), instructions("held_out")
-    assert len(train) == 28 and set(held) == set(HELD_OUT) and not set(train) & set(held) and instructions("eval") == train
-    assert {c for _, c, _ in train} == set(COLOURS) and {s for _, _, s in train} == set(SIDES) and {k for k, _, _ in train} == set(SKILLS)
+    assert (
+        len(train) == 28
+        and set(held) == set(HELD_OUT)
+        and not set(train) & set(held)
+        and instructions("eval") == train
+    )
+    assert (
+        {c for _, c, _ in train} == set(COLOURS)
+        and {s for _, _, s in train} == set(SIDES)
+        and {k for k, _, _ in train} == set(SKILLS)
+    )
     for split in ("train", "eval", "held_out"):
         heard = set(Tabletop(96, split=split).reset(range(96))["instruction"])
         assert heard <= {sentence(*c) for c in instructions(split)}
@@ -208,8 +229,13 @@ def test_true_flow_carries_the_next_frame_back_to_this_one(body):
     for k, start in enumerate(t):
         moving = np.abs(motion[k]).sum(-1) > 1.0
         now, later = episode.frames[start].astype(float), episode.frames[start + 3]
-        plain.append(np.abs(later - now)[moving].sum()), warped.append(np.abs(warp(later, motion[k]) - now)[moving].sum())
-    assert sum(plain) > 0 and sum(warped) < 0.4 * sum(plain), f"{body}: {sum(warped) / sum(plain):.2f} of the error is left"
+        (
+            plain.append(np.abs(later - now)[moving].sum()),
+            warped.append(np.abs(warp(later, motion[k]) - now)[moving].sum()),
+        )
+    assert sum(plain) > 0 and sum(warped) < 0.4 * sum(plain), (
+        f"{body}: {sum(warped) / sum(plain):.2f} of the error is left"
+    )
 
 
 def test_flow_is_zero_where_nothing_moves_and_equals_the_motion_of_a_pushed_disc():
@@ -271,11 +297,20 @@ def test_episodes_have_one_frame_more_than_actions_and_the_levels_differ_as_the_
     for level in (2, 3, 4, 5, 6):
         for e in record(level, 2, seed=0):
             t = len(e.frames) - 1
-            assert e.frames.shape == (t + 1, IMAGE, IMAGE, 3) and e.frames.dtype == np.uint8 and e.level == level
-            assert len(e.states) == len(e.motion) == len(e.snapshots.effector) == t + 1 and isinstance(e.snapshots, Snapshot)
+            assert (
+                e.frames.shape == (t + 1, IMAGE, IMAGE, 3)
+                and e.frames.dtype == np.uint8
+                and e.level == level
+            )
+            assert len(e.states) == len(e.motion) == len(
+                e.snapshots.effector
+            ) == t + 1 and isinstance(e.snapshots, Snapshot)
             assert (e.actions is None) == (level == 2) and (e.instruction == "") == (level == 4)
             if e.actions is not None:
-                assert e.actions.shape == (t, EMBODIMENTS[e.embodiment].action_dim) and np.abs(e.actions).max() <= 1
+                assert (
+                    e.actions.shape == (t, EMBODIMENTS[e.embodiment].action_dim)
+                    and np.abs(e.actions).max() <= 1
+                )
             assert e.success == (level != 4)
             if e.success:
                 assert np.abs(np.diff(e.motion[-4:, :2], axis=0)).max() < 1e-6
@@ -306,7 +341,7 @@ def test_the_expert_recovers_from_every_mistake_that_a_demonstration_begins_with
     assert world.success.all() and not np.array_equal(discs, world.discs)
     plain = Tabletop(64)
     plain.reset(range(64))
-    assert np.array_equal(discs, plain.discs)                                                # the layout is that of the same seed
+    assert np.array_equal(discs, plain.discs)  # the layout is that of the same seed
 
 
 def test_positions_name_the_disc_of_the_instruction():
@@ -314,7 +349,9 @@ def test_positions_name_the_disc_of_the_instruction():
     world = Tabletop(16)
     obs, truth = world.reset(range(16)), world.positions()
     for i, text in enumerate(obs["instruction"]):
-        assert text == sentence(SKILLS[truth["skill"][i]], COLOURS[truth["named"][i]], SIDES[truth["side"][i]])
+        assert text == sentence(
+            SKILLS[truth["skill"][i]], COLOURS[truth["named"][i]], SIDES[truth["side"][i]]
+        )
         assert truth["present"][i].sum() == 3 and truth["present"][i, truth["named"][i]]
         column, row = (truth["discs"][i, truth["named"][i]] * IMAGE).astype(int)
         pixel = obs["image"][i, row, column].astype(int)
@@ -326,10 +363,17 @@ def test_the_single_world_env_follows_gymnasium():
     """reset -> (obs, info); step -> (obs, reward, terminated, truncated, info); the time limit truncates."""
     env = TabletopEnv(max_steps=3)
     obs, info = env.reset(seed=4)
-    assert obs["image"].shape == (IMAGE, IMAGE, 3) and obs["state"].shape == (3,) and info["seed"] == 4
+    assert (
+        obs["image"].shape == (IMAGE, IMAGE, 3) and obs["state"].shape == (3,) and info["seed"] == 4
+    )
     for _ in range(3):
         obs, reward, terminated, truncated, info = env.step(np.zeros(3))
-    assert reward == 0.0 and not terminated and truncated and np.array_equal(env.render(), obs["image"])
+    assert (
+        reward == 0.0
+        and not terminated
+        and truncated
+        and np.array_equal(env.render(), obs["image"])
+    )
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -348,18 +392,30 @@ def test_an_opening_gripper_moves_its_fingers_apart():
     world = Tabletop(1)
     world.reset([3])
     before = world.snapshot()
-    before.effector[:], before.discs[:], before.opening[:] = [[0.3, 0.5]], [[[0.8, 0.2], [0.8, 0.5], [0.8, 0.8]]], 0.5
+    before.effector[:], before.discs[:], before.opening[:] = (
+        [[0.3, 0.5]],
+        [[[0.8, 0.2], [0.8, 0.5], [0.8, 0.8]]],
+        0.5,
+    )
     after = before[np.arange(1)]
     after.opening[:] = 1.0
     motion = flow("gripper", before, after)[0]
     gap, row, column = (0.022 + 0.068 / 2) * IMAGE, int(0.5 * IMAGE), 0.3 * IMAGE
     left, right = motion[row - 2, int(column - gap)], motion[row - 2, int(column + gap)]
-    assert np.allclose(left, [-0.034 * IMAGE, 0], atol=1e-4) and np.allclose(right, [0.034 * IMAGE, 0], atol=1e-4)
+    assert np.allclose(left, [-0.034 * IMAGE, 0], atol=1e-4) and np.allclose(
+        right, [0.034 * IMAGE, 0], atol=1e-4
+    )
 
 
 def test_recording_without_pictures_is_the_same_motion():
     """Snapshots, states and actions are those of the recording with pictures; the frames have their number and no pixels."""
     seen, blind = (record(5, 2, 0, pictures=pictures) for pictures in (True, False))
     for a, b in zip(seen, blind):
-        assert np.array_equal(a.motion, b.motion) and np.array_equal(a.states, b.states) and np.array_equal(a.actions, b.actions)
-        assert b.frames.shape == (len(a.frames), 0, 0, 3) and np.array_equal(a.flow([2], [5]), b.flow([2], [5]))
+        assert (
+            np.array_equal(a.motion, b.motion)
+            and np.array_equal(a.states, b.states)
+            and np.array_equal(a.actions, b.actions)
+        )
+        assert b.frames.shape == (len(a.frames), 0, 0, 3) and np.array_equal(
+            a.flow([2], [5]), b.flow([2], [5])
+        )

@@ -11,7 +11,17 @@ from backbones.weights import wan_from_diffusers
 CONFIGS = [
     WanConfig(width=48, ffn=80, layers=2, heads=2, latent=4, text_dim=20, text_len=12, freq_dim=32),
     WanConfig(width=96, ffn=72, layers=3, heads=3, latent=6, text_dim=16, text_len=7, freq_dim=64),
-    WanConfig(width=128, ffn=160, layers=1, heads=1, latent=8, text_dim=24, text_len=9, freq_dim=16, eps=1e-5),
+    WanConfig(
+        width=128,
+        ffn=160,
+        layers=1,
+        heads=1,
+        latent=8,
+        text_dim=24,
+        text_len=9,
+        freq_dim=16,
+        eps=1e-5,
+    ),
 ]
 GRIDS = [(3, 4, 6), (1, 6, 2), (2, 10, 4)]
 
@@ -21,9 +31,20 @@ def pair(config: WanConfig, seed: int) -> tuple[WanModel, torch.nn.Module]:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(seed)
     oracle = diffusers.WanTransformer3DModel(
-        patch_size=config.patch, num_attention_heads=config.heads, attention_head_dim=config.head_dim, in_channels=config.latent,
-        out_channels=config.latent, text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn, num_layers=config.layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=config.eps, rope_max_seq_len=32).eval()
+        patch_size=config.patch,
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.latent,
+        out_channels=config.latent,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn,
+        num_layers=config.layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        eps=config.eps,
+        rope_max_seq_len=32,
+    ).eval()
     for parameter in oracle.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     ours = WanModel(config).eval()
@@ -33,13 +54,20 @@ def pair(config: WanConfig, seed: int) -> tuple[WanModel, torch.nn.Module]:
     return ours, oracle
 
 
-def example(config: WanConfig, grid: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def example(
+    config: WanConfig, grid: tuple[int, int, int], seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Latents, times in [0, 1], a batch of texts of unequal lengths, padded with zeros to text_len."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([config.text_len, config.text_len // 2])
     text = torch.randn(2, config.text_len, config.text_dim, generator=g)
-    text[1, lengths[1]:] = 0
-    return torch.randn(2, config.latent, *grid, generator=g), torch.rand(2, generator=g), text, lengths
+    text[1, lengths[1] :] = 0
+    return (
+        torch.randn(2, config.latent, *grid, generator=g),
+        torch.rand(2, generator=g),
+        text,
+        lengths,
+    )
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -67,7 +95,9 @@ def test_a_time_per_token_equals_diffusers():
     per_token = t[:, None].repeat(1, grid[0] * grid[1] * grid[2] // 4)
     per_token[:, : grid[1] * grid[2] // 4] = 0
     expected = oracle(latents, 1000 * per_token, text, return_dict=False)[0]
-    assert (ours(latents, per_token, text, lengths) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (
+        ours(latents, per_token, text, lengths) - expected
+    ).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -78,7 +108,9 @@ def test_bf16_stays_within_the_rounding_of_the_oracle(case):
     ours, oracle = pair(config, case)
     latents, t, text, lengths = example(config, GRIDS[case], case)
     exact = oracle(latents, 1000 * t, text, return_dict=False)[0]
-    half = oracle.to(torch.bfloat16)(latents.bfloat16(), 1000 * t, text.bfloat16(), return_dict=False)[0]
+    half = oracle.to(torch.bfloat16)(
+        latents.bfloat16(), 1000 * t, text.bfloat16(), return_dict=False
+    )[0]
     found = ours.to(torch.bfloat16)(latents, t, text, lengths)
     assert found.dtype == torch.float32
     assert error(found, exact) <= 1.2 * error(half, exact)

@@ -13,7 +13,9 @@ from backbones.weights import vae_from_diffusers
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def small(dim: int, dec_dim: int, z: int, mult: tuple[int, ...], blocks: int, temporal: tuple[bool, ...]) -> WanVAEConfig:
+def small(
+    dim: int, dec_dim: int, z: int, mult: tuple[int, ...], blocks: int, temporal: tuple[bool, ...]
+) -> WanVAEConfig:
     mean, std = tuple(0.1 * i - 0.2 for i in range(z)), tuple(0.5 + 0.3 * i for i in range(z))
     return WanVAEConfig(dim, dec_dim, z, mult, blocks, temporal, mean, std)
 
@@ -45,10 +47,22 @@ def oracle_of(config: WanVAEConfig) -> torch.nn.Module:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.AutoencoderKLWan(
-        base_dim=config.dim, decoder_base_dim=config.dec_dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult),
-        num_res_blocks=config.num_res_blocks, attn_scales=[], temperal_downsample=list(config.temporal_downsample), is_residual=True,
-        in_channels=12, out_channels=12, patch_size=2, latents_mean=list(config.mean), latents_std=list(config.std),
-        scale_factor_temporal=4, scale_factor_spatial=2 ** len(config.dim_mult))
+        base_dim=config.dim,
+        decoder_base_dim=config.dec_dim,
+        z_dim=config.z_dim,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=config.num_res_blocks,
+        attn_scales=[],
+        temperal_downsample=list(config.temporal_downsample),
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=list(config.mean),
+        latents_std=list(config.std),
+        scale_factor_temporal=4,
+        scale_factor_spatial=2 ** len(config.dim_mult),
+    )
 
 
 def clip(batch: int, frames: int, height: int, width: int) -> torch.Tensor:
@@ -67,14 +81,33 @@ def rms(x: torch.Tensor, y: torch.Tensor) -> float:
 @torch.no_grad()
 def test_vae_reproduces_the_official_code():
     """Latents and pictures of the official VAE come out of the official weights under their own names, in one pass and in chunks."""
-    sizes, golden = json.loads((GOLDEN / "wan_vae.json").read_text()), load_file(GOLDEN / "wan_vae.safetensors")
-    model = WanVAE(WanVAEConfig(sizes["dim"], sizes["dec_dim"], sizes["z_dim"], tuple(sizes["dim_mult"]), sizes["num_res_blocks"],
-                                tuple(sizes["temperal_downsample"]), tuple(golden["mean"].tolist()), tuple(golden["std"].tolist())))
+    sizes, golden = (
+        json.loads((GOLDEN / "wan_vae.json").read_text()),
+        load_file(GOLDEN / "wan_vae.safetensors"),
+    )
+    model = WanVAE(
+        WanVAEConfig(
+            sizes["dim"],
+            sizes["dec_dim"],
+            sizes["z_dim"],
+            tuple(sizes["dim_mult"]),
+            sizes["num_res_blocks"],
+            tuple(sizes["temperal_downsample"]),
+            tuple(golden["mean"].tolist()),
+            tuple(golden["std"].tolist()),
+        )
+    )
     model.load_state_dict(torch.load(GOLDEN / "wan_vae.pth", weights_only=True))
     for chunked in (False, True):
         assert error(model.encode(golden["video"], chunked), golden["latents"]) < 1e-5
     assert error(model.decode(golden["latents"], clamp=False), golden["decoded"]) < 1e-5
-    assert error(torch.cat(list(model.decode_frames(golden["latents"], clamp=False)), dim=2), golden["decoded"]) < 1e-5
+    assert (
+        error(
+            torch.cat(list(model.decode_frames(golden["latents"], clamp=False)), dim=2),
+            golden["decoded"],
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("config, shape", CONFIGS)
@@ -82,7 +115,12 @@ def test_vae_reproduces_the_official_code():
 def test_vae_equals_diffusers_in_fp32_and_rounds_no_worse_in_bf16(config, shape):
     """fp32 within 1e-5 of diffusers; in bf16 no further from its fp32 tensors than diffusers' own bf16 run."""
     oracle, ours = randomise(oracle_of(config)), WanVAE(config)
-    ours.load_state_dict({vae_from_diffusers(name, config.num_res_blocks): weight for name, weight in oracle.state_dict().items()})
+    ours.load_state_dict(
+        {
+            vae_from_diffusers(name, config.num_res_blocks): weight
+            for name, weight in oracle.state_dict().items()
+        }
+    )
     video = clip(*shape)
     posterior = oracle.encode(video).latent_dist
     mean, logvar = ours.posterior(video)
@@ -91,12 +129,16 @@ def test_vae_equals_diffusers_in_fp32_and_rounds_no_worse_in_bf16(config, shape)
     latents, latents_mean, latents_std = ours.encode(video), *statistics
     assert error(latents, (posterior.mean - latents_mean) / latents_std) < 1e-5
     pictures = oracle.decode(posterior.mean).sample
-    assert error(ours.decode(latents), pictures) < 1e-5 and (pictures.abs() < 1).float().mean() > 0.5
+    assert (
+        error(ours.decode(latents), pictures) < 1e-5 and (pictures.abs() < 1).float().mean() > 0.5
+    )
 
     oracle, ours = oracle.bfloat16(), ours.bfloat16()
     rounded = oracle.encode(video.bfloat16()).latent_dist.mean
     assert rms(ours.posterior(video)[0], posterior.mean) < ROUNDING * rms(rounded, posterior.mean)
-    assert rms(ours.decode(latents), pictures) < ROUNDING * rms(oracle.decode(posterior.mean.bfloat16()).sample, pictures)
+    assert rms(ours.decode(latents), pictures) < ROUNDING * rms(
+        oracle.decode(posterior.mean.bfloat16()).sample, pictures
+    )
 
 
 @pytest.mark.parametrize("config, shape", [*CONFIGS, (TOY, (2, 9, 16, 24))])
@@ -119,7 +161,9 @@ def test_frame_by_frame_decoding_holds_one_latent_frame_at_a_time():
     """`decode_frames` is lazy: the first picture costs one pass over one latent frame, and no layer sees more than a chunk."""
     model = randomise(WanVAE(TOY))
     seen = []
-    model.decoder.head[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[2]))
+    model.decoder.head[0].register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[2])
+    )
     frames = model.decode_frames(torch.randn(1, 4, 50, 2, 2))
     assert next(frames).shape == (1, 3, 1, 16, 16) and seen == [1]
     assert next(frames).shape == (1, 3, 4, 16, 16) and seen == [1, 4]
@@ -145,7 +189,9 @@ def test_training_path_is_differentiable_and_only_the_clamp_is_missing():
     latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * 20
     pictures = model.decode(latents, clamp=False)
     (pictures.square().mean() + logvar.square().mean()).backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+    assert all(
+        weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters()
+    )
     assert pictures.abs().max() > 1 and torch.equal(model.decode(latents), pictures.clamp(-1, 1))
 
 
@@ -155,9 +201,20 @@ def test_full_size_has_the_published_parameters_names_and_statistics():
     with torch.device("meta"):
         ours, oracle = WanVAE(config), oracle_of(config)
     shapes = {name: weight.shape for name, weight in ours.state_dict().items()}
-    assert (sum(weight.numel() for weight in ours.parameters()), len(shapes), ours.stride) == (704_688_668, 196, (4, 16))
-    assert {vae_from_diffusers(name): weight.shape for name, weight in oracle.state_dict().items()} == shapes
-    sums = [sum(config.mean), sum(x * x for x in config.mean), sum(config.std), sum(x * x for x in config.std)]
+    assert (sum(weight.numel() for weight in ours.parameters()), len(shapes), ours.stride) == (
+        704_688_668,
+        196,
+        (4, 16),
+    )
+    assert {
+        vae_from_diffusers(name): weight.shape for name, weight in oracle.state_dict().items()
+    } == shapes
+    sums = [
+        sum(config.mean),
+        sum(x * x for x in config.mean),
+        sum(config.std),
+        sum(x * x for x in config.std),
+    ]
     assert sums == pytest.approx([-0.5589, 1.782204, 32.5360, 25.829342], abs=1e-6)
 
 

@@ -25,7 +25,9 @@ def official(name: str) -> Path:
     return GOLDEN / f"{name}.mp_rank_00_model_states.pt"
 
 
-def module_of(shapes: dict[str, tuple[int, ...]], device: str = "meta", dtype: torch.dtype = torch.float32) -> nn.Module:
+def module_of(
+    shapes: dict[str, tuple[int, ...]], device: str = "meta", dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A module tree with exactly these parameters."""
     root = nn.Module()
     for name, shape in shapes.items():
@@ -48,7 +50,11 @@ def shapes_of(source: w.TensorSource, rename=str) -> dict[str, tuple[int, ...]]:
 
 def test_every_tensor_reaches_its_place_and_none_stays_on_meta(tmp_path):
     """Loading a file into a meta module gives the file's values under the file's names, in the module's dtype."""
-    tensors = {"a.weight": torch.randn(3, 4), "a.bias": torch.randn(4), "b.c.weight": torch.randn(2)}
+    tensors = {
+        "a.weight": torch.randn(3, 4),
+        "a.bias": torch.randn(4),
+        "b.c.weight": torch.randn(2),
+    }
     w.save_safetensors(tmp_path / "x.safetensors", tensors, {"note": "kept"})
     module = module_of({name: tuple(t.shape) for name, t in tensors.items()}, dtype=torch.bfloat16)
     with w.open_source(tmp_path / "x.safetensors") as source:
@@ -60,7 +66,9 @@ def test_every_tensor_reaches_its_place_and_none_stays_on_meta(tmp_path):
 
 def test_a_real_module_is_filled_in_place_and_keeps_requires_grad(tmp_path):
     """Parameters that exist are written into, so that optimizers and views of them stay valid."""
-    w.save_safetensors(tmp_path / "x.safetensors", {"weight": torch.ones(2, 3), "bias": torch.ones(2)})
+    w.save_safetensors(
+        tmp_path / "x.safetensors", {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    )
     module = nn.Linear(3, 2).requires_grad_(False)
     before = module.weight
     w.load_into(module, w.open_source(tmp_path / "x.safetensors"))
@@ -69,12 +77,26 @@ def test_a_real_module_is_filled_in_place_and_keeps_requires_grad(tmp_path):
 
 def test_all_misfits_are_named_in_one_error_and_nothing_is_loaded(tmp_path):
     """Missing, unexpected, wrong shape and wrong dtype are reported together; the list shows ten and the count."""
-    w.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(2, dtype=torch.int64),
-                                                     "stray": torch.ones(1)})
+    w.save_safetensors(
+        tmp_path / "x.safetensors",
+        {
+            "a": torch.ones(2),
+            "b": torch.ones(3),
+            "c": torch.ones(2, dtype=torch.int64),
+            "stray": torch.ones(1),
+        },
+    )
     module = module_of({"a": (2,), "b": (2,), "c": (2,), "gone": (5,)}, device="cpu")
     with pytest.raises(ValueError) as error:
         w.load_into(module, w.open_source(tmp_path / "x.safetensors"))
-    for part in ("x.safetensors", "(4 found)", "missing: gone (5,)", "unexpected: stray", "shape: b is (3,) in the file", "dtype: c is"):
+    for part in (
+        "x.safetensors",
+        "(4 found)",
+        "missing: gone (5,)",
+        "unexpected: stray",
+        "shape: b is (3,) in the file",
+        "dtype: c is",
+    ):
         assert part in str(error.value)
     assert module.a.sum() == 0
     many = module_of({f"m{i}": (1,) for i in range(30)} | {"a": (2,)})
@@ -86,18 +108,31 @@ def test_two_names_in_a_file_for_one_place_are_refused(tmp_path):
     """A rename that sends two tensors to one parameter is an error, not a choice."""
     w.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2), "dit.a": torch.ones(2)})
     with pytest.raises(ValueError, match="are both a"):
-        w.load_into(module_of({"a": (2,)}), w.open_source(tmp_path / "x.safetensors"), w.wan_original)
+        w.load_into(
+            module_of({"a": (2,)}), w.open_source(tmp_path / "x.safetensors"), w.wan_original
+        )
 
 
 def test_fresh_tensors_keep_their_values_and_must_be_real(tmp_path):
     """`fresh` may be absent from the file, `ignore` may be in it; a fresh tensor on meta would be random data and is refused."""
-    w.save_safetensors(tmp_path / "x.safetensors", {"body": torch.ones(2), "head.weight": torch.ones(9)})
+    w.save_safetensors(
+        tmp_path / "x.safetensors", {"body": torch.ones(2), "head.weight": torch.ones(9)}
+    )
     source = w.open_source(tmp_path / "x.safetensors")
     module = module_of({"body": (2,), "head.weight": (3,)}, device="cpu")
     report = w.load_into(module, source, ignore=["head."], fresh=["head."])
-    assert report.fresh == report.ignored == ("head.weight",) and module.head.weight.sum() == 0 and module.body.sum() == 2
+    assert (
+        report.fresh == report.ignored == ("head.weight",)
+        and module.head.weight.sum() == 0
+        and module.body.sum() == 2
+    )
     with pytest.raises(ValueError, match="not initialised: head.weight"):
-        w.load_into(module_of({"body": (2,), "head.weight": (3,)}), source, ignore=["head."], fresh=["head."])
+        w.load_into(
+            module_of({"body": (2,), "head.weight": (3,)}),
+            source,
+            ignore=["head."],
+            fresh=["head."],
+        )
 
 
 def test_an_unsaved_buffer_left_on_meta_is_refused(tmp_path):
@@ -116,7 +151,9 @@ def test_memory_that_is_not_mapped_is_never_given_back(tmp_path):
     source.tensors = {"a": source.read("a") + 1}
     module = module_of({"a": (4096,)})
     w.load_into(module, source)
-    assert torch.equal(module.a, torch.arange(4096.0) + 1) and torch.equal(source.read("a"), module.a)
+    assert torch.equal(module.a, torch.arange(4096.0) + 1) and torch.equal(
+        source.read("a"), module.a
+    )
 
 
 def test_shards_load_as_one_file(tmp_path):
@@ -127,7 +164,9 @@ def test_shards_load_as_one_file(tmp_path):
     for i in range(3):
         w.save_safetensors(blobs / f"hash{i}", {f"t{i}": torch.full((2,), float(i))})
         (folder / f"m-{i}.safetensors").symlink_to(blobs / f"hash{i}")
-    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {f"t{i}": f"m-{i}.safetensors" for i in range(3)}}))
+    (folder / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {f"t{i}": f"m-{i}.safetensors" for i in range(3)}})
+    )
     source = w.open_source(folder)
     assert source.names() == ["t0", "t1", "t2"] and source.read("t2").tolist() == [2, 2]
 
@@ -139,13 +178,26 @@ def test_our_files_are_read_by_the_safetensors_library_and_back(tmp_path):
     """Writer and reader agree with the reference library for every dtype, scalars and empty tensors."""
     library = pytest.importorskip("safetensors.torch")
     tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in w.DTYPES.items()}
-    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "odd": torch.ones(3, dtype=torch.uint8)}
+    tensors |= {
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "odd": torch.ones(3, dtype=torch.uint8),
+    }
     tensors |= {"strided": torch.rand(4, 6).T}
     w.save_safetensors(tmp_path / "ours.safetensors", tensors, {"a": "ü"})
-    library.save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs.safetensors")
-    theirs, ours = library.load_file(tmp_path / "ours.safetensors"), w.open_source(tmp_path / "theirs.safetensors")
+    library.save_file(
+        {name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs.safetensors"
+    )
+    theirs, ours = (
+        library.load_file(tmp_path / "ours.safetensors"),
+        w.open_source(tmp_path / "theirs.safetensors"),
+    )
     for name, value in tensors.items():
-        assert torch.equal(theirs[name], value) and torch.equal(ours.read(name), value) and ours.dtype(name) == value.dtype
+        assert (
+            torch.equal(theirs[name], value)
+            and torch.equal(ours.read(name), value)
+            and ours.dtype(name) == value.dtype
+        )
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
@@ -164,26 +216,42 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 # -- published names -------------------------------------------------------------------------------------------------------------------
 
-TOTALS = {"wan": (825, 4_999_787_712), "wan-diffusers": (825, 4_999_787_712), "wan-vae": (196, 704_688_668),
-          "wan-vae-diffusers": (196, 704_688_668), "umt5": (242, 5_680_910_336), "qwen3vl": (625, 2_127_532_032),
-          "motus-stage2": (825 + 625 + 286 + 246 - 1, 8_020_222_670), "motus-stage3": (825 + 625 + 293 + 246 - 1, 8_022_341_326)}
+TOTALS = {
+    "wan": (825, 4_999_787_712),
+    "wan-diffusers": (825, 4_999_787_712),
+    "wan-vae": (196, 704_688_668),
+    "wan-vae-diffusers": (196, 704_688_668),
+    "umt5": (242, 5_680_910_336),
+    "qwen3vl": (625, 2_127_532_032),
+    "motus-stage2": (825 + 625 + 286 + 246 - 1, 8_020_222_670),
+    "motus-stage3": (825 + 625 + 293 + 246 - 1, 8_022_341_326),
+}
 
 
 @pytest.mark.parametrize("table", TOTALS)
 def test_tables_have_the_published_counts(table):
     """Each table of expected tensors adds up to the published number of tensors and parameters."""
     shapes = w.expected(table)
-    assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes.values())) == TOTALS[table]
+    assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes.values())) == TOTALS[
+        table
+    ]
 
 
-@pytest.mark.parametrize("table, rename", [("wan", w.wan_from_diffusers), ("wan-vae", w.vae_from_diffusers)])
+@pytest.mark.parametrize(
+    "table, rename", [("wan", w.wan_from_diffusers), ("wan-vae", w.vae_from_diffusers)]
+)
 def test_diffusers_names_map_one_to_one(table, rename):
     """The diffusers file holds the tensors of the original file under other names, shape for shape."""
     theirs = w.expected(f"{table}-diffusers")
-    assert {rename(name): shape for name, shape in theirs.items()} == w.expected(table) and len(theirs) == len(w.expected(table))
+    assert {rename(name): shape for name, shape in theirs.items()} == w.expected(table) and len(
+        theirs
+    ) == len(w.expected(table))
 
 
-@pytest.mark.parametrize("table, kind", [("dcae_original", "dcae"), ("dcae_diffusers", "dcae-diffusers"), ("dpflow", "dpflow")])
+@pytest.mark.parametrize(
+    "table, kind",
+    [("dcae_original", "dcae"), ("dcae_diffusers", "dcae-diffusers"), ("dpflow", "dpflow")],
+)
 def test_the_networks_under_the_latent_actions_are_recognised(table, kind):
     """DC-AE in both layouts and DPFlow by their telltale tensors; what they rename to is what those modules want."""
     names = list(w.expected(table))
@@ -193,13 +261,32 @@ def test_the_networks_under_the_latent_actions_are_recognised(table, kind):
 
 def test_a_text_encoder_of_transformers_is_recognised_and_its_tied_name_dropped(tmp_path):
     """shared.weight and encoder.embed_tokens.weight are one tensor; converted, the file has Wan's names."""
-    names = {f"encoder.block.0.layer.{place}.weight" for place in (
-        "0.layer_norm", "0.SelfAttention.relative_attention_bias", *(f"0.SelfAttention.{part}" for part in "qkvo"), "1.layer_norm",
-        "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1", "1.DenseReluDense.wo")}
-    tensors = {name: torch.randn(2) for name in names | {"encoder.final_layer_norm.weight", "shared.weight"}}
-    w.save_safetensors(tmp_path / "a.safetensors", tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]})
+    names = {
+        f"encoder.block.0.layer.{place}.weight"
+        for place in (
+            "0.layer_norm",
+            "0.SelfAttention.relative_attention_bias",
+            *(f"0.SelfAttention.{part}" for part in "qkvo"),
+            "1.layer_norm",
+            "1.DenseReluDense.wi_0",
+            "1.DenseReluDense.wi_1",
+            "1.DenseReluDense.wo",
+        )
+    }
+    tensors = {
+        name: torch.randn(2)
+        for name in names | {"encoder.final_layer_norm.weight", "shared.weight"}
+    }
+    w.save_safetensors(
+        tmp_path / "a.safetensors",
+        tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]},
+    )
     w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    wanted = {name for name in w.expected("umt5") if not name.startswith(tuple(f"blocks.{i}." for i in range(1, 24)))}
+    wanted = {
+        name
+        for name in w.expected("umt5")
+        if not name.startswith(tuple(f"blocks.{i}." for i in range(1, 24)))
+    }
     with w.open_source(tmp_path / "b.safetensors") as source:
         assert set(source.names()) == wanted and source.metadata["kind"] == "umt5"
 
@@ -208,16 +295,25 @@ def test_a_digest_changes_with_any_byte_name_and_dtype():
     """Equal tensors have equal digests, in any order; all else differs."""
     a, b = torch.arange(4.0), torch.ones(2, 3)
     assert w.digest({"a": a, "b": b}) == w.digest({"b": b.clone(), "a": a.clone()})
-    others = [{"a": a + 1, "b": b}, {"a": b, "b": a}, {"a": a, "b": b.reshape(3, 2)}, {"a": a.double(), "b": b}, {"a": a}, {"a": a, "b": b}]
+    others = [
+        {"a": a + 1, "b": b},
+        {"a": b, "b": a},
+        {"a": a, "b": b.reshape(3, 2)},
+        {"a": a.double(), "b": b},
+        {"a": a},
+        {"a": a, "b": b},
+    ]
     assert len({w.digest({"a": a, "b": b}, "about"), *map(w.digest, others)}) == 7
 
 
 def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path):
     """The resampler comes after a level's residual blocks, however many there are; convert counts them."""
-    names = {"encoder.down_blocks.0.resnets.0.conv1.weight": "encoder.downsamples.0.downsamples.0.residual.2.weight",
-             "encoder.down_blocks.0.downsampler.resample.1.bias": "encoder.downsamples.0.downsamples.1.resample.1.bias",
-             "decoder.up_blocks.0.resnets.1.norm2.gamma": "decoder.upsamples.0.upsamples.1.residual.3.gamma",
-             "decoder.up_blocks.0.upsampler.time_conv.bias": "decoder.upsamples.0.upsamples.2.time_conv.bias"}
+    names = {
+        "encoder.down_blocks.0.resnets.0.conv1.weight": "encoder.downsamples.0.downsamples.0.residual.2.weight",
+        "encoder.down_blocks.0.downsampler.resample.1.bias": "encoder.downsamples.0.downsamples.1.resample.1.bias",
+        "decoder.up_blocks.0.resnets.1.norm2.gamma": "decoder.upsamples.0.upsamples.1.residual.3.gamma",
+        "decoder.up_blocks.0.upsampler.time_conv.bias": "decoder.upsamples.0.upsamples.2.time_conv.bias",
+    }
     w.save_safetensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in names})
     w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert set(w.open_source(tmp_path / "b.safetensors").names()) == set(names.values())
@@ -227,11 +323,20 @@ def test_a_fused_projection_of_dcae_becomes_three_when_converted(tmp_path):
     """The one tensor of a published file that has three places here: qkv of the original DC-AE."""
     qkv = torch.arange(12.0).view(6, 2, 1, 1)
     name = next(name for name in w.expected("dcae_original") if name.endswith("qkv.conv.weight"))
-    w.save_safetensors(tmp_path / "a.safetensors", {name: qkv, "encoder.project_in.conv.conv.weight": torch.ones(1)})
+    w.save_safetensors(
+        tmp_path / "a.safetensors",
+        {name: qkv, "encoder.project_in.conv.conv.weight": torch.ones(1)},
+    )
     w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     with w.open_source(tmp_path / "b.safetensors") as source:
-        parts = [source.read(name) for part in "qkv" for name in source.names() if f".to_{part}." in name]
-        assert torch.equal(torch.cat(parts), qkv) and len(source.names()) == 4 and source.metadata["kind"] == "dcae"
+        parts = [
+            source.read(name) for part in "qkv" for name in source.names() if f".to_{part}." in name
+        ]
+        assert (
+            torch.equal(torch.cat(parts), qkv)
+            and len(source.names()) == 4
+            and source.metadata["kind"] == "dcae"
+        )
 
 
 def full_size(module: str, name: str, config: str) -> nn.Module:
@@ -241,8 +346,12 @@ def full_size(module: str, name: str, config: str) -> nn.Module:
         return getattr(part, name)(getattr(part, config)())
 
 
-OURS = {"wan": ("backbones.wan", "WanModel", "WanConfig"), "wan-vae": ("backbones.wan", "WanVAE", "WanVAEConfig"),
-        "umt5": ("backbones.umt5", "UMT5Encoder", "UMT5Config"), "qwen3vl": ("backbones.qwen3vl", "Qwen3VL", "Qwen3VLConfig")}
+OURS = {
+    "wan": ("backbones.wan", "WanModel", "WanConfig"),
+    "wan-vae": ("backbones.wan", "WanVAE", "WanVAEConfig"),
+    "umt5": ("backbones.umt5", "UMT5Encoder", "UMT5Config"),
+    "qwen3vl": ("backbones.qwen3vl", "Qwen3VL", "Qwen3VLConfig"),
+}
 
 
 @pytest.mark.parametrize("table", OURS)
@@ -255,19 +364,56 @@ def test_our_networks_want_exactly_the_published_tensors(table):
 
 def test_our_motus_wants_exactly_the_published_tensors():
     """Video, action and understanding experts at full size equal the stage 3 file without its frozen vision-language model."""
-    wanted = {name: tuple(t.shape) for name, t in full_size("motus", "Motus", "MotusConfig").state_dict().items()}
+    wanted = {
+        name: tuple(t.shape)
+        for name, t in full_size("motus", "Motus", "MotusConfig").state_dict().items()
+    }
     published = {w.own_name(name): shape for name, shape in w.expected("motus-stage3").items()}
-    assert wanted == {name: shape for name, shape in published.items() if not name.startswith("vlm.")}
+    assert wanted == {
+        name: shape for name, shape in published.items() if not name.startswith("vlm.")
+    }
 
 
 ORACLES = {
-    "wan-diffusers": ("diffusers", "WanTransformer3DModel", dict(
-        patch_size=(1, 2, 2), num_attention_heads=24, attention_head_dim=128, in_channels=48, out_channels=48, text_dim=4096, freq_dim=256,
-        ffn_dim=14336, num_layers=30, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6)),
-    "wan-vae-diffusers": ("diffusers", "AutoencoderKLWan", dict(
-        base_dim=160, decoder_base_dim=256, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-        temperal_downsample=[False, True, True], is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
-        latents_mean=[0.0] * 48, latents_std=[1.0] * 48))}
+    "wan-diffusers": (
+        "diffusers",
+        "WanTransformer3DModel",
+        dict(
+            patch_size=(1, 2, 2),
+            num_attention_heads=24,
+            attention_head_dim=128,
+            in_channels=48,
+            out_channels=48,
+            text_dim=4096,
+            freq_dim=256,
+            ffn_dim=14336,
+            num_layers=30,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            eps=1e-6,
+        ),
+    ),
+    "wan-vae-diffusers": (
+        "diffusers",
+        "AutoencoderKLWan",
+        dict(
+            base_dim=160,
+            decoder_base_dim=256,
+            z_dim=48,
+            dim_mult=[1, 2, 4, 4],
+            num_res_blocks=2,
+            attn_scales=[],
+            temperal_downsample=[False, True, True],
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            scale_factor_spatial=16,
+            latents_mean=[0.0] * 48,
+            latents_std=[1.0] * 48,
+        ),
+    ),
+}
 
 
 @pytest.mark.slow
@@ -290,8 +436,12 @@ def test_an_official_file_loads_completely_into_its_own_names(name, stage):
     assert w.identify(source.names()) == ("motus", stage)
     module = module_of(shapes_of(source, w.own_name))
     report = w.load_into(module, source, w.own_name)
-    assert report.loaded + len(report.dropped) == len(source.names()) and w.POSITIONS in report.dropped
-    assert torch.equal(module.und.blocks.get_submodule("1").qkv, source.read("und_expert.blocks.1.wan_und_qkv"))
+    assert (
+        report.loaded + len(report.dropped) == len(source.names()) and w.POSITIONS in report.dropped
+    )
+    assert torch.equal(
+        module.und.blocks.get_submodule("1").qkv, source.read("und_expert.blocks.1.wan_und_qkv")
+    )
     canonical = [key for key in source.names() if w.motus_canonical(key)]
     assert [w.official_name(w.own_name(key)) for key in canonical] == canonical
 
@@ -301,9 +451,14 @@ def test_stage_2_weights_start_stage_3():
     fresh = ("action.input_encoder.", "action.decoder.", "action.registers")
     stage3 = w.open_source(official("motus_finetune"))
     module = module_of(shapes_of(stage3, w.own_name), device="cpu")
-    report = w.load_into(module, w.open_source(official("motus_pretrain")), w.own_name, ignore=fresh, fresh=fresh)
+    report = w.load_into(
+        module, w.open_source(official("motus_pretrain")), w.own_name, ignore=fresh, fresh=fresh
+    )
     assert len(report.fresh) == 1 + 12 + 3 and all(name.startswith(fresh) for name in report.fresh)
-    assert module.action.decoder.modulation.sum() == 0 and module.action.blocks.get_submodule("1").qkv.abs().sum() > 0
+    assert (
+        module.action.decoder.modulation.sum() == 0
+        and module.action.blocks.get_submodule("1").qkv.abs().sum() > 0
+    )
     with pytest.raises(ValueError, match="missing: action.registers"):
         w.load_into(module, w.open_source(official("motus_pretrain")), w.own_name)
 
@@ -331,18 +486,32 @@ def test_official_to_ours_and_back_keeps_every_byte(tmp_path, name):
     before = {key: half[t.data_ptr()] for key, t in saved.items()}
     embedding = torch.randn(10, 4).bfloat16()
     vlm = {"model.language_model.embed_tokens.weight": embedding, "lm_head.weight": embedding}
-    before |= {f"{wrapper}vlm_model.{key}": t for wrapper in ("", "und_module.", "action_module.") for key, t in vlm.items()}
+    before |= {
+        f"{wrapper}vlm_model.{key}": t
+        for wrapper in ("", "und_module.", "action_module.")
+        for key, t in vlm.items()
+    }
     torch.save({"module": before, "dp_world_size": 8}, tmp_path / "mp_rank_00_model_states.pt")
     (tmp_path / "config.json").write_text('{"common": {"action_dim": 14}}')
     w.main(["convert", str(tmp_path), str(tmp_path / "ours" / "motus.safetensors")])
     w.main(["export", str(tmp_path / "ours" / "motus.safetensors"), str(tmp_path / "back")])
-    after = torch.load(tmp_path / "back" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
-    assert after.keys() == before.keys() and json.loads((tmp_path / "back" / "config.json").read_text())["common"]["action_dim"] == 14
+    after = torch.load(tmp_path / "back" / "mp_rank_00_model_states.pt", weights_only=True)[
+        "module"
+    ]
+    assert (
+        after.keys() == before.keys()
+        and json.loads((tmp_path / "back" / "config.json").read_text())["common"]["action_dim"]
+        == 14
+    )
     for key, value in before.items():
-        assert value.dtype == after[key].dtype == torch.bfloat16 and torch.equal(value.view(torch.uint8), after[key].view(torch.uint8)), key
+        assert value.dtype == after[key].dtype == torch.bfloat16 and torch.equal(
+            value.view(torch.uint8), after[key].view(torch.uint8)
+        ), key
     for key, value in after.items():
         assert not w.alias_of(key) or value.data_ptr() == after[w.alias_of(key)].data_ptr()
-    assert (tmp_path / "back" / "mp_rank_00_model_states.pt").stat().st_size < 2 * (tmp_path / "mp_rank_00_model_states.pt").stat().st_size
+    assert (tmp_path / "back" / "mp_rank_00_model_states.pt").stat().st_size < 2 * (
+        tmp_path / "mp_rank_00_model_states.pt"
+    ).stat().st_size
 
 
 def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
@@ -352,8 +521,13 @@ def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
     config = {"frames": 8, "ratio": 2, "registers": 4, "finetune": True}
     w.save_safetensors(tmp_path / "ours.safetensors", ours, {"config": json.dumps(config)})
     w.export(tmp_path / "ours.safetensors", tmp_path / "official", dtype=torch.float32)
-    with w.open_source(tmp_path / "official") as back, w.open_source(official("motus_finetune")) as source:
-        assert set(back.names()) == set(source.names()) and all(torch.equal(back.read(name), source.read(name)) for name in back.names())
+    with (
+        w.open_source(tmp_path / "official") as back,
+        w.open_source(official("motus_finetune")) as source,
+    ):
+        assert set(back.names()) == set(source.names()) and all(
+            torch.equal(back.read(name), source.read(name)) for name in back.names()
+        )
     w.save_safetensors(tmp_path / "bare.safetensors", ours)
     with pytest.raises(ValueError, match="--rows"):
         w.export(tmp_path / "bare.safetensors", tmp_path / "other")
@@ -361,7 +535,13 @@ def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
 
 def test_bookkeeping_beside_the_weights_does_not_matter(tmp_path):
     """What a trainer saves beside the weights (sets, sizes, counters, devices) is read and left aside."""
-    beside = {"names": {"a", "b"}, "shapes": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"), "steps": 7}
+    beside = {
+        "names": {"a", "b"},
+        "shapes": torch.Size([2, 3]),
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "steps": 7,
+    }
     torch.save(beside | {"module": {"a": torch.ones(2)}, "optimizer": None}, tmp_path / "x.pt")
     assert w.open_source(tmp_path / "x.pt").names() == ["a"]
 
@@ -387,7 +567,12 @@ def test_inspect_and_tables_print_what_a_reader_needs(capsys):
     w.main(["tables"])
     w.main(["tables", "umt5"])
     out = capsys.readouterr().out
-    for part in ("Motus stage 3", "131 tensors, 150,814 parameters", "8,022,341,326", "token_embedding.weight 256384 4096"):
+    for part in (
+        "Motus stage 3",
+        "131 tensors, 150,814 parameters",
+        "8,022,341,326",
+        "token_embedding.weight 256384 4096",
+    ):
         assert part in out
 
 
@@ -424,11 +609,19 @@ SAFETENSORS = {
     "nan in the header": raw(b'{"a": NaN}'),
     "json nested too deep": raw(b'{"a":' + b"[" * 100_000),
     "a list, not an object": raw([1, 2]),
-    "duplicate json keys": raw(b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
+    "duplicate json keys": raw(
+        b'{"a": %s, "a": %s}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)
+    ),
     "10**12 elements": raw({"a": entry(shape=(10**12,), offsets=(0, 8))}, bytes(8)),
-    "10**12 elements with matching offsets": raw({"a": entry(shape=(10**12,), offsets=(0, 4 * 10**12))}, bytes(8)),
-    "shape that overflows 64 bits": raw({"a": entry(shape=(2**62, 2**62), offsets=(0, 8))}, bytes(8)),
-    "number with a million digits": raw(b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 8]}}' % (b"9" * 10**6), bytes(8)),
+    "10**12 elements with matching offsets": raw(
+        {"a": entry(shape=(10**12,), offsets=(0, 4 * 10**12))}, bytes(8)
+    ),
+    "shape that overflows 64 bits": raw(
+        {"a": entry(shape=(2**62, 2**62), offsets=(0, 8))}, bytes(8)
+    ),
+    "number with a million digits": raw(
+        b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 8]}}' % (b"9" * 10**6), bytes(8)
+    ),
     "offsets past the end": raw({"a": entry(offsets=(8, 16))}, bytes(8)),
     "overlapping tensors": raw({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
     "a gap between tensors": raw({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)),
@@ -472,7 +665,9 @@ def edit_zip(path: Path, change) -> None:
 def larger_claim(name: str, content: bytes) -> tuple[bytes, int]:
     """Multiply the element count in the pickle: a BININT1 of 200 becomes a LONG1 of 200e9."""
     claim = pickle.LONG1 + b"\x05" + (200 * 10**9).to_bytes(5, "little")
-    return (content.replace(b"K\xc8", claim) if name.endswith("data.pkl") else content), zipfile.ZIP_STORED
+    return (
+        content.replace(b"K\xc8", claim) if name.endswith("data.pkl") else content
+    ), zipfile.ZIP_STORED
 
 
 def torch_cases(folder: Path) -> dict[str, Path]:
@@ -483,7 +678,11 @@ def torch_cases(folder: Path) -> dict[str, Path]:
         return cases[name]
 
     torch_file(case("pickle that runs a command"), {"a": torch.ones(2), "b": Runs()})
-    torch_file(case("pickle that runs a command, protocol 4"), {"a": torch.ones(2), "b": Runs()}, protocol=4)
+    torch_file(
+        case("pickle that runs a command, protocol 4"),
+        {"a": torch.ones(2), "b": Runs()},
+        protocol=4,
+    )
     torch_file(case("pickle that asks for memory"), {"a": bytearray(8)})
     torch_file(case("sparse tensor"), {"a": torch.ones(2, 2).to_sparse()})
     torch_file(case("tensor without storage"), {"a": torch.ones(2, device="meta")})
@@ -492,19 +691,47 @@ def torch_cases(folder: Path) -> dict[str, Path]:
     torch_file(case("module holds text"), {"module": {"a": "text"}})
     torch_file(case("names that are not text"), {1: torch.ones(2)})
     torch_file(case("no tensors at all"), {})
-    torch_file(case("10**12 elements over two"), {"a": torch.ones(2).as_strided((10**6, 10**6), (0, 0))})
+    torch_file(
+        case("10**12 elements over two"), {"a": torch.ones(2).as_strided((10**6, 10**6), (0, 0))}
+    )
     torch_file(path := case("storage larger than its record"), {"a": torch.ones(200)})
     edit_zip(path, larger_claim)
-    torch_file(path := case("storage that reaches into the next record"), {"a": torch.ones(200), "b": torch.ones(300)})
-    edit_zip(path, lambda name, content: (content.replace(b"K\xc8", b"K\xfa"), zipfile.ZIP_STORED))      # 200 becomes 250
+    torch_file(
+        path := case("storage that reaches into the next record"),
+        {"a": torch.ones(200), "b": torch.ones(300)},
+    )
+    edit_zip(
+        path, lambda name, content: (content.replace(b"K\xc8", b"K\xfa"), zipfile.ZIP_STORED)
+    )  # 200 becomes 250
     torch_file(path := case("zip bomb"), {"a": torch.ones(2)})
-    edit_zip(path, lambda name, content: (content if name.endswith("pkl") else bytes(1 << 24), zipfile.ZIP_DEFLATED))
+    edit_zip(
+        path,
+        lambda name, content: (
+            content if name.endswith("pkl") else bytes(1 << 24),
+            zipfile.ZIP_DEFLATED,
+        ),
+    )
     torch_file(path := case("pickle bomb"), {"a": torch.ones(2)})
-    edit_zip(path, lambda name, content: (content + bytes(w.MAX_HEADER if name.endswith("pkl") else 0), zipfile.ZIP_STORED))
+    edit_zip(
+        path,
+        lambda name, content: (
+            content + bytes(w.MAX_HEADER if name.endswith("pkl") else 0),
+            zipfile.ZIP_STORED,
+        ),
+    )
     torch_file(path := case("shortened record"), {"a": torch.ones(200)})
-    edit_zip(path, lambda name, content: (content[:8] if "/data/" in name else content, zipfile.ZIP_STORED))
+    edit_zip(
+        path,
+        lambda name, content: (content[:8] if "/data/" in name else content, zipfile.ZIP_STORED),
+    )
     torch_file(path := case("big-endian"), {"a": torch.ones(2)})
-    edit_zip(path, lambda name, content: (b"big" if name.endswith("byteorder") else content, zipfile.ZIP_STORED))
+    edit_zip(
+        path,
+        lambda name, content: (
+            b"big" if name.endswith("byteorder") else content,
+            zipfile.ZIP_STORED,
+        ),
+    )
     torch_file(path := case("truncated"), {"a": torch.ones(1000)})
     path.write_bytes(path.read_bytes()[:2000])
     torch_file(path := case("record twice"), {"a": torch.ones(2)})
@@ -525,7 +752,11 @@ def index_cases(folder: Path) -> dict[str, Path]:
         home.mkdir()
         w.save_safetensors(home / "a.safetensors", {"x": torch.ones(2)})
         w.save_safetensors(home / "b.safetensors", {"y": torch.ones(2)})
-        text = weight_map if isinstance(weight_map, bytes) else json.dumps({"weight_map": weight_map}).encode()
+        text = (
+            weight_map
+            if isinstance(weight_map, bytes)
+            else json.dumps({"weight_map": weight_map}).encode()
+        )
         (home / "m.safetensors.index.json").write_bytes(text)
         cases[name] = home / "m.safetensors.index.json"
         return home
@@ -534,11 +765,15 @@ def index_cases(folder: Path) -> dict[str, Path]:
     w.save_safetensors(folder / "outside.safetensors", {"x": torch.ones(2)})
     case("path traversal", {"x": "../outside.safetensors"})
     case("absolute path", {"x": str(folder / "outside.safetensors")})
-    (case("link out of the folder", {"x": "link.safetensors"}) / "link.safetensors").symlink_to(folder / "outside.safetensors")
+    (case("link out of the folder", {"x": "link.safetensors"}) / "link.safetensors").symlink_to(
+        folder / "outside.safetensors"
+    )
     case("missing shard", both | {"z": "c.safetensors"})
     case("tensor missing from its shard", both | {"z": "b.safetensors"})
     case("tensor the index does not know", {"y": "b.safetensors"} | {"q": "a.safetensors"})
-    w.save_safetensors(case("key in two shards", both) / "b.safetensors", {"x": torch.ones(2), "y": torch.ones(2)})
+    w.save_safetensors(
+        case("key in two shards", both) / "b.safetensors", {"x": torch.ones(2), "y": torch.ones(2)}
+    )
     case("index key twice", b'{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}')
     case("no weight_map", b"{}")
     case("weight_map of numbers", {"x": 1})
@@ -559,8 +794,12 @@ def hostile(tmp_path_factory) -> dict[str, Path]:
         cases |= kind(folder / kind.__name__)
     (folder / "nothing").mkdir()
     os.mkfifo(folder / "pipe.safetensors")
-    return cases | {"no such file": folder / "none.safetensors", "folder without weights": folder / "nothing",
-                    "a pipe": folder / "pipe.safetensors", "unknown suffix": Path(__file__)}
+    return cases | {
+        "no such file": folder / "none.safetensors",
+        "folder without weights": folder / "nothing",
+        "a pipe": folder / "pipe.safetensors",
+        "unknown suffix": Path(__file__),
+    }
 
 
 def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, monkeypatch):
@@ -576,9 +815,14 @@ def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, m
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        known = str(path.parent if path.name.endswith("index.json") else path)      # for a bad shard, the shard is named
+        known = str(
+            path.parent if path.name.endswith("index.json") else path
+        )  # for a bad shard, the shard is named
         assert known in str(error.value) and len(str(error.value)) < 5000, name
-        assert peak < 4 * w.MAX_HEADER and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, name
+        assert (
+            peak < 4 * w.MAX_HEADER
+            and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+        ), name
         assert time.process_time() - begun < 1, name
     assert os.listdir(tmp_path) == []
 
@@ -588,11 +832,15 @@ def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, m
 
 def status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+    return next(
+        int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field)
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
+)
 def test_a_load_needs_one_tensor_above_the_module(tmp_path):
     """2.2 GB in four shards into a bf16 module: the peak above the module is at most 1.05 largest tensors + 100 MB. The rate is printed."""
     rows, index = 8192, {}
@@ -621,12 +869,14 @@ def test_a_load_needs_one_tensor_above_the_module(tmp_path):
         plain.append(total / (time.perf_counter() - begun) / 1e9)
         cold()
         module = module_of({name: (rows, rows) for name in index}, dtype=torch.bfloat16)
-        Path("/proc/self/clear_refs").write_text("5")                # resets the peak that VmHWM reports
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak that VmHWM reports
         before = status("VmRSS")
         with w.open_source(tmp_path) as source:
             loads.append(total / w.load_into(module, source).seconds / 1e9)
         extra.append(status("VmHWM") - before - sum(p.nbytes for p in module.parameters()))
         del module
-    print(f"\nload {max(loads):.2f} GB/s, plain reading of the same files {max(plain):.2f} GB/s: {max(loads) / max(plain):.0%}; "
-          f"peak above the module {max(extra) / 1e6:.0f} MB, largest tensor {rows * rows * 4 / 1e6:.0f} MB")
+    print(
+        f"\nload {max(loads):.2f} GB/s, plain reading of the same files {max(plain):.2f} GB/s: {max(loads) / max(plain):.0%}; "
+        f"peak above the module {max(extra) / 1e6:.0f} MB, largest tensor {rows * rows * 4 / 1e6:.0f} MB"
+    )
     assert max(extra) < 1.05 * rows * rows * 4 + 100e6

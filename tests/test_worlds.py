@@ -9,7 +9,19 @@ import fake_world
 import numpy as np
 import pytest
 
-from worlds import EVALUATED, RECORDED, World, aloha, episode_seeds, fleet, libero, metaworld, robotwin, simulator, toy
+from worlds import (
+    EVALUATED,
+    RECORDED,
+    World,
+    aloha,
+    episode_seeds,
+    fleet,
+    libero,
+    metaworld,
+    robotwin,
+    simulator,
+    toy,
+)
 from worlds.fleet import Fleet, Order, attempt, attempts
 
 
@@ -28,19 +40,37 @@ def play(world: World, seed: int, actions: np.ndarray) -> tuple:
 
 def conforms(world: World, other: World, actions: np.ndarray) -> None:
     """What `World` promises, of two worlds of the same task."""
-    assert world.action_dim == actions.shape[1] and world.fps > 0 and world.max_steps > 0 and world.robot
+    assert (
+        world.action_dim == actions.shape[1]
+        and world.fps > 0
+        and world.max_steps > 0
+        and world.robot
+    )
     (seen, success, instruction), again = play(world, 7, actions), play(other, 7, actions)
-    play(world, 8, actions)                                                                 # what was before leaves nothing behind
+    play(world, 8, actions)  # what was before leaves nothing behind
     for found in (again, play(world, 7, actions)):
         assert found[1:] == (success, instruction) and isinstance(instruction, str) and instruction
         for one, two in zip(seen, found[0]):
-            assert np.array_equal(one["state"], two["state"]) and one["images"].keys() == two["images"].keys()
+            assert (
+                np.array_equal(one["state"], two["state"])
+                and one["images"].keys() == two["images"].keys()
+            )
             assert all(np.array_equal(one["images"][k], two["images"][k]) for k in one["images"])
     for look in seen:
-        assert look["state"].dtype == np.float32 and look["state"].ndim == 1 and np.isfinite(look["state"]).all()
-        assert all(p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 and p.flags["C_CONTIGUOUS"] for p in look["images"].values())
+        assert (
+            look["state"].dtype == np.float32
+            and look["state"].ndim == 1
+            and np.isfinite(look["state"]).all()
+        )
+        assert all(
+            p.dtype == np.uint8 and p.ndim == 3 and p.shape[2] == 3 and p.flags["C_CONTIGUOUS"]
+            for p in look["images"].values()
+        )
     first = next(iter(seen[0]["images"]))
-    assert any(not np.array_equal(world.reset(seed)["images"][first], seen[0]["images"][first]) for seed in (8, 9, 10))
+    assert any(
+        not np.array_equal(world.reset(seed)["images"][first], seen[0]["images"][first])
+        for seed in (8, 9, 10)
+    )
     assert world.success is False or not world.success
     for wrong in (np.zeros(world.action_dim + 1), np.full(world.action_dim, np.nan)):
         with pytest.raises(ValueError, match=f"takes {world.action_dim} finite numbers"):
@@ -66,7 +96,9 @@ def test_the_toy_keeps_the_promises_of_a_world(task):
     """Same seed and actions, same pictures, states and success; the expert solves it; its instruction is of the task."""
     actions = np.random.default_rng(0).uniform(-1, 1, (4, 3))
     conforms(toy.make(task), toy.make(task), actions)
-    assert solved(world := toy.make(task), range(4)) >= 3 and world.instruction.startswith({"place": "put", "push": "push"}[task])
+    assert solved(world := toy.make(task), range(4)) >= 3 and world.instruction.startswith(
+        {"place": "put", "push": "push"}[task]
+    )
 
 
 def test_a_file_of_thirty_lines_is_a_simulator():
@@ -122,7 +154,12 @@ def test_a_fleet_is_as_many_single_worlds(workers):
             assert ships.success.tolist() == [w.success for w in alone]
             if ships.success.all():
                 break
-        assert ships.success.all() and (ships.robot, ships.fps, ships.max_steps, ships.action_dim) == ("point", 10, 30, 1)
+        assert ships.success.all() and (
+            ships.robot,
+            ships.fps,
+            ships.max_steps,
+            ships.action_dim,
+        ) == ("point", 10, 30, 1)
         with pytest.raises(ValueError, match="5 seeds for 4 worlds"):
             ships.reset(range(5))
 
@@ -149,17 +186,27 @@ def test_the_stored_action_is_the_experts_whatever_is_done():
         assert np.allclose(recording.actions[:, 0], np.clip(goal - recording.states[:, 0], -1, 1))
     assert np.allclose(np.diff(plain.states[:, 0]), plain.actions[:-1, 0])
     assert not np.allclose(np.diff(noisy.states[:, 0]), noisy.actions[:-1, 0])
-    assert (np.abs(plain.states[:, 0] - goal) < 0.5).sum() == 1                             # success shows in one row, then `after` is over
-    assert attempt(replace(order, noise=0.5, disturbed=0.0)).actions.tolist() == plain.actions.tolist()
+    assert (
+        np.abs(plain.states[:, 0] - goal) < 0.5
+    ).sum() == 1  # success shows in one row, then `after` is over
+    assert (
+        attempt(replace(order, noise=0.5, disturbed=0.0)).actions.tolist() == plain.actions.tolist()
+    )
 
 
 def test_attempts_come_in_order_and_a_failure_holds_no_pictures():
     """The stumbling expert stands still in every second scene; what two processes make equals what one makes."""
     orders = [Order("fake_world", "stumble", seed=seed, noise=0.3) for seed in range(5)]
     found = list(attempts(orders, 2))
-    assert [r.seed for r in found] == list(range(5)) and [r.success for r in found] == [seed % 2 == 1 for seed in range(5)]
+    assert [r.seed for r in found] == list(range(5)) and [r.success for r in found] == [
+        seed % 2 == 1 for seed in range(5)
+    ]
     assert found[0].frames == {} and found[0].actions is None
-    assert all(np.array_equal(r.actions, attempt(order).actions) for r, order in zip(found, orders) if r.success)
+    assert all(
+        np.array_equal(r.actions, attempt(order).actions)
+        for r, order in zip(found, orders)
+        if r.success
+    )
     assert fleet.opened.cache_info().currsize == 1
 
 
@@ -185,7 +232,12 @@ def test_metaworld_keeps_the_promises_of_a_world(meta, task):
     worlds = [meta(task, size=32, cameras="corner4") for _ in range(2)]
     conforms(*worlds, np.random.default_rng(0).uniform(-1, 1, (2, 4)))
     blind = meta(task, cameras="")
-    assert solved(blind, range(3)) == 3 and blind.fps == 20 and blind.reset(0)["images"] == {} and blind.state().shape == (4,)
+    assert (
+        solved(blind, range(3)) == 3
+        and blind.fps == 20
+        and blind.reset(0)["images"] == {}
+        and blind.state().shape == (4,)
+    )
 
 
 def test_only_the_instruction_tells_opening_from_closing(meta):
@@ -193,8 +245,12 @@ def test_only_the_instruction_tells_opening_from_closing(meta):
     ways = [meta(f"faucet-{way}", size=64) for way in ("open", "close")]
     for seed in (1, 2):
         a, b = (world.reset(seed) for world in ways)
-        assert all(np.array_equal(a["images"][k], b["images"][k]) for k in a["images"]) and np.array_equal(a["state"], b["state"])
-        assert np.allclose(ways[0].env.data.body("faucetBase").xpos, ways[0].env.model.body("faucetBase").pos)
+        assert all(
+            np.array_equal(a["images"][k], b["images"][k]) for k in a["images"]
+        ) and np.array_equal(a["state"], b["state"])
+        assert np.allclose(
+            ways[0].env.data.body("faucetBase").xpos, ways[0].env.model.body("faucetBase").pos
+        )
     assert ways[0].instruction != ways[1].instruction
 
 
@@ -205,12 +261,21 @@ def test_labels_say_where_the_pixels_of_a_thing_are(meta):
     for seed in (1, 2, 3):
         picture, labels = world.reset(seed)["images"]["corner4"].astype(int), world.labels()
         x, y = (int(96 * labels[f"object {axis}"]) for axis in "xy")
-        patch = picture[y - 7:y + 1, x - 4:x + 5].reshape(-1, 3)                            # the label is at the button's foot
-        assert ((patch[:, 0] > 100) & (patch[:, 1:].max(1) < 80)).any() and set(world.observe()) == {"images", "state"}
-        assert labels["opening"] == pytest.approx(world.state()[3]) and labels["hand z m"] == pytest.approx(world.state()[2])
+        patch = picture[y - 7 : y + 1, x - 4 : x + 5].reshape(
+            -1, 3
+        )  # the label is at the button's foot
+        assert ((patch[:, 0] > 100) & (patch[:, 1:].max(1) < 80)).any() and set(
+            world.observe()
+        ) == {"images", "state"}
+        assert labels["opening"] == pytest.approx(world.state()[3]) and labels[
+            "hand z m"
+        ] == pytest.approx(world.state()[2])
     ways = [meta(f"faucet-{way}", cameras="corner4") for way in ("open", "close")]
     (here, there) = [(way.reset(1), way.labels())[1] for way in ways]
-    assert here["object x"] == pytest.approx(there["object x"], abs=0.03) and abs(here["goal x"] - there["goal x"]) > 0.1
+    assert (
+        here["object x"] == pytest.approx(there["object x"], abs=0.03)
+        and abs(here["goal x"] - there["goal x"]) > 0.1
+    )
     blind = meta("reach", cameras="")
     assert blind.reset(0)["images"] == {} and set(blind.labels()) & {"object x", "goal x"} == set()
 
@@ -224,12 +289,22 @@ def test_a_world_that_goes_leaves_the_others_their_pictures(meta):
     meta("faucet-close", size=32, cameras="corner4").reset(4)
     assert np.array_equal(first, alone[0]) and np.array_equal(world.render()["corner4"], first)
     attempt(Order("metaworld", "faucet-close", settings, 3))
-    assert all(map(np.array_equal, attempt(Order("metaworld", "faucet-open", settings, 3)).frames["corner4"], alone))
+    assert all(
+        map(
+            np.array_equal,
+            attempt(Order("metaworld", "faucet-open", settings, 3)).frames["corner4"],
+            alone,
+        )
+    )
 
 
 def test_metaworld_takes_no_other_settings(meta):
     """Sizes, rates and cameras that it has not got are refused by name."""
-    for settings, message in (({"size": 8}, "size is 8"), ({"hold": 3}, "hold is 3"), ({"cameras": "moon"}, "camera is 'moon'")):
+    for settings, message in (
+        ({"size": 8}, "size is 8"),
+        ({"hold": 3}, "hold is 3"),
+        ({"cameras": "moon"}, "camera is 'moon'"),
+    ):
         with pytest.raises(ValueError, match=message):
             meta("reach", **settings)
 
@@ -237,7 +312,10 @@ def test_metaworld_takes_no_other_settings(meta):
 def test_two_arms_hand_the_cube_over_and_gym_aloha_agrees():
     """The planned expert succeeds; the same actions in gym-aloha's own environment move the arms alike and earn its highest reward."""
     pytest.importorskip("gym_aloha"), pytest.importorskip("mujoco")
-    conforms(*(aloha.make(size=32, cameras="head") for _ in range(2)), np.tile(aloha.START[:7], (2, 2)) + 0.05)
+    conforms(
+        *(aloha.make(size=32, cameras="head") for _ in range(2)),
+        np.tile(aloha.START[:7], (2, 2)) + 0.05,
+    )
     assert solved(aloha.make(cameras=""), range(3)) == 3
     theirs, sim = pytest.importorskip("gym_aloha.env"), pytest.importorskip("gym_aloha.tasks.sim")
     world = aloha.make(cameras="", hold=1)
@@ -250,7 +328,9 @@ def test_two_arms_hand_the_cube_over_and_gym_aloha_agrees():
         action = world.expert()
         world.step(action)
         found = env.step(action)
-        assert k > 100 or np.abs(found.observation["qpos"] - world.state()).max() < 1e-4     # later, contacts magnify the last digits
+        assert (
+            k > 100 or np.abs(found.observation["qpos"] - world.state()).max() < 1e-4
+        )  # later, contacts magnify the last digits
         if world.success:
             break
     assert world.success and found.reward == 4
@@ -261,7 +341,9 @@ def test_two_arms_run_at_the_rate_of_the_other_robot_and_their_labels_lie_on_the
     cube is on its red pixels of a picture wider than high, in both corners of the table."""
     pytest.importorskip("gym_aloha"), pytest.importorskip("mujoco")
     world = aloha.make(cameras="", hold=2.5)
-    assert (world.fps, world.max_steps, world.commands) == (20, 160, 5) and solved(world, range(2)) == 2
+    assert (world.fps, world.max_steps, world.commands) == (20, 160, 5) and solved(
+        world, range(2)
+    ) == 2
     seconds = []
     for hold in (2.5, 5):
         world = aloha.make(cameras="", hold=hold)
@@ -290,7 +372,9 @@ def test_libero_keeps_the_promises_of_a_world():
 
 
 STAND_IN = {
-    "envs/__init__.py": "", "envs/utils/__init__.py": "", "envs/utils/create_actor.py": "class UnStableError(Exception): pass\n",
+    "envs/__init__.py": "",
+    "envs/utils/__init__.py": "",
+    "envs/utils/create_actor.py": "class UnStableError(Exception): pass\n",
     "envs/click_bell.py": """
 import numpy as np
 from envs.utils.create_actor import UnStableError
@@ -311,11 +395,12 @@ class click_bell:
         return {"observation": {c: picture(k) for k, c in enumerate(("head_camera", "left_camera", "right_camera"))},
                 "joint_action": {"vector": np.full(14, self.count)}}
 """,
-    "description/utils/generate_episode_instructions.py":
-        "def generate_episode_descriptions(task, episodes, most): return [{'seen': [], 'unseen': ['ring the ' + episodes[0]['{A}']]}]\n",
+    "description/utils/generate_episode_instructions.py": "def generate_episode_descriptions(task, episodes, most): return [{'seen': [], 'unseen': ['ring the ' + episodes[0]['{A}']]}]\n",
     "task_config/demo_randomized.yml": "embodiment: [aloha-agilex]\ncamera: {head_camera_type: D435}\n",
-    "task_config/_embodiment_config.yml": "aloha-agilex: {file_path: arms}\n", "arms/config.yml": "arm: x\n",
-    "task_config/_camera_config.yml": "D435: {h: 24, w: 32}\n", "task_config/_eval_step_limit.yml": "click_bell: 40\n",
+    "task_config/_embodiment_config.yml": "aloha-agilex: {file_path: arms}\n",
+    "arms/config.yml": "arm: x\n",
+    "task_config/_camera_config.yml": "D435: {h: 24, w: 32}\n",
+    "task_config/_eval_step_limit.yml": "click_bell: 40\n",
 }
 
 
@@ -331,9 +416,20 @@ def test_robotwin_is_asked_as_its_own_evaluation_asks(tmp_path, monkeypatch):
     try:
         world = robotwin.make("click_bell", root=str(tmp_path))
         look = world.reset(10)
-        assert world.env.log == [("setup", 10), "close", ("setup", 11), "close", ("setup", 12), "close", ("setup", 12)]
+        assert world.env.log == [
+            ("setup", 10),
+            "close",
+            ("setup", 11),
+            "close",
+            ("setup", 12),
+            "close",
+            ("setup", 12),
+        ]
         assert world.instruction == world.env.told == "ring the bell" and world.max_steps == 40
-        assert list(look["images"]) == ["head_camera", "left_camera", "right_camera"] and look["state"].tolist() == [0] * 14
+        assert (
+            list(look["images"]) == ["head_camera", "left_camera", "right_camera"]
+            and look["state"].tolist() == [0] * 14
+        )
         world.step(np.zeros(14))
         assert not world.success and world.state().tolist() == [1] * 14
         world.step(np.zeros(14))
@@ -343,5 +439,9 @@ def test_robotwin_is_asked_as_its_own_evaluation_asks(tmp_path, monkeypatch):
             robotwin.make("turn_switch", root=str(tmp_path))
     finally:
         os.chdir(here)
-        for name in [name for name in sys.modules if name.split(".")[0] in ("envs", "generate_episode_instructions")]:
+        for name in [
+            name
+            for name in sys.modules
+            if name.split(".")[0] in ("envs", "generate_episode_instructions")
+        ]:
             del sys.modules[name]

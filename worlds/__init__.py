@@ -33,18 +33,18 @@ from types import ModuleType
 
 import numpy as np
 
-RECORDED, EVALUATED = 0, 1                    # streams of seeds: what is recorded is never what a policy is tried on
+RECORDED, EVALUATED = 0, 1  # streams of seeds: what is recorded is never what a policy is tried on
 
 
 class World(ABC):
     """One scene with one robot. A world depends on the seed of its last `reset` and on the actions since, on nothing else."""
 
-    robot: str                                # name of the embodiment
-    fps: float                                # actions per second
-    max_steps: int                            # actions after which an episode has failed
+    robot: str  # name of the embodiment
+    fps: float  # actions per second
+    max_steps: int  # actions after which an episode has failed
     action_dim: int
-    instruction: str                          # what to do, as text
-    success: bool = False                     # whether it has been done at any time since `reset`
+    instruction: str  # what to do, as text
+    success: bool = False  # whether it has been done at any time since `reset`
 
     @abstractmethod
     def reset(self, seed: int) -> dict:
@@ -74,21 +74,35 @@ class World(ABC):
 
     def expert(self) -> np.ndarray:
         """The scripted expert's action (A,) for the present state, within what the robot can do."""
-        raise ValueError(f"{type(self).__name__} has no scripted expert; bring demonstrations as a LeRobot dataset")
+        raise ValueError(
+            f"{type(self).__name__} has no scripted expert; bring demonstrations as a LeRobot dataset"
+        )
 
 
 def checked(action: np.ndarray, world: World) -> np.ndarray:
     """The action as (A,) float64."""
     action = np.asarray(action, float)
     if action.shape != (world.action_dim,) or not np.isfinite(action).all():
-        raise ValueError(f"action is {action}; {world.robot} takes {world.action_dim} finite numbers")
+        raise ValueError(
+            f"action is {action}; {world.robot} takes {world.action_dim} finite numbers"
+        )
     return action
 
 
-def as_labels(points: Mapping[str, np.ndarray], opening: float, places: np.ndarray | None = None) -> dict[str, float]:
+def as_labels(
+    points: Mapping[str, np.ndarray], opening: float, places: np.ndarray | None = None
+) -> dict[str, float]:
     """`World.labels` of named points in metres, with their places (n, 2) in the first camera's picture where there is one."""
-    seen = {} if places is None else {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)}
-    return seen | {"opening": opening} | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
+    seen = (
+        {}
+        if places is None
+        else {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)}
+    )
+    return (
+        seen
+        | {"opening": opening}
+        | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
+    )
 
 
 def choice(value: str, allowed: Sequence[str], field: str = "task") -> str:
@@ -102,11 +116,19 @@ def simulator(name: str) -> ModuleType:
     """A file of this folder, or any other module that Python finds."""
     own = f"worlds.{name}"
     try:
-        found = importlib.import_module(own if "." not in name and importlib.util.find_spec(own) else name)
+        found = importlib.import_module(
+            own if "." not in name and importlib.util.find_spec(own) else name
+        )
     except ModuleNotFoundError as error:
-        raise ValueError(f"simulator {name!r} is not found ({error}); name a file of worlds/, or a module on PYTHONPATH") from error
-    if not isinstance(getattr(found, "TASKS", None), dict) or not callable(getattr(found, "make", None)):
-        raise ValueError(f"module {found.__name__} is no simulator; it needs TASKS and make(task, **settings), as worlds/__init__.py says")
+        raise ValueError(
+            f"simulator {name!r} is not found ({error}); name a file of worlds/, or a module on PYTHONPATH"
+        ) from error
+    if not isinstance(getattr(found, "TASKS", None), dict) or not callable(
+        getattr(found, "make", None)
+    ):
+        raise ValueError(
+            f"module {found.__name__} is no simulator; it needs TASKS and make(task, **settings), as worlds/__init__.py says"
+        )
     return found
 
 

@@ -22,13 +22,15 @@ import numpy as np
 from worlds import World, as_labels, checked, choice
 from worlds.eye import Eye
 
-TASKS = {"transfer-cube": "pick up the red cube with the right arm and hand it over to the left arm"}
+TASKS = {
+    "transfer-cube": "pick up the red cube with the right arm and hand it over to the left arm"
+}
 CAMERAS = {"head": "top", "left_wrist": "left_wrist", "right_wrist": "right_wrist"}
 MISSING = "gym-aloha is not installed: pip install 'motus[sim]', pip install --no-deps gym-aloha, apt-get install libosmesa6"
-CLOSED, OPEN = 0.01844, 0.05800                                      # metres of a finger's joint
-START = [0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239]              # of each arm and its fingers
-MEET = np.array([0, 0.5, 0.25])                                      # where the cube changes hands, metres
-ARMS = {"left": 0, "right": 8}                                       # first of the 6 joints and 2 fingers in qpos and ctrl
+CLOSED, OPEN = 0.01844, 0.05800  # metres of a finger's joint
+START = [0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239]  # of each arm and its fingers
+MEET = np.array([0, 0.5, 0.25])  # where the cube changes hands, metres
+ARMS = {"left": 0, "right": 8}  # first of the 6 joints and 2 fingers in qpos and ctrl
 
 
 def turn(axis: int, degrees: float) -> np.ndarray:
@@ -49,29 +51,56 @@ class TransferCube(World):
 
     robot, action_dim, instruction = "aloha", 14, TASKS["transfer-cube"]
 
-    def __init__(self, task: str = "transfer-cube", size: int = 128, cameras: str = "head,left_wrist,right_wrist", hold: float = 5):
+    def __init__(
+        self,
+        task: str = "transfer-cube",
+        size: int = 128,
+        cameras: str = "head,left_wrist,right_wrist",
+        hold: float = 5,
+    ):
         choice(task, tuple(TASKS))
         package = importlib.util.find_spec("gym_aloha")
         if package is None or importlib.util.find_spec("mujoco") is None:
             raise ValueError(MISSING)
         import mujoco
+
         if not 16 <= size <= 640 or size % 4 or hold not in (1, 2, 2.5, 5, 10):
-            raise ValueError(f"size is {size}, hold is {hold}; allowed: a multiple of 4 from 16 to 640, and 1, 2, 2.5, 5, 10")
-        self.mujoco, self.hold, self.fps, self.max_steps = mujoco, hold, round(50 / hold), round(400 / hold)
-        self.cameras = tuple(choice(name, tuple(CAMERAS), "camera") for name in cameras.split(",") if name)
-        scene = Path(package.submodule_search_locations[0]) / "assets" / "bimanual_viperx_transfer_cube.xml"
+            raise ValueError(
+                f"size is {size}, hold is {hold}; allowed: a multiple of 4 from 16 to 640, and 1, 2, 2.5, 5, 10"
+            )
+        self.mujoco, self.hold, self.fps, self.max_steps = (
+            mujoco,
+            hold,
+            round(50 / hold),
+            round(400 / hold),
+        )
+        self.cameras = tuple(
+            choice(name, tuple(CAMERAS), "camera") for name in cameras.split(",") if name
+        )
+        scene = (
+            Path(package.submodule_search_locations[0])
+            / "assets"
+            / "bimanual_viperx_transfer_cube.xml"
+        )
         self.model = mujoco.MjModel.from_xml_path(str(scene))
-        self.commands = int(hold) if hold == int(hold) else int(2 * hold)                  # of one action: every 0.02 s, or 0.01
-        self.data, self.substeps = mujoco.MjData(self.model), round(0.02 * hold / self.commands / self.model.opt.timestep)
+        self.commands = (
+            int(hold) if hold == int(hold) else int(2 * hold)
+        )  # of one action: every 0.02 s, or 0.01
+        self.data, self.substeps = (
+            mujoco.MjData(self.model),
+            round(0.02 * hold / self.commands / self.model.opt.timestep),
+        )
         names = ("red_box", "table", "vx300s_left/10_left_gripper_finger")
         self.cube, self.table, self.finger = (self.model.geom(name).id for name in names)
         self.eye = Eye(self.model, size * 3 // 4, size) if self.cameras else None
 
     def reset(self, seed: int) -> dict:
         self.mujoco.mj_resetData(self.model, self.data)
-        place = np.random.default_rng(seed).uniform([0.0, 0.4], [0.2, 0.6])                 # of the cube, as gym-aloha draws it
+        place = np.random.default_rng(seed).uniform(
+            [0.0, 0.4], [0.2, 0.6]
+        )  # of the cube, as gym-aloha draws it
         for first in ARMS.values():
-            self.data.qpos[first:first + 8] = START
+            self.data.qpos[first : first + 8] = START
         self.data.qpos[16:23] = [*place, 0.05, 1, 0, 0, 0]
         self.data.ctrl[:] = self.data.qpos[:16]
         self.mujoco.mj_forward(self.model, self.data)
@@ -84,23 +113,45 @@ class TransferCube(World):
             target = self.last + (action - self.last) * k / self.commands
             for arm, first in zip(target.reshape(2, 7), ARMS.values()):
                 opening = CLOSED + (OPEN - CLOSED) * np.clip(arm[6], 0, 1)
-                self.data.ctrl[first:first + 8] = [*arm[:6], opening, -opening]
+                self.data.ctrl[first : first + 8] = [*arm[:6], opening, -opening]
             self.mujoco.mj_step(self.model, self.data, self.substeps)
             touching = {frozenset(pair) for pair in self.data.contact.geom.tolist()}
-            self.success |= frozenset((self.cube, self.finger)) in touching and frozenset((self.cube, self.table)) not in touching
+            self.success |= (
+                frozenset((self.cube, self.finger)) in touching
+                and frozenset((self.cube, self.table)) not in touching
+            )
         self.last, self.done = action, self.done + 1
 
     def state(self) -> np.ndarray:
-        arms = [[*self.data.qpos[first:first + 6], (self.data.qpos[first + 6] - CLOSED) / (OPEN - CLOSED)] for first in ARMS.values()]
+        arms = [
+            [
+                *self.data.qpos[first : first + 6],
+                (self.data.qpos[first + 6] - CLOSED) / (OPEN - CLOSED),
+            ]
+            for first in ARMS.values()
+        ]
         return np.concatenate(arms).astype(np.float32)
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
 
     def labels(self) -> dict[str, float]:
-        cube, hand = self.data.geom_xpos[self.cube], tip(self.data, self.model.body("vx300s_right/gripper_link").id)
+        cube, hand = (
+            self.data.geom_xpos[self.cube],
+            tip(self.data, self.model.body("vx300s_right/gripper_link").id),
+        )
         points = {"object": cube, "goal": MEET, "hand": hand}
-        seen = Eye.places(self.model, self.data, CAMERAS[self.cameras[0]], np.stack(list(points.values())), 4 / 3) if self.cameras else None
+        seen = (
+            Eye.places(
+                self.model,
+                self.data,
+                CAMERAS[self.cameras[0]],
+                np.stack(list(points.values())),
+                4 / 3,
+            )
+            if self.cameras
+            else None
+        )
         return as_labels(points, self.state()[13], seen)
 
     def expert(self) -> np.ndarray:
@@ -116,45 +167,93 @@ class TransferCube(World):
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
         hands = {arm: self.model.body(f"vx300s_{arm}/gripper_link").id for arm in ARMS}
-        begin = {arm: (tip(ghost, hand), ghost.xmat[hand].reshape(3, 3).copy()) for arm, hand in hands.items()}
-        cube, straight, down, side = np.array([*self.data.qpos[16:18], 0.02]), np.eye(3), turn(1, -60), turn(0, 90)
+        begin = {
+            arm: (tip(ghost, hand), ghost.xmat[hand].reshape(3, 3).copy())
+            for arm, hand in hands.items()
+        }
+        cube, straight, down, side = (
+            np.array([*self.data.qpos[16:18], 0.02]),
+            np.eye(3),
+            turn(1, -60),
+            turn(0, 90),
+        )
         near, over, beside = MEET - [0.1, 0, 0.02], cube + [0, 0, 0.08], MEET + [0.1, 0, 0]
-        ways = {"left": [(0, begin["left"][0], straight, 0), (100, near, side, 1), (220, near, side, 1), (260, MEET, side, 1),
-                         (310, MEET, side, 0), (360, near, side, 0)],
-                "right": [(0, begin["right"][0], straight, 0), (90, over, down, 1), (130, cube, down, 1), (170, cube, down, 0),
-                          (220, MEET, down, 0), (310, MEET, down, 0), (340, MEET, down, 1), (380, beside, down, 1)]}
+        ways = {
+            "left": [
+                (0, begin["left"][0], straight, 0),
+                (100, near, side, 1),
+                (220, near, side, 1),
+                (260, MEET, side, 1),
+                (310, MEET, side, 0),
+                (360, near, side, 0),
+            ],
+            "right": [
+                (0, begin["right"][0], straight, 0),
+                (90, over, down, 1),
+                (130, cube, down, 1),
+                (170, cube, down, 0),
+                (220, MEET, down, 0),
+                (310, MEET, down, 0),
+                (340, MEET, down, 1),
+                (380, beside, down, 1),
+            ],
+        }
         plan = []
         for now in self.hold * np.arange(1, self.max_steps + 1):
             row = []
             for arm, first in ARMS.items():
                 times = [way[0] for way in ways[arm]]
                 i = min(np.searchsorted(times, now), len(times) - 1)
-                (t0, place0, turn0, grip0), (t1, place1, turn1, grip1) = ways[arm][i - 1], ways[arm][i]
+                (t0, place0, turn0, grip0), (t1, place1, turn1, grip1) = (
+                    ways[arm][i - 1],
+                    ways[arm][i],
+                )
                 part = min(1.0, (now - t0) / (t1 - t0))
-                self._solve(ghost, hands[arm], first, place0 + part * (place1 - place0), between(turn0, turn1, part) @ begin[arm][1])
-                row += [*ghost.qpos[first:first + 6], grip0 + part * (grip1 - grip0)]
+                self._solve(
+                    ghost,
+                    hands[arm],
+                    first,
+                    place0 + part * (place1 - place0),
+                    between(turn0, turn1, part) @ begin[arm][1],
+                )
+                row += [*ghost.qpos[first : first + 6], grip0 + part * (grip1 - grip0)]
             plan.append(row)
         return np.array(plan)
 
-    def _solve(self, ghost: object, hand: int, first: int, place: np.ndarray, matrix: np.ndarray) -> None:
+    def _solve(
+        self, ghost: object, hand: int, first: int, place: np.ndarray, matrix: np.ndarray
+    ) -> None:
         """Moves the six joints from `first` until the fingertips are at a place and the hand turned as `matrix`: damped least squares."""
         shift, spin = np.zeros((3, self.model.nv)), np.zeros((3, self.model.nv))
         for _ in range(20):
             self.mujoco.mj_kinematics(self.model, ghost)
             self.mujoco.mj_comPos(self.model, ghost)
-            miss = np.concatenate([place - tip(ghost, hand), rotation_vector(matrix @ ghost.xmat[hand].reshape(3, 3).T)])
+            miss = np.concatenate(
+                [
+                    place - tip(ghost, hand),
+                    rotation_vector(matrix @ ghost.xmat[hand].reshape(3, 3).T),
+                ]
+            )
             if np.abs(miss).max() < 1e-4:
                 return
             self.mujoco.mj_jac(self.model, ghost, shift, spin, tip(ghost, hand), hand)
-            jacobian = np.concatenate([shift, spin])[:, first:first + 6]
-            joints = ghost.qpos[first:first + 6] + jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 1e-4 * np.eye(6), miss)
-            ghost.qpos[first:first + 6] = np.clip(joints, *self.model.actuator_ctrlrange[first:first + 6].T)
-
+            jacobian = np.concatenate([shift, spin])[:, first : first + 6]
+            joints = ghost.qpos[first : first + 6] + jacobian.T @ np.linalg.solve(
+                jacobian @ jacobian.T + 1e-4 * np.eye(6), miss
+            )
+            ghost.qpos[first : first + 6] = np.clip(
+                joints, *self.model.actuator_ctrlrange[first : first + 6].T
+            )
 
 
 def rotation_vector(matrix: np.ndarray) -> np.ndarray:
     """Axis times angle of a rotation matrix, for angles under 180 degrees."""
-    vector = np.array([matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]]) / 2
+    vector = (
+        np.array(
+            [matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]]
+        )
+        / 2
+    )
     sine, cosine = np.linalg.norm(vector), (np.trace(matrix) - 1) / 2
     return vector * (np.arctan2(sine, cosine) / sine) if sine > 1e-9 else vector
 

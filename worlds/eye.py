@@ -18,9 +18,16 @@ class Eye:
 
     def __init__(self, model: object, height: int, width: int):
         import mujoco
+
         model.vis.quality.offsamples = 0
-        model.vis.global_.offheight, model.vis.global_.offwidth = max(480, 2 * height), max(640, 2 * width)
-        self.renderer, self.option = mujoco.Renderer(model, 2 * height, 2 * width), mujoco.MjvOption()
+        model.vis.global_.offheight, model.vis.global_.offwidth = (
+            max(480, 2 * height),
+            max(640, 2 * width),
+        )
+        self.renderer, self.option = (
+            mujoco.Renderer(model, 2 * height, 2 * width),
+            mujoco.MjvOption(),
+        )
         for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.renderer.scene.flags[effect] = 0
 
@@ -28,13 +35,19 @@ class Eye:
         """What a camera of the model sees, (height, width, 3) uint8."""
         self.renderer.update_scene(data, camera=camera, scene_option=self.option)
         twice = self.renderer.render().astype(np.uint16)
-        return ((twice[::2, ::2] + twice[1::2, ::2] + twice[::2, 1::2] + twice[1::2, 1::2] + 2) // 4).astype(np.uint8)
+        return (
+            (twice[::2, ::2] + twice[1::2, ::2] + twice[::2, 1::2] + twice[1::2, 1::2] + 2) // 4
+        ).astype(np.uint8)
 
     @staticmethod
-    def places(model: object, data: object, camera: str, points: np.ndarray, aspect: float = 1.0) -> np.ndarray:
+    def places(
+        model: object, data: object, camera: str, points: np.ndarray, aspect: float = 1.0
+    ) -> np.ndarray:
         """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as high: (n, 2), 0 to 1 from left and top, at
         most one side outside."""
-        seen = (points - data.camera(camera).xpos) @ data.camera(camera).xmat.reshape(3, 3)    # x right, y up, z towards the camera
+        seen = (points - data.camera(camera).xpos) @ data.camera(camera).xmat.reshape(
+            3, 3
+        )  # x right, y up, z towards the camera
         half = np.maximum(-seen[:, 2:], 1e-3) * np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
         return np.clip(0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half, -1, 2)
 

@@ -23,7 +23,7 @@ from worlds import World, simulator
 # A server that has opened no context and no threads forks the processes.
 PROCESSES = multiprocessing.get_context("forkserver")
 LOST = "ended without a word (killed, or out of memory?)"
-SHOVES, SHOVE = 1.0, 0.2                      # shoves per second on average, seconds that each lasts
+SHOVES, SHOVE = 1.0, 0.2  # shoves per second on average, seconds that each lasts
 
 
 @lru_cache(maxsize=1)
@@ -44,9 +44,20 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
         pipe.send((None, (robot.robot, robot.fps, robot.max_steps, robot.action_dim)))
         while (order := pipe.recv()) is not None:
             name, arguments = order
-            given = [None if a is None else getattr(world, name)(*a) for world, a in zip(worlds, arguments)]
-            pipe.send((None, [(g, world.success, getattr(world, "instruction", "")) for g, world in zip(given, worlds)]))
-    except (EOFError, KeyboardInterrupt):                                                   # the other side is gone
+            given = [
+                None if a is None else getattr(world, name)(*a)
+                for world, a in zip(worlds, arguments)
+            ]
+            pipe.send(
+                (
+                    None,
+                    [
+                        (g, world.success, getattr(world, "instruction", ""))
+                        for g, world in zip(given, worlds)
+                    ],
+                )
+            )
+    except (EOFError, KeyboardInterrupt):  # the other side is gone
         return
     except Exception as error:
         pipe.send((f"{type(error).__name__}: {error}", None))
@@ -56,18 +67,34 @@ class Fleet:
     """Up to n worlds of one task behind the methods that acting in many worlds needs (`evaluate.rollout`). `view` makes the one picture
     that a policy sees, (H, W, 3), of a camera's pictures. A solved world is neither moved nor looked at."""
 
-    def __init__(self, sim: str, task: str, n: int, view: Callable[[dict], np.ndarray], settings: dict | None = None, workers: int = 1):
+    def __init__(
+        self,
+        sim: str,
+        task: str,
+        n: int,
+        view: Callable[[dict], np.ndarray],
+        settings: dict | None = None,
+        workers: int = 1,
+    ):
         if min(n, workers) < 1:
             raise ValueError(f"{n} worlds in {workers} processes; at least one of each is due")
-        self.view, shares = view, [len(part) for part in np.array_split(np.arange(n), min(n, workers))]
+        self.view, shares = (
+            view,
+            [len(part) for part in np.array_split(np.arange(n), min(n, workers))],
+        )
         self.edges, self.pipes, self.processes = np.cumsum(shares)[:-1], [], []
         for share in shares:
             ours, theirs = PROCESSES.Pipe()
-            process = PROCESSES.Process(target=serve, args=(theirs, sim, task, settings or {}, share), daemon=True)
+            process = PROCESSES.Process(
+                target=serve, args=(theirs, sim, task, settings or {}, share), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours), self.processes.append(process)
-        self.size, (self.robot, self.fps, self.max_steps, self.action_dim) = n, [self._answer(pipe) for pipe in self.pipes][0]
+        self.size, (self.robot, self.fps, self.max_steps, self.action_dim) = (
+            n,
+            [self._answer(pipe) for pipe in self.pipes][0],
+        )
 
     def _answer(self, pipe: Connection) -> object:
         try:
@@ -83,11 +110,13 @@ class Fleet:
         """Calls a method of every world that has arguments; what each gave."""
         arguments = [*arguments, *[None] * (self.size - len(arguments))]
         for pipe, (low, high) in zip(self.pipes, zip([0, *self.edges], [*self.edges, self.size])):
-            with suppress(BrokenPipeError):                                                 # `_answer` tells what has happened
+            with suppress(BrokenPipeError):  # `_answer` tells what has happened
                 pipe.send((name, arguments[low:high]))
-        given, success, instruction = zip(*[row for pipe in self.pipes for row in self._answer(pipe)])
-        self.success, self.instruction = np.array(success[:self.n]), list(instruction[:self.n])
-        return list(given[:self.n])
+        given, success, instruction = zip(
+            *[row for pipe in self.pipes for row in self._answer(pipe)]
+        )
+        self.success, self.instruction = np.array(success[: self.n]), list(instruction[: self.n])
+        return list(given[: self.n])
 
     def reset(self, seeds: Sequence[int]) -> None:
         """One world for each seed, at most `size`."""
@@ -100,8 +129,11 @@ class Fleet:
         """image (n, H, W, 3) uint8, state (n, P), instruction; of a solved world what was last seen."""
         now = self.call("observe", [None if done else () for done in self.success])
         self.seen = [new or old for new, old in zip(now, self.seen)]
-        return {"image": np.stack([self.view(seen["images"]) for seen in self.seen]),
-                "state": np.stack([seen["state"] for seen in self.seen]), "instruction": self.instruction}
+        return {
+            "image": np.stack([self.view(seen["images"]) for seen in self.seen]),
+            "state": np.stack([seen["state"] for seen in self.seen]),
+            "instruction": self.instruction,
+        }
 
     def render(self) -> np.ndarray:
         """What the policy would see, (n, H, W, 3) uint8, of all worlds."""
@@ -109,15 +141,23 @@ class Fleet:
 
     def advance(self, actions: np.ndarray) -> None:
         """actions (n, A), one for each world that is not solved."""
-        self.call("step", [None if done else (action,) for done, action in zip(self.success, actions)])
+        self.call(
+            "step", [None if done else (action,) for done, action in zip(self.success, actions)]
+        )
 
     def expert(self) -> np.ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
-        return np.stack([action for action in self.call("expert", [None if done else () for done in self.success]) if action is not None])
+        return np.stack(
+            [
+                action
+                for action in self.call("expert", [None if done else () for done in self.success])
+                if action is not None
+            ]
+        )
 
     def close(self) -> None:
         for pipe in self.pipes:
-            pipe.close()                                                                    # ends the loop of `serve`
+            pipe.close()  # ends the loop of `serve`
         for process in self.processes:
             process.join(5)
             if process.is_alive():
@@ -141,13 +181,17 @@ class Recording:
     seed: int
     disturbed: bool
     success: bool
-    seconds: float                            # of processor time
+    seconds: float  # of processor time
     robot: str
     fps: float
-    frames: dict[str, list[np.ndarray]] = field(default_factory=dict)         # camera -> T pictures (H, W, 3); empty without success
-    states: np.ndarray | None = None          # (T, P)
-    actions: np.ndarray | None = None         # (T, A)
-    labels: dict[str, list[float]] = field(default_factory=dict)              # name -> T numbers: `World.labels`
+    frames: dict[str, list[np.ndarray]] = field(
+        default_factory=dict
+    )  # camera -> T pictures (H, W, 3); empty without success
+    states: np.ndarray | None = None  # (T, P)
+    actions: np.ndarray | None = None  # (T, A)
+    labels: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # name -> T numbers: `World.labels`
     instruction: str = ""
 
 
@@ -168,7 +212,11 @@ class Order:
 
 def attempt(order: Order) -> Recording:
     """Plays the expert once. The disturbed teach how to recover, for what is stored is what the expert would have done."""
-    begun, world, rng = time.process_time(), opened(order.sim, order.task, order.settings), np.random.default_rng([order.seed, 2])
+    begun, world, rng = (
+        time.process_time(),
+        opened(order.sim, order.task, order.settings),
+        np.random.default_rng([order.seed, 2]),
+    )
     disturbed = (order.noise > 0 or order.recovery > 0) and rng.random() < order.disturbed
     seen, rows, left, shove, pushed = world.reset(order.seed), [], order.after, 0.0, 0
     while len(rows) < world.max_steps and left > 0:
@@ -176,18 +224,37 @@ def attempt(order: Order) -> Recording:
         rows.append((seen["images"], seen["state"], action, world.labels()))
         if disturbed:
             if pushed == 0 and rng.random() < SHOVES / world.fps:
-                shove, pushed = order.recovery * rng.standard_normal(action.shape), max(1, round(SHOVE * world.fps))
-            action, pushed = action + order.noise * rng.standard_normal(action.shape) + shove * (pushed > 0), max(0, pushed - 1)
+                shove, pushed = (
+                    order.recovery * rng.standard_normal(action.shape),
+                    max(1, round(SHOVE * world.fps)),
+                )
+            action, pushed = (
+                action + order.noise * rng.standard_normal(action.shape) + shove * (pushed > 0),
+                max(0, pushed - 1),
+            )
         world.step(action)
         left -= world.success
         seen = world.observe()
-    result = Recording(order.task, order.seed, disturbed, world.success, time.process_time() - begun, world.robot, world.fps)
+    result = Recording(
+        order.task,
+        order.seed,
+        disturbed,
+        world.success,
+        time.process_time() - begun,
+        world.robot,
+        world.fps,
+    )
     if not world.success:
         return result
     images, states, actions, labels = zip(*rows)
-    return replace(result, frames={camera: [image[camera] for image in images] for camera in images[0]}, states=np.stack(states),
-                   actions=np.stack(actions).astype(np.float32), labels={name: [row[name] for row in labels] for name in labels[0]},
-                   instruction=world.instruction)
+    return replace(
+        result,
+        frames={camera: [image[camera] for image in images] for camera in images[0]},
+        states=np.stack(states),
+        actions=np.stack(actions).astype(np.float32),
+        labels={name: [row[name] for row in labels] for name in labels[0]},
+        instruction=world.instruction,
+    )
 
 
 def attempts(orders: Iterable[Order], workers: int) -> Iterator[Recording]:

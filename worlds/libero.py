@@ -41,18 +41,26 @@ class Libero(World):
         chosen = tasks.get_task(int(number))
         self.starts = np.asarray(tasks.get_task_init_states(int(number)))
         scene = os.path.join(get_libero_path("bddl_files"), chosen.problem_folder, chosen.bddl_file)
-        self.env = ControlEnv(bddl_file_name=scene, use_camera_obs=False, has_offscreen_renderer=False, hard_reset=False)
+        self.env = ControlEnv(
+            bddl_file_name=scene,
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            hard_reset=False,
+        )
         self.instruction, self.max_steps = chosen.language, STEPS[suite]
         self.cameras = tuple(name for name in cameras.split(",") if name)
         model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.renderer, self.look = mujoco.Renderer(model, size, size), mujoco.MjvOption()
-        self.look.geomgroup[0] = 0                                   # shapes that only collide
+        self.look.geomgroup[0] = 0  # shapes that only collide
 
     def reset(self, seed: int) -> dict:
-        self.env.seed(0)                                             # it draws from numpy's one generator
+        self.env.seed(0)  # it draws from numpy's one generator
         self.env.reset()
-        self.env.robots[0].gripper.current_action = np.zeros(1)      # which a reset forgets
-        self.seen, self.success = self.env.set_init_state(self.starts[seed % len(self.starts)]), False
+        self.env.robots[0].gripper.current_action = np.zeros(1)  # which a reset forgets
+        self.seen, self.success = (
+            self.env.set_init_state(self.starts[seed % len(self.starts)]),
+            False,
+        )
         for _ in range(10):
             self.seen = self.env.step(IDLE)[0]
         return self.observe()
@@ -65,7 +73,9 @@ class Libero(World):
         x, y, z, w = self.seen["robot0_eef_quat"]
         sine = np.sqrt(x * x + y * y + z * z)
         rotation = np.array([x, y, z]) * (2 * np.arctan2(sine, w) / max(sine, 1e-9))
-        return np.concatenate([self.seen["robot0_eef_pos"], rotation, self.seen["robot0_gripper_qpos"]]).astype(np.float32)
+        return np.concatenate(
+            [self.seen["robot0_eef_pos"], rotation, self.seen["robot0_gripper_qpos"]]
+        ).astype(np.float32)
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self._picture(camera) for camera in self.cameras}

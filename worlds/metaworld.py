@@ -26,20 +26,37 @@ from worlds import World, as_labels, checked, choice
 from worlds.eye import Eye
 
 TASKS = {
-    "reach": "reach the red point", "push": "push the puck to the green point", "pick-place": "pick up the puck and hold it at the point",
-    "drawer-open": "open the drawer", "drawer-close": "close the drawer",
-    "window-open": "open the window", "window-close": "close the window",
-    "faucet-open": "open the faucet", "faucet-close": "close the faucet",
-    "door-open": "open the door", "door-close": "close the door", "door-lock": "lock the door", "door-unlock": "unlock the door",
-    "button-press": "press the button on the wall", "button-press-topdown": "press the button from above",
-    "coffee-button": "press the button of the coffee machine", "coffee-push": "push the mug under the coffee machine",
-    "handle-press": "press the handle down", "handle-press-side": "press the sideways handle down", "handle-pull": "pull the handle up",
-    "plate-slide": "slide the plate into the goal", "plate-slide-side": "slide the plate sideways into the goal",
-    "plate-slide-back": "slide the plate back out", "dial-turn": "turn the dial", "hammer": "hammer the nail in",
-    "sweep": "sweep the block off the table", "soccer": "push the ball into the goal", "lever-pull": "pull the lever up",
+    "reach": "reach the red point",
+    "push": "push the puck to the green point",
+    "pick-place": "pick up the puck and hold it at the point",
+    "drawer-open": "open the drawer",
+    "drawer-close": "close the drawer",
+    "window-open": "open the window",
+    "window-close": "close the window",
+    "faucet-open": "open the faucet",
+    "faucet-close": "close the faucet",
+    "door-open": "open the door",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-unlock": "unlock the door",
+    "button-press": "press the button on the wall",
+    "button-press-topdown": "press the button from above",
+    "coffee-button": "press the button of the coffee machine",
+    "coffee-push": "push the mug under the coffee machine",
+    "handle-press": "press the handle down",
+    "handle-press-side": "press the sideways handle down",
+    "handle-pull": "pull the handle up",
+    "plate-slide": "slide the plate into the goal",
+    "plate-slide-side": "slide the plate sideways into the goal",
+    "plate-slide-back": "slide the plate back out",
+    "dial-turn": "turn the dial",
+    "hammer": "hammer the nail in",
+    "sweep": "sweep the block off the table",
+    "soccer": "push the ball into the goal",
+    "lever-pull": "pull the lever up",
 }
 MARKED = ("reach", "push", "pick-place")
-ALIKE = {"faucet-close": "faucet-open"}       # starts where the other task starts
+ALIKE = {"faucet-close": "faucet-open"}  # starts where the other task starts
 CAMERAS = ("corner4", "gripperPOV", "topview", "corner", "corner2", "corner3", "behindGripper")
 MISSING = "MetaWorld is not installed: pip install 'motus[sim]', and apt-get install libosmesa6 (or libegl1, with MUJOCO_GL=egl)"
 
@@ -49,7 +66,9 @@ class MetaWorld(World):
 
     robot, action_dim = "sawyer", 4
 
-    def __init__(self, task: str, size: int = 96, cameras: str = "corner4,gripperPOV", hold: int = 4):
+    def __init__(
+        self, task: str, size: int = 96, cameras: str = "corner4,gripperPOV", hold: int = 4
+    ):
         try:
             import mujoco
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as CLASSES
@@ -58,15 +77,27 @@ class MetaWorld(World):
             raise ValueError(f"{MISSING} ({error})") from error
         self.cameras = tuple(choice(name, CAMERAS, "camera") for name in cameras.split(",") if name)
         if not 16 <= size <= 512 or hold not in (1, 2, 4, 5, 8):
-            raise ValueError(f"size is {size}, hold is {hold}; allowed: 16 to 512, and 1, 2, 4, 5, 8")
-        self.instruction, self.fps, self.max_steps, self.hold = TASKS[choice(task, tuple(TASKS))], 80 // hold, 240 // hold, hold
+            raise ValueError(
+                f"size is {size}, hold is {hold}; allowed: 16 to 512, and 1, 2, 4, 5, 8"
+            )
+        self.instruction, self.fps, self.max_steps, self.hold = (
+            TASKS[choice(task, tuple(TASKS))],
+            80 // hold,
+            240 // hold,
+            hold,
+        )
         # The class makes an environment whose layout is frozen; these lines make it draw one from each seed instead.
         self.forward = mujoco.mj_forward
-        self.env, self.script = CLASSES[f"{task}-v3-goal-observable"](seed=0), ENV_POLICY_MAP[f"{task}-v3"]
+        self.env, self.script = (
+            CLASSES[f"{task}-v3-goal-observable"](seed=0),
+            ENV_POLICY_MAP[f"{task}-v3"],
+        )
         self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
-        self.env.max_path_length = 1_000_000                         # who acts decides when an episode ends
+        self.env.max_path_length = 1_000_000  # who acts decides when an episode ends
         if task in ALIKE:
-            self.env._random_reset_space = CLASSES[f"{ALIKE[task]}-v3-goal-observable"](seed=0)._random_reset_space
+            self.env._random_reset_space = CLASSES[f"{ALIKE[task]}-v3-goal-observable"](
+                seed=0
+            )._random_reset_space
         self.eye = Eye(self.env.model, size, size) if self.cameras else None
         if self.eye and task not in MARKED:
             self.eye.option.sitegroup[:] = 0
@@ -99,11 +130,15 @@ class MetaWorld(World):
         points = {"object": self.full[4:7], "goal": self.full[36:39], "hand": self.full[:3]}
         if not self.cameras:
             return as_labels(points, self.full[3])
-        places = Eye.places(self.env.model, self.env.data, self.cameras[0], np.stack(list(points.values())))
-        return as_labels(points, self.full[3], 1 - places if self.cameras[0].startswith("corner") else places)
+        places = Eye.places(
+            self.env.model, self.env.data, self.cameras[0], np.stack(list(points.values()))
+        )
+        return as_labels(
+            points, self.full[3], 1 - places if self.cameras[0].startswith("corner") else places
+        )
 
     def expert(self) -> np.ndarray:
-        with warnings.catch_warnings():                                                     # that its commands exceed 1 is known
+        with warnings.catch_warnings():  # that its commands exceed 1 is known
             warnings.simplefilter("ignore")
             return np.clip(self.policy.get_action(self.full), -1, 1)
 

@@ -29,14 +29,29 @@ COLOURS = ("red", "green", "blue", "yellow")
 SIDES = ("top", "bottom", "left", "right")
 SKILLS = ("place", "push")
 SPLITS = ("train", "eval", "held_out")
-HELD_OUT = (("place", "red", "left"), ("place", "blue", "bottom"), ("push", "green", "top"), ("push", "yellow", "right"))
+HELD_OUT = (
+    ("place", "red", "left"),
+    ("place", "blue", "bottom"),
+    ("push", "green", "top"),
+    ("push", "yellow", "right"),
+)
 
-DISCS, RADIUS, TIP = 3, 0.075, 0.03  # discs per table; radius of a disc, of the closed gripper's tip
-MAX_SPEED, GRIP_SPEED, TURN_SPEED = 0.045, 0.5, 0.25  # per action step: effector, opening, heading (radians)
+DISCS, RADIUS, TIP = (
+    3,
+    0.075,
+    0.03,
+)  # discs per table; radius of a disc, of the closed gripper's tip
+MAX_SPEED, GRIP_SPEED, TURN_SPEED = (
+    0.045,
+    0.5,
+    0.25,
+)  # per action step: effector, opening, heading (radians)
 GRASP = RADIUS  # closing nearer than this to a disc's centre grasps it
 BAND, PUSH = 0.22, 0.15  # success: depth of the band at a side; displacement of a push
 REACH = (0.02, 0.98)  # where the effector may be
-DIRECTIONS = np.array([[0, -1], [0, 1], [-1, 0], [1, 0]], float)  # unit vector towards each side, in the order of SIDES
+DIRECTIONS = np.array(
+    [[0, -1], [0, 1], [-1, 0], [1, 0]], float
+)  # unit vector towards each side, in the order of SIDES
 
 
 # ---- Instructions ----
@@ -46,13 +61,19 @@ def instructions(split: str = "train") -> list[tuple[str, str, str]]:
     """The (skill, colour, side) combinations a split draws from; `eval` has those of `train` at layouts never trained on."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
-    combinations = [(skill, colour, side) for skill in SKILLS for colour in COLOURS for side in SIDES]
+    combinations = [
+        (skill, colour, side) for skill in SKILLS for colour in COLOURS for side in SIDES
+    ]
     return [c for c in combinations if (c in HELD_OUT) == (split == "held_out")]
 
 
 def sentence(skill: str, colour: str, side: str) -> str:
     """The instruction as text."""
-    return f"put the {colour} disc at the {side}" if skill == "place" else f"push the {colour} disc to the {side}"
+    return (
+        f"put the {colour} disc at the {side}"
+        if skill == "place"
+        else f"push the {colour} disc to the {side}"
+    )
 
 
 # ---- Embodiments: one task space, four conventions ----
@@ -94,7 +115,13 @@ def _position_from_action(action, state):
 
 def _delta_to_action(xy, grip, state):
     now = (state[:, :2] + 1) / 2
-    return np.clip(np.concatenate([(xy - now) / MAX_SPEED, (grip - state[:, 2])[:, None] / (2 * GRIP_SPEED)], axis=1), -1, 1)
+    return np.clip(
+        np.concatenate(
+            [(xy - now) / MAX_SPEED, (grip - state[:, 2])[:, None] / (2 * GRIP_SPEED)], axis=1
+        ),
+        -1,
+        1,
+    )
 
 
 def _delta_from_action(action, state):
@@ -104,7 +131,9 @@ def _delta_from_action(action, state):
 
 # The arm: shoulder behind the top edge, two equal links, elbow always on the same side. The ranges hold every table position.
 SHOULDER, LINK = np.array([0.5, -0.15]), 0.65
-JOINT_RANGE = np.array([[-0.9, 1.7], [0.6, 2.95], [-4.8, -0.7]])  # shoulder, elbow, wrist; radians at -1 and at 1
+JOINT_RANGE = np.array(
+    [[-0.9, 1.7], [0.6, 2.95], [-4.8, -0.7]]
+)  # shoulder, elbow, wrist; radians at -1 and at 1
 
 
 def arm_joints(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +167,9 @@ def _arm_state(xy, opening, heading):
 
 def _arm_to_action(xy, grip, state):
     shoulder, elbow = arm_joints(np.clip(xy, *REACH))
-    a, b, wrist = _scale_joints(shoulder, elbow, -shoulder - elbow).T  # the wrist undoes both joints: heading 0
+    a, b, wrist = _scale_joints(
+        shoulder, elbow, -shoulder - elbow
+    ).T  # the wrist undoes both joints: heading 0
     return _stack(a, b, grip, wrist)
 
 
@@ -196,13 +227,25 @@ class Part(NamedTuple):
     grain: np.ndarray | int = 0  # where on the tile of speckles they start, or (n, 1, 1) of it
     opacity: float = 1.0
     soft: float = 1.0  # width of the edge, in pixels
-    window: int = 0  # pixels of the square window that holds it; 0 for a part that may span the table
+    window: int = (
+        0  # pixels of the square window that holds it; 0 for a part that may span the table
+    )
     shadow: bool = False  # a shadow darkens but is no body: no rim, no flow
 
 
-INK = np.array([[226, 44, 40], [40, 172, 60], [42, 80, 226], [246, 214, 36]], np.float32)  # in the order of COLOURS
+INK = np.array(
+    [[226, 44, 40], [40, 172, 60], [42, 80, 226], [246, 214, 36]], np.float32
+)  # in the order of COLOURS
 WHITE, DARK, STEEL, ORANGE, CYAN, SKIN = np.array(
-    [[248, 246, 250], [40, 38, 52], [112, 112, 150], [250, 140, 30], [30, 205, 215], [236, 178, 144]], np.float32
+    [
+        [248, 246, 250],
+        [40, 38, 52],
+        [112, 112, 150],
+        [250, 140, 30],
+        [30, 205, 215],
+        [236, 178, 144],
+    ],
+    np.float32,
 )
 BLACK = np.zeros(3, np.float32)
 SHADE = np.array([0.018, 0.024])  # where shadows fall
@@ -220,7 +263,9 @@ def _distance(a, b):
 
 
 def _dot(at, radius, colour, **how):
-    return Part(at, at, radius, colour, window=int(2 * radius * IMAGE + how.get("soft", 1.0)) + 3, **how)
+    return Part(
+        at, at, radius, colour, window=int(2 * radius * IMAGE + how.get("soft", 1.0)) + 3, **how
+    )
 
 
 def _fingers(s: Snapshot, colour, quarter_turn=0.0, radius=0.019, half=0.036):
@@ -245,7 +290,11 @@ def _hand(s: Snapshot):
     palm, gap = s.effector + [0.035, 0.125], 0.02 + 0.07 * s.opening[:, None]
     yield _dot(palm + SHADE, 0.075, BLACK, opacity=0.35, soft=4.0, shadow=True)
     yield Part(palm + [0.01, 0.02], palm + [0.12, 0.6], 0.045, SKIN * [0.62, 0.7, 0.86])
-    for knuckle, tip in (([0.0, -0.03], [1.0, -0.5]), ([0.035, -0.03], [1.35, 0.2]), ([-0.045, -0.01], [-1.0, 0.0])):
+    for knuckle, tip in (
+        ([0.0, -0.03], [1.0, -0.5]),
+        ([0.035, -0.03], [1.35, 0.2]),
+        ([-0.045, -0.01], [-1.0, 0.0]),
+    ):
         yield Part(palm + knuckle, s.effector + gap * tip, 0.023, SKIN, contrast=0.08, window=22)
     yield _dot(palm, 0.062, SKIN, contrast=0.08)
 
@@ -253,7 +302,9 @@ def _hand(s: Snapshot):
 def _arm(s: Snapshot):
     elbow, _ = arm_points(*arm_joints(s.effector))
     base = np.broadcast_to(SHOULDER, elbow.shape)
-    yield Part(elbow + 2 * SHADE, s.effector + 2 * SHADE, 0.03, BLACK, opacity=0.3, soft=3.0, shadow=True)
+    yield Part(
+        elbow + 2 * SHADE, s.effector + 2 * SHADE, 0.03, BLACK, opacity=0.3, soft=3.0, shadow=True
+    )
     yield Part(base, elbow, 0.034, STEEL, contrast=0.3)
     yield Part(elbow, s.effector, 0.027, STEEL, contrast=0.3)
     yield from _fingers(s, DARK)
@@ -262,7 +313,10 @@ def _arm(s: Snapshot):
 
 def _gantry(s: Snapshot):
     (x, y), edge = s.effector.T, np.full(len(s.effector), 0.1)
-    for colour, shift, how in ((BLACK, SHADE, dict(opacity=0.25, soft=2.5, shadow=True)), (DARK, 0, dict(contrast=0.5))):
+    for colour, shift, how in (
+        (BLACK, SHADE, dict(opacity=0.25, soft=2.5, shadow=True)),
+        (DARK, 0, dict(contrast=0.5)),
+    ):
         yield Part(_stack(x, -edge) + shift, _stack(x, 1 + edge) + shift, 0.018, colour, **how)
         yield Part(_stack(-edge, y) + shift, _stack(1 + edge, y) + shift, 0.018, colour, **how)
     yield from _fingers(s, WHITE, quarter_turn=np.pi / 2)
@@ -293,15 +347,23 @@ _TILE = 256  # a part's texture: a periodic tile with four samples per pixel
 def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
     """Periodic Gaussian blur over the first two axes, scaled to unit variance."""
     frequency = [np.fft.fftfreq(size) for size in x.shape[:2]]
-    gain = np.exp(-2 * (np.pi * sigma) ** 2 * (frequency[0][:, None] ** 2 + frequency[1][None] ** 2))
-    smooth = np.fft.ifft2(np.fft.fft2(x, axes=(0, 1)) * gain.reshape(gain.shape + (1,) * (x.ndim - 2)), axes=(0, 1)).real
+    gain = np.exp(
+        -2 * (np.pi * sigma) ** 2 * (frequency[0][:, None] ** 2 + frequency[1][None] ** 2)
+    )
+    smooth = np.fft.ifft2(
+        np.fft.fft2(x, axes=(0, 1)) * gain.reshape(gain.shape + (1,) * (x.ndim - 2)), axes=(0, 1)
+    ).real
     return (smooth - smooth.mean(axis=(0, 1))) / smooth.std()
 
 
 @lru_cache
 def _tile() -> np.ndarray:
     """The speckles that parts carry: (tile, tile) float32 within [-1, 1], mostly soft blobs of about two pixels."""
-    return np.tanh(1.2 * _blur(np.random.default_rng(7).standard_normal((_TILE, _TILE)), 3.0)).astype(np.float32).ravel()
+    return (
+        np.tanh(1.2 * _blur(np.random.default_rng(7).standard_normal((_TILE, _TILE)), 3.0))
+        .astype(np.float32)
+        .ravel()
+    )
 
 
 @lru_cache
@@ -309,10 +371,20 @@ def _backgrounds(split: str, randomized: bool) -> np.ndarray:
     """Table textures (count, 160, 160, 3) float32 in 0..255: a smooth field of colour plus middle and fine noise."""
     rng, textures = np.random.default_rng([11, SPLITS.index(split), randomized]), []
     for _ in range(24 if randomized else 6):
-        base = rng.uniform(70, 190, 3) if randomized else np.array([158, 148, 136]) + rng.uniform(-8, 8, 3)
-        base = base.mean() + 0.6 * (base - base.mean())  # keep away from the saturated colours of the discs
-        wide, middle, fine = (_blur(rng.standard_normal((160, 160, c)), s) for c, s in ((3, 24.0), (1, 2.2), (1, 0.7)))
-        textures.append(base + (14 if randomized else 7) * wide + rng.uniform(8, 13) * middle + 5 * fine)
+        base = (
+            rng.uniform(70, 190, 3)
+            if randomized
+            else np.array([158, 148, 136]) + rng.uniform(-8, 8, 3)
+        )
+        base = base.mean() + 0.6 * (
+            base - base.mean()
+        )  # keep away from the saturated colours of the discs
+        wide, middle, fine = (
+            _blur(rng.standard_normal((160, 160, c)), s) for c, s in ((3, 24.0), (1, 2.2), (1, 0.7))
+        )
+        textures.append(
+            base + (14 if randomized else 7) * wide + rng.uniform(8, 13) * middle + 5 * fine
+        )
     return np.clip(np.stack(textures), 0, 255).astype(np.float32)
 
 
@@ -363,14 +435,24 @@ def _pixel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _gradient(slope, x, y) -> np.ndarray:
     """How bright a slanting light is at pixels x, y; `slope` is relative change across the table along x and y."""
-    return 1 + slope[0] * (x / np.float32(IMAGE) - np.float32(0.5)) + slope[1] * (y / np.float32(IMAGE) - np.float32(0.5))
+    return (
+        1
+        + slope[0] * (x / np.float32(IMAGE) - np.float32(0.5))
+        + slope[1] * (y / np.float32(IMAGE) - np.float32(0.5))
+    )
 
 
 def _alpha(part: Part, distance: np.ndarray) -> np.ndarray:
     """Coverage in 0..1 with an anti-aliased edge."""
     soft = np.float32(part.soft)
     alpha = np.clip((np.float32(part.radius * IMAGE) - distance) / soft + np.float32(0.5), 0, 1)
-    return np.minimum(alpha, np.clip(distance - np.float32(part.inner * IMAGE) + np.float32(0.5), 0, 1)) if part.inner else alpha
+    return (
+        np.minimum(
+            alpha, np.clip(distance - np.float32(part.inner * IMAGE) + np.float32(0.5), 0, 1)
+        )
+        if part.inner
+        else alpha
+    )
 
 
 def _paint(canvas: np.ndarray, part: Part, tint: np.ndarray, slope: np.ndarray) -> None:
@@ -378,16 +460,25 @@ def _paint(canvas: np.ndarray, part: Part, tint: np.ndarray, slope: np.ndarray) 
     x, y, distance, dx, dy = _cover(part)
     pixel = _pixel(x, y)
     alpha = _alpha(part, distance)
-    planes = canvas.reshape(3, -1)  # colour by colour: numpy is several times slower with a last axis of three
+    planes = canvas.reshape(
+        3, -1
+    )  # colour by colour: numpy is several times slower with a last axis of three
     if part.shadow:
         clear = 1 - np.float32(part.opacity) * alpha
         for plane in planes:
             plane[pixel] = plane.take(pixel) * clear
         return
     ux, uy = _axis(part).astype(np.float32).T[:, :, None, None]
-    u, v = ((4 * d + np.float32(4 * _TILE)).astype(np.int32) for d in (dx * ux + dy * uy, dy * ux - dx * uy))
-    light = 1 + np.float32(part.contrast) * _tile().take((v % _TILE) * _TILE + (u + part.grain) % _TILE)
-    light *= np.where(distance > part.radius * IMAGE - 0.9, np.float32(0.62), np.float32(1))  # a dark rim
+    u, v = (
+        (4 * d + np.float32(4 * _TILE)).astype(np.int32)
+        for d in (dx * ux + dy * uy, dy * ux - dx * uy)
+    )
+    light = 1 + np.float32(part.contrast) * _tile().take(
+        (v % _TILE) * _TILE + (u + part.grain) % _TILE
+    )
+    light *= np.where(
+        distance > part.radius * IMAGE - 0.9, np.float32(0.62), np.float32(1)
+    )  # a dark rim
     light *= _gradient(slope[:, :, None, None].swapaxes(0, 1), x, y)
     ink = (tint * part.colour).astype(np.float32)
     for plane, colour in zip(planes, ink.T[:, :, None, None], strict=True):
@@ -405,18 +496,28 @@ def _scenery(rng: np.random.Generator, split: str, randomized: bool, discs: np.n
         picture = picture.copy()
         y, x = np.mgrid[-PAD : IMAGE + PAD, -PAD : IMAGE + PAD] + 0.5
         taken = discs
-        for _ in range(rng.integers(1, 4)):  # distractors: squares and triangles that nothing touches
+        for _ in range(
+            rng.integers(1, 4)
+        ):  # distractors: squares and triangles that nothing touches
             spots = rng.uniform(0.08, 0.92, (16, 2))
             spot = spots[_distance(spots[:, None], taken).min(axis=1).argmax()]
             taken = np.vstack([taken, spot])
             cx, cy = spot * IMAGE
-            size, angle, sides = rng.uniform(3.0, 5.5), rng.uniform(0, 2 * np.pi), rng.integers(3, 5)
+            size, angle, sides = (
+                rng.uniform(3.0, 5.5),
+                rng.uniform(0, 2 * np.pi),
+                rng.integers(3, 5),
+            )
             normals = angle + 2 * np.pi * np.arange(sides) / sides
             depth = np.max([(x - cx) * np.cos(t) + (y - cy) * np.sin(t) for t in normals], axis=0)
             reach = size * (0.62 if sides == 3 else 0.9)
-            colour = np.array([[128, 128, 132], [140, 70, 150], [120, 84, 60], [205, 150, 180], [60, 60, 66]])[rng.integers(5)]
+            colour = np.array(
+                [[128, 128, 132], [140, 70, 150], [120, 84, 60], [205, 150, 180], [60, 60, 66]]
+            )[rng.integers(5)]
             cover = np.clip(reach - depth + 0.5, 0, 1)[..., None]
-            picture = picture + cover * (colour * np.where(depth > reach - 1, 0.7, 1.0)[..., None] - picture)
+            picture = picture + cover * (
+                colour * np.where(depth > reach - 1, 0.7, 1.0)[..., None] - picture
+            )
         tint = (rng.uniform(0.78, 1.15) * rng.uniform(0.92, 1.08, 3)).astype(np.float32)
         slope = rng.uniform(-0.35, 0.35, 2).astype(np.float32)
         picture = picture * tint * _gradient(slope, x, y)[..., None]
@@ -430,7 +531,9 @@ def flow(embodiment: str, before: Snapshot, after: Snapshot) -> np.ndarray:
     """
     n = len(before.effector)
     motions = np.zeros((n * CANVAS * CANVAS, 2), np.float32)
-    pairs = zip(_parts(embodiment, before, before.held), _parts(embodiment, after, before.held), strict=True)
+    pairs = zip(
+        _parts(embodiment, before, before.held), _parts(embodiment, after, before.held), strict=True
+    )
     for old, new in pairs:
         if old.shadow:
             continue
@@ -453,7 +556,9 @@ def _room(xy: np.ndarray, toward: np.ndarray) -> np.ndarray:
     return np.where(toward.sum(axis=-1) > 0, 1 - coordinate, coordinate)
 
 
-def _layout(rng: np.random.Generator, skill: str | None, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _layout(
+    rng: np.random.Generator, skill: str | None, side: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Discs (D, 2), the first of them named by the task, and the effector (2,): feasible, apart, and not yet solved."""
     toward = DIRECTIONS[side]
     while True:
@@ -466,11 +571,15 @@ def _layout(rng: np.random.Generator, skill: str | None, side: int) -> tuple[np.
             room = _room(named, toward)
             if skill == "place":
                 good &= room > BAND + 0.12
-                good &= (_distance(_goal(skill, named, side)[:, None], others) > 2 * RADIUS + 0.03).all(axis=1)
+                good &= (
+                    _distance(_goal(skill, named, side)[:, None], others) > 2 * RADIUS + 0.03
+                ).all(axis=1)
             else:  # free ground behind the disc, where the gripper closes, and ahead, where the disc goes
                 good &= (room > RADIUS + PUSH + 0.1) & (room < 0.78)
                 for step in (-0.15, 0.07, 0.14, 0.22):
-                    good &= (_distance((named + step * toward)[:, None], others) > 2 * RADIUS + 0.02).all(axis=1)
+                    good &= (
+                        _distance((named + step * toward)[:, None], others) > 2 * RADIUS + 0.02
+                    ).all(axis=1)
         if good.any():
             return discs[good.argmax()], effector[good.argmax()]
 
@@ -500,14 +609,28 @@ class Tabletop:
             the gripper open or closed on nothing. Demonstrations of them teach how to recover.
     """
 
-    def __init__(self, n: int, embodiment: str = "gripper", randomized: bool = False, split: str = "train", task_agnostic: bool = False,
-                 astray: float = 0.0):
+    def __init__(
+        self,
+        n: int,
+        embodiment: str = "gripper",
+        randomized: bool = False,
+        split: str = "train",
+        task_agnostic: bool = False,
+        astray: float = 0.0,
+    ):
         if embodiment not in EMBODIMENTS:
-            raise ValueError(f"embodiment is {embodiment!r}; it must be one of {tuple(EMBODIMENTS)}")
+            raise ValueError(
+                f"embodiment is {embodiment!r}; it must be one of {tuple(EMBODIMENTS)}"
+            )
         if n < 1:
             raise ValueError(f"n is {n}; a tabletop needs at least one world")
         self.n, self.embodiment, self.tasks = n, EMBODIMENTS[embodiment], instructions(split)
-        self.randomized, self.split, self.task_agnostic, self.astray = randomized, split, task_agnostic, astray
+        self.randomized, self.split, self.task_agnostic, self.astray = (
+            randomized,
+            split,
+            task_agnostic,
+            astray,
+        )
 
     def reset(self, seeds) -> dict:
         """Start the worlds of `seeds` (n non-negative ints). The same seed is the same world, bit for bit, whatever n is.
@@ -516,7 +639,9 @@ class Tabletop:
         """
         seeds = [int(s) for s in seeds]
         if len(seeds) != self.n or min(seeds) < 0:
-            raise ValueError(f"seeds are {seeds}; reset needs {self.n} non-negative integers, one per world")
+            raise ValueError(
+                f"seeds are {seeds}; reset needs {self.n} non-negative integers, one per world"
+            )
         n = self.n
         self.discs, self.effector = np.zeros((n, DISCS, 2)), np.zeros((n, 2))
         self.colours, self.named = np.zeros((n, DISCS), int), np.zeros(n, int)
@@ -526,11 +651,16 @@ class Tabletop:
         self.tint, self.slope = np.ones((n, 3), np.float32), np.zeros((n, 2), np.float32)
         self.instruction, self.rngs = [], []
         for i, seed in enumerate(seeds):
-            layout, look, play = (np.random.default_rng([SPLITS.index(self.split), stream, seed]) for stream in range(3))
+            layout, look, play = (
+                np.random.default_rng([SPLITS.index(self.split), stream, seed])
+                for stream in range(3)
+            )
             skill, colour, side = self.tasks[layout.integers(len(self.tasks))]
             first = COLOURS.index(colour)
             rest = layout.permutation([c for c in range(len(COLOURS)) if c != first])[: DISCS - 1]
-            discs, self.effector[i] = _layout(layout, None if self.task_agnostic else skill, SIDES.index(side))
+            discs, self.effector[i] = _layout(
+                layout, None if self.task_agnostic else skill, SIDES.index(side)
+            )
             order = layout.permutation(DISCS)  # the named disc may have any slot
             self.discs[i], self.colours[i] = discs[order], np.array([first, *rest])[order]
             self.named[i] = order.argmin()
@@ -538,7 +668,9 @@ class Tabletop:
             self.goal[i] = _goal(skill, discs[:1], SIDES.index(side))[0]
             if self.embodiment.name == "arm":
                 self.heading[i] = layout.uniform(-0.8, 0.8)
-            picture, self.tint[i], self.slope[i] = _scenery(look, self.split, self.randomized, discs)
+            picture, self.tint[i], self.slope[i] = _scenery(
+                look, self.split, self.randomized, discs
+            )
             self.background[:, i] = np.moveaxis(picture, -1, 0)
             self.instruction.append("" if self.task_agnostic else sentence(skill, colour, side))
             self.rngs.append(play)
@@ -547,21 +679,35 @@ class Tabletop:
         self.offset = np.zeros((n, 2))  # from the effector to the disc it holds
         self.start = self.discs[np.arange(n), self.named].copy()
         self.grasped, self.success = np.zeros((n, DISCS), bool), np.zeros(n, bool)
-        self.waypoint, self.waypoint_grip, self.drift = self.effector.copy(), np.full(n, -1.0), np.zeros((n, 2))
+        self.waypoint, self.waypoint_grip, self.drift = (
+            self.effector.copy(),
+            np.full(n, -1.0),
+            np.zeros((n, 2)),
+        )
         self._intention = None
         return self.observe()
 
     @staticmethod
     def _stray(rng: np.random.Generator, discs: np.ndarray, named: int) -> tuple[np.ndarray, float]:
         """Where an effector may find itself after a mistake (2,), and its opening; a closed one touches no disc."""
-        near, anywhere = discs[named] + 0.12 * rng.standard_normal((64, 2)), rng.uniform(0.05, 0.95, (64, 2))
-        spots, opening = np.clip(np.where(rng.random((64, 1)) < 0.7, near, anywhere), 0.05, 0.95), float(rng.integers(2))
+        near, anywhere = (
+            discs[named] + 0.12 * rng.standard_normal((64, 2)),
+            rng.uniform(0.05, 0.95, (64, 2)),
+        )
+        spots, opening = (
+            np.clip(np.where(rng.random((64, 1)) < 0.7, near, anywhere), 0.05, 0.95),
+            float(rng.integers(2)),
+        )
         free = (_distance(spots[:, None], discs) > RADIUS + TIP + 0.005).all(axis=1)
         return spots[0 if opening else free.argmax()], opening
 
     def observe(self) -> dict:
         """What a policy sees now, as `reset` returns it."""
-        return {"image": self.render(), "state": self.state(), "instruction": list(self.instruction)}
+        return {
+            "image": self.render(),
+            "state": self.state(),
+            "instruction": list(self.instruction),
+        }
 
     def state(self) -> np.ndarray:
         """Proprioception (n, P) float32, scaled to [-1, 1] over the table."""
@@ -579,10 +725,14 @@ class Tabletop:
     def _check(self, actions) -> np.ndarray:
         actions, shape = np.asarray(actions, float), (self.n, self.embodiment.action_dim)
         if actions.shape != shape:
-            raise ValueError(f"actions have shape {actions.shape}; {self.n} worlds of embodiment {self.embodiment.name!r} need {shape}")
+            raise ValueError(
+                f"actions have shape {actions.shape}; {self.n} worlds of embodiment {self.embodiment.name!r} need {shape}"
+            )
         if not np.isfinite(actions).all():
             i, j = np.argwhere(~np.isfinite(actions))[0]
-            raise ValueError(f"actions[{i}, {j}] is {actions[i, j]}; actions must be finite numbers, in [-1, 1]")
+            raise ValueError(
+                f"actions[{i}, {j}] is {actions[i, j]}; actions must be finite numbers, in [-1, 1]"
+            )
         return actions
 
     def advance(self, actions: np.ndarray) -> None:
@@ -598,25 +748,40 @@ class Tabletop:
         wanted = (1 - np.clip(grip, -1, 1)) / 2
         self.opening = self.opening + np.clip(wanted - self.opening, -GRIP_SPEED, GRIP_SPEED)
 
-        dropped = (self.opening > 0.5) & (self.held == self.named) & (self.skill == SKILLS.index("push"))
-        self.grasped[rows[dropped], self.named[dropped]] = False  # a disc to be pushed that was grasped by mistake and let go: begin anew
+        dropped = (
+            (self.opening > 0.5) & (self.held == self.named) & (self.skill == SKILLS.index("push"))
+        )
+        self.grasped[rows[dropped], self.named[dropped]] = (
+            False  # a disc to be pushed that was grasped by mistake and let go: begin anew
+        )
         self.start[dropped] = self.discs[rows, self.named][dropped]
         self.held = np.where(self.opening > 0.5, -1, self.held)
         gap = _distance(self.discs, self.effector[:, None])
         nearest = gap.argmin(axis=1)
         grasps = was_open & (self.opening < 0.5) & (self.held < 0) & (gap[rows, nearest] < GRASP)
         self.held = np.where(grasps, nearest, self.held)
-        self.offset = np.where(grasps[:, None], self.discs[rows, nearest] - self.effector, self.offset)
+        self.offset = np.where(
+            grasps[:, None], self.discs[rows, nearest] - self.effector, self.offset
+        )
         self.grasped[rows[grasps], nearest[grasps]] = True
 
         holding = rows[self.held >= 0]
         self.discs[holding, self.held[holding]] = self.effector[holding] + self.offset[holding]
         free = np.arange(DISCS) != self.held[:, None]
         pushing = ((self.opening < 0.5) & (self.held < 0))[:, None]
-        self.discs += self._driven(self.discs - self.effector[:, None], RADIUS + TIP, pushing, move[:, None])
-        for i in range(DISCS):  # discs that touch move apart, each by half; a held one is lifted above the others
+        self.discs += self._driven(
+            self.discs - self.effector[:, None], RADIUS + TIP, pushing, move[:, None]
+        )
+        for i in range(
+            DISCS
+        ):  # discs that touch move apart, each by half; a held one is lifted above the others
             for j in range(i):
-                half = self._apart(self.discs[:, i] - self.discs[:, j], 2 * RADIUS, free[:, i] & free[:, j]) / 2
+                half = (
+                    self._apart(
+                        self.discs[:, i] - self.discs[:, j], 2 * RADIUS, free[:, i] & free[:, j]
+                    )
+                    / 2
+                )
                 self.discs[:, i] += half
                 self.discs[:, j] -= half
         self.discs = np.clip(self.discs, RADIUS, 1 - RADIUS)
@@ -643,7 +808,9 @@ class Tabletop:
         ahead = (offset * move).sum(axis=-1) / np.maximum(speed, 1e-9)
         length = np.sqrt((offset**2).sum(axis=-1))
         faced = active & (length < least) & (ahead > 0.5 * length) & (speed > 1e-6)
-        way = np.where(faced, np.sqrt(ahead**2 + np.maximum(least**2 - length**2, 0)) - ahead, 0) / np.maximum(speed, 1e-9)
+        way = np.where(
+            faced, np.sqrt(ahead**2 + np.maximum(least**2 - length**2, 0)) - ahead, 0
+        ) / np.maximum(speed, 1e-9)
         return way[..., None] * move + cls._apart(offset, least, active & ~faced)
 
     # ---- The scripted expert ----
@@ -685,9 +852,15 @@ class Tabletop:
         along = (away * toward).sum(axis=1)
         aside = away - along[:, None] * toward
         lateral, closed = np.sqrt((aside**2).sum(axis=1)), self.opening < 0.25
-        behind = (along < -RADIUS - TIP - 0.015) & (along > -0.2) & (lateral < np.where(resting, 0.025, 0.04))
+        behind = (
+            (along < -RADIUS - TIP - 0.015)
+            & (along > -0.2)
+            & (lateral < np.where(resting, 0.025, 0.04))
+        )
         drives = closed & (along < -0.06) & (along > -0.2) & (lateral < 0.045)
-        push_step = np.where(drives[:, None], 0.024 * toward - 0.8 * aside, self._ease(-0.15 * toward - away))
+        push_step = np.where(
+            drives[:, None], 0.024 * toward - 0.8 * aside, self._ease(-0.15 * toward - away)
+        )
         push_step = np.where((behind & ~drives)[:, None], 0.3 * push_step, push_step)
         push_closes = behind | drives
 
@@ -708,7 +881,9 @@ class Tabletop:
             on_disc = rng.random() < 0.7
             spot = self.discs[i, rng.integers(DISCS)] + rng.uniform(-0.04, 0.04, 2)
             self.waypoint[i] = np.clip(spot if on_disc else rng.uniform(0.1, 0.9, 2), 0.05, 0.95)
-        still = np.abs((1 - self.waypoint_grip) / 2 - self.opening) > 0.01  # let the grip finish before moving on
+        still = (
+            np.abs((1 - self.waypoint_grip) / 2 - self.opening) > 0.01
+        )  # let the grip finish before moving on
         step = np.where(still[:, None], 0, self._ease(self.waypoint - self.effector))
         return self.effector + step, self.waypoint_grip.copy()
 
@@ -725,7 +900,11 @@ class Tabletop:
         discs (n, 4, 2) per colour, present (n, 4) bool, effector (n, 2), opening (n,), named, skill, side (n,) int, goal (n, 2).
         In a task-agnostic world the last four mean nothing.
         """
-        discs, present, rows = np.zeros((self.n, len(COLOURS), 2)), np.zeros((self.n, len(COLOURS)), bool), np.arange(self.n)
+        discs, present, rows = (
+            np.zeros((self.n, len(COLOURS), 2)),
+            np.zeros((self.n, len(COLOURS)), bool),
+            np.arange(self.n),
+        )
         discs[rows[:, None], self.colours], present[rows[:, None], self.colours] = self.discs, True
         return {"discs": discs.astype(np.float32), "present": present, "effector": self.effector.astype(np.float32),
                 "opening": self.opening.astype(np.float32), "named": self.colours[rows, self.named], "skill": self.skill.copy(),
@@ -746,8 +925,18 @@ class Tabletop:
 class TabletopEnv:
     """One world behind the methods of a Gymnasium environment (which it does not import); reward 1 once the task is done."""
 
-    def __init__(self, embodiment: str = "gripper", randomized: bool = False, split: str = "train", max_steps: int = 100):
-        self.world, self.max_steps, self.steps = Tabletop(1, embodiment, randomized, split), max_steps, 0
+    def __init__(
+        self,
+        embodiment: str = "gripper",
+        randomized: bool = False,
+        split: str = "train",
+        max_steps: int = 100,
+    ):
+        self.world, self.max_steps, self.steps = (
+            Tabletop(1, embodiment, randomized, split),
+            max_steps,
+            0,
+        )
         self._seeds = np.random.default_rng()
 
     @staticmethod
@@ -765,7 +954,13 @@ class TabletopEnv:
         obs, success = self.world.step(np.asarray(action, float)[None])
         self.steps += 1
         done = bool(success[0])
-        return self._first(obs), float(done), done, not done and self.steps >= self.max_steps, {"success": done}
+        return (
+            self._first(obs),
+            float(done),
+            done,
+            not done and self.steps >= self.max_steps,
+            {"success": done},
+        )
 
     def render(self) -> np.ndarray:
         """The picture (48, 48, 3) uint8."""
@@ -781,7 +976,9 @@ class Episode:
 
     frames: np.ndarray  # (T+1, 48, 48, 3) uint8, one before every action and one after the last
     states: np.ndarray  # (T+1, P) float32
-    actions: np.ndarray | None  # (T, A) float32: what the expert meant; None for a body whose actions nobody records
+    actions: (
+        np.ndarray | None
+    )  # (T, A) float32: what the expert meant; None for a body whose actions nobody records
     instruction: str
     embodiment: str
     level: int
@@ -791,7 +988,9 @@ class Episode:
 
     def flow(self, before, after) -> np.ndarray:
         """True optical flow (k, 48, 48, 2) between the frames numbered `before` (k,) and those numbered `after` (k,)."""
-        return flow(self.embodiment, self.snapshots[np.asarray(before)], self.snapshots[np.asarray(after)])
+        return flow(
+            self.embodiment, self.snapshots[np.asarray(before)], self.snapshots[np.asarray(after)]
+        )
 
 
 # What each level of the pyramid records; level 1, web data, is what a pre-trained backbone has seen already.
@@ -802,12 +1001,23 @@ LEVELS = {
     5: dict(bodies=("arm", "gantry")),
     6: dict(bodies=("gripper",), astray=0.5, slips=0.06),
 }
-_LIMIT, _WANDER, _AFTER, _AT_ONCE = 100, 48, 10, 64  # steps at most, steps without a task, steps kept after success, worlds at once
+_LIMIT, _WANDER, _AFTER, _AT_ONCE = (
+    100,
+    48,
+    10,
+    64,
+)  # steps at most, steps without a task, steps kept after success, worlds at once
 _SLIP = 4  # steps that a slip of the grip lasts
 
 
 def record(
-    level: int, episodes: int, seed: int, embodiment: str | None = None, split: str = "train", noise: float = 0.01, pictures: bool = True,
+    level: int,
+    episodes: int,
+    seed: int,
+    embodiment: str | None = None,
+    split: str = "train",
+    noise: float = 0.01,
+    pictures: bool = True,
     disturbed: bool = True,
 ) -> list[Episode]:
     """Record the expert. Deterministic in its arguments; the first k of more episodes are the same k episodes.
@@ -820,43 +1030,72 @@ def record(
     if level not in LEVELS:
         raise ValueError(f"level is {level}; the tabletop records levels {tuple(LEVELS)}")
     if embodiment is not None and embodiment not in EMBODIMENTS:
-        raise ValueError(f"embodiment is {embodiment!r}; it must be one of {tuple(EMBODIMENTS)}, or None for level {level}'s own")
+        raise ValueError(
+            f"embodiment is {embodiment!r}; it must be one of {tuple(EMBODIMENTS)}, or None for level {level}'s own"
+        )
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; record at least one")
     kind = dict(LEVELS[level])
     bodies = kind.pop("bodies")
     if not disturbed:
-        noise, kind = 0.0, {name: value for name, value in kind.items() if name not in ("astray", "slips")}
+        noise, kind = (
+            0.0,
+            {name: value for name, value in kind.items() if name not in ("astray", "slips")},
+        )
     bodies = bodies if embodiment is None else (embodiment,)
     seeds = np.random.SeedSequence([seed, level]).generate_state(episodes)
     recorded: list[Episode | None] = [None] * episodes
     for turn, body in enumerate(bodies):
         mine = np.arange(turn, episodes, len(bodies))
         for chunk in (mine[i : i + _AT_ONCE] for i in range(0, len(mine), _AT_ONCE)):
-            for i, episode in zip(chunk, _record(level, seeds[chunk], body, split, noise, pictures, kind), strict=True):
+            for i, episode in zip(
+                chunk, _record(level, seeds[chunk], body, split, noise, pictures, kind), strict=True
+            ):
                 recorded[i] = episode
     return recorded
 
 
-def _record(level: int, seeds: np.ndarray, body: str, split: str, noise: float, pictures: bool, kind: dict) -> list[Episode]:
+def _record(
+    level: int, seeds: np.ndarray, body: str, split: str, noise: float, pictures: bool, kind: dict
+) -> list[Episode]:
     slips, slipping = kind.get("slips", 0.0), np.zeros(len(seeds), int)
-    world = Tabletop(len(seeds), body, split=split, **{name: value for name, value in kind.items() if name != "slips"})
+    world = Tabletop(
+        len(seeds),
+        body,
+        split=split,
+        **{name: value for name, value in kind.items() if name != "slips"},
+    )
     look = world.render if pictures else lambda: np.zeros((world.n, 0, 0, 3), np.uint8)
     world.reset(seeds)
-    frames, states, snapshots, actions, since = [look()], [world.state()], [world.snapshot()], [], np.zeros(len(seeds), int)
+    frames, states, snapshots, actions, since = (
+        [look()],
+        [world.state()],
+        [world.snapshot()],
+        [],
+        np.zeros(len(seeds), int),
+    )
     length = np.zeros(len(seeds), int)
     for _ in range(_WANDER if world.task_agnostic else _LIMIT):
         actions.append(world.expert().astype(np.float32))
         if slips:
             draws = np.array([rng.random() for rng in world.rngs])
-            slipping = np.where((slipping == 0) & (draws < slips) & ~world.success, _SLIP, np.maximum(slipping - 1, 0))
+            slipping = np.where(
+                (slipping == 0) & (draws < slips) & ~world.success,
+                _SLIP,
+                np.maximum(slipping - 1, 0),
+            )
         world.advance(world.expert(noise, slipping > 0))
         frames.append(look()), states.append(world.state()), snapshots.append(world.snapshot())
         length += since <= _AFTER
         since += world.success
         if (since > _AFTER).all():
             break
-    frames, states, actions, shots = np.stack(frames), np.stack(states), np.stack(actions), Snapshot.stack(snapshots)
+    frames, states, actions, shots = (
+        np.stack(frames),
+        np.stack(states),
+        np.stack(actions),
+        Snapshot.stack(snapshots),
+    )
     kept = []
     for i, t in enumerate(length):
         shot = shots[: t + 1, i]

@@ -1,6 +1,6 @@
 """The toy tabletop as a simulator: what `--sim` does, without a simulator to install.
 
-    python evaluate.py record --sim toy --tasks place,push --episodes 50 --out data/toy
+python evaluate.py record --sim toy --tasks place,push --episodes 50 --out data/toy
 """
 
 import numpy as np
@@ -15,7 +15,9 @@ class Toy(World):
 
     fps, max_steps = 10, 100
 
-    def __init__(self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"):
+    def __init__(
+        self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"
+    ):
         self.world = tabletop.Tabletop(1, embodiment, randomized, split)
         self.world.tasks = [t for t in self.world.tasks if t[0] == choice(task, tuple(TASKS))]
         self.robot, self.action_dim = f"toy {embodiment}", self.world.embodiment.action_dim

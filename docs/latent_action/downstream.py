@@ -46,7 +46,18 @@ def done(run: Path, steps: int) -> bool:
 def stage(name: str, run: Path, steps: int, changes: Sequence[str], *more: str | Path) -> Path:
     """Trains one stage unless it is there."""
     if not done(run, steps):
-        train.main(["--stage", name, "--run", str(run), *map(str, more), "--set", f"steps={steps}", *changes])
+        train.main(
+            [
+                "--stage",
+                name,
+                "--run",
+                str(run),
+                *map(str, more),
+                "--set",
+                f"steps={steps}",
+                *changes,
+            ]
+        )
     return run
 
 
@@ -68,9 +79,27 @@ def pretrained(args: argparse.Namespace, seed: int) -> dict[str, Path | None]:
     pool = dict(episodes=args.videos, windows=args.windows, seed=seed)
     video = cached(folder / "pool1.safetensors", levels=train.STAGES["1"].levels, **pool)
     first = stage("1", folder / "stage1", args.steps1, [*same, *args.set1], "--cache", video)
-    longer = stage("1", folder / "stage1long", args.steps1 + args.steps2, [*same, *args.set1], "--cache", video)
-    both = cached(folder / "pool2.safetensors", levels=train.STAGES["2"].levels, latent=latent / train.LATENT_FILE, **pool)
-    second = stage("2", folder / "stage2", args.steps2, [*same, *args.set2], "--cache", both, "--init", first, "--latent", latent)
+    longer = stage(
+        "1", folder / "stage1long", args.steps1 + args.steps2, [*same, *args.set1], "--cache", video
+    )
+    both = cached(
+        folder / "pool2.safetensors",
+        levels=train.STAGES["2"].levels,
+        latent=latent / train.LATENT_FILE,
+        **pool,
+    )
+    second = stage(
+        "2",
+        folder / "stage2",
+        args.steps2,
+        [*same, *args.set2],
+        "--cache",
+        both,
+        "--init",
+        first,
+        "--latent",
+        latent,
+    )
     return {"stage 1": longer, "stages 1, 2": second} | ({"scratch": None} if args.scratch else {})
 
 
@@ -79,14 +108,52 @@ def cell(args: argparse.Namespace, seed: int, n: int, arm: str, init: Path | Non
     folder = args.run / f"seed{seed}" / f"{ARMS[arm] or 'scratch'}_n{n}"
     result = folder / "evaluation.json"
     if not result.exists():
-        pool = cached(args.run / f"seed{seed}" / f"pool3_n{n}.safetensors", levels=(6,), episodes=n, windows=8000, seed=seed)
-        stage("3", folder, args.steps3, [f"seed={seed}", *args.set3], "--cache", pool, *(("--init", init) if init else ()))
-        evaluate.main(["--ckpt", str(folder), "--modes", args.modes, "--looks", "clean", "--episodes", str(args.episodes), "--seed",
-                       str(1000 + seed), "--steps", "4", "--execute", "4", "--max-steps", str(args.max_steps), "--out", str(folder)])
-        for left in newest_step(folder).glob("*.safetensors"):                               # many cells, and none is trained further
+        pool = cached(
+            args.run / f"seed{seed}" / f"pool3_n{n}.safetensors",
+            levels=(6,),
+            episodes=n,
+            windows=8000,
+            seed=seed,
+        )
+        stage(
+            "3",
+            folder,
+            args.steps3,
+            [f"seed={seed}", *args.set3],
+            "--cache",
+            pool,
+            *(("--init", init) if init else ()),
+        )
+        evaluate.main(
+            [
+                "--ckpt",
+                str(folder),
+                "--modes",
+                args.modes,
+                "--looks",
+                "clean",
+                "--episodes",
+                str(args.episodes),
+                "--seed",
+                str(1000 + seed),
+                "--steps",
+                "4",
+                "--execute",
+                "4",
+                "--max-steps",
+                str(args.max_steps),
+                "--out",
+                str(folder),
+            ]
+        )
+        for left in newest_step(folder).glob(
+            "*.safetensors"
+        ):  # many cells, and none is trained further
             left.unlink()
     rows = json.loads(result.read_text())["rows"]
-    return {row["policy"]: {key: row["all"][key] for key in ("successes", "episodes")} for row in rows}
+    return {
+        row["policy"]: {key: row["all"][key] for key in ("successes", "episodes")} for row in rows
+    }
 
 
 # -- the figures ------------------------------------------------------------------------------------------------------------
@@ -108,28 +175,47 @@ def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.n
     return np.array([needed(counts, without, rate) / n for n, rate in zip(counts, within)])
 
 
-def interval(counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int, draws: int = 2000) -> np.ndarray:
+def interval(
+    counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int, draws: int = 2000
+) -> np.ndarray:
     """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with replacement, worlds of each cell drawn
     anew."""
     rng, found = np.random.default_rng(0), []
     for _ in range(draws):
         rows = rng.integers(len(without), size=len(without))
-        found.append(savings(counts, *(rng.binomial(worlds, rates[rows]).mean(axis=0) / worlds for rates in (without, within))))
+        found.append(
+            savings(
+                counts,
+                *(
+                    rng.binomial(worlds, rates[rows]).mean(axis=0) / worlds
+                    for rates in (without, within)
+                ),
+            )
+        )
     return np.percentile(found, [2.5, 97.5], axis=0).T
 
 
 def write(results: dict[str, dict], args: argparse.Namespace) -> None:
     """downstream.json, .md and .png from the cells there are; savings from the seeds that have all of theirs."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     modes, counts = args.modes.split(","), np.array(args.demonstrations)
     arms = [arm for arm in ARMS if any(key.startswith(f"{arm}/") for key in results)]
     one = lambda arm, seed, n, mode: results.get(f"{arm}/{seed}/{n}", {}).get(mode)
-    lines = ["# Demonstrations that latent actions save\n", f"{args.about}\n", "Success in closed loop in per cent, pooled over seeds, "
-             "with Wilson's interval; in brackets each seed's.\n", "| mode | arm | " + " | ".join(f"n = {n}" for n in counts) + " |",
-             "|---|---|" + "---|" * len(counts)]
-    figure, axes = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 3.4), constrained_layout=True, squeeze=False)
+    lines = [
+        "# Demonstrations that latent actions save\n",
+        f"{args.about}\n",
+        "Success in closed loop in per cent, pooled over seeds, "
+        "with Wilson's interval; in brackets each seed's.\n",
+        "| mode | arm | " + " | ".join(f"n = {n}" for n in counts) + " |",
+        "|---|---|" + "---|" * len(counts),
+    ]
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(4.6 * len(modes), 3.4), constrained_layout=True, squeeze=False
+    )
     saved = {}
     for axis, mode in zip(axes[0], modes):
         for arm in arms:
@@ -147,60 +233,118 @@ def write(results: dict[str, dict], args: argparse.Namespace) -> None:
             lines.append(f"| {mode} | {arm} | " + " | ".join(cells) + " |")
             x, y, low, high = np.array(drawn).T
             axis.plot(x, y, marker="o", label=arm), axis.fill_between(x, low, high, alpha=0.2)
-        axis.set(xscale="log", xlabel="demonstrations", ylabel="success, %", title=mode, ylim=(0, 100), xticks=counts, xticklabels=counts)
+        axis.set(
+            xscale="log",
+            xlabel="demonstrations",
+            ylabel="success, %",
+            title=mode,
+            ylim=(0, 100),
+            xticks=counts,
+            xticklabels=counts,
+        )
         axis.minorticks_off(), axis.legend(fontsize=8)
-        whole = [s for s in range(args.seeds) if all(one(arm, s, n, mode) for arm in list(ARMS)[:2] for n in counts)]
+        whole = [
+            s
+            for s in range(args.seeds)
+            if all(one(arm, s, n, mode) for arm in list(ARMS)[:2] for n in counts)
+        ]
         if whole:
-            rates = [np.array([[one(arm, s, n, mode)["successes"] / args.episodes for n in counts] for s in whole])
-                     for arm in list(ARMS)[:2]]
+            rates = [
+                np.array(
+                    [
+                        [one(arm, s, n, mode)["successes"] / args.episodes for n in counts]
+                        for s in whole
+                    ]
+                )
+                for arm in list(ARMS)[:2]
+            ]
             middle = [r.mean(axis=0) for r in rates]
-            saved[mode] = {"seeds": len(whole), "saving": savings(counts, *middle).tolist(), "interval": interval(
-                counts, *rates, args.episodes).tolist(), "reached": (middle[1] <= middle[0].max()).tolist()}
+            saved[mode] = {
+                "seeds": len(whole),
+                "saving": savings(counts, *middle).tolist(),
+                "interval": interval(counts, *rates, args.episodes).tolist(),
+                "reached": (middle[1] <= middle[0].max()).tolist(),
+            }
     for mode, found in saved.items():
-        for n, ratio, (low, high), reached in zip(counts[:-1], found["saving"], found["interval"], found["reached"]):
-            lines.append(f"\nFor the success of {n} demonstrations after stage 2, {mode}, it takes {'' if reached else 'more than '}"
-                         f"**{ratio:.2f}** times as many without it, 95 % interval {low:.2f} to {high:.2f} over {found['seeds']} seeds; no "
-                         f"more than {counts[-1] / n:g} times were tried.")
+        for n, ratio, (low, high), reached in zip(
+            counts[:-1], found["saving"], found["interval"], found["reached"]
+        ):
+            lines.append(
+                f"\nFor the success of {n} demonstrations after stage 2, {mode}, it takes {'' if reached else 'more than '}"
+                f"**{ratio:.2f}** times as many without it, 95 % interval {low:.2f} to {high:.2f} over {found['seeds']} seeds; no "
+                f"more than {counts[-1] / n:g} times were tried."
+            )
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "downstream.png", dpi=110)
     plt.close(figure)
     stored = {"about": args.about, "savings": saved, "cells": results}
     (args.out / "downstream.json").write_text(json.dumps(stored, indent=1))
-    (args.out / "downstream.md").write_text("\n".join(lines) + "\n\n![Success over demonstrations](downstream.png)\n")
+    (args.out / "downstream.md").write_text(
+        "\n".join(lines) + "\n\n![Success over demonstrations](downstream.png)\n"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/downstream"), help="folder of all runs; start again to go on")
+    add(
+        "--run",
+        type=Path,
+        default=Path("runs/downstream"),
+        help="folder of all runs; start again to go on",
+    )
     add("--out", type=Path, default=Path(__file__).parent)
     add("--demonstrations", type=int, nargs="+", default=[10, 20, 40, 80, 160])
     add("--seeds", type=int, default=3)
     add("--modes", default="joint,vla")
     add("--scratch", action="store_true", help="a third arm without any pre-training")
     add("--date", default="2026-11-23")
-    for name, default, text in (("steps1", 600, "of stage 1"), ("steps2", 1200, "of stage 2, or more of stage 1"),
-                                ("steps3", 1500, "of stage 3"), ("videos", 200, "episodes per level without actions"),
-                                ("windows", 4000, "of these, encoded once"), ("episodes", 200, "worlds per cell"),
-                                ("max-steps", 100, "actions per world")):
+    for name, default, text in (
+        ("steps1", 600, "of stage 1"),
+        ("steps2", 1200, "of stage 2, or more of stage 1"),
+        ("steps3", 1500, "of stage 3"),
+        ("videos", 200, "episodes per level without actions"),
+        ("windows", 4000, "of these, encoded once"),
+        ("episodes", 200, "worlds per cell"),
+        ("max-steps", 100, "actions per world"),
+    ):
         add(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     third = ["lr=1e-3", "video_lr=5e-4", "warmup=100", "ema=0.99"]
     for name, default in (("set-latent", []), ("set1", []), ("set2", []), ("set3", third)):
         text = f"settings of train.py (default {' '.join(default) or 'its own'})"
         add(f"--{name}", nargs="*", default=default, metavar="KEY=VALUE", help=text)
     args = parser.parse_args(argv)
-    fixed = {key: value for key, value in vars(args).items() if key.startswith(("steps", "set"))
-             or key in ("videos", "windows", "episodes", "max_steps", "modes")}
+    fixed = {
+        key: value
+        for key, value in vars(args).items()
+        if key.startswith(("steps", "set"))
+        or key in ("videos", "windows", "episodes", "max_steps", "modes")
+    }
     args.run.mkdir(parents=True, exist_ok=True)
-    if (settings := args.run / "settings.json").exists() and (found := json.loads(settings.read_text())) != fixed:
-        changed = [f"{key} {found.get(key)} instead of {fixed[key]}" for key in fixed if found.get(key) != fixed[key]]
-        raise SystemExit(f"error: {args.run} was begun with {', '.join(changed)}; go on with these, or name another --run")
+    if (settings := args.run / "settings.json").exists() and (
+        found := json.loads(settings.read_text())
+    ) != fixed:
+        changed = [
+            f"{key} {found.get(key)} instead of {fixed[key]}"
+            for key in fixed
+            if found.get(key) != fixed[key]
+        ]
+        raise SystemExit(
+            f"error: {args.run} was begun with {', '.join(changed)}; go on with these, or name another --run"
+        )
     settings.write_text(json.dumps(fixed, indent=1))
     words = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    told = [f"--{key.replace('_', '-')} {words(value)}" for key, value in vars(args).items()
-            if key not in ("run", "out", "date", "scratch") and value not in (None, [])]
-    args.about = (f"`python docs/latent_action/downstream.py {' '.join(told)}{' --scratch' if args.scratch else ''}`, 2-core AMD EPYC "
-                  f"virtual machine, torch {train.torch.__version__.split('+')[0]} CPU, {args.date}.")
+    told = [
+        f"--{key.replace('_', '-')} {words(value)}"
+        for key, value in vars(args).items()
+        if key not in ("run", "out", "date", "scratch") and value not in (None, [])
+    ]
+    args.about = (
+        f"`python docs/latent_action/downstream.py {' '.join(told)}{' --scratch' if args.scratch else ''}`, 2-core AMD EPYC "
+        f"virtual machine, torch {train.torch.__version__.split('+')[0]} CPU, {args.date}."
+    )
     results: dict[str, dict] = {}
     for seed in range(args.seeds):
         inits = pretrained(args, seed)
@@ -208,7 +352,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for arm, init in inits.items():
                 results[f"{arm}/{seed}/{n}"] = cell(args, seed, n, arm, init)
                 write(results, args)
-                print(f"seed {seed}, {n} demonstrations, {arm}: {results[f'{arm}/{seed}/{n}']}", flush=True)
+                print(
+                    f"seed {seed}, {n} demonstrations, {arm}: {results[f'{arm}/{seed}/{n}']}",
+                    flush=True,
+                )
     print(f"wrote {args.out / 'downstream.md'}")
 
 

@@ -38,7 +38,6 @@ import json
 import os
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -50,24 +49,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import latent_action
-from backbones.weights import digest, open_source, read_metadata, save_safetensors
+from backbones.frozen import Backbones
 from formats import official
+from formats.cards import Pyramid, Source, open_recordings, shares, widened
 from formats.lerobot import write_v3
-from formats.recordings import Storage, t_place
-from motus import Backbones, Card, Inputs, MotusConfig, backbones_of, preset
-from pyramid import (
-    Normaliser,
-    Pyramid,
-    Source,
-    Statistics,
-    as_stored,
-    open_recordings,
-    placed,
-    shares,
-    tiled,
-    widened,
-)
-from worlds import tabletop
+from formats.recordings import Storage
+from formats.statistics import Normaliser, Statistics, as_stored
+from latent_action import LatentActionModel, same_config
+from motus import PRESETS, STAGES, Inputs, MotusConfig, preset
+from weights.card import Card
+from weights.files import digest, open_source, read_metadata, save_safetensors
+from worlds import motions, tabletop
 
 # -- the toy pyramid --------------------------------------------------------------------------------------------------------
 
@@ -222,15 +214,33 @@ def window_fields(config: MotusConfig) -> dict[str, int | bool]:
 @torch.no_grad()
 def encode(batch: Batch, backbones: Backbones, und: bool = True) -> Inputs:
     """A batch through the frozen backbones."""
-    return backbones.inputs(
-        batch.frames,
-        batch.instruction,
-        und=und,
+    seen = backbones.conditions(batch.frames, batch.instruction, und)
+    return Inputs(
+        **seen,
         state=batch.state,
         actions=batch.actions,
         action_mask=batch.action_mask,
         video_mask=batch.video_mask,
     )
+
+
+def backbones_of(
+    name: str,
+    config: MotusConfig,
+    text: str | Path | None = None,
+    motus: str | Path | None = None,
+    parts: Sequence[str] = ("vae", "text", "vlm"),
+) -> Backbones:
+    """The frozen backbones that belong to a preset; with prepared states `text` instead of the text encoder, and the VLM of the official
+    Motus file `motus`, if given. MOTUS_BACKBONES names another folder."""
+    folder = os.environ.get("MOTUS_BACKBONES") or PRESETS[name].backbones
+    if folder is None:
+        raise ValueError(
+            f"preset {name!r} has no backbones in the repository; name their folder in MOTUS_BACKBONES"
+        )
+    wanted = [part for part in parts if not (text and part == "text")]
+    backbones = Backbones.load(folder, config.video.text_len, wanted, motus)
+    return backbones.load_text(text, config.video.text_dim) if text else backbones
 
 
 class Pool:
@@ -495,7 +505,8 @@ def held_out(
     """Windows of held-out episodes as a checkpoint sees them: its rates, its picture, its normalisation; in stage 3 of one robot."""
     acts, levels = card.stage == "3", {"1": (2, 3, 5), "2": (2, 3, 4, 5)}.get(card.stage, (6,))
     pyramid = Pyramid(path, levels, card.preset, robot.embodiment if acts else "")
-    pyramid.frames = card.motus.frames
+    config = MotusConfig.of(card.motus)
+    pyramid.frames = config.frames
     if robot and robot.action_hz:
         pyramid.action_hz, pyramid.ratio, pyramid.size = robot.action_hz, robot.rate, robot.size
         pyramid.video_hz = robot.action_hz / robot.rate
@@ -505,7 +516,7 @@ def held_out(
         action_dim=len(robot.actions.mean), state_dim=len(robot.state.mean) if robot.state else 1
     )
     return batch_of(
-        pyramid, pyramid.held_out(count, seed), "real", [robot], replace(card.motus, **widths)
+        pyramid, pyramid.held_out(count, seed), "real", [robot], replace(config, **widths)
     )
 
 
@@ -568,138 +579,6 @@ def sources_of(pyramid: Pyramid) -> list[list]:
     return [[Path(o.source.path).name, o.source.level, o.source.embodiment] for o in pyramid.opened]
 
 
-# -- what the toy backbones are pre-trained on ------------------------------------------------------------------------------
-
-
-class Web(ABC):
-    """Level 1 for backbones of small size: `videos` (T, H, W, 3) uint8 with their `rates`, the rows per video frame; `sentences`; and
-    pictures with instructions and `targets`, numbers to be seen in them, of which the first two say where the `named` thing is, 0 to 1
-    from left and top."""
-
-    named: str
-    targets: tuple[str, ...]
-    videos: list[np.ndarray]
-    rates: list[int]
-    sentences: list[str]
-
-    def clips(self, seed: int, size: int = 16, frames: int = 5) -> Tensor:
-        """(B, F, H, W, 3) uint8 at the video rate."""
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        clips = []
-        for i in rng.integers(len(self.videos), size=size):
-            video, rate = self.videos[i], self.rates[i]
-            start = rng.integers(max(1, len(video) - rate * (frames - 1)))
-            clips.append(video[np.minimum(start + rate * np.arange(frames), len(video) - 1)])
-        return torch.from_numpy(np.stack(clips))
-
-    @abstractmethod
-    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        """Pictures (B, H, W, 3) uint8, an instruction about each, and what is to be seen (B, targets)."""
-
-
-class ToyWeb(Web):
-    """The toy's, from all embodiments and both looks, with instructions about any disc that is there. Places are in [0, 1], directions
-    -1, 0, 1."""
-
-    named, targets = (
-        "disc",
-        ("disc x", "disc y", "effector x", "effector y", "opening", "right", "down", "push"),
-    )
-
-    def __init__(self, episodes: int, seed: int, held_out: bool = False):
-        self.split = "eval" if held_out else "train"
-        self.episodes = toy_episodes((2, 3, 4, 5, 6), episodes, seed, self.split)
-        self.videos, self.rates = (
-            [episode.frames for episode in self.episodes],
-            [RATE] * len(self.episodes),
-        )
-        self.tasks = tabletop.instructions("train")
-        self.sentences = [tabletop.sentence(*task) for task in self.tasks]
-
-    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        pictures, texts, targets = [], [], []
-        for i in rng.integers(len(self.episodes), size=size):
-            episode = self.episodes[i]
-            t = rng.integers(len(episode.frames))
-            shot = episode.snapshots[t]
-            present = {tabletop.COLOURS[c]: shot.discs[d] for d, c in enumerate(shot.colours)}
-            skill, colour, side = (tasks := [task for task in self.tasks if task[1] in present])[
-                rng.integers(len(tasks))
-            ]
-            direction = tabletop.DIRECTIONS[tabletop.SIDES.index(side)]
-            pictures.append(episode.frames[t])
-            texts.append(tabletop.sentence(skill, colour, side))
-            targets.append(
-                [*present[colour], *shot.effector, shot.opening, *direction, skill == "push"]
-            )
-        return (
-            torch.from_numpy(np.stack(pictures)),
-            texts,
-            torch.tensor(np.array(targets), dtype=torch.float32),
-        )
-
-
-class CardWeb(Web):
-    """A card's, where a simulator recorded what it knew (`worlds.World.labels`), in its own units: at most `most` episodes, all in memory,
-    of those that are trained on or of those that are held out. Nothing else reads labels; a policy sees pictures and its own state."""
-
-    named = "object"
-
-    def __init__(self, pyramid: Pyramid, most: int, seed: int, held_out: bool = False):
-        found = [
-            (o, e)
-            for o in pyramid.opened
-            for e in (range(o.trained, len(o.reader.lengths)) if held_out else range(o.trained))
-        ]
-        if not found:
-            raise ValueError(
-                f'card {pyramid.name}: no episode is held out, and backbones are tried on some; set "held_out" of a source'
-            )
-        chosen = [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:most]]
-        self.targets = tuple(chosen[0][0].reader.labels(chosen[0][1]))
-        self.videos, self.rates, self.texts, self.labels = [], [], [], []
-        for o, e in tqdm(chosen, desc="read episodes", leave=False):
-            labels, fps = o.reader.labels(e), o.reader.fps
-            if tuple(labels) != self.targets or self.targets[:2] != ("object x", "object y"):
-                raise ValueError(
-                    f"card {pyramid.name}: episode {e} of {o.source.path} has the labels {list(labels)} of its first camera; "
-                    "due are the same in all episodes, object x and object y first: record the dataset with "
-                    "`python evaluate.py record`"
-                )
-            seen, rows = (
-                o.reader.window(e, 0, np.arange(o.reader.lengths[e]) / fps, ()),
-                np.stack(list(labels.values()), axis=1),
-            )
-            for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:  # and y after it
-                if o.reader.given.t_layout:
-                    rows[:, x : x + 2] = t_place(
-                        rows[:, x : x + 2], o.reader.sizes[o.reader.cameras[0]]
-                    )
-                rows[:, x : x + 2] = placed(rows[:, x : x + 2], seen.frames, pyramid.size)
-            (
-                self.videos.append(tiled(seen.frames, pyramid.size)),
-                self.rates.append(max(1, round(fps / pyramid.video_hz))),
-            )
-            self.texts.append(seen.instruction), self.labels.append(rows)
-        self.sentences = sorted(set(self.texts))
-
-    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        at = [
-            (i, rng.integers(len(self.videos[i])))
-            for i in rng.integers(len(self.videos), size=size)
-        ]
-        pictures, targets = (
-            np.stack([part[i][t] for i, t in at]) for part in (self.videos, self.labels)
-        )
-        return (
-            torch.from_numpy(pictures),
-            [self.texts[i] for i, _ in at],
-            torch.from_numpy(targets).float(),
-        )
-
-
 # -- the commands -----------------------------------------------------------------------------------------------------------
 
 TOY_FPS = 15  # at which the toy world is written: RATE steps per frame are the paper's 5 Hz
@@ -721,13 +600,13 @@ def record(
         unfit := [
             robot
             for robot in robots
-            if not getattr(tabletop.EMBODIMENTS.get(robot), "has_actions", False)
+            if not getattr(robots.EMBODIMENTS.get(robot), "has_actions", False)
         ]
         or not robots
     ):
         raise ValueError(
             f"robots are {list(robots)}, of which {unfit} cannot demonstrate; allowed: "
-            f"{[name for name, body in tabletop.EMBODIMENTS.items() if body.has_actions]}"
+            f"{[name for name, body in robots.EMBODIMENTS.items() if body.has_actions]}"
         )
     out, sources = Path(out), []
     exact = dict(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)) if lossless else {}
@@ -883,7 +762,7 @@ def cache(
     """Encodes windows of the toy pyramid and writes them to `out`. Level 6 alone has the robot's actions and state (stage 3), `latent`
     gives latent actions (stage 2), otherwise there are none, and no understanding (stage 1)."""
     real, recorded = tuple(levels) == (6,) and latent is None, toy_episodes(levels, episodes, seed)
-    config = preset(name) if real else preset(name, finetune=False, ratio=1, action_dim=14)
+    config = preset(name) if real else preset(name, "2")
     backbones, stats, rows = (
         backbones_of(name, config),
         statistics(recorded) if real else None,
@@ -891,9 +770,7 @@ def cache(
     )
     made_by = backbones.fingerprint()
     if latent is not None:
-        rows = latent_action.encode_episodes(
-            latent_action.LatentActionModel.load(latent), recorded, RATE
-        )
+        rows = motions.encode_episodes(latent_action.LatentActionModel.load(latent), recorded, RATE)
         made_by["latent"] = digest(open_source(latent).tensors)
     pool = Pool.encode(
         recorded, backbones, config, windows, seed, stats, rows, und=real or latent is not None
@@ -921,9 +798,7 @@ def cache_data(
     seed: int = 0,
 ) -> Pool:
     """The same for a dataset card; `actions`: none, latent or real, as the stage that is to read it learns them."""
-    config = (
-        preset(name) if actions == "real" else preset(name, finetune=False, ratio=1, action_dim=14)
-    )
+    config = preset(name) if actions == "real" else preset(name, "2")
     pyramid = Pyramid(path, levels, name)
     print(pyramid.describe(), file=sys.stderr)
     config, robots = pyramid.config(config), pyramid.robots(actions == "real")
@@ -935,6 +810,23 @@ def cache_data(
 def about_cache(path: str | Path) -> dict:
     """What a cache says about its windows."""
     return json.loads(read_metadata(path).get("about", "{}"))
+
+
+def read_tokens(folders: list[Path], model: LatentActionModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (N, D) in half precision, labels (N, A), 0 where unknown, and mask (N, A) of what `write_tokens` wrote to several folders."""
+    wanted, rows = {"dcae": model.dcae_fingerprint(), "interval": model.config.interval}, []
+    for folder in folders:
+        if not (files := sorted((folder / "tokens").glob("*.safetensors"))):
+            raise ValueError(
+                f"{folder}: no tokens there; python latent_action.py tokens writes them"
+            )
+        for path in files:
+            made = json.loads(read_metadata(path).get("made", "{}"))
+            same_config(path, {key: made.get(key) for key in wanted}, wanted)
+            with open_source(path) as source:
+                rows.append([source.read(key).clone() for key in ("tokens", "labels", "mask")])
+    tokens, labels, mask = (torch.cat(column) for column in zip(*rows))
+    return tokens, torch.where(mask, labels, 0.0), mask
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -1001,11 +893,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     else:
         if args.data:
-            levels, actions = ONE_STAGE.get(args.stage) or ((), "")
-            if not levels:
-                raise ValueError(
-                    f"--stage is {args.stage!r}; with --data it is one of {', '.join(ONE_STAGE)}"
-                )
+            if args.stage not in ("1", "2", "3"):
+                raise ValueError(f"--stage is {args.stage!r}; with --data it is one of 1, 2, 3")
+            levels, actions = STAGES[args.stage].levels, STAGES[args.stage].actions
             pool = cache_data(
                 args.data, levels, actions, args.windows, args.out, args.preset, args.seed
             )
@@ -1017,10 +907,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"wrote {args.out}: {len(pool)} windows, {Path(args.out).stat().st_size / 1e6:.1f} MB"
         )
-
-
-# Levels and actions of each stage, as train.py has them.
-ONE_STAGE = {"1": ((2, 3, 5), "none"), "2": ((2, 3, 4, 5), "latent"), "3": ((6,), "real")}
 
 
 if __name__ == "__main__":

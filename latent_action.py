@@ -26,7 +26,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +35,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention import mlp
-from backbones.dcae import DCAE, DCAEConfig, canonical
-from backbones.dcae import PRESETS as DCAES
-from backbones.weights import digest, load_into, open_source, save_safetensors
-from worlds.tabletop import GRIP_SPEED, MAX_SPEED, Episode
+from backbones.dcae import DCAE, DCAEConfig
+from weights.files import digest, open_source, save_safetensors
+from weights.layouts import canonical
+from weights.load import load_into
+from worlds.motions import Pairs, true_flows
+from worlds.tabletop import Episode
 
 # -- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -86,41 +87,18 @@ class LatentActionConfig:
                 "'tokens' with a frozen DC-AE"
             )
 
+    @classmethod
+    def of(cls, row: dict, **changes) -> "LatentActionConfig":
+        """From plain numbers, as a row of `motus.PRESETS` and a file have them."""
+        dcae = {k: tuple(v) if isinstance(v, list) else v for k, v in row["dcae"].items()}
+        fields = row | {"dcae": DCAEConfig(**dcae), "hidden": tuple(row["hidden"])}
+        return cls(**fields | changes)
+
     @property
     def grid(self) -> int:
         """Token positions along one side."""
         return self.image // self.dcae.factor
 
-
-# The toy sees its 48 x 48 pixels as they are, because its fingers are two pixels wide: nine tokens of 32, and flow in planes.
-TOY = LatentActionConfig(
-    DCAEConfig((16, 32, 64, 64), (0, 1, 1, 0), (0, 0, 1, 0), latent_channels=32, conv_stages=4),
-    image=48,
-    radius=7.5,
-    code="planes",
-    hidden=(256, 128),
-    interval=3,
-    action_dim=3,
-)
-PRESETS = {
-    "toy": TOY,
-    "sim": replace(
-        TOY, interval=4, action_dim=4
-    ),  # 20 rows a second; the flow of pictures of 96, at half their size
-    "small": LatentActionConfig(
-        DCAEConfig(
-            (32, 64, 128, 128, 256, 256, 512), (1, 1, 2, 2, 2, 2, 2), (1, 1, 2, 2, 2, 2, 2), 128
-        ),
-        image=256,
-        radius=32.0,
-        hidden=(512, 256),
-        interval=6,
-        action_dim=14,
-    ),
-    "full": LatentActionConfig(
-        DCAES["f128c512"], image=256, radius=32.0, hidden=(512, 256), interval=6, action_dim=14
-    ),
-}
 
 # -- flow: colour, size, camera ---------------------------------------------------------------------------------------------
 
@@ -415,90 +393,6 @@ def same_config(path: str | Path, found: dict, wanted: dict) -> None:
         )
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------
-
-
-def mirrored(flow: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Flow (B, H, W, 2) and labels (B, A) of toy motions, whose first two are x and y, as mirrors on two sides show them."""
-    for axis, row in ((0, 2), (1, 1)):
-        if torch.rand((), generator=generator) < 0.5:
-            sign = torch.ones(2).index_fill(0, torch.tensor(axis), -1.0)
-            flow, labels = (
-                flow.flip(row) * sign,
-                labels * F.pad(sign, (0, labels.shape[1] - 2), value=1.0),
-            )
-    return flow, labels
-
-
-def pretrain_dcae(
-    model: LatentActionModel,
-    flow: Tensor,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    steps: int = 3000,
-    batch: int = 32,
-    lr: float = 3e-3,
-    moving: float = 100.0,
-    seed: int = 0,
-) -> dict[str, list[float]]:
-    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each step. Small moving things are a few
-    percent of a picture: without a large `moving` the answer stays white. With labels (N, A) and mask (N, A) bool, half of each batch is
-    labelled and a head that is thrown away reads the labels from the tokens, so that these keep what a small part of the robot does. Half
-    of that half are rows in which that part moves: those where the label that is most often near zero is not."""
-    generator, dcae, config, device = (
-        torch.Generator().manual_seed(seed),
-        model.dcae,
-        model.config,
-        model.token_mean.device,
-    )
-    dcae.requires_grad_(True).train()
-    features = len(model.token_mean)
-    head = nn.Sequential(nn.LayerNorm(features), mlp(features, features, config.action_dim)).to(
-        device
-    )
-    everything = torch.arange(len(flow))
-    pools = [(everything, batch)]
-    if labels is not None:
-        all_known = mask.all(dim=1).nonzero()[:, 0]
-        moves = labels[all_known].abs() > 0.1
-        rare = all_known[moves[:, moves.float().mean(dim=0).argmin()]]
-        pools = [
-            (everything, batch - batch // 2),
-            (all_known, batch // 2 - batch // 4),
-            (rare, batch // 4),
-        ]
-    parameters = [*dcae.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    losses: dict[str, list[float]] = {"reconstruction": [], "labels": []}
-    for _ in tqdm(range(steps), desc="dc-ae", mininterval=1):
-        rows = torch.cat(
-            [pool[torch.randint(len(pool), (count,), generator=generator)] for pool, count in pools]
-        )
-        target, wanted = (
-            flow[rows],
-            labels[rows] if labels is not None else torch.zeros(len(rows), config.action_dim),
-        )
-        target, wanted = (x.to(device) for x in mirrored(target, wanted, generator))
-        tokens = dcae.encode(model.picture(target))
-        reconstruction = model.picture_loss(dcae.decode(tokens), target, moving)
-        known = (
-            mask[rows].to(device)
-            if labels is not None
-            else torch.zeros_like(wanted, dtype=torch.bool)
-        )
-        error = torch.where(known, head(rearrange(tokens, "b c h w -> b (h w c)")) - wanted, 0.0)
-        read = error.square().sum() / known.sum().clamp(min=1)
-        optimizer.zero_grad()
-        (reconstruction + read).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses["reconstruction"].append(reconstruction.item()), losses["labels"].append(read.item())
-    dcae.requires_grad_(config.finetune_dcae).eval()
-    return losses
-
-
 def other_bodies(
     flow: Tensor, generator: torch.Generator, shift: float = 0.2, thicker: int = 3
 ) -> Tensor:
@@ -626,101 +520,11 @@ def probe(
     return (1 - error / (target - target.mean(dim=0)).square().sum(dim=0).clamp(min=1e-12)).float()
 
 
-# -- the toy world: true flow and true labels -------------------------------------------------------------------------------
-
-LABELLED = (4, 6)  # levels of the data pyramid whose actions training may look at
-
-
-class Pairs(NamedTuple):
-    """Motions over one interval. All labels are known, for measuring; `labelled` says which of them training may use."""
-
-    flow: Tensor  # (N, H, W, 2) float32, pixels
-    labels: Tensor  # (N, 3) float32 in [-1, 1]: motion in x, y, opening, by the most that the interval allows
-    labelled: Tensor  # (N,) bool
-    level: Tensor  # (N,) int64
-    index: Tensor  # (N, 2) int64: episode, and step at which the interval begins
-
-
-def toy_rows(
-    model: LatentActionModel, pairs: Pairs, copies: int = 2, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fit` trains on: tokens (or flow, if the model reconstructs pictures), labels and mask. The pairs come first, each once;
-    labelled ones again `copies` times, mirrored and as other bodies would make them, and twice as often if the gripper moves."""
-    generator, flow, labels, labelled = (
-        torch.Generator().manual_seed(seed),
-        [pairs.flow],
-        [pairs.labels],
-        pairs.labelled.nonzero()[:, 0],
-    )
-    again = torch.cat([labelled, labelled[pairs.labels[labelled, 2].abs() > 0.1]])
-    for part in again.repeat(copies).split(64):
-        motion, label = mirrored(pairs.flow[part], pairs.labels[part], generator)
-        flow.append(other_bodies(motion, generator)), labels.append(label)
-    device, known = (
-        model.token_mean.device,
-        torch.cat([pairs.labelled, torch.ones(copies * len(again), dtype=torch.bool)]),
-    )
-    encode = (
-        (lambda x: x)
-        if model.config.reconstruct == "picture"
-        else (lambda x: model.tokens(x.to(device)).cpu())
-    )
-    with torch.no_grad():
-        return (
-            torch.cat([encode(part) for part in flow]),
-            torch.cat(labels),
-            known[:, None].expand(-1, model.config.action_dim),
-        )
-
-
-def most(interval: int) -> np.ndarray:
-    """The greatest change of x, y and opening over an interval, the unit of labels."""
-    return np.array(
-        [interval * MAX_SPEED, interval * MAX_SPEED, min(1.0, interval * GRIP_SPEED)], np.float32
-    )
-
-
-def true_labels(episode: Episode, interval: int) -> Tensor:
-    """Labels (T, 3) of the rows of `true_flows`."""
-    end = np.minimum(np.arange(len(episode.motion) - 1) + interval, len(episode.motion) - 1)
-    return torch.from_numpy((episode.motion[end] - episode.motion[:-1]) / most(interval))
-
-
-def toy_pairs(episodes: list[Episode], interval: int, every: int = 1) -> Pairs:
-    """The intervals of the episodes that begin at each `every`-th step. Episodes shorter than the interval have none."""
-    rows = []
-    for number, episode in enumerate(episodes):
-        if len(i := np.arange(0, len(episode.motion) - interval, every)):
-            level = np.full(len(i), episode.level)
-            rows.append(
-                (
-                    episode.flow(i, i + interval),
-                    (episode.motion[i + interval] - episode.motion[i]) / most(interval),
-                    np.isin(level, LABELLED),
-                    level,
-                    np.stack([np.full(len(i), number), i], axis=1),
-                )
-            )
-    if not rows:
-        raise ValueError(
-            f"none of {len(episodes)} episodes has the {interval + 1} frames that an interval of {interval} needs"
-        )
-    return Pairs(*(torch.from_numpy(np.concatenate(column)) for column in zip(*rows)))
-
-
 # -- motions of whole clips -------------------------------------------------------------------------------------------------
 
 # A clip of T + 1 frames has T rows, as official files do. Row i is the motion from frame i to i + interval; the last rows, which have no
 # such frame, end at the last one and are not valid. Nor are rows that touch a frame of one colour, whose motion nobody can see.
 Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,) bool, chunk after chunk
-
-
-def true_flows(episode: Episode, interval: int) -> Flows:
-    i, last = np.arange(len(episode.frames) - 1), len(episode.frames) - 1
-    yield (
-        torch.from_numpy(episode.flow(i, np.minimum(i + interval, last))),
-        torch.from_numpy(i + interval <= last),
-    )
 
 
 def prepared(
@@ -777,6 +581,50 @@ def encode_flows(
     return tensors, figures
 
 
+def mirrored(flow: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Flow (B, H, W, 2) and labels (B, A) of toy motions, whose first two are x and y, as mirrors on two sides show them."""
+    for axis, row in ((0, 2), (1, 1)):
+        if torch.rand((), generator=generator) < 0.5:
+            sign = torch.ones(2).index_fill(0, torch.tensor(axis), -1.0)
+            flow, labels = (
+                flow.flip(row) * sign,
+                labels * F.pad(sign, (0, labels.shape[1] - 2), value=1.0),
+            )
+    return flow, labels
+
+
+def toy_rows(
+    model: LatentActionModel, pairs: Pairs, copies: int = 2, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `fit` trains on: tokens (or flow, if the model reconstructs pictures), labels and mask. The pairs come first, each once;
+    labelled ones again `copies` times, mirrored and as other bodies would make them, and twice as often if the gripper moves."""
+    generator, flow, labels, labelled = (
+        torch.Generator().manual_seed(seed),
+        [pairs.flow],
+        [pairs.labels],
+        pairs.labelled.nonzero()[:, 0],
+    )
+    again = torch.cat([labelled, labelled[pairs.labels[labelled, 2].abs() > 0.1]])
+    for part in again.repeat(copies).split(64):
+        motion, label = mirrored(pairs.flow[part], pairs.labels[part], generator)
+        flow.append(other_bodies(motion, generator)), labels.append(label)
+    device, known = (
+        model.token_mean.device,
+        torch.cat([pairs.labelled, torch.ones(copies * len(again), dtype=torch.bool)]),
+    )
+    encode = (
+        (lambda x: x)
+        if model.config.reconstruct == "picture"
+        else (lambda x: model.tokens(x.to(device)).cpu())
+    )
+    with torch.no_grad():
+        return (
+            torch.cat([encode(part) for part in flow]),
+            torch.cat(labels),
+            known[:, None].expand(-1, model.config.action_dim),
+        )
+
+
 def encode_episodes(
     model: LatentActionModel, episodes: list[Episode], interval: int, standardise: bool = True
 ) -> list[np.ndarray]:
@@ -793,14 +641,3 @@ def encode_episodes(
         (model.standardise(z.to(model.latent_mean)) if standardise else z).cpu().numpy()
         for z in latents
     ]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The commands of latent_data.py, which imports this file."""
-    import latent_data
-
-    latent_data.main(argv)
-
-
-if __name__ == "__main__":
-    main()

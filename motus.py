@@ -26,19 +26,16 @@ Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size
 C latent channels, Lt text rows, Dt text width, Dv VLM width.
 """
 
-import difflib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -56,16 +53,7 @@ from attention import (
     norm_rotate,
     quantise,
 )
-from backbones.published import (
-    is_published,
-    load_text,
-    load_vae,
-    load_vlm,
-    open_motus,
-    read_tokenizer,
-)
-from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
-from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
+from backbones.published import open_weights
 from backbones.wan import (
     Modulation,
     TextKV,
@@ -73,22 +61,13 @@ from backbones.wan import (
     WanBlock,
     WanConfig,
     WanModel,
-    WanVAE,
-    WanVAEConfig,
     modulation,
     rope_3d,
     time_sinusoid,
 )
-from backbones.weights import (
-    TensorSource,
-    digest,
-    fetched,
-    load_into,
-    open_source,
-    read_json,
-    read_metadata,
-    save_safetensors,
-)
+from weights.card import Card
+from weights.files import check_keys
+from weights.load import load_into
 
 # -- configuration ----------------------------------------------------------------------------------------------------------
 
@@ -122,6 +101,18 @@ class MotusConfig:
             raise ValueError(
                 f"action_width is {self.action_width}; the position table needs an even width"
             )
+
+    @classmethod
+    def of(cls, stored: dict, source: object = "config.json") -> "MotusConfig":
+        """The configuration that a card stores. ValueError, naming `source`, for a key that this version does not know."""
+        check_keys(stored, cls, source)
+        check_keys(stored["video"], WanConfig, source)
+        video = WanConfig(**stored["video"] | {"patch": tuple(stored["video"]["patch"])})
+        return cls(**stored | {"video": video})
+
+    def as_json(self) -> dict:
+        """As json gives it back, so that a stored one equals a new one."""
+        return json.loads(json.dumps(asdict(self)))
 
     @property
     def chunk(self) -> int:
@@ -581,11 +572,12 @@ class Motus(nn.Module):
         download (`backbones.weights.HUB`). Weights keep the dtype of the file unless `dtype` is given. `int8` stores the video expert's
         linear maps in int8, which halves the memory of the bf16 model, for sampling on small cards."""
         source, rename, card, fresh = open_weights(path, weights)
+        config = MotusConfig.of(card.motus, path)
         with torch.device("meta"):
-            model = cls(card.motus)
+            model = cls(config)
         if fresh:
-            model.action.load_state_dict(ActionExpert(card.motus).state_dict(), assign=True)
-            model.und.load_state_dict(UndExpert(card.motus).state_dict(), assign=True)
+            model.action.load_state_dict(ActionExpert(config).state_dict(), assign=True)
+            model.und.load_state_dict(UndExpert(config).state_dict(), assign=True)
             model.action.init_weights()
         with source:
             dtype = dtype or next(
@@ -871,365 +863,229 @@ def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
-
-# From stage 2 to stage 3 these start fresh: real actions have another meaning than latent ones.
-FRESH_IN_STAGE_3 = ("action.input_encoder.", "action.decoder.", "action.registers")
+# -- the stages, written once -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a checkpoint knows about itself: `config.json` beside its weights."""
+class Stage:
+    """One stage of training (paper Sec. 3.3, Tab. 1)."""
+
+    levels: tuple[int, ...]  # of the data pyramid
+    experts: tuple[str, ...]  # which are trained
+    actions: str  # what actions are: "none", "latent" (14 numbers of a video) or "real" (the robot's, with its state)
+    fresh: tuple[str, ...]  # names that start fresh, whatever the stage starts from
+    modes: tuple[str, ...]  # modes that its checkpoints have
+    before: str | None  # the stage it starts from
+
+    @property
+    def finetune(self) -> bool:
+        """Whether the network has a state token and registers."""
+        return self.actions == "real"
+
+
+EXPERTS = ("video", "action", "und")
+STAGES = {
+    "1": Stage((2, 3, 5), ("video",), "none", ("action.", "und."), ("vgm",), None),
+    "latent": Stage((2, 3, 4, 5, 6), (), "labels", (), (), None),
+    "2": Stage((2, 3, 4, 5), EXPERTS, "latent", ("action.", "und."), ("joint", "vgm"), "1"),
+    "3": Stage(
+        (6,),
+        EXPERTS,
+        "real",
+        ("action.input_encoder.", "action.decoder.", "action.registers"),
+        tuple(flow.MODES),
+        "2",
+    ),
+}
+
+# -- the presets, written once: to add one is to add a row --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size of everything: what differs between the toy, a simulator, one GPU and the published model."""
 
     motus: MotusConfig
-    stage: str  # "1", "2" or "3"
-    preset: str = "toy"  # row of PRESETS and BACKBONES it belongs to
-    statistics: dict | None = (
-        None  # normalisation, rates and embodiment (`data.Statistics`), stage 3
-    )
-    latent_interval: int | None = None  # action steps that one latent action spans, stage 2
-    step: int = 0
-    backbones: dict | None = (
-        None  # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small presets
-    )
-
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def read(cls, path: Path) -> "Card":
-        if not path.is_file():
-            raise ValueError(
-                f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000"
-            )
-        stored = read_json(path)
-        check_keys(stored, cls, path)
-        try:
-            check_keys(stored["motus"], MotusConfig, path)
-            check_keys(stored["motus"]["video"], WanConfig, path)
-            video = WanConfig(
-                **{
-                    k: tuple(v) if isinstance(v, list) else v
-                    for k, v in stored["motus"].pop("video").items()
-                }
-            )
-            return cls(**{**stored, "motus": MotusConfig(video=video, **stored["motus"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or published weights"
-            ) from error
+    size: tuple[int, int]  # of the picture, H x W
+    latent: dict  # fields of latent_action.LatentActionConfig
+    backbones: Path | None = None  # folder of the frozen networks
+    data: Path | None = None  # the card that is trained on where none is named
+    world: str = ""  # where its policy acts: a module of worlds/
+    quick: dict[str, dict] = field(
+        default_factory=dict
+    )  # stage -> settings of train.py that differ
+    long: dict[str, dict] = field(
+        default_factory=dict
+    )  # the same for the long recipe, on top of quick
 
 
-def check_keys(stored: dict, kind: type, source: object) -> None:
-    """Refuses keys that a dataclass does not have, naming the nearest one it has."""
-    names = [f.name for f in fields(kind)]
-    for key in stored:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, 1, 0.0)[0]
-            raise ValueError(
-                f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}? (allowed: {', '.join(names)})"
-            )
-
-
-def newest_step(path: str | Path) -> Path:
-    """A run folder -> its newest complete checkpoint; a checkpoint folder -> itself."""
-    path = Path(path)
-    steps = sorted(path.glob("step_" + "[0-9]" * 6))
-    if path.name.startswith("step_") or (path / "config.json").is_file():
-        return path
-    if not steps:
-        raise ValueError(
-            f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder"
-        )
-    return steps[-1]
-
-
-def open_weights(
-    path: str | Path, weights: str = "ema"
-) -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
-    """The weights at `path`, the way from their names to ours, their card, and the experts they lack (prefixes). `path` is anything that
-    `Motus.from_pretrained` takes. Published weights get a card of preset `full`, with the sizes of the file."""
-    path = fetched(path)
-    if is_published(path):
-        found = open_motus(path)
-        return (
-            found.source,
-            found.rename,
-            Card(MotusConfig(**found.config), found.stage, "full", found.statistics),
-            found.fresh,
-        )
-    folder = newest_step(path)
-    card = Card.read(folder / "config.json")
-    return open_source(folder / f"{weights}.safetensors"), str, card, ()
-
-
-# -- the frozen backbones ---------------------------------------------------------------------------------------------------
-
-
-class Backbones(nn.Module):
-    """The three networks that others pre-trained, and their tokenizers: pixels and words in, latents and states out. Frozen.
-
-    Each may be absent: the text encoder where states of all instructions were prepared (`save_text`, `load_text`), the VLM in stage 1,
-    everything but the text encoder where only that is done."""
-
-    PARTS = {
-        "vae": (WanVAE, WanVAEConfig),
-        "text": (UMT5Encoder, UMT5Config),
-        "vlm": (Qwen3VL, Qwen3VLConfig),
-    }
-
-    def __init__(
-        self,
-        vae: WanVAE | None = None,
-        text: tuple[UMT5Encoder, T5Tokenizer] | None = None,
-        vlm: tuple[Qwen3VL, Tokenizer] | None = None,
-    ):
-        super().__init__()
-        self.vae = vae
-        self.text, self.text_tokenizer = text or (None, None)
-        self.vlm, self.vlm_tokenizer = vlm or (None, None)
-        self.text_cache: dict[str, Tensor] = {}
-        self.digests: dict[str, str] = {}
-        self.requires_grad_(False).eval()
-
-    @classmethod
-    def load(
-        cls,
-        folder: str | Path,
-        text_len: int = 512,
-        parts: Sequence[str] = ("vae", "text", "vlm"),
-        motus: str | Path | None = None,
-    ) -> "Backbones":
-        """The `parts` from one of two kinds of folder. Ours holds `vae.safetensors`, `text.safetensors`, `vlm.safetensors` (each with its
-        config in the metadata) and the tokenizers `text.json`, `vlm.json`. The other holds the published folders `wan` and `qwen3vl`; of
-        the latter only configs and tokenizer are read if the official Motus file `motus` is given, which has the VLM too."""
-        wan, qwen = Path(folder) / "wan", Path(folder) / "qwen3vl"
-        loaders = {
-            "vae": lambda: load_vae(wan),
-            "text": lambda: load_text(wan, text_len),
-            "vlm": lambda: load_vlm(qwen, motus),
-        }
-        if (Path(folder) / "vae.safetensors").is_file():
-            file = lambda name: Path(folder) / name
-            own = lambda name: load_part(file(f"{name}.safetensors"), *cls.PARTS[name])
-            loaders = {
-                "vae": lambda: own("vae"),
-                "text": lambda: (own("text"), T5Tokenizer(file("text.json"), text_len)),
-                "vlm": lambda: (own("vlm"), read_tokenizer(file("vlm.json"))),
-            }
-        return cls(**{name: loaders[name]() for name in parts})
-
-    def fingerprint(self, *names: str) -> dict[str, str]:
-        """A digest of each part that is here (or of `names`), weights and tokenizer; of the text encoder too if it only prepared states.
-        What the backbones computed is stale where it differs."""
-        tokenizers = {
-            "text": getattr(self.text_tokenizer, "tokenizer", None),
-            "vlm": self.vlm_tokenizer,
-        }
-        for name in set(names or self.PARTS) - self.digests.keys():
-            if (part := getattr(self, name)) is not None:
-                words = tokenizers[name].to_str() if name in tokenizers else ""
-                self.digests[name] = digest(
-                    part.state_dict(), json.dumps(asdict(part.config)), words
-                )
-        return {name: self.digests[name] for name in names or self.PARTS if name in self.digests}
-
-    def save_text(self, path: str | Path) -> None:
-        """Writes the states (L, Dt) of all instructions encoded so far, each under its instruction."""
-        save_safetensors(path, self.text_cache, {"made by text": self.fingerprint("text")["text"]})
-
-    def load_text(self, path: str | Path, width: int) -> "Backbones":
-        """Adds states that `save_text` wrote. ValueError if they have not `width`, or another text encoder made those that are here."""
-        with open_source(path) as source:
-            maker, found = (
-                source.metadata.get("made by text"),
-                {source.shape(name)[-1] for name in source.names()},
-            )
-            if maker is None or found - {width}:
-                raise ValueError(
-                    f"{path} holds no text states of width {width} (found {sorted(found)[:5]}); write them with "
-                    "`python sample.py --encode-text`"
-                )
-            if (ours := self.fingerprint("text").get("text", maker)) != maker:
-                raise ValueError(
-                    f"{path} was made by text encoder {maker}, the one here is {ours}; encode the instructions again"
-                )
-            self.digests["text"] = maker
-            self.text_cache |= {name: source.read(name).clone() for name in source.names()}
-        return self
-
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32; frame 0 alone makes latent frame 0."""
-        return self.vae.encode(
-            rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1
-        ).contiguous()
-
-    def decode_video(self, latents: Tensor) -> Tensor:
-        """latents (B, C, T, h, w) -> frames (B, F, H, W, 3) uint8."""
-        frames = (self.vae.decode(latents) + 1) * 127.5
-        return rearrange(frames, "b c f h w -> b f h w c").round().clamp(0, 255).to(torch.uint8)
-
-    def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An instruction is encoded once and remembered."""
-        missing = sorted(set(texts) - set(self.text_cache))
-        if missing and self.text is None:
-            raise ValueError(
-                f"{missing[0]!r} is among no prepared text states, and no text encoder is loaded; prepare it with "
-                "`python sample.py --encode-text`"
-            )
-        for text in missing:
-            context, lengths = encode_text(self.text, self.text_tokenizer, [text])
-            self.text_cache[text] = context[0, : int(lengths[0])]
-        device = next(self.parameters()).device
-        states = [self.text_cache[text].to(device) for text in texts]
-        lengths = torch.tensor([len(s) for s in states], device=device)
-        return nn.utils.rnn.pad_sequence(states, batch_first=True), lengths
-
-    def understand(
-        self, images: Tensor, texts: Sequence[str], form: str = "deployment"
-    ) -> tuple[Tensor, Tensor]:
-        """images (B, H, W, 3) uint8 with their instructions -> VLM hidden states (B, Lu, Dv) and mask (B, Lu) bool. `form` is the prompt:
-        the official code trains with one and deploys with another (`backbones/qwen3vl.py`); here one serves both unless asked otherwise."""
-        config = self.vlm.config
-        prepared = [prepare_image(image, config) for image in images.cpu().numpy()]
-        pixels, grid = torch.cat([p for p, _ in prepared]), torch.cat([g for _, g in prepared])
-        prompts = [
-            prompt_ids(self.vlm_tokenizer, text, grid[i : i + 1], form, config.merge)
-            for i, text in enumerate(texts)
-        ]
-        ids, mask = pad_prompts(prompts)
-        device = self.vlm.language_model.norm.weight.device
-        return self.vlm(*(x.to(device) for x in (ids, mask, pixels, grid))), mask.to(device)
-
-    @torch.no_grad()
-    def inputs(
-        self, frames: Tensor, texts: Sequence[str], und: bool = True, **rest: Tensor | None
-    ) -> Inputs:
-        """frames (B, F, H, W, 3) uint8, the observation first (F may be 1), and instructions -> `Inputs`; without the VLM if not `und`."""
-        context, lengths = self.encode_text(texts)
-        understood = self.understand(frames[:, 0], texts) if und else (None, None)
-        return Inputs(
-            self.encode_video(frames.to(context.device)), context, lengths, *understood, **rest
-        )
-
-
-def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
-    """Builds a network from its own file: config from the metadata, weights with every key accounted for."""
-    metadata = read_metadata(path)
-    if "config" not in metadata:
-        raise ValueError(
-            f"{path} has no 'config' in its metadata; it must be written by motus.save_part"
-        )
-    with torch.device("meta"):
-        part = module(
-            config(
-                **{
-                    k: tuple(v) if isinstance(v, list) else v
-                    for k, v in json.loads(metadata["config"]).items()
-                }
-            )
-        )
-    with open_source(path) as source:
-        load_into(part, source)
-    return part
-
-
-def save_part(path: Path, part: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Writes a network with its config; atomic."""
-    tensors = {
-        k: v.to(dtype) if dtype and v.is_floating_point() else v
-        for k, v in part.state_dict().items()
-    }
-    save_safetensors(path, tensors, {"config": json.dumps(asdict(part.config))})
-
-
-# -- presets ----------------------------------------------------------------------------------------------------------------
+HERE = Path(__file__).parent
+# Small networks take many small steps by Muon: what is learnt in a minute decides.
+SMALL_STEPS = dict(batch=16, lr=2e-3, optimizer="muon")
+LONG_STEPS = dict(batch=32, lr=1e-3, optimizer="adamw")
+# The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion
+# to the GPU-hours of stage 2.
+FULL = dict(
+    batch=256,
+    video_lr=0.0,
+    clip=0.5,
+    ema=0.9999,
+    precision="bf16",
+    checkpointing="full",
+    compile=1,
+    micro=8,
+    workers=4,
+    save_every=1000,
+    keep=3,
+    warmup=1000,
+    floor=0.2,
+)
+# The toy sees its 48 x 48 pixels as they are, because its fingers are two pixels wide: nine tokens of 32, and flow in planes.
+TOY_DCAE = dict(
+    widths=(16, 32, 64, 64),
+    encoder_depths=(0, 1, 1, 0),
+    decoder_depths=(0, 0, 1, 0),
+    latent_channels=32,
+    conv_stages=4,
+)
 
 PRESETS = {
-    "toy": MotusConfig(
-        video=WanConfig(
-            patch=(1, 1, 1),
-            width=64,
-            ffn=192,
-            layers=4,
-            heads=4,
-            latent=24,
-            text_dim=48,
-            text_len=16,
-            freq_dim=64,
+    "toy": Preset(
+        MotusConfig(
+            WanConfig(
+                patch=(1, 1, 1),
+                width=64,
+                ffn=192,
+                layers=4,
+                heads=4,
+                latent=24,
+                text_dim=48,
+                text_len=16,
+                freq_dim=64,
+            ),
+            frames=4,
+            ratio=3,
+            action_width=64,
+            action_dim=3,
+            state_dim=3,
+            und_width=48,
+            vlm_dim=96,
         ),
-        frames=4,
-        ratio=3,
-        action_width=64,
-        action_dim=3,
-        state_dim=3,
-        und_width=48,
-        vlm_dim=96,
-    ),
-    "sim": MotusConfig(
-        video=WanConfig(
-            patch=(1, 2, 2),
-            width=96,
-            ffn=288,
-            layers=4,
-            heads=3,
-            latent=24,
-            text_dim=48,
-            text_len=32,
-            freq_dim=64,
+        size=(48, 48),
+        latent=dict(
+            dcae=TOY_DCAE,
+            image=48,
+            radius=7.5,
+            code="planes",
+            hidden=(256, 128),
+            interval=3,
+            action_dim=3,
         ),
-        frames=4,
-        ratio=4,
-        action_width=96,
-        action_dim=4,
-        state_dim=4,
-        und_width=64,
-        vlm_dim=96,
+        backbones=HERE / "weights" / "toy",
+        data=HERE / "worlds" / "toy.json",
+        world="toy",
+        quick={
+            "1": dict(SMALL_STEPS, steps=500),
+            "latent": dict(steps=1000, batch=128, lr=2e-3, episodes=40),
+            "2": dict(SMALL_STEPS, steps=600, given=0.2),
+            "3": dict(SMALL_STEPS, steps=2500, episodes=1000, windows=12000, given=0.2),
+        },
+        long={
+            "1": dict(LONG_STEPS, steps=1000, episodes=200, windows=4000),
+            "latent": dict(steps=3000),
+            "2": dict(LONG_STEPS, steps=1500, episodes=200, windows=4000),
+            "3": dict(LONG_STEPS, steps=8500, episodes=2000, windows=24000, ema=0.998),
+        },
     ),
-    "small": MotusConfig(
-        video=WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),
-        frames=8,
-        ratio=2,
-        action_width=384,
-        und_width=256,
+    "sim": Preset(
+        MotusConfig(
+            WanConfig(
+                patch=(1, 2, 2),
+                width=96,
+                ffn=288,
+                layers=4,
+                heads=3,
+                latent=24,
+                text_dim=48,
+                text_len=32,
+                freq_dim=64,
+            ),
+            frames=4,
+            ratio=4,
+            action_width=96,
+            action_dim=4,
+            state_dim=4,
+            und_width=64,
+            vlm_dim=96,
+        ),
+        size=(96, 96),
+        # 20 rows a second; the flow of pictures of 96, at half their size
+        latent=dict(
+            dcae=TOY_DCAE,
+            image=48,
+            radius=7.5,
+            code="planes",
+            hidden=(256, 128),
+            interval=4,
+            action_dim=4,
+        ),
+        backbones=HERE / "weights" / "sim",
+        world="metaworld",
+        quick={
+            "1": dict(SMALL_STEPS, steps=1500, windows=5000),
+            "latent": dict(steps=1500, batch=128, lr=2e-3),
+            "2": dict(SMALL_STEPS, steps=1500, windows=5000, given=0.2),
+            "3": dict(SMALL_STEPS, steps=6000, windows=20_000, given=0.2, ema=0.998),
+        },
     ),
-    "full": MotusConfig(),
+    "small": Preset(
+        MotusConfig(
+            WanConfig(width=768, ffn=3072, layers=18, heads=12, text_dim=4096),
+            frames=8,
+            ratio=2,
+            action_width=384,
+            und_width=256,
+        ),
+        size=(256, 256),
+        latent=dict(
+            dcae=dict(
+                widths=(32, 64, 128, 128, 256, 256, 512),
+                encoder_depths=(1, 1, 2, 2, 2, 2, 2),
+                decoder_depths=(1, 1, 2, 2, 2, 2, 2),
+                latent_channels=128,
+            ),
+            image=256,
+            radius=32.0,
+            hidden=(512, 256),
+            interval=6,
+            action_dim=14,
+        ),
+    ),
+    "full": Preset(
+        MotusConfig(),
+        size=(384, 320),
+        latent=dict(dcae={}, image=256, radius=32.0, hidden=(512, 256), interval=6, action_dim=14),
+        backbones=Path("weights"),
+        quick={
+            "1": dict(FULL, steps=400_000, lr=8e-5),
+            "2": dict(FULL, steps=500_000, lr=5e-5),
+            "3": dict(
+                FULL,
+                steps=40_000,
+                lr=5e-5,
+                warmup=200,
+                schedule="linear",
+                horizon=5_000_000,
+                floor=0.4,
+            ),
+        },
+    ),
 }
 
 
-# Where the frozen backbones of a preset live; MOTUS_BACKBONES names a folder that `--stage backbones --run` filled instead.
-BACKBONES = {
-    "toy": Path(__file__).parent / "weights" / "toy",
-    "sim": Path(__file__).parent / "weights" / "sim",
-    "full": Path("weights"),
-}
-
-
-def preset(name: str, **changes) -> MotusConfig:
-    """A row of the table, with changes."""
+def preset(name: str, stage: str = "3", **changes) -> MotusConfig:
+    """The network of a row for a stage, with changes: before stage 3 actions are 14 latent numbers, one per video frame."""
     if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **changes)
-
-
-def backbones_of(
-    name: str,
-    config: MotusConfig,
-    text: str | Path | None = None,
-    motus: str | Path | None = None,
-    parts: Sequence[str] = ("vae", "text", "vlm"),
-) -> Backbones:
-    """The frozen backbones that belong to a preset; with prepared states `text` instead of the text encoder, and the VLM of the official
-    Motus file `motus`, if given."""
-    if name not in BACKBONES:
-        raise ValueError(
-            f"preset {name!r} has no backbones in the repository; allowed: {', '.join(BACKBONES)}"
-        )
-    folder = os.environ.get("MOTUS_BACKBONES") or BACKBONES[name]
-    backbones = Backbones.load(
-        folder,
-        config.video.text_len,
-        [part for part in parts if not (text and part == "text")],
-        motus,
-    )
-    return backbones.load_text(text, config.video.text_dim) if text else backbones
+        raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
+    form = {} if STAGES[stage].finetune else dict(finetune=False, ratio=1, action_dim=14)
+    return replace(PRESETS[name].motus, **form | changes)

@@ -33,12 +33,14 @@ import data
 import flow
 from attention import choose
 from backbones.published import holds_vlm
+from formats.cards import widened
 from formats.recordings import fit
-from motus import Card, Inputs, Motus, Prediction, backbones_of, gaussian, newest_step, preset
+from formats.statistics import Normaliser, Statistics
+from motus import STAGES, Inputs, Motus, Prediction, gaussian, preset
+from weights.card import Card, newest_step
 
 # -- a checkpoint, ready to run ---------------------------------------------------------------------------------------------
 
-MODES_OF_STAGE = {"1": ("vgm",), "2": ("joint", "vgm"), "3": tuple(flow.MODES)}
 ACTING = ("joint", "vla")  # modes that find actions from what is seen now
 
 
@@ -74,10 +76,10 @@ class Policy:
         placement: Placement | None = None,
         robot: str = "",
     ):
-        if card.stage not in MODES_OF_STAGE or (card.stage == "3" and not card.statistics):
+        if card.stage not in STAGES or (card.stage == "3" and not card.statistics):
             raise ValueError(
                 f"the checkpoint is of stage {card.stage!r} with statistics {card.statistics}; stages that can be sampled: "
-                f"{', '.join(MODES_OF_STAGE)}, 3 with statistics, which give its actions units: take one that train.py wrote"
+                f"{', '.join(STAGES)}, 3 with statistics, which give its actions units: take one that train.py wrote"
             )
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.card, self.mode, self.placement = (
@@ -87,7 +89,7 @@ class Policy:
             placement or Placement(steps),
         )
         self.check_mode(mode)
-        backbones = backbones_of(card.preset, card.motus, text, motus)
+        backbones = data.backbones_of(card.preset, model.config, text, motus)
         theirs = card.backbones or {}
         if other := [
             part
@@ -101,9 +103,7 @@ class Policy:
         self.backbones = backbones.to(self.device)
         robots = (card.statistics or {}).get("robots", [card.statistics])
         named = robot if card.stage == "3" or robot else (robots[0] or {}).get("embodiment", "")
-        self.statistics = (
-            data.Statistics.from_json(card.statistics, named) if card.statistics else None
-        )
+        self.statistics = Statistics.from_json(card.statistics, named) if card.statistics else None
         self.rate = self.statistics.rate if self.statistics else card.latent_interval or data.RATE
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -138,7 +138,7 @@ class Policy:
 
     def check_mode(self, mode: str) -> None:
         flow.mode_named(mode)
-        if mode not in (modes := MODES_OF_STAGE[self.card.stage]):
+        if mode not in (modes := STAGES[self.card.stage].modes):
             raise ValueError(
                 f"mode {mode} needs actions that stage {self.card.stage} lacks; allowed: {', '.join(modes)}; or take stage 3"
             )
@@ -152,11 +152,11 @@ class Policy:
     ) -> Inputs:
         """frames (B, 1 + F or 1, H, W, 3) uint8, normalised state and actions -> what the network sees. Dimensions that this robot lacks
         are zero and masked."""
-        config, mask, und = self.card.motus, None, self.card.stage != "1"
+        config, mask, und = self.model.config, None, self.card.stage != "1"
         if state is not None:
-            state = data.widened(state, config.state_dim)
+            state = widened(state, config.state_dim)
         if self.card.stage == "3" and (own := self.own_width) < config.action_dim:
-            actions = None if actions is None else data.widened(actions, config.action_dim)
+            actions = None if actions is None else widened(actions, config.action_dim)
             mask = (torch.arange(config.action_dim) < own).expand(len(frames), config.chunk, -1)
         return self.backbones.inputs(
             frames, texts, und=und, state=state, actions=actions, action_mask=mask
@@ -180,7 +180,7 @@ class Policy:
             self.model.conditions(inputs, cache=True),
         )
         noise = gaussian(
-            observation.expand(-1, -1, self.card.motus.latent_frames, -1, -1), self.generator
+            observation.expand(-1, -1, self.model.config.latent_frames, -1, -1), self.generator
         )
         return Prediction(
             flow.sample(
@@ -215,7 +215,7 @@ class Policy:
             len(images),
             (
                 len(images),
-                len(robot.state.mean) if robot and robot.state else self.card.motus.state_dim,
+                len(robot.state.mean) if robot and robot.state else self.model.config.state_dim,
             ),
         )
         if self.card.stage != "3" or self.mode not in ACTING:
@@ -307,7 +307,7 @@ def video_figures(
 
 
 def action_figures(
-    predicted: Tensor, truth: Tensor, robot: data.Normaliser
+    predicted: Tensor, truth: Tensor, robot: Normaliser
 ) -> dict[str, dict[str, float]]:
     """predicted and true actions (B, S, A), normalised."""
     mean, scale = robot.apply(truth.new_tensor(robot.mean)), truth.new_tensor(robot.scale)
@@ -412,7 +412,7 @@ def held_out_windows(
     is not disturbed: a world model is asked what an action does, so the one recorded must be the one executed."""
     if path is not None:
         return data.held_out(path, policy.card, policy.statistics, count, seed)
-    need, rng = policy.rate * policy.card.motus.frames, np.random.default_rng(seed)
+    need, rng = policy.rate * policy.model.config.frames, np.random.default_rng(seed)
     episodes = [
         e
         for e in data.toy_episodes(
@@ -425,7 +425,7 @@ def held_out_windows(
             f"none of {count} episodes is longer than a window of {need} steps; ask for more"
         )
     windows = [(i, int(rng.integers(len(e.frames) - need))) for i, e in enumerate(episodes)]
-    return data.collect(episodes, windows, policy.card.motus, policy.statistics, rate=policy.rate)
+    return data.collect(episodes, windows, policy.model.config, policy.statistics, rate=policy.rate)
 
 
 def run_mode(
@@ -471,7 +471,7 @@ def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> No
     """Writes the text states of instructions to `path`, adding to those it holds, so that acting needs no text encoder."""
     if path is None:
         raise ValueError("--encode-text writes to the file --text; name one")
-    backbones = backbones_of(name, config := preset(name), parts=("text",))
+    backbones = data.backbones_of(name, config := preset(name), parts=("text",))
     if path.is_file():
         backbones.load_text(path, config.video.text_dim)
     backbones.encode_text(instructions)
@@ -546,7 +546,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         robot=args.robot,
     )
     print("attention: {}, because {}".format(*choose(policy.device)), flush=True)
-    modes = MODES_OF_STAGE[policy.card.stage] if args.mode == "all" else args.mode.split(",")
+    modes = STAGES[policy.card.stage].modes if args.mode == "all" else args.mode.split(",")
     [policy.check_mode(mode) for mode in modes]
     batch, figures = held_out_windows(policy, args.episodes, args.seed, args.split, args.data), {}
     (out := Path(args.out or newest_step(args.ckpt) / "samples")).mkdir(parents=True, exist_ok=True)

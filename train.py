@@ -30,7 +30,6 @@ import difflib
 import json
 import math
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -40,7 +39,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -48,61 +46,32 @@ from tqdm import tqdm
 import data
 import flow
 import latent_action
-import latent_data
-import plan
-import scale
 from attention import choose
-from backbones import pretrain
-from backbones.qwen3vl import Qwen3VLConfig
-from backbones.umt5 import T5Tokenizer, UMT5Config
-from backbones.wan import WanModel, WanVAE, WanVAEConfig
-from backbones.weights import digest, held, load_into, open_source, part, place
+from backbones.published import open_weights
+from backbones.wan import WanModel
+from formats.cards import Pyramid
+from formats.statistics import as_stored
 from motus import (
-    BACKBONES,
-    FRESH_IN_STAGE_3,
+    EXPERTS,
     PRESETS,
+    STAGES,
     ActionExpert,
-    Card,
     Inputs,
     Losses,
     Motus,
+    MotusConfig,
+    Stage,
     UndExpert,
-    backbones_of,
-    check_keys,
     draw,
-    load_part,
-    newest_step,
-    open_weights,
     preset,
-    save_part,
 )
-
-TOY = PRESETS["toy"]
-
-# -- the stages are a table -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the table above."""
-
-    levels: tuple[int, ...]
-    experts: tuple[str, ...]  # which experts are trained
-    actions: str  # "none", "latent" or "real"
-
-    @property
-    def finetune(self) -> bool:
-        """Whether the network has a state token and registers."""
-        return self.actions == "real"
-
-
-EXPERTS = ("video", "action", "und")
-STAGES = {
-    "1": Stage((2, 3, 5), ("video",), "none"),
-    "2": Stage((2, 3, 4, 5), EXPERTS, "latent"),
-    "3": Stage((6,), EXPERTS, "real"),
-}
-OTHER_STAGES = ("latent", "backbones")
+from scale import plan, sharding
+from scale.checkpoints import Saver, fill
+from scale.ranks import Ranks, Watchdog, code_digest, launch
+from weights.card import Card, newest_step
+from weights.files import check_keys, digest, open_source
+from weights.load import held, load_into, part, place
+from worlds import motions, tabletop
 
 
 @dataclass(frozen=True)
@@ -177,51 +146,13 @@ CHOICES = {
     "log_to": ("", "tensorboard", "wandb"),
     "precision": ("fp32", "bf16"),
     "params": ("fp32", "bf16"),
-    "checkpointing": tuple(scale.CHECKPOINTING),
-}
-
-
-# What differs from the defaults, per preset and stage. Small networks take many small steps by Muon: what is learnt in a minute decides.
-SMALL_STEPS = dict(batch=16, lr=2e-3, optimizer="muon")
-DEFAULTS = {
-    ("toy", "backbones"): dict(episodes=250),
-    ("toy", "1"): dict(SMALL_STEPS, steps=500),
-    ("toy", "latent"): dict(steps=1000, batch=128, lr=2e-3, episodes=40),
-    ("toy", "2"): dict(SMALL_STEPS, steps=600, given=0.2),
-    ("toy", "3"): dict(SMALL_STEPS, steps=2500, episodes=1000, windows=12000, given=0.2),
-    ("sim", "backbones"): dict(episodes=2000),
-    ("sim", "1"): dict(SMALL_STEPS, steps=1500, windows=5000),
-    ("sim", "latent"): dict(steps=1500, batch=128, lr=2e-3),
-    ("sim", "2"): dict(SMALL_STEPS, steps=1500, windows=5000, given=0.2),
-    ("sim", "3"): dict(SMALL_STEPS, steps=6000, windows=20_000, given=0.2, ema=0.998),
-}
-# The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion to the
-# GPU-hours of stage 2.
-FULL = dict(
-    batch=256,
-    video_lr=0.0,
-    clip=0.5,
-    ema=0.9999,
-    precision="bf16",
-    checkpointing="full",
-    compile=1,
-    micro=8,
-    workers=4,
-    save_every=1000,
-    keep=3,
-)
-DEFAULTS |= {
-    ("full", "1"): dict(FULL, steps=400_000, lr=8e-5, warmup=1000, floor=0.2),
-    ("full", "2"): dict(FULL, steps=500_000, lr=5e-5, warmup=1000, floor=0.2),
-    ("full", "3"): dict(
-        FULL, steps=40_000, lr=5e-5, warmup=200, schedule="linear", horizon=5_000_000, floor=0.4
-    ),
+    "checkpointing": tuple(sharding.CHECKPOINTING),
 }
 
 
 def settings_for(preset_name: str, stage: str, changes: list[str]) -> Settings:
     """The defaults with `key=value` changes. An unknown key is an error that names the nearest one."""
-    settings = Settings(**DEFAULTS.get((preset_name, stage), {}))
+    settings = Settings(**PRESETS[preset_name].quick.get(stage, {}))
     kinds = {f.name: f.type for f in fields(Settings)}
     for change in changes:
         key, eq, value = change.partition("=")
@@ -273,7 +204,7 @@ class Muon(torch.optim.Optimizer):
                     .lerp_(p.grad, 1 - self.MOMENTUM)
                 )
                 alike.setdefault(p.shape, []).append(
-                    (p, scale.whole(p.grad.lerp(momentum, self.MOMENTUM)).float())
+                    (p, sharding.whole(p.grad.lerp(momentum, self.MOMENTUM)).float())
                 )
             for (rows, columns), pairs in alike.items():
                 moves = torch.stack([move for _, move in pairs])
@@ -357,9 +288,6 @@ class EMA:
         )
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
-
-
 def states_of(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -382,7 +310,7 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
 
 
 def save_checkpoint(
-    saver: scale.Saver,
+    saver: Saver,
     step: int,
     model: Motus,
     ema: EMA,
@@ -444,7 +372,7 @@ def resume(
     with open_source(folder / "model.safetensors") as source:
         load_into(model, source)
     with open_source(folder / "ema.safetensors") as source:
-        scale.fill(ema.weights, source)
+        fill(ema.weights, source)
     states = states_of(optimizers)
     with open_source(folder / "optimizer.safetensors") as source:
         for name in source.names():
@@ -453,7 +381,7 @@ def resume(
             state[key] = (
                 torch.zeros_like(p) if source.shape(name) else torch.zeros((), device=p.device)
             )
-        scale.fill(optimizer_tensors(optimizers), source)
+        fill(optimizer_tensors(optimizers), source)
     return stored.step
 
 
@@ -466,17 +394,17 @@ def initialise(
     skip: tuple[str, ...] = ("video.", "action.", "und.")
     if init is not None:
         source, rename, card, absent = open_weights(init)
-        if card.motus.video != model.config.video:
+        if MotusConfig.of(card.motus, init).video != model.config.video:
             raise ValueError(
-                f"--init {init} has video expert {card.motus.video}; this run has {model.config.video}. "
+                f"--init {init} has video expert {card.motus['video']}; this run has {model.config.video}. "
                 "Use the same preset and sizes"
             )
         if card.stage == "1":
             skip = ("action.", "und.")
-        elif card.motus.finetune == model.config.finetune:
+        elif card.motus["finetune"] == model.config.finetune:
             skip = absent
         elif stage.finetune:
-            skip = (*absent, *FRESH_IN_STAGE_3)
+            skip = (*absent, *stage.fresh)
         else:
             raise ValueError(
                 f"--init {init} is of stage {card.stage}; stage {name} starts from stage 1 or 2"
@@ -523,10 +451,10 @@ class Log:
     """Means since the last row, over all ranks: loss per modality and per time bin, and how fast it goes. Rank 0 writes a csv; a resumed
     run continues it."""
 
-    def __init__(self, path: Path, start: int, ranks: scale.Ranks | None = None, to: str = ""):
+    def __init__(self, path: Path, start: int, ranks: Ranks | None = None, to: str = ""):
         self.path, self.ranks, self.sums, self.counts, self.begun = (
             path,
-            ranks or scale.Ranks(),
+            ranks or Ranks(),
             {},
             {},
             time.perf_counter(),
@@ -689,14 +617,14 @@ def toy_pool(
         stats = data.statistics(episodes)
         card = replace(card, statistics=stats.as_json())
     elif stage.actions == "latent":
-        latents = latent_action.encode_episodes(
+        latents = motions.encode_episodes(
             latent_action.LatentActionModel.load(args.latent / LATENT_FILE), episodes, data.RATE
         )
         card = replace(card, latent_interval=data.RATE)
     pool = data.Pool.encode(
         episodes,
-        backbones_of(args.preset, card.motus),
-        card.motus,
+        data.backbones_of(args.preset, MotusConfig.of(card.motus)),
+        MotusConfig.of(card.motus),
         settings.windows,
         settings.seed,
         stats,
@@ -709,8 +637,8 @@ def toy_pool(
 def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[data.Pool, Card]:
     """What `python data.py cache` kept, if it is of this stage and of today's backbones; mixed by the weights of --data, if given."""
     about = data.about_cache(args.cache)
-    config = replace(card.motus, **about.get("sizes", {}))
-    made_by = backbones_of(args.preset, config).fingerprint()
+    config = replace(MotusConfig.of(card.motus), **about.get("sizes", {}))
+    made_by = data.backbones_of(args.preset, config).fingerprint()
     if stage.actions == "latent" and args.latent:
         made_by["latent"] = digest(open_source(args.latent / LATENT_FILE).tensors)
     pool = data.Pool.load(args.cache, made_by, config)
@@ -719,7 +647,7 @@ def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[dat
             f"--cache {args.cache} holds levels {pool.about['levels']}; this stage trains on {list(stage.levels)}"
         )
     if args.data:
-        pool.mix(data.Pyramid(args.data, stage.levels, args.preset))
+        pool.mix(Pyramid(args.data, stage.levels, args.preset))
     robots = (
         pool.statistics
         if isinstance(pool.statistics, tuple)
@@ -727,12 +655,12 @@ def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[dat
     )
     interval = (robots[0].rate if robots else data.RATE) if stage.actions == "latent" else None
     return pool, replace(
-        card, motus=config, statistics=data.as_stored(robots), latent_interval=interval
+        card, motus=config.as_json(), statistics=as_stored(robots), latent_interval=interval
     )
 
 
 def pool_for(
-    args: argparse.Namespace, stage: Stage, card: Card, settings: Settings, ranks: scale.Ranks
+    args: argparse.Namespace, stage: Stage, card: Card, settings: Settings, ranks: Ranks
 ) -> tuple[data.Pool | data.Stream, Card]:
     """The windows of the stage: cached ones, those of --data with the network as wide as its robots, or of the toy world."""
     if stage.actions == "latent" and not (args.latent or args.data or args.cache):
@@ -744,7 +672,7 @@ def pool_for(
     if args.data is None:
         return ranks.together(lambda: toy_pool(args, stage, card, settings))
     acts = stage.actions == "real"
-    pyramid = ranks.together(lambda: data.Pyramid(args.data, stage.levels, args.preset))
+    pyramid = ranks.together(lambda: Pyramid(args.data, stage.levels, args.preset))
     if not ranks.rank:
         print(pyramid.describe(), file=sys.stderr)
     measured = (
@@ -752,7 +680,7 @@ def pool_for(
         if acts
         else None
     )
-    robots, config = pyramid.robots(acts, measured), pyramid.config(card.motus)
+    robots, config = pyramid.robots(acts, measured), pyramid.config(MotusConfig.of(card.motus))
     pool = ranks.together(
         lambda: data.pool_of(
             pyramid,
@@ -767,7 +695,7 @@ def pool_for(
     )
     interval = robots[0].rate if stage.actions == "latent" else None
     return pool, replace(
-        card, motus=config, statistics=data.as_stored(robots), latent_interval=interval
+        card, motus=config.as_json(), statistics=as_stored(robots), latent_interval=interval
     )
 
 
@@ -775,7 +703,7 @@ class Steps(Dataset):
     """What this rank computes in each step, by its number: windows of a source with `batch(size, seed, step, rank, world)`, times and noise
     for them, and how many have which loss. Noise is drawn for the whole batch, so that it is the same for any number of ranks."""
 
-    def __init__(self, source: data.Pool, settings: Settings, ranks: scale.Ranks):
+    def __init__(self, source: data.Pool, settings: Settings, ranks: Ranks):
         self.source, self.settings, self.place = source, settings, (ranks.rank, ranks.world)
 
     def __getitem__(
@@ -806,7 +734,7 @@ def counts(inputs: Inputs, noise: dict[str, Tensor]) -> tuple[float, float]:
 
 
 def batches(
-    source: data.Pool, settings: Settings, ranks: scale.Ranks, start: int
+    source: data.Pool, settings: Settings, ranks: Ranks, start: int
 ) -> Iterator[tuple[Inputs, dict[str, Tensor], tuple[float, float]]]:
     """The batches of this rank from step `start` on, on its device, prepared ahead by `workers` processes (a stream by its own threads):
     nothing but the step number decides what is in them."""
@@ -858,8 +786,10 @@ def train_latent(args: argparse.Namespace) -> Path:
         for key, value in own.items()
     }
     torch.manual_seed(settings.seed)
-    model = latent_action.LatentActionModel(replace(latent_action.PRESETS[args.preset], **cast))
-    dcae = args.init or BACKBONES.get(args.preset, Path()) / "dcae.safetensors"
+    model = latent_action.LatentActionModel(
+        latent_action.LatentActionConfig.of(PRESETS[args.preset].latent, **cast)
+    )
+    dcae = args.init or (PRESETS[args.preset].backbones or Path()) / "dcae.safetensors"
     if not Path(dcae).exists():
         raise ValueError(
             f"{dcae} does not exist: name DC-AE weights with --init, published ones or of python latent_action.py pretrain"
@@ -872,17 +802,15 @@ def train_latent(args: argparse.Namespace) -> Path:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     run = claim(Path(args.run or "runs/latent"), resumed=False)
     if args.cache:
-        x, labels, mask = latent_data.read_tokens([args.cache], model)
+        x, labels, mask = data.read_tokens([args.cache], model)
     else:
         shots = lambda count, split: [
             episode
             for level in (2, 3, 4, 5, 6)
-            for episode in data.tabletop.record(
-                level, count, settings.seed, split=split, pictures=False
-            )
+            for episode in tabletop.record(level, count, settings.seed, split=split, pictures=False)
         ]
-        pairs = latent_action.toy_pairs(shots(settings.episodes, "train"), model.config.interval)
-        x, labels, mask = latent_action.toy_rows(model, pairs, seed=settings.seed)
+        pairs = motions.toy_pairs(shots(settings.episodes, "train"), model.config.interval)
+        x, labels, mask = motions.toy_rows(model, pairs, seed=settings.seed)
     names = ("total", "reconstruction", "alignment", "kl")
     with (run / "log.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -909,7 +837,7 @@ def train_latent(args: argparse.Namespace) -> Path:
     model.save(run / LATENT_FILE)
     plot_curve(run / "log.csv", run / "curve.png", ("reconstruction", "alignment"))
     if not args.cache:
-        held, figures = latent_action.toy_pairs(shots(20, "eval"), model.config.interval), {}
+        held, figures = motions.toy_pairs(shots(20, "eval"), model.config.interval), {}
         with torch.no_grad():
             mu, test = (
                 torch.cat(
@@ -936,191 +864,20 @@ def train_latent(args: argparse.Namespace) -> Path:
     return run / LATENT_FILE
 
 
-# Steps of each part, in whose place `--steps` is taken, and samples per step.
-BACKBONE_STEPS = {
-    "toy": dict(text=400, vlm=4000, vae=3000, dcae=2200),
-    "sim": dict(text=400, vlm=1700, vae=1000),
-}
-BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
-
-
-def train_backbones(args: argparse.Namespace) -> None:
-    """Pre-trains video VAE, text encoder and VLM of a small preset and stores them with their figures: on all levels of the toy world, and
-    a DC-AE with them, or on the episodes of a card whose simulator recorded labels (`data.CardWeb`). Parts of `--keep` are copied from
-    those of the repository instead."""
-    name, kept = args.preset, [part for part in args.keep.split(",") if part]
-    if name not in BACKBONE_STEPS or (name != "toy" and not args.data):
-        raise ValueError(
-            f"--preset is {name!r}, --data {args.data!r}; backbones are made for presets {', '.join(BACKBONE_STEPS)}, from a "
-            "card with labels (docs/metaworld) but for the toy"
-        )
-    if set(kept) - set(BACKBONE_STEPS[name]) or kept and not args.run:
-        raise ValueError(
-            f"--keep is {args.keep!r}, --run {args.run!r}; allowed: parts among {', '.join(BACKBONE_STEPS[name])}, and a "
-            "folder to copy them to"
-        )
-    settings, config = settings_for(name, "backbones", args.set), preset(name)
-    torch.manual_seed(settings.seed)
-    folder, steps, batch = (
-        Path(args.run or BACKBONES[name]),
-        (lambda part: args.steps or BACKBONE_STEPS[name][part]),
-        BACKBONE_BATCH[name],
-    )
-    if args.data:
-        pyramid = data.Pyramid(args.data, name=name)
-        web, held = (
-            data.CardWeb(pyramid, settings.episodes, settings.seed, held_out)
-            for held_out in (False, True)
-        )
-    else:
-        web = data.ToyWeb(settings.episodes, settings.seed)
-        held = data.ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
-    height, width = web.videos[0].shape[1:3]
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in BACKBONES[name].iterdir():
-        if file.stem in kept:
-            shutil.copyfile(file, folder / file.name)
-    figures = {"kept": kept} if kept else {}
-
-    if "text" not in kept:
-        pretrain.word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
-        tokenizer = T5Tokenizer(folder / "text.json", config.video.text_len)
-        text = UMT5Config(
-            vocab=tokenizer.tokenizer.get_vocab_size(),
-            dim=config.video.text_dim,
-            dim_attn=48,
-            dim_ffn=96,
-            heads=4,
-            layers=2,
-            buckets=16,
-            max_distance=32,
-        )
-        save_part(
-            folder / "text.safetensors",
-            pretrain.pretrain_text(text, tokenizer, web.sentences, steps("text")),
-            torch.float16,
-        )
-
-    if "vlm" not in kept:
-        prompt = [
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|vision_start|>",
-            "<|image_pad|>",
-            "<|vision_end|>",
-            "user",
-            "assistant",
-        ]
-        pretrain.word_tokenizer(folder / "vlm.json", prompt, web.sentences)
-        tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
-        vlm = Qwen3VLConfig(
-            vocab=tokenizer.get_vocab_size(),
-            image_token=tokenizer.token_to_id("<|image_pad|>"),
-            width=config.vlm_dim,
-            ffn=256,
-            layers=3,
-            heads=4,
-            kv_heads=2,
-            head_dim=24,
-            rope_theta=1e4,
-            mrope=(4, 4, 4),
-            vision_width=64,
-            vision_ffn=192,
-            vision_layers=3,
-            vision_heads=4,
-            vision_theta=1e2,
-            taps=(0, 1),
-            side=max(height, width) // 8,
-            patch=8,
-            merge=2,
-            min_pixels=256,
-            max_pixels=height * width,
-        )
-        model, probes = pretrain.pretrain_vlm(
-            vlm,
-            tokenizer,
-            lambda seed: web.grounded(seed, batch["vlm"]),
-            len(web.targets),
-            steps("vlm"),
-        )
-        save_part(folder / "vlm.safetensors", model, torch.float16)
-        pictures, texts, target = held.grounded(-1, 512)
-        with torch.no_grad():
-            which, where, everything, cell = pretrain.ground(
-                model, probes, tokenizer, pictures, texts, target
-            )
-        figures[f"vlm_named_{web.named}_found"] = (which.argmax(1) == cell).float().mean().item()
-        figures["vlm_position_error_px"] = (
-            ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
-        )
-        if args.data:
-            figures |= {
-                f"vlm_error {what}": value
-                for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())
-            }
-
-    if "vae" not in kept:
-        z = config.video.latent
-        vae = WanVAEConfig(
-            dim=16,
-            dec_dim=16,
-            z_dim=z,
-            dim_mult=(1, 2, 2),
-            num_res_blocks=1,
-            temporal_downsample=(True, True),
-            mean=(0.0,) * z,
-            std=(1.0,) * z,
-        )
-        # The toy's is the same network and has begun to see; to go on from it saves half the time.
-        model = (
-            load_part(BACKBONES["toy"] / "vae.safetensors", WanVAE, WanVAEConfig)
-            if args.data
-            else WanVAE(vae)
-        )
-        pretrain.pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
-        save_part(folder / "vae.safetensors", model)
-        figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = pretrain.vae_psnr(
-            model, held.clips(-1, 128)
-        )
-
-    if not args.data and "dcae" not in kept:
-        flow = latent_action.LatentActionModel(latent_action.PRESETS["toy"])
-        pairs = latent_action.toy_pairs(
-            web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval
-        )
-        losses = latent_action.pretrain_dcae(
-            flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps("dcae")
-        )
-        figures |= {
-            f"dcae_{kind}_loss": float(np.mean(values[-100:])) for kind, values in losses.items()
-        }
-        flow.save_dcae(folder / "dcae.safetensors")
-    command = (
-        "python train.py --stage backbones"
-        + (f" --preset {name} --data {args.data}" if args.data else "")
-        + (f" --keep {args.keep}" if kept else "")
-        + (f" --steps {args.steps}" if args.steps else "")
-    )
-    pretrain.write_card(folder, command=command, **figures)
-    print(json.dumps(figures, indent=1))
-
-
 def train(args: argparse.Namespace) -> Path:
     """Trains one stage of the network, as one of the ranks that were started; returns the last checkpoint."""
     stage = STAGES[args.stage]
     settings = settings_for(
         args.preset, args.stage, [*args.set, *([f"steps={args.steps}"] if args.steps else [])]
     )
-    with scale.launch(settings.shards, settings.timeout) as ranks:
+    with launch(settings.shards, settings.timeout) as ranks:
         return run_stage(args, stage, settings, ranks)
 
 
-def run_stage(
-    args: argparse.Namespace, stage: Stage, settings: Settings, ranks: scale.Ranks
-) -> Path:
+def run_stage(args: argparse.Namespace, stage: Stage, settings: Settings, ranks: Ranks) -> Path:
     # -- the same on every rank, or refused by all of them
     ranks.same(
-        code=scale.code_digest(),
+        code=code_digest(),
         stage=args.stage,
         preset=args.preset,
         run=str(args.run),
@@ -1129,25 +886,26 @@ def run_stage(
     ranks.together(lambda: divide(settings, ranks.world))
     run = Path(args.run or f"runs/stage{args.stage}")
     ranks.together(lambda: claim(run, bool(args.resume), make=not ranks.rank))
-    form = dict(finetune=True) if stage.finetune else dict(finetune=False, ratio=1, action_dim=14)
-    card = Card(preset(args.preset, **form), args.stage, args.preset)
+    card = Card(preset(args.preset, args.stage).as_json(), args.stage, args.preset)
     source, card = pool_for(args, stage, card, settings, ranks)
-    if args.preset in BACKBONE_STEPS:  # the others are published and do not change
+    if args.preset in ("toy", "sim"):  # the others are published and do not change
         parts = ("vae", "text") if stage.actions == "none" else ("vae", "text", "vlm")
         card = replace(
             card,
             backbones=ranks.together(
-                lambda: backbones_of(args.preset, card.motus, parts=parts).fingerprint()
+                lambda: data.backbones_of(
+                    args.preset, MotusConfig.of(card.motus), parts=parts
+                ).fingerprint()
             ),
         )
-    about = {"code": scale.code_digest(), "data": source.digest()}
+    about = {"code": code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
 
     # -- the network: shapes, then shards, then values
     with torch.device("meta"):
-        model = Motus(card.motus).train()
+        model = Motus(MotusConfig.of(card.motus)).train()
     model.to(torch.bfloat16 if settings.params == "bf16" else torch.float32)
-    compute = scale.parallelize(
+    compute = sharding.parallelize(
         model,
         stage.experts,
         ranks.mesh,
@@ -1180,7 +938,7 @@ def run_stage(
     ranks.same(newest_checkpoint=str(start))
     log, saver = (
         ranks.together(lambda: Log(run / "log.csv", start, ranks, settings.log_to)),
-        scale.Saver(run, ranks, settings.keep),
+        Saver(run, ranks, settings.keep),
     )
     trained = [p for group in groups_of(optimizers) for p in group["params"]]
     micro, begun, stopped = settings.micro or settings.batch // ranks.world, time.monotonic(), []
@@ -1194,7 +952,7 @@ def run_stage(
         print("attention: {}, because {}".format(*choose(ranks.device)), flush=True)
 
     previous = signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    watchdog = scale.Watchdog(ranks, settings.timeout)
+    watchdog = Watchdog(ranks, settings.timeout)
     prepared = batches(source, settings, ranks, start)
     try:
         bar = tqdm(
@@ -1224,7 +982,7 @@ def run_stage(
                 (share * ranks.world).backward()  # FSDP divides by the number of ranks
                 loss += share.item()
                 log.losses(losses)
-            norm = scale.whole(nn.utils.clip_grad_norm_(trained, settings.clip)).item()
+            norm = sharding.whole(nn.utils.clip_grad_norm_(trained, settings.clip)).item()
             (loss,) = ranks.sums(loss)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 rows = source.rows(settings.batch, settings.seed, step).tolist()
@@ -1242,7 +1000,7 @@ def run_stage(
                 log.add("grad_norm", norm),
                 log.add("lr", groups_of(optimizers)[0]["lr"]),
             )
-            tokens, flops = work = work or scale.cost(model, inputs)
+            tokens, flops = work = work or sharding.cost(model, inputs)
             log.add("samples", len(inputs)), log.add("tokens", tokens)
             if settings.peak:
                 log.add("flops", flops / settings.peak / 1e12)
@@ -1298,9 +1056,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--stage", required=True, help=f"one of {', '.join([*STAGES, *OTHER_STAGES])}"
-    )
+    parser.add_argument("--stage", required=True, help="one of 1, latent, 2, 3, backbones")
     parser.add_argument("--preset", default="toy", help="row of the table in motus.py")
     parser.add_argument(
         "--full", dest="preset", action="store_const", const="full", help="short for --preset full"
@@ -1347,7 +1103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"change a setting: {', '.join(f.name for f in fields(Settings))}",
     )
     args = parser.parse_args(argv)
-    known = [*STAGES, *OTHER_STAGES]
+    known = [*STAGES, "backbones"]
     if args.stage not in known:
         near = difflib.get_close_matches(args.stage, known, 1, 0.0)[0]
         raise ValueError(
@@ -1367,7 +1123,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.stage == "latent":
         train_latent(args)
     else:
-        train_backbones(args)
+        raise ValueError("python -m scripts.pretrain")
 
 
 if __name__ == "__main__":

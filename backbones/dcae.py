@@ -23,8 +23,6 @@ multi-scale attention branch are not. Published weights and code are Apache-2.0.
 Shape legend: B batch, C channels, H W height and width, L = H * W positions, N attention groups, K head_dim.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,17 +31,20 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from backbones.weights import load_into, open_source
+from weights.files import open_source
+from weights.layouts import canonical
+from weights.load import load_into
 
 
 @dataclass(frozen=True)
 class DCAEConfig:
-    """Sizes of encoder and decoder; stage s = 1, 2, ... works at 1 / 2**s of the picture."""
+    """Sizes of encoder and decoder, those of the published f128c512 by default; stage s = 1, 2, ... works at 1 / 2**s of the picture."""
 
-    widths: tuple[int, ...]  # channels of stages 1, 2, ..., the same on the way down and up
-    encoder_depths: tuple[int, ...]  # blocks per stage
-    decoder_depths: tuple[int, ...]
-    latent_channels: int
+    # channels of stages 1, 2, ..., the same on the way down and up
+    widths: tuple[int, ...] = (256, 512, 512, 1024, 1024, 2048, 2048)
+    encoder_depths: tuple[int, ...] = (4, 8, 2, 2, 2, 2, 2)  # blocks per stage
+    decoder_depths: tuple[int, ...] = (5, 10, 2, 2, 2, 2, 2)
+    latent_channels: int = 512
     conv_stages: int = 2  # the first so many stages are convolutional, the rest attend
     head_dim: int = 32
 
@@ -68,25 +69,6 @@ class DCAEConfig:
     def factor(self) -> int:
         """Pixels of the picture per position of the latent, along one side."""
         return 2 ** len(self.widths)
-
-
-PRESETS = {
-    # The toy's autoencoder: 64 x 64 becomes 2 x 2 tokens of 64, small enough to encode a picture in about a millisecond on one core.
-    "tiny": DCAEConfig(
-        widths=(16, 32, 32, 64, 64),
-        encoder_depths=(1,) * 5,
-        decoder_depths=(1,) * 5,
-        latent_channels=64,
-        head_dim=16,
-    ),
-    # The published one: 1,120,682,252 parameters, 256 x 256 becomes 2 x 2 tokens of 512.
-    "f128c512": DCAEConfig(
-        widths=(256, 512, 512, 1024, 1024, 2048, 2048),
-        encoder_depths=(4, 8, 2, 2, 2, 2, 2),
-        decoder_depths=(5, 10, 2, 2, 2, 2, 2),
-        latent_channels=512,
-    ),
-}
 
 
 class ChannelRMSNorm(nn.Module):
@@ -313,66 +295,9 @@ class DCAE(nn.Module):
         return self.decode(self.encode(pictures))
 
 
-ORIGINAL = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\.(main|op_list)\b", ""),  # wrappers of residual sums and of sequences
-        (r"\.conv\.(weight|bias)$", r".\1"),  # every convolution sits in a wrapper
-        (r"^encoder\.stages\.", "encoder.down_blocks."),
-        (r"^decoder\.stages\.", "decoder.up_blocks."),
-        (r"\.project_in\.", ".conv_in."),
-        (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
-        (r"\.project_out\.[02]\.", ".conv_out."),
-        (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
-        (r"\.context_module\.proj\.", ".attn.to_out."),
-        (r"\.context_module\.", ".attn."),
-        (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
-        (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
-        (r"\.conv2\.norm\.", ".norm."),
-    )
-]
-
-
-def rename(name: str) -> str:
-    """Name of a tensor in a published file -> its name here. Those of the diffusers format are ours already.
-
-    One kind of tensor has no single counterpart: the original's attn.qkv.weight is our to_q, to_k and to_v below each other.
-    """
-    if re.search(r"\.(stages|project_in|project_out)\.", name):
-        for pattern, new in ORIGINAL:
-            name = pattern.sub(new, name)
-    return name
-
-
-def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a published file, 434 in the original or 474 in the diffusers format -> the same under our names, in our shapes.
-
-    All are views, so tensors mapped from a file stay unread. What does not belong keeps its name, for the loader to complain about.
-    """
-    ours = {}
-    for name, tensor in tensors.items():
-        key = rename(name)
-        if key.endswith(".attn.qkv.weight") and tensor.ndim == 4:
-            found = {
-                key.replace("qkv", f"to_{part}"): third
-                for part, third in zip("qkv", tensor.chunk(3))
-            }
-        else:
-            matrix = (
-                ".attn.to_" in key and tensor.ndim == 2
-            )  # diffusers stores the weights of attention without the 1 x 1
-            found = {key: tensor[:, :, None, None] if matrix else tensor}
-        if twice := ours.keys() & found.keys():
-            raise ValueError(
-                f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not both"
-            )
-        ours |= found
-    return ours
-
-
 def load_dcae(
     path: str | Path,
-    config: DCAEConfig = PRESETS["f128c512"],
+    config: DCAEConfig = DCAEConfig(),
     dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> DCAE:

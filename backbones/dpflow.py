@@ -19,8 +19,6 @@ Shape legend: B batch, C channels, H W frame height and width, h w a level's; `p
 """
 
 import math
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,22 +30,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from backbones.weights import load_into, open_source
-
-LICENCE_NOTICE = (
-    "DPFlow weights (Morimitsu et al., CVPR 2025, github.com/hmorimitsu/ptlflow): released strictly for academic and research purposes, "
-    "following the licences of the data sets they were trained on. The original code is Apache-2.0. "
-    "For other uses choose another FlowEstimator, such as DISFlow."
-)
-RELEASES = "https://github.com/hmorimitsu/ptlflow/releases/download/weights1/"
-# Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a benchmark: take it for robots.
-CHECKPOINTS = {
-    "chairs": "dpflow-chairs-f94e717a.ckpt",
-    "things": "dpflow-things-2012b5d6.ckpt",
-    "sintel": "dpflow-sintel-b44b072c.ckpt",
-    "kitti": "dpflow-kitti-4e97eac6.ckpt",
-    "spring": "dpflow-spring-69bac7fa.ckpt",
-}
+from weights.files import open_source
+from weights.layouts import dpflow_own
+from weights.load import load_into
 
 
 class FlowEstimator(Protocol):
@@ -493,54 +478,9 @@ class DPFlow(nn.Module):
         return flow, hidden
 
 
-RENAMES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"^(state_dict\.)?(model\.)?", ""),
-        (r"^fnet\.", "encoder."),
-        (r"^update_block\.encoder\.", "update.motion."),
-        (r"^update_block\.", "update."),
-        (r"\.gru_list\.0\.", ".gru."),
-        (r"\.conv_transition\.proj\.", ".transition."),
-        (r"\.downsample\.0\.", ".skip."),
-        (r"\.conv_cross\.merge_fc_g\.", ".merge."),
-        (r"\.fc1_g\.", ".gate_in."),
-        (r"\.fc1_[xy]\.", ".value_in."),
-        (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
-        (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
-        (r"\.fc2\.", ".out."),
-        (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
-        (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
-    )
-]
-
-
-def rename(key: str) -> str:
-    """Name of a tensor in a published .ckpt -> its name here. One to one: all 498 tensors have a place and every place a tensor."""
-    for pattern, new in RENAMES:
-        key = pattern.sub(new, key)
-    return key
-
-
-def fetch(name: str, folder: str | Path) -> Path:
-    """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints the weights' licence on stderr."""
-    if name not in CHECKPOINTS:
-        raise ValueError(
-            f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}"
-        )
-    print(LICENCE_NOTICE, file=sys.stderr)
-    path = Path(folder) / CHECKPOINTS[name]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
-        )
-    return path
-
-
 def load_dpflow(path: str | Path, config: DPFlowConfig = DPFlowConfig()) -> DPFlow:
     """DPFlow with the weights of a published .ckpt, in eval mode. ValueError if any tensor is missing, unexpected or of another shape."""
     model = DPFlow(config)
     with open_source(path) as source:
-        load_into(model, source, rename)
+        load_into(model, source, dpflow_own)
     return model.eval()

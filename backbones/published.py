@@ -11,17 +11,21 @@ the published values hold. A network keeps the dtype of its file.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from backbones import weights
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
-from backbones.wan import WanConfig, WanVAE, WanVAEConfig
+from backbones.wan import WanConfig
+from backbones.wan_vae import WanVAE, WanVAEConfig
+from weights import files, hub, layouts, load
+from weights.card import Card, newest_step
+from weights.files import TensorSource, open_source
+from weights.hub import fetched
 
 Rename = Callable[[str], str | None]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -115,7 +119,7 @@ def value_of(field: str, value: object, several: bool) -> int | float | tuple:
 
 def seen(path: Path, shapes: Shapes, places: Mapping[str, tuple[str, int]]) -> dict[str, int]:
     """Sizes by field, from (tensor, axis). One ValueError for all tensors that are missing, empty or of too few axes."""
-    weights.refuse(
+    files.refuse(
         path,
         "parts are missing",
         [
@@ -162,7 +166,7 @@ def settle(
             continue
         if field in found and settled[field] != found[field]:
             problems.append(f"{key} is {settled[field]}, the tensors have {found[field]}")
-    weights.refuse(path, "config.json and tensors do not describe a network", problems)
+    files.refuse(path, "config.json and tensors do not describe a network", problems)
     return settled
 
 
@@ -174,7 +178,7 @@ def within(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def shapes_of(source: weights.TensorSource, rename: Rename) -> dict[str, tuple[int, ...]]:
+def shapes_of(source: files.TensorSource, rename: Rename) -> dict[str, tuple[int, ...]]:
     """Shapes under our names."""
     return {key: source.shape(name) for name in source.names() if (key := rename(name)) is not None}
 
@@ -341,7 +345,7 @@ def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[i
         path,
         found,
         stated,
-        weights.MOTUS_FIELDS,
+        layouts.MOTUS_FIELDS,
         wanted=("frames", "ratio", "action_eps", "und_eps"),
     )
     rows = settled["frames"] * settled["ratio"] + (2 + found["registers"] if finetune else 0)
@@ -350,7 +354,7 @@ def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[i
             f"{path}: config.json makes chunks of {settled['frames']} x {settled['ratio']} actions, whose position table has "
             f"{rows} rows; the file's has {positions[0]}: take the config.json that belongs to it"
         )
-    return settled | {"video": video, "finetune": finetune}
+    return settled | {"video": asdict(video), "finetune": finetune}
 
 
 def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
@@ -377,7 +381,7 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
 class Published:
     """Weights of a model that others wrote."""
 
-    source: weights.TensorSource
+    source: files.TensorSource
     rename: (
         Rename  # from the names of the file to those of `motus.Motus`; the VLM's begin with vlm.
     )
@@ -391,28 +395,28 @@ def is_published(path: str | Path) -> bool:
     """Whether published weights are at `path`, rather than a run or checkpoint of ours (or nothing)."""
     path = Path(path)
     config = path / "config.json"
-    if path.name.startswith("step_") or config.is_file() and "motus" in weights.read_json(config):
+    if path.name.startswith("step_") or config.is_file() and "motus" in files.read_json(config):
         return False
-    return path.is_file() or any(any(path.glob(pattern)) for pattern in weights.WEIGHT_FILES)
+    return path.is_file() or any(any(path.glob(pattern)) for pattern in files.WEIGHT_FILES)
 
 
 def holds_vlm(path: str | Path) -> bool:
     """Whether `path` is published weights of Motus that hold the VLM too."""
-    path = weights.fetched(path)
+    path = hub.fetched(path)
     if not is_published(path):
         return False
-    names = weights.open_source(path).names()
-    rename = weights.renaming(names)
+    names = files.open_source(path).names()
+    rename = layouts.renaming(names)
     return any((rename(name) or "").startswith("vlm.") for name in names)
 
 
 def open_motus(path: str | Path) -> Published:
     """Official Motus weights (stages 2, 3) or a Wan2.2 video expert (stage 1), as published or converted. ValueError if it is neither."""
-    source = weights.open_source(path)
-    kind, stage = weights.identify(source.names())
-    rename, stated = weights.renaming(source.names()), flatten(weights.config_beside(source))
+    source = files.open_source(path)
+    kind, stage = layouts.identify(source.names())
+    rename, stated = layouts.renaming(source.names()), flatten(files.config_beside(source))
     if kind in ("motus", "motus-own"):
-        table = (source.shape(weights.POSITIONS) if weights.POSITIONS in source.tensors else ())[
+        table = (source.shape(layouts.POSITIONS) if layouts.POSITIONS in source.tensors else ())[
             1:2
         ]
         rows = table or tuple(
@@ -448,12 +452,12 @@ def place(folder: str | Path, *names: str) -> Path:
 
 
 def fill(
-    module: type[nn.Module], config: object, source: weights.TensorSource, rename: Rename
+    module: type[nn.Module], config: object, source: files.TensorSource, rename: Rename
 ) -> nn.Module:
     """A network with the weights of a file, in the dtype of its first tensor."""
     with torch.device("meta"):
         network = module(config)
-    weights.load_into(
+    load.load_into(
         network,
         source,
         rename,
@@ -465,11 +469,11 @@ def fill(
 def load_vae(folder: str | Path) -> WanVAE:
     """From Wan2.2_VAE.pth, or the folder `vae` of a diffusers repository. The decoder, which only makes pictures for people, is kept in
     bf16; the encoder, whose latents the network was trained on, in the dtype of the file."""
-    source = weights.open_source(place(folder, "Wan2.2_VAE.pth", "vae"))
-    rename = weights.renaming(source.names())
+    source = files.open_source(place(folder, "Wan2.2_VAE.pth", "vae"))
+    rename = layouts.renaming(source.names())
     vae = fill(
         WanVAE,
-        vae_config(source.path, shapes_of(source, rename), flatten(weights.config_beside(source))),
+        vae_config(source.path, shapes_of(source, rename), flatten(files.config_beside(source))),
         source,
         rename,
     )
@@ -479,11 +483,11 @@ def load_vae(folder: str | Path) -> WanVAE:
 
 def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5Tokenizer]:
     """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers repository."""
-    source = weights.open_source(place(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
+    source = files.open_source(place(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
     tokenizer = T5Tokenizer(
         place(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), text_len
     )
-    rename = weights.renaming(source.names())
+    rename = layouts.renaming(source.names())
     return fill(
         UMT5Encoder, text_config(source.path, shapes_of(source, rename)), source, rename
     ), tokenizer
@@ -491,8 +495,8 @@ def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5T
 
 def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3VL, Tokenizer]:
     """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus file `motus`."""
-    source, folder = weights.open_source(weights.fetched(motus or folder)), Path(folder)
-    own = weights.renaming(source.names())
+    source, folder = files.open_source(hub.fetched(motus or folder)), Path(folder)
+    own = layouts.renaming(source.names())
     rename = (
         own
         if motus is None
@@ -502,7 +506,7 @@ def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3
     )
     stated = {}
     for name in ("preprocessor_config.json", "config.json"):
-        stated |= flatten(weights.read_json(folder / name)) if (folder / name).is_file() else {}
+        stated |= flatten(files.read_json(folder / name)) if (folder / name).is_file() else {}
     tokenizer = read_tokenizer(folder / "tokenizer.json")
     return fill(
         Qwen3VL, vlm_config(source.path, shapes_of(source, rename), stated), source, rename
@@ -515,3 +519,22 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"tokenizer file {path} does not exist; it is published beside the weights"
         )
     return Tokenizer.from_file(str(path))
+
+
+def open_weights(
+    path: str | Path, weights: str = "ema"
+) -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
+    """The weights at `path`, the way from their names to ours, their card, and the experts they lack (prefixes). `path` is anything that
+    `Motus.from_pretrained` takes. Published weights get a card of preset `full`, with the sizes of the file."""
+    path = fetched(path)
+    if is_published(path):
+        found = open_motus(path)
+        return (
+            found.source,
+            found.rename,
+            Card(found.config, found.stage, "full", found.statistics),
+            found.fresh,
+        )
+    folder = newest_step(path)
+    card = Card.read(folder / "config.json")
+    return open_source(folder / f"{weights}.safetensors"), str, card, ()

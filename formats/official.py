@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backbones.weights import read_json, read_torch
 from formats.lerobot import write_v3, write_v21
 from formats.recordings import (
     MAX_BYTES,
@@ -37,6 +36,7 @@ from formats.recordings import (
     av,
     t_layout,
 )
+from weights.files import read_json, read_torch
 
 VIEW, PARTS = "cam_concatenated", ("qpos", "latent_action_dim14")
 WORDINGS = (

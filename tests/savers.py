@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-import scale
-from backbones.weights import open_source, save_safetensors
+from scale import checkpoints, ranks
+from weights.files import open_source, save_safetensors
 
 
 def state(step: int, mesh: DeviceMesh | None, rows: int = 512) -> dict[str, dict[str, Tensor]]:
@@ -50,13 +50,13 @@ def config(step: int) -> dict[str, str]:
     return {"config.json": json.dumps({"step": step})}
 
 
-def meet(rank: int, world: int, store: Path) -> scale.Ranks:
+def meet(rank: int, world: int, store: Path) -> ranks.Ranks:
     if world == 1:
-        return scale.Ranks()
+        return ranks.Ranks()
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world
     )
-    return scale.Ranks(
+    return ranks.Ranks(
         rank, world, mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
     )
 
@@ -64,7 +64,7 @@ def meet(rank: int, world: int, store: Path) -> scale.Ranks:
 def save_forever(rank: int, world: int, store: Path, run: Path, first: int) -> None:
     """Writes checkpoints first, first + 1, ... until it is killed."""
     ranks = meet(rank, world, store)
-    saver = scale.Saver(run, ranks, keep=2)
+    saver = checkpoints.Saver(run, ranks, keep=2)
     for step in range(first, first + 100_000):
         saver.save(step, state(step, ranks.mesh), config(step))
 
@@ -79,19 +79,19 @@ def tell(rank: int, world: int, store: Path, work: Callable[..., str], *args) ->
     Path(f"{store}.{rank}").write_text(said)
 
 
-def save_once(ranks: scale.Ranks, run: Path, step: int, rows: int) -> str:
-    saver = scale.Saver(run, ranks, keep=2)
+def save_once(ranks: ranks.Ranks, run: Path, step: int, rows: int) -> str:
+    saver = checkpoints.Saver(run, ranks, keep=2)
     saver.save(step, state(step, ranks.mesh, rows), config(step))
     saver.wait()
     return "saved"
 
 
-def copy(ranks: scale.Ranks, source: Path, run: Path) -> str:
+def copy(ranks: ranks.Ranks, source: Path, run: Path) -> str:
     """Reads a file in parts and writes it in parts."""
     tensors = state(0, ranks.mesh)["model.safetensors"]
     with open_source(source) as file:
-        scale.fill(tensors, file)
-    saver = scale.Saver(run, ranks, keep=2)
+        checkpoints.fill(tensors, file)
+    saver = checkpoints.Saver(run, ranks, keep=2)
     saver.save(1, {"model.safetensors": tensors}, {})
     saver.wait()
     return "copied"
@@ -110,7 +110,7 @@ def save_numbered(path: Path) -> Path:
     return path
 
 
-def gather(ranks: scale.Ranks) -> str:
+def gather(ranks: ranks.Ranks) -> str:
     """What two ranks give each other: tensors of unequal size and number, one rank none at all; a text of any length."""
     found = ranks.gather(
         {

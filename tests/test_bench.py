@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-import bench
 import flow
-from bench import Work
 from motus import Inputs, Motus, preset
 from sample import Placement, Policy
+from scripts import bench
+from scripts.bench import Work
 
 
 class Step(nn.Module):

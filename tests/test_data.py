@@ -11,12 +11,15 @@ import pytest
 import torch
 
 import data
-import evaluate
 import sample
 import train
-from backbones.weights import save_safetensors
+from backbones.frozen import backbones_of
 from formats.lerobot import DEFAULTS, write_v3
-from motus import Card, Inputs, backbones_of, newest_step, preset
+from motus import Inputs, preset
+from scale import checkpoints
+from scripts import evaluate, pretrain, record
+from weights.card import Card, newest_step
+from weights.files import save_safetensors
 from worlds.fleet import Order
 
 CONFIG = preset("toy")  # 4 frames, 3 actions per frame: 12 actions
@@ -105,7 +108,7 @@ def test_batches_are_a_function_of_seed_and_step_and_mix_levels_in_equal_shares(
 
 def test_grounding_targets_are_where_the_named_disc_is():
     """The target's pixel has the colour that the sentence names."""
-    web = data.ToyWeb(2, seed=0)
+    web = pretrain.ToyWeb(2, seed=0)
     pictures, texts, targets = web.grounded(3, size=64)
     ink = {
         "red": (0, 1),
@@ -126,7 +129,7 @@ def line(tmp_path_factory):
     """Twenty episodes of the walking point, as `python evaluate.py record` writes them, the last of which is held out."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
     out = tmp_path_factory.mktemp("line") / "set"
-    evaluate.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
+    record.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
     return out
 
 
@@ -135,7 +138,7 @@ def web_of(path, folder, **card):
     (folder / "card.json").write_text(
         json.dumps({"size": [32, 64], "sources": [{"path": str(path)} | card]})
     )
-    return data.CardWeb(data.Pyramid(folder, name="sim"), 9, 0), data.CardWeb(
+    return pretrain.CardWeb(data.Pyramid(folder, name="sim"), 9, 0), pretrain.CardWeb(
         data.Pyramid(folder, name="sim"), 9, 0, held_out=True
     )
 
@@ -187,7 +190,7 @@ def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
             {"size": [96, 96], "sources": [{"path": "arms", "held_out": 0, "embodiment": "arms"}]}
         )
     )
-    web = data.CardWeb(data.Pyramid(tmp_path / "card.json", name="sim"), 9, 0)
+    web = pretrain.CardWeb(data.Pyramid(tmp_path / "card.json", name="sim"), 9, 0)
     pictures, _, targets = web.grounded(0, 16)
     for picture, (x, y) in zip(pictures.numpy(), targets.numpy() * 96):
         assert np.abs(np.argwhere(picture[..., 0] > 128).mean(0) + 0.5 - (y, x)).max() < 1
@@ -215,7 +218,7 @@ def test_labels_reach_no_policy(line):
 def test_backbones_need_labels_and_held_out_episodes(line, card, tmp_path):
     """A dataset of a real robot has no labels, one without held-out episodes no figures: both are told what to do."""
     with pytest.raises(ValueError, match=r"has the labels \[\].*record the dataset"):
-        data.CardWeb(data.Pyramid(card, (6,)), 2, 0)
+        pretrain.CardWeb(data.Pyramid(card, (6,)), 2, 0)
     with pytest.raises(ValueError, match="no episode is held out"):
         web_of(line, tmp_path, held_out=0)
 
@@ -380,19 +383,19 @@ def test_windows_encoded_when_needed_resume_to_the_sample(card, tmp_path):
     argv = ["--stage", "3", "--data", str(card), "--steps", "4"]
     settings = ["--set", "batch=4", "windows=0", "log_every=1", "save_every=2"]
     train.main([*argv, "--run", str(tmp_path / "whole"), *settings])
-    stop = train.save_checkpoint
+    stop = checkpoints.save_checkpoint
 
     def stop_after_two(run, step, *rest):
         stop(run, step, *rest)
         if step == 2:
             raise KeyboardInterrupt
 
-    train.save_checkpoint = stop_after_two
+    checkpoints.save_checkpoint = stop_after_two
     try:
         with pytest.raises(KeyboardInterrupt):
             train.main([*argv, "--run", str(tmp_path / "part"), *settings])
     finally:
-        train.save_checkpoint = stop
+        checkpoints.save_checkpoint = stop
     train.main([*argv, "--run", str(tmp_path / "part"), "--resume", *settings])
     assert log(tmp_path / "whole") == log(tmp_path / "part") and len(log(tmp_path / "whole")) == 4
     assert all(

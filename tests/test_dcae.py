@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.dcae import DCAE, PRESETS, DCAEConfig, LinearAttention, canonical, load_dcae, rename
-from backbones.weights import expected, save_safetensors
+from backbones.dcae import DCAE, DCAEConfig, LinearAttention, load_dcae
+from weights.files import save_safetensors
+from weights.layouts import canonical, dcae_own, expected
 
-FULL, TINY = PRESETS["f128c512"], PRESETS["tiny"]
+FULL = DCAEConfig()
+TINY = DCAEConfig((16, 32, 32, 64, 64), (1,) * 5, (1,) * 5, latent_channels=64, head_dim=16)
 THIN = DCAEConfig(
     widths=(16, 16, 32, 32, 64, 128, 512),
     encoder_depths=(1,) * 7,
@@ -139,7 +141,7 @@ def test_both_formats_load_from_files_to_the_same_model(tmp_path):
     model = DCAE(SAME_NAMES)
     ours, original = model.state_dict(), {}
     for name in expected("dcae_original"):
-        key = rename(name)
+        key = dcae_own(name)
         qkv = (
             [ours[key.replace("qkv", f"to_{part}")] for part in "qkv"]
             if key.endswith("qkv.weight")
@@ -168,7 +170,7 @@ def test_a_file_that_lacks_a_tensor_is_refused(tmp_path, lost):
         if name != lost
     }
     save_safetensors(tmp_path / "short.safetensors", tensors)
-    with pytest.raises(ValueError, match=rename(lost).replace(".", r"\.")):
+    with pytest.raises(ValueError, match=dcae_own(lost).replace(".", r"\.")):
         load_dcae(tmp_path / "short.safetensors", TINY)
 
 

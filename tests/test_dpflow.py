@@ -23,7 +23,7 @@ from backbones.dpflow import (
     pyramid_levels,
     rename,
 )
-from backbones.weights import expected
+from weights.layouts import expected
 
 THIN = DPFlowConfig(stem=(16, 24), width=32, depth=1)
 

@@ -7,24 +7,24 @@ import pytest
 import torch
 from test_sample import write_checkpoint
 
-import evaluate
-from evaluate import (
+from formats.lerobot import LeRobotDataset
+from formats.recordings import t_layout
+from scripts import evaluate, record
+from scripts.evaluate import (
     RandomPolicy,
-    read_card,
     rollout,
     save_films,
-    settings_of,
     summary,
     table,
     view,
     wilson,
     world_seeds,
 )
-from formats.lerobot import LeRobotDataset
-from formats.recordings import t_layout
+from scripts.record import read_card, settings_of
 from worlds import EVALUATED, RECORDED, episode_seeds
 from worlds.fleet import Fleet, Order, attempt
-from worlds.tabletop import SKILLS, Tabletop
+from worlds.robots import SKILLS
+from worlds.tabletop import Tabletop
 
 
 class Scripted:
@@ -272,7 +272,7 @@ def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
 def test_the_last_of_each_task_are_recorded_last(tmp_path):
     """So that what a card holds out has all tasks: of twenty episodes of two tasks the last two are one of each."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
-    card = evaluate.record(
+    card = record.record(
         Order("fake_world", settings=(("size", 16),), after=1),
         ["walk", "stumble"],
         20,
@@ -425,7 +425,7 @@ def test_an_expert_that_hardly_succeeds_ends_the_recording(tmp_path, monkeypatch
         ),
     )
     with pytest.raises(ValueError, match="the expert solved 0 of 14; lower the disturbance"):
-        evaluate.record(Order("fake_world"), ["walk"], 1, tmp_path / "none")
+        record.record(Order("fake_world"), ["walk"], 1, tmp_path / "none")
     assert not list(tmp_path.iterdir())
 
 

@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 
 import flow
 from backbones.umt5 import UMT5Config, UMT5Encoder
-from backbones.wan import WanConfig, WanVAE, WanVAEConfig
-from backbones.weights import load_into, official_name, open_source, own_name
+from backbones.wan import WanConfig
+from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import Inputs, Motus, MotusConfig
+from weights.files import open_source
+from weights.layouts import official_name, own_name
+from weights.load import load_into
 
 FOLDER = Path(os.environ.get("MOTUS_GOLDEN", Path(__file__).parent / "golden"))
 MOTUS_SUFFIX = ".mp_rank_00_model_states.pt"

@@ -30,7 +30,8 @@ import test_golden  # noqa: E402
 import test_motus  # noqa: E402
 
 import attention  # noqa: E402
-import kernels  # noqa: E402
+import kernels.attention  # noqa: E402
+import kernels.rows  # noqa: E402
 from motus import Motus, draw  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -186,7 +187,7 @@ def random_case(rng: random.Random, seed: int) -> None:
         }[kind]
         bias.append(None if row is None else row.to(DEVICE))
     scale = rng.choice([None, 0.3])
-    found = kernels.attend(q, k, v, bias, scale)
+    found = kernels.attention.attend(q, k, v, bias, scale)
     close(found, plain_segments(q, k, v, bias, scale), dtype)
     close(gradients(found, [*q, *k, *v]), plain_gradients(q, k, v, bias, scale), dtype)
 
@@ -234,8 +235,8 @@ def test_a_key_with_log_count_bias_stands_for_its_copies():
     q, k, v = segments((4,), 1, 16, torch.float32)
     _, (k3,), (v3,) = segments((1,), 1, 16, torch.float32, seed=3)
     count = torch.full((1, 1), 3.0, device=DEVICE).log()
-    once = kernels.attend(q, [*k, k3], [*v, v3], [None, count])
-    thrice = kernels.attend(
+    once = kernels.attention.attend(q, [*k, k3], [*v, v3], [None, count])
+    thrice = kernels.attention.attend(
         q, [*k, k3.expand(1, 3, 1, 16)], [*v, v3.expand(1, 3, 1, 16)], [None, None]
     )
     close(once, thrice, torch.float32)
@@ -245,7 +246,7 @@ def test_a_query_that_sees_no_key_gets_zeros_and_gives_zero_gradients():
     """All keys of one sample are padded: no NaN forward or backward, and the other sample is not touched."""
     q, k, v = segments((18,), 1, 16, torch.float32, batch=2)
     bias = attention.key_bias(torch.tensor([[True], [False]], device=DEVICE).expand(2, 18))
-    out = kernels.attend(q, k, v, [bias])
+    out = kernels.attention.attend(q, k, v, [bias])
     grads = gradients(out, [*q, *k, *v])
     assert out[0][1].abs().max() == 0 and all(g[1].abs().max() == 0 for g in grads)
     expected = plain_segments(*([x[0][:1]] for x in (q, k, v)), [None])
@@ -255,10 +256,13 @@ def test_a_query_that_sees_no_key_gets_zeros_and_gives_zero_gradients():
 def test_attention_is_deterministic_and_saves_the_log_sum_exp():
     """Two runs agree bit for bit; the log-sum-exp is that of the logits."""
     q, k, v = segments((17, 3, 6), 1, 32, torch.float32)
-    *_, lse = kernels.attention_op(q, k, v, [], "", 0.2)
+    *_, lse = kernels.attention.attention_op(q, k, v, [], "", 0.2)
     logits = torch.einsum("bqnk,bsnk->bnqs", torch.cat(q, 1), torch.cat(k, 1)) * 0.2
     assert torch.allclose(lse, logits.logsumexp(-1), atol=1e-4)
-    runs = [gradients(kernels.attend(q, k, v, [None] * 3, 0.2), [*q, *k, *v]) for _ in range(2)]
+    runs = [
+        gradients(kernels.attention.attend(q, k, v, [None] * 3, 0.2), [*q, *k, *v])
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
@@ -271,7 +275,9 @@ def test_offsets_reach_beyond_two_to_the_31():
     for x in (q, k, v):
         x.copy_(torch.randn(2, 5, 1, 16))
     close(
-        kernels.attend([q], [k], [v], [None]), plain_segments([q], [k], [v], [None]), torch.bfloat16
+        kernels.attention.attend([q], [k], [v], [None]),
+        plain_segments([q], [k], [v], [None]),
+        torch.bfloat16,
     )
 
 
@@ -284,9 +290,11 @@ def test_a_layer_of_the_full_model():
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(
-                kernels, "tile", lambda kernel, dtype: kernels.TILES[torch.bfloat16][kernel]
+                kernels,
+                "tile",
+                lambda kernel, dtype: kernels.attention.TILES[torch.bfloat16][kernel],
             )
-        found = kernels.attend(q, k, v, bias)
+        found = kernels.attention.attend(q, k, v, bias)
         grads = gradients(found, inputs)
     expected = plain_segments(q, k, v, bias)
     close(found, expected, torch.float32)
@@ -371,15 +379,15 @@ def op_arguments() -> dict:
     rows, weight, mod = leaf(1, 3, 8), leaf(8), leaf(1, 1, 8)
     return {
         "attention": (
-            kernels.attention_op,
+            kernels.attention.attention_op,
             (q, k, v, [torch.zeros(1, 3, device=DEVICE)], "2", 0.25),
         ),
         "norm_rotate": (
-            kernels.norm_rotate_op,
+            kernels.rows.norm_rotate_op,
             (rows, rows, weight, weight, None, None, 1e-6, 4, torch.float32),
         ),
-        "norm_modulate": (kernels.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
-        "add_gated": (kernels.add_gated_op, (rows, leaf(1, 3, 8), mod)),
+        "norm_modulate": (kernels.rows.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
+        "add_gated": (kernels.rows.add_gated_op, (rows, leaf(1, 3, 8), mod)),
     }
 
 
@@ -438,9 +446,9 @@ def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch):
     x = torch.zeros(1, 2, 1, 130)
     with pytest.raises(ValueError, match="head size 130"):
         kernels.attention(x, x, x)
-    monkeypatch.setattr(kernels, "INTERPRET", False)
+    monkeypatch.setattr(kernels.attention, "INTERPRET", False)
     with pytest.raises(ValueError, match="asked for on cpu.*TRITON_INTERPRET"):
-        kernels.check(torch.device("cpu"))
+        kernels.attention.check(torch.device("cpu"))
     code = "import sys, torch; sys.modules['triton'] = None; import kernels; x = torch.zeros(1, 2, 1, 16); kernels.attention(x, x, x)"
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -457,13 +465,13 @@ ALL_KERNELS = {
     name + suffix
     for name in ("norm_rotate", "norm_modulate", "add_gated")
     for suffix in ("", "_backward")
-} | {*kernels.KERNELS}
+} | {*kernels.attention.KERNELS}
 
 
 @pytest.fixture
 def launched(monkeypatch) -> set[str]:
     """Names of the kernels that were launched; heads may be as small as tests like them."""
-    names, launch = set(), kernels.launch
+    names, launch = set(), kernels.attention.launch
     monkeypatch.setattr(attention, "HEAD_SIZES", range(1, 129))
     monkeypatch.setattr(
         kernels,
@@ -573,8 +581,8 @@ def test_the_kernels_take_what_they_are_compiled_for_and_sdpa_the_rest(dtype, mo
                 or torch.equal(found, attention.sdpa_attention(x, x, x, bias))
             )
         attention.joint_attention([(x, x, x)], [None])
-    assert taken == (set(attention.HEAD_SIZES) if dtype in kernels.TILES else set())
-    assert set(attention.DTYPES) == set(kernels.TILES)
+    assert taken == (set(attention.HEAD_SIZES) if dtype in kernels.attention.TILES else set())
+    assert set(attention.DTYPES) == set(kernels.attention.TILES)
 
 
 def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
@@ -639,7 +647,7 @@ def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
         for group in segments((20, 5, 9), 1, 32, torch.bfloat16)
     )
     bias = torch.zeros(1, 9)
-    forward = Traffic(kernels.attention_op, q, k, v, [bias], "2", 0.2)
+    forward = Traffic(kernels.attention.attention_op, q, k, v, [bias], "2", 0.2)
     *o, lse = forward.outputs
     assert forward.bytes <= 1.1 * size_of(*q, *k, *v, bias, *o, lse)
     assert (
@@ -647,7 +655,9 @@ def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
         and forward.times_read(k[1]) == forward.times_read(v[1]) == 2 + 1 + 1
     )  # tiles of the queries
     do = [torch.randn_like(x) for x in o]
-    backward = Traffic(kernels.attention_backward_op, do, q, k, v, [bias], "2", o, lse, 0.2)
+    backward = Traffic(
+        kernels.attention.attention_backward_op, do, q, k, v, [bias], "2", o, lse, 0.2
+    )
     assert backward.bytes <= 1.1 * size_of(
         *do, *q, *k, *v, bias, *o, lse, *backward.outputs, lse
     )  # delta is as large as lse
@@ -673,15 +683,15 @@ def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
         (bf16(1, 64, 4, 16), bf16(1, 64, 4, 16)),
     )
     for operation, rows, shared, options, parts in (
-        (kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
-        (kernels.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
-        (kernels.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
-        (kernels.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
-        (kernels.add_gated_op, (stream, y), (scale,), (), 0),
-        (kernels.add_gated_backward_op, (stream, y), (scale,), (), 1),
+        (kernels.rows.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
+        (kernels.rows.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
+        (kernels.rows.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
+        (kernels.rows.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
+        (kernels.rows.add_gated_op, (stream, y), (scale,), (), 0),
+        (kernels.rows.add_gated_backward_op, (stream, y), (scale,), (), 1),
     ):
         run = Traffic(operation, *rows, *shared, *options)
-        reread = parts * 64 // kernels.ROWS * 64 * 4  # by the sum over the parts
+        reread = parts * 64 // kernels.rows.ROWS * 64 * 4  # by the sum over the parts
         assert run.bytes + reread <= 1.1 * size_of(*rows, *shared, *run.outputs), operation
         assert all(run.times_read(x) == 1 for x in rows), operation
 
@@ -714,8 +724,8 @@ def launches(
                 [torch.empty(1, n, HEADS, size, dtype=dtype) for n in lengths] for _ in range(3)
             )
             bias = [torch.empty(1, n) for n in lengths[1:]]
-            *o, lse = kernels.attention_op(q, k, v, bias, "12", size**-0.5)
-            kernels.attention_backward_op(o, q, k, v, bias, "12", o, lse, size**-0.5)
+            *o, lse = kernels.attention.attention_op(q, k, v, bias, "12", size**-0.5)
+            kernels.attention.attention_backward_op(o, q, k, v, bias, "12", o, lse, size**-0.5)
         for width in () if size else WIDTHS:
             stream, y, weight = (
                 torch.empty(1, 360, width),
@@ -723,12 +733,14 @@ def launches(
                 torch.empty(width, dtype=dtype),
             )
             mod, table = torch.empty(1, 1, 6, width).unbind(2), torch.empty(360, 64)
-            heads = kernels.norm_rotate_op(y, y, weight, weight, table, table, 1e-6, 128, dtype)
-            kernels.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
+            heads = kernels.rows.norm_rotate_op(
+                y, y, weight, weight, table, table, 1e-6, 128, dtype
+            )
+            kernels.rows.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
             kernels.norm_modulate(stream, mod[0], mod[1], 1e-6, dtype)
-            kernels.norm_modulate_backward_op(y, stream, mod[1], 1e-6)
+            kernels.rows.norm_modulate_backward_op(y, stream, mod[1], 1e-6)
             kernels.add_gated(stream, y, mod[2])
-            kernels.add_gated_backward_op(stream, y, mod[2])
+            kernels.rows.add_gated_backward_op(stream, y, mod[2])
     shape = lambda options: f"K={options['K']}" if "OWN" in options else f"D={options['WIDTH']}"
     return [
         (f"{kernel.fn.__name__.removesuffix('_kernel')} {shape(options)}", kernel, args, options)
@@ -817,7 +829,7 @@ def written(rows: dict[str, dict]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""# What the compiler makes of the kernels
 
-`python tests/test_kernels.py` writes this page: what `attention.py` hands to `kernels.py`, compiled ahead of time by
+`python tests/test_kernels.py` writes this page: what `attention.py` hands to `kernels.attention.py`, compiled ahead of time by
 Triton {triton.__version__}, without a GPU (2-core AMD EPYC virtual machine, 2026-11-23). `make test-long` compiles all of it again and
 compares every figure. These are counts, not speeds.
 
@@ -894,13 +906,17 @@ def agrees(found: dict[str, dict]) -> None:
 def test_committed_figures_show_no_spill_and_fit_every_card():
     """On five architectures and in both dtypes: three attention kernels at each head size that is taken, six row kernels at two widths."""
     rows = committed()
-    shapes = {f"{name} K={size}" for name in kernels.KERNELS for size in attention.HEAD_SIZES} | {
-        f"{name} D={width}" for name in ALL_KERNELS - {*kernels.KERNELS} for width in WIDTHS
+    shapes = {
+        f"{name} K={size}" for name in kernels.attention.KERNELS for size in attention.HEAD_SIZES
+    } | {
+        f"{name} D={width}"
+        for name in ALL_KERNELS - {*kernels.attention.KERNELS}
+        for width in WIDTHS
     }
     assert rows.keys() == {
         f"sm_{sm} {str(dtype)[6:]} {shape}"
         for sm in ARCHITECTURES
-        for dtype in kernels.TILES
+        for dtype in kernels.attention.TILES
         for shape in shapes
     }
     check_figures(rows)

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import latent_action as la
+import latent_action
 from latent_action import LatentActionModel, MixedSampler, colour_to_flow, flow_to_colour
+from scripts import pretrain
+from worlds import motions
 from worlds.tabletop import record
 
-TOY = la.PRESETS["toy"]
+TOY = latent_action.PRESETS["toy"]
 
 
 def directions(radius: float, n: int = 64) -> torch.Tensor:
@@ -89,13 +91,15 @@ def test_too_fast_motion_keeps_its_direction_and_is_counted():
     flow[0, 0, 0], flow[0, 1, 1] = torch.tensor([30.0, 40.0]), torch.tensor([3.0, 0.0])
     back = colour_to_flow(flow_to_colour(flow, 10.0), 10.0)
     assert torch.allclose(back[0, 0, 0], torch.tensor([6.0, 8.0]), atol=1e-3)
-    assert la.over_range(flow, 10.0) == 0.5
+    assert latent_action.over_range(flow, 10.0) == 0.5
 
 
 def test_resizing_scales_the_vectors():
     """A motion across the whole picture is one across the whole picture at any size, per axis."""
     flow = torch.ones(1, 48, 24, 2) * torch.tensor([24.0, 48.0])
-    assert torch.allclose(la.resize_flow(flow, 32), torch.full((1, 32, 32, 2), 32.0), atol=1e-4)
+    assert torch.allclose(
+        latent_action.resize_flow(flow, 32), torch.full((1, 32, 32, 2), 32.0), atol=1e-4
+    )
 
 
 def test_camera_motion_is_found_under_a_moving_thing():
@@ -104,21 +108,26 @@ def test_camera_motion_is_found_under_a_moving_thing():
     camera = torch.stack([2 + x, -1 + 0.5 * y - 0.3 * x], dim=-1)[None]
     flow = camera.clone()
     flow[:, 4:18, 10:24] += torch.tensor([4.0, -3.0])
-    assert (la.global_motion(flow) - camera).abs().max() < 0.02
-    assert la.global_motion(flow - camera).abs().max() < 0.02
+    assert (latent_action.global_motion(flow) - camera).abs().max() < 0.02
+    assert latent_action.global_motion(flow - camera).abs().max() < 0.02
 
 
 def test_planes_and_back_are_exact_and_opposite_motions_are_opposite_numbers():
     """The linear code returns flow up to the radius, keeps the direction of what is faster, and changes sign with the motion."""
     flow = directions(5.0)
-    assert (la.planes_to_flow(la.flow_to_planes(flow, 5.0), 5.0) - flow).norm(dim=-1).max() < 1e-5
+    assert (latent_action.planes_to_flow(latent_action.flow_to_planes(flow, 5.0), 5.0) - flow).norm(
+        dim=-1
+    ).max() < 1e-5
     fast = torch.tensor([30.0, 40.0])[None, None, None]
-    pictures = la.flow_to_planes(fast, 10.0)
+    pictures = latent_action.flow_to_planes(fast, 10.0)
     assert (
-        torch.allclose(la.planes_to_flow(pictures, 10.0), torch.tensor([6.0, 8.0]))
+        torch.allclose(latent_action.planes_to_flow(pictures, 10.0), torch.tensor([6.0, 8.0]))
         and pictures.abs().max() <= 1
     )
-    assert torch.equal(la.flow_to_planes(-flow, 5.0)[:, :2], -la.flow_to_planes(flow, 5.0)[:, :2])
+    assert torch.equal(
+        latent_action.flow_to_planes(-flow, 5.0)[:, :2],
+        -latent_action.flow_to_planes(flow, 5.0)[:, :2],
+    )
     with pytest.raises(ValueError, match="'wheel', 'planes'"):
         replace(TOY, code="hsv")
 
@@ -130,7 +139,7 @@ def test_presets_give_four_tokens():
     """The full size has the paper's 4 x 512 features, the small one four tokens too; the toy has nine of 32, at the size of its world."""
     for name, positions, features in (("toy", 9, 288), ("small", 4, 512), ("full", 4, 2048)):
         with torch.device("meta"):
-            model = LatentActionModel(la.PRESETS[name])
+            model = LatentActionModel(latent_action.PRESETS[name])
         assert (
             model.config.grid**2 == positions
             and model.token_mean.shape == (features,)
@@ -276,7 +285,7 @@ def test_other_bodies_keep_the_motion():
     """Shifted and thickened flow has the vectors of the original and no others, in at least as many places."""
     flow = torch.zeros(6, 32, 32, 2)
     flow[:, 14:17, 14:17] = torch.tensor([2.0, -1.0])
-    made = la.other_bodies(flow, torch.Generator().manual_seed(0))
+    made = latent_action.other_bodies(flow, torch.Generator().manual_seed(0))
     assert {tuple(v) for v in made.reshape(-1, 2).tolist()} == {(0.0, 0.0), (2.0, -1.0)}
     assert ((made[..., 0] != 0).sum((1, 2)) >= 9).all() and not torch.equal(made, flow)
 
@@ -284,7 +293,7 @@ def test_other_bodies_keep_the_motion():
 def test_toy_labels_are_true_motion_and_only_some_may_be_used():
     """A label is the motion over the interval by the most that the interval allows; hand, arm and gantry are unlabelled."""
     episodes = [record(level, 1, 0)[0] for level in (2, 4, 5, 6)]
-    pairs = la.toy_pairs(episodes, 3)
+    pairs = motions.toy_pairs(episodes, 3)
     row = (pairs.index == torch.tensor([3, 7])).all(dim=1).nonzero()[0, 0]
     moved = episodes[3].motion[10] - episodes[3].motion[7]
     assert (
@@ -298,7 +307,7 @@ def test_toy_labels_are_true_motion_and_only_some_may_be_used():
         6: True,
     }
     with pytest.raises(ValueError, match="interval of 500"):
-        la.toy_pairs(episodes, 500)
+        motions.toy_pairs(episodes, 500)
 
 
 def test_alignment_makes_the_first_latents_the_motion():
@@ -312,12 +321,14 @@ def test_alignment_makes_the_first_latents_the_motion():
     labelled, direct = torch.arange(600) < 200, {}
     for weight in (0.0, 1.0):
         model = model_of(lambda_action=weight, hidden=(64,))
-        la.fit(model, tokens, labels, labelled[:, None].expand(-1, 3), steps=150, batch=64, lr=5e-3)
+        latent_action.fit(
+            model, tokens, labels, labelled[:, None].expand(-1, 3), steps=150, batch=64, lr=5e-3
+        )
         mu = model.encode(tokens)[0].detach()
         direct[weight] = (
             1 - (mu[200:, :3] - labels[200:]).square().sum() / labels[200:].square().sum()
         )
-        assert la.probe(mu[:200], labels[:200], mu[200:], labels[200:]).min() > 0.9
+        assert latent_action.probe(mu[:200], labels[:200], mu[200:], labels[200:]).min() > 0.9
     assert direct[1.0] > 0.9 and direct[0.0] < 0.5
 
 
@@ -327,7 +338,7 @@ def test_mirrors_turn_flow_and_labels_together():
     flow[0, 1, 2] = torch.tensor([3.0, -2.0])
     seen = set()
     for seed in range(20):
-        made, label = la.mirrored(flow, labels, torch.Generator().manual_seed(seed))
+        made, label = pretrain.mirrored(flow, labels, torch.Generator().manual_seed(seed))
         sign = label[0, :2] / labels[0, :2]
         x, y = (2 if sign[0] > 0 else 5), (1 if sign[1] > 0 else 6)
         assert (
@@ -349,7 +360,7 @@ def test_training_on_flow_tunes_the_dcae_only_if_asked(finetune):
     before = {k: v.clone() for k, v in model.dcae.state_dict().items()}
     labels, mask = unknown(12)
     mask[:4] = True
-    la.fit(model, flow, labels, mask, steps=2, batch=4, fraction=0.5)
+    latent_action.fit(model, flow, labels, mask, steps=2, batch=4, fraction=0.5)
     changed = [k for k, v in model.dcae.state_dict().items() if not torch.equal(v, before[k])]
     assert bool(changed) == finetune and not any("running" in k for k in changed)
     z = model.standardise(model.encode(model.tokens(flow))[0])
@@ -358,8 +369,10 @@ def test_training_on_flow_tunes_the_dcae_only_if_asked(finetune):
 
 def test_toy_rows_begin_with_the_pairs_and_repeat_what_is_labelled():
     """Rows 0 to N are the pairs; those after are labelled, the rare motions of the gripper among them more often."""
-    pairs = la.toy_pairs([record(level, 1, 0, pictures=False)[0] for level in (2, 6)], 3, every=4)
-    tokens, labels, mask = la.toy_rows(model_of(), pairs)
+    pairs = motions.toy_pairs(
+        [record(level, 1, 0, pictures=False)[0] for level in (2, 6)], 3, every=4
+    )
+    tokens, labels, mask = motions.toy_rows(model_of(), pairs)
     n, known = len(pairs.flow), pairs.labelled.sum().item()
     opens = (pairs.labelled & (pairs.labels[:, 2].abs() > 0.1)).sum().item()
     assert (
@@ -374,9 +387,9 @@ def test_toy_rows_begin_with_the_pairs_and_repeat_what_is_labelled():
 
 def test_pretraining_lowers_the_picture_loss():
     """A few steps of DC-AE training on toy flow beat the untrained DC-AE, and leave it frozen and in eval mode."""
-    flow = la.toy_pairs(record(6, 2, 0), 3).flow
+    flow = motions.toy_pairs(record(6, 2, 0), 3).flow
     model, before = model_of(), model_of()
-    la.pretrain_dcae(model, flow, steps=20, batch=8)
+    pretrain.pretrain_dcae(model, flow, steps=20, batch=8)
     picture = lambda m: m.picture_loss(m.picture_of(m.tokens(flow)), flow, 100.0)
     assert (
         picture(model) < picture(before)
@@ -391,12 +404,12 @@ def test_pretraining_lowers_the_picture_loss():
 def test_encoded_episodes_are_dense_and_follow_the_interval():
     """One row per step; rows equal the model on the true flow of i to i + 3; another interval is refused."""
     model, episodes = model_of(), record(6, 2, 0)
-    latents = la.encode_episodes(model, episodes, 3, standardise=False)
+    latents = motions.encode_episodes(model, episodes, 3, standardise=False)
     assert [len(z) for z in latents] == [len(e.motion) - 1 for e in episodes]
     expected = model.encode(model.tokens(torch.from_numpy(episodes[1].flow([5], [8]))))[0]
     assert torch.allclose(torch.from_numpy(latents[1][5:6]), expected, atol=1e-5)
     with pytest.raises(ValueError, match="spans 3"):
-        la.encode_episodes(model, episodes, 6)
+        motions.encode_episodes(model, episodes, 6)
 
 
 def test_camera_compensation_takes_the_camera_off():
@@ -404,8 +417,8 @@ def test_camera_compensation_takes_the_camera_off():
     model, flow = model_of(), torch.zeros(2, 32, 32, 2)
     flow[:, 10:16, 10:16, 0] = 3.0
     valid = torch.ones(2, dtype=torch.bool)
-    still, figures = la.encode_flows(model, iter([(flow, valid)]))
-    panned, moving = la.encode_flows(
+    still, figures = latent_action.encode_flows(model, iter([(flow, valid)]))
+    panned, moving = latent_action.encode_flows(
         model, iter([(flow + torch.tensor([1.0, 2.0]), valid)]), compensate=True
     )
     assert torch.allclose(still["latent_action"], panned["latent_action"], atol=1e-2)

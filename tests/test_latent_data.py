@@ -6,22 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-import latent_action as la
-import latent_data as ld
-import pyramid
+import latent_action
 import train
 from backbones import dpflow
-from backbones.weights import open_source
-from formats import lerobot
-from motus import BACKBONES
+from backbones.frozen import BACKBONES
+from formats import cards, lerobot
+from scripts import latents
+from weights.files import open_source
 from worlds.tabletop import record
 
-TOY, DCAE = la.PRESETS["toy"], BACKBONES["toy"] / "dcae.safetensors"
+TOY, DCAE = latent_action.PRESETS["toy"], BACKBONES["toy"] / "dcae.safetensors"
 
 
-def model_of(seed: int = 0) -> la.LatentActionModel:
+def model_of(seed: int = 0) -> latent_action.LatentActionModel:
     torch.manual_seed(seed)
-    return la.LatentActionModel(TOY).eval()
+    return latent_action.LatentActionModel(TOY).eval()
 
 
 # ---- Flow of clips ----
@@ -53,7 +52,7 @@ def test_measured_rows_do_not_depend_on_chunks_and_mark_what_is_not_real(compose
     """Row i is the motion from frame i to i + 3, over any chunk size, direct or composed; the last two rows end early and are not valid."""
     results = []
     for chunk in (4, 5, 100):
-        parts = list(ld.measured_flows(iter(film(12)), Shifts(), 3, composed, chunk))
+        parts = list(latents.measured_flows(iter(film(12)), Shifts(), 3, composed, chunk))
         results.append((torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])))
     for flow, valid in results:
         assert flow.shape == (11, 32, 32, 2) and valid.tolist() == [True] * 9 + [False] * 2
@@ -63,12 +62,12 @@ def test_measured_rows_do_not_depend_on_chunks_and_mark_what_is_not_real(compose
 
 def test_rows_that_touch_a_blank_frame_are_not_valid():
     """A frame of one colour shows no motion: the rows that begin or end there say so."""
-    ((_, valid),) = ld.measured_flows(film(8, blank=4), Shifts(), 2)
+    ((_, valid),) = latents.measured_flows(film(8, blank=4), Shifts(), 2)
     assert valid.tolist() == [True, True, False, True, False, True, False]
 
 
 def encode(*args) -> None:
-    ld.main(["encode", *map(str, args)])
+    latents.main(["encode", *map(str, args)])
 
 
 def test_export_of_the_toy_writes_resumes_and_refuses_a_mixture(tmp_path, capsys):
@@ -161,15 +160,17 @@ def test_bad_videos_are_skipped_with_a_reason_each(tmp_path):
         encode(*args[:2], "--data", tmp_path / "nothing", "--out", tmp_path / "out")
 
 
-def clip(flow: torch.Tensor, labels: torch.Tensor | None = None) -> ld.Clip:
-    return ld.Clip(lambda: iter([(flow, torch.arange(len(flow)) < len(flow) - 2)]), lambda: labels)
+def clip(flow: torch.Tensor, labels: torch.Tensor | None = None) -> latents.Clip:
+    return latents.Clip(
+        lambda: iter([(flow, torch.arange(len(flow)) < len(flow) - 2)]), lambda: labels
+    )
 
 
 def test_flow_that_is_not_finite_is_a_skip_and_flow_too_fast_is_counted(tmp_path):
     """A clip whose estimator failed is named with its reason; of another the share beyond the colour range is in the summary."""
     good, bad = torch.zeros(5, 48, 48, 2), torch.full((5, 48, 48, 2), float("nan"))
     good[:, 10:20, 10:20, 0], good[:, 20:30, 20:30, 1] = 5.0, 50.0
-    summary = ld.export(model_of(), {"good": clip(good), "bad": clip(bad)}, tmp_path, {})
+    summary = latents.export(model_of(), {"good": clip(good), "bad": clip(bad)}, tmp_path, {})
     assert (
         summary["clips"] == 1
         and "not finite" in summary["skipped"]["bad"]
@@ -186,7 +187,7 @@ def test_labels_that_do_not_fit_are_a_skip(tmp_path):
     flow[:, 5:9, 5:9] = 2.0
     lacks, holes = labels.clone(), labels.clone()
     lacks[:, 1], holes[1, 2] = float("nan"), float("nan")
-    summary = ld.write_tokens(
+    summary = latents.write_tokens(
         model_of(),
         {
             "short": clip(flow, labels[:3]),
@@ -199,20 +200,20 @@ def test_labels_that_do_not_fit_are_a_skip(tmp_path):
     )
     assert set(summary["skipped"]) == {"short", "holes"} and "(3, 3)" in summary["skipped"]["short"]
     assert "row 1, dimension 2 is not finite" in summary["skipped"]["holes"]
-    tokens, read, mask = ld.read_tokens([tmp_path], model_of())
+    tokens, read, mask = latents.read_tokens([tmp_path], model_of())
     assert (
         tokens.shape == (6, 288)
         and read.isfinite().all()
         and mask.tolist() == 3 * [[True, False, True]] + 3 * [[False] * 3]
     )
     with pytest.raises(ValueError, match="dcae="):
-        ld.read_tokens([tmp_path], model_of(1))
+        latents.read_tokens([tmp_path], model_of(1))
 
 
 def test_tokens_of_videos_train_the_encoder(tmp_path, capsys):
     """pretrain, tokens and train.py --stage latent --cache in turn, on the toy as on videos: the encoder's file has the DC-AE it used."""
     toy = ("--data", "toy", "--flow", "true", "--labelled", "--level", "4,5", "--episodes", "1")
-    ld.main(
+    latents.main(
         [
             "pretrain",
             *toy,
@@ -224,7 +225,7 @@ def test_tokens_of_videos_train_the_encoder(tmp_path, capsys):
             str(tmp_path / "dcae.safetensors"),
         ]
     )
-    ld.main(
+    latents.main(
         [
             "tokens",
             *toy,
@@ -251,8 +252,8 @@ def test_tokens_of_videos_train_the_encoder(tmp_path, capsys):
             "beta=0.001",
         ]
     )
-    model = la.LatentActionModel.load(tmp_path / "run" / "latent_action.safetensors")
-    used = ld.fresh_model("toy", tmp_path / "dcae.safetensors", "cpu")
+    model = latent_action.LatentActionModel.load(tmp_path / "run" / "latent_action.safetensors")
+    used = latents.fresh_model("toy", tmp_path / "dcae.safetensors", "cpu")
     assert model.config.beta == 0.001 and model.dcae_fingerprint() == used.dcae_fingerprint()
     with pytest.raises(ValueError, match="latent_action.py tokens"):
         train.main(
@@ -313,7 +314,7 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
     valid = [v for table in tables for v in table["latent_action_valid"].to_pylist()]
     assert np.array_equal(rows[:9], np.concatenate([z, z[-1:]])) and not rows[9:].any()
     assert valid == [True] * 6 + [False] * 12
-    stage2 = pyramid.Pyramid(tmp_path / "new", (5,))  # reads the column, and standardises it
+    stage2 = cards.Pyramid(tmp_path / "new", (5,))  # reads the column, and standardises it
     stored = json.loads((tmp_path / "out" / "statistics.json").read_text())
     wanted = (np.concatenate([z, z[-1:]]) - np.float32(stored["mean"])) / np.float32(stored["std"])
     with pytest.raises(ValueError, match="spans 0.3 s, a video step 0.2 s"):
@@ -355,16 +356,16 @@ def test_a_share_of_the_clips_keeps_its_labels(tmp_path):
         "--dcae",
         str(DCAE),
     )
-    ld.main([*some, "--labelled", "0.5", "--out", str(tmp_path / "half")])
+    latents.main([*some, "--labelled", "0.5", "--out", str(tmp_path / "half")])
     masks = [
         open_source(path).read("mask") for path in sorted((tmp_path / "half/tokens").iterdir())
     ]
     assert [bool(mask.any()) for mask in masks] == [False, True, False, True]
     with pytest.raises(SystemExit, match="labelled"):
-        ld.main([*some, "--labelled", "0.25", "--out", str(tmp_path / "half")])
+        latents.main([*some, "--labelled", "0.25", "--out", str(tmp_path / "half")])
     with pytest.raises(SystemExit, match="--labelled is 2; allowed: a share from 0 to 1"):
-        ld.main([*some, "--labelled", "2", "--out", str(tmp_path / "no")])
-    ld.main([*some, "--labelled", "--out", str(tmp_path / "all")])
+        latents.main([*some, "--labelled", "2", "--out", str(tmp_path / "no")])
+    latents.main([*some, "--labelled", "--out", str(tmp_path / "all")])
     with pytest.raises(ValueError, match="0 are not.*tokens --labelled 0.1"):
         train.main(
             [
@@ -389,14 +390,14 @@ def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
         tmp_path / "set", (({"top": list(film)}, states, states, "go") for film in films), fps=10
     )
     dataset = lerobot.LeRobotDataset.open(tmp_path / "set", quiet=True)
-    label, scale = ld.lerobot_labels(dataset, 3, [2, -1, 0, 1], 5)
+    label, scale = latents.lerobot_labels(dataset, 3, [2, -1, 0, 1], 5)
     rows = label(0).numpy()
     assert rows.shape == (7, 5) and np.isnan(rows[:, [1, 3, 4]]).all()
     assert np.allclose(rows[:5, 2] * scale[2], [9, 15, 21, 27, 33]) and np.allclose(
         np.square(rows[:, [0, 2]]).mean(axis=0), 1
     )
     with pytest.raises(ValueError, match="--slots"):
-        ld.lerobot_labels(dataset, 3, [7], 5)
+        latents.lerobot_labels(dataset, 3, [7], 5)
 
 
 def test_dpflow_by_name_fetches_its_weights_and_says_their_licence(tmp_path, monkeypatch, capsys):
@@ -405,14 +406,14 @@ def test_dpflow_by_name_fetches_its_weights_and_says_their_licence(tmp_path, mon
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: None)
     monkeypatch.setattr(
-        ld, "load_dpflow", lambda path: loaded.append(str(path)) or torch.nn.Identity()
+        latents, "load_dpflow", lambda path: loaded.append(str(path)) or torch.nn.Identity()
     )
     for name in ("things", str(tmp_path / "mine.ckpt")):
-        ld.estimator_of(name, 1, "cpu")
+        latents.estimator_of(name, 1, "cpu")
         assert capsys.readouterr().err.count(dpflow.LICENCE_NOTICE) == 1
     assert loaded == [
         str(tmp_path / "checkpoints" / dpflow.CHECKPOINTS["things"]),
         str(tmp_path / "mine.ckpt"),
     ]
     with pytest.raises(ValueError, match="choose one of chairs"):
-        ld.estimator_of("raft", 1, "cpu")
+        latents.estimator_of("raft", 1, "cpu")

@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("pyarrow")
 av = pytest.importorskip("av")
+from formats.cards import Pyramid
 from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
 from formats.official import WORDINGS, OfficialFolder, convert, is_official  # noqa: E402
 from formats.recordings import ROBOTWIN_SCENE, Film, Storage  # noqa: E402
-from pyramid import Pyramid  # noqa: E402
 
 EXACT = Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),))
 LENGTHS = {

@@ -15,10 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 import motus
-import plan
-import scale
 import train
-from plan import GB, POLICIES, SAMPLES, STAGES, Plan
+from scale import plan, sharding
+from scale.plan import GB, POLICIES, SAMPLES, STAGES, Plan
 
 # One policy by default; the others take as long again.
 QUICK = [
@@ -70,7 +69,7 @@ def traced(name: str, mesh, micro: int, checkpointing: str) -> float:
     stage = STAGES["3"]
     with plan.fake_model(motus.preset(name), "fp32") as model:
         inputs, noise = plan.fake_inputs(model.config, SAMPLES[name], micro, acting=True)
-        step = scale.parallelize(
+        step = sharding.parallelize(
             model, stage.experts, mesh, checkpointing=checkpointing, precision="bf16"
         )
         shards = [p.to_local() for p in step.parameters()]
@@ -118,7 +117,7 @@ def test_flops_are_those_of_torch():
     with plan.fake_model(config, "fp32") as model:
         inputs, noise = plan.fake_inputs(config, SAMPLES["toy"], 2, acting=True)
         with FlopCounterMode(display=False, custom_mapping=plan.ATTENTION_FLOPS) as counter:
-            scale.parallelize(model, stage.experts, precision="bf16")(
+            sharding.parallelize(model, stage.experts, precision="bf16")(
                 inputs, noise
             ).total().backward()
     assert (

@@ -12,13 +12,17 @@ import torch
 import data
 import motus
 import sample
-from backbones import published
-from backbones import weights as w
-from backbones.pretrain import word_tokenizer
+from backbones import frozen, published
+from backbones.frozen import Backbones
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import UMT5Config, UMT5Encoder
-from backbones.wan import WanConfig, WanModel, WanVAE, WanVAEConfig
-from motus import Backbones, Card, Inputs, Motus, MotusConfig, preset, save_part
+from backbones.wan import WanConfig, WanModel
+from backbones.wan_vae import WanVAE, WanVAEConfig
+from motus import Inputs, Motus, MotusConfig, preset
+from scripts.pretrain import word_tokenizer
+from weights import files, layouts
+from weights.card import Card
+from weights.load import save_part
 
 TINY = MotusConfig(
     video=WanConfig(
@@ -49,7 +53,7 @@ def checkpoint(folder: Path, stage: str) -> tuple[Motus, Path]:
     model = model_of(FORMS[stage])
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(Card(FORMS[stage], stage).as_json())
-    w.save_safetensors(folder / "ema.safetensors", model.state_dict())
+    files.save_safetensors(folder / "ema.safetensors", model.state_dict())
     return model, folder
 
 
@@ -91,8 +95,8 @@ def edit(folder: Path, change) -> Path:
 def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
     """Our checkpoint, its official export, that converted to one file, and that file in a folder are one model of one stage."""
     model, own = checkpoint(tmp_path / "run" / "step_000001", stage)
-    w.export(own / "ema.safetensors", tmp_path / "official", dtype=torch.float32)
-    w.convert(tmp_path / "official", tmp_path / "converted" / "motus.safetensors")
+    layouts.export(own / "ema.safetensors", tmp_path / "official", dtype=torch.float32)
+    layouts.convert(tmp_path / "official", tmp_path / "converted" / "motus.safetensors")
     deep = tmp_path / "deep"
     shutil.copytree(tmp_path / "official", deep / "pytorch_model")
     (deep / "pytorch_model" / "config.json").rename(deep / "config.json")
@@ -111,7 +115,7 @@ def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
 
 def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
     """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; `dtype` decides otherwise."""
-    w.export(
+    layouts.export(
         checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors", tmp_path / "official"
     )
     assert {p.dtype for p in Motus.from_pretrained(tmp_path / "official")[0].parameters()} == {
@@ -179,7 +183,7 @@ def test_files_of_the_official_code_load_with_the_config_that_its_trainer_writes
         card.statistics,
     )
     assert (card.statistics is not None) == (stage == "3")  # RoboTwin's rates: raw numbers
-    with w.open_source(tmp_path) as source:
+    with files.open_source(tmp_path) as source:
         assert torch.equal(model.und.blocks[1].qkv, source.read("und_expert.blocks.1.wan_und_qkv"))
     if stage == "3":
         statistics = data.Statistics.from_json(card.statistics)
@@ -195,7 +199,7 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight)
     tensors = model.state_dict()
-    theirs = {w.wan_from_diffusers(name): name for name in w.expected("wan-diffusers")}
+    theirs = {layouts.wan_from_diffusers(name): name for name in layouts.expected("wan-diffusers")}
     stated = {
         "_class_name": "WanModel",
         "dim": config.width,
@@ -228,7 +232,7 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     for name, path in paths.items():
         path.mkdir()
         (path / "config.json").write_text(json.dumps(diffusers if name == "diffusers" else stated))
-    w.save_safetensors(paths["file"] / "diffusion_pytorch_model.safetensors", tensors)
+    files.save_safetensors(paths["file"] / "diffusion_pytorch_model.safetensors", tensors)
     torch.save(
         {"state_dict": {f"dit.{name}": tensor for name, tensor in tensors.items()}},
         paths["stage1"] / "model.pt",
@@ -239,11 +243,11 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     ):
         index = {names[name]: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
         for shard in set(index.values()):
-            w.save_safetensors(
+            files.save_safetensors(
                 path / shard, {names[n]: t for n, t in tensors.items() if index[names[n]] == shard}
             )
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    w.convert(paths["diffusers"], folder / "converted.safetensors")
+    layouts.convert(paths["diffusers"], folder / "converted.safetensors")
     return model, paths | {"converted": folder / "converted.safetensors"}
 
 
@@ -341,7 +345,7 @@ WRONG = {
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("official")
-    w.export(
+    layouts.export(
         checkpoint(folder / "step_000001", "3")[1] / "ema.safetensors",
         folder / "official",
         dtype=torch.float32,
@@ -370,7 +374,7 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
         with pytest.raises(ValueError, match=message):
             Motus.from_pretrained(copy)
         shutil.rmtree(copy)
-    assert published.wan_config(Path("x"), w.expected("wan"), {}) == WanConfig()
+    assert published.wan_config(Path("x"), layouts.expected("wan"), {}) == WanConfig()
     with pytest.raises(ValueError, match="holds umt5 weights"):
         Motus.from_pretrained(GOLDEN / "umt5.pth")
 
@@ -414,7 +418,7 @@ def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", hub)
     for name in ("motus-stage3", "motus-robotics/Motus_robotwin2", "motus-stage3"):
         assert Motus.from_pretrained(name)[1].stage == "3"
-    assert calls == [("motus-robotics/Motus_robotwin2",)] and w.fetched("elsewhere") == Path(
+    assert calls == [("motus-robotics/Motus_robotwin2",)] and hub.fetched("elsewhere") == Path(
         "elsewhere"
     )
     with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -498,7 +502,7 @@ def houses(tmp_path_factory) -> tuple[Path, Path]:
     )
     shutil.copy(ours / "text.json", theirs / "wan" / "google" / "umt5-xxl" / "tokenizer.json")
     (qwen := theirs / "qwen3vl").mkdir()
-    w.save_safetensors(
+    files.save_safetensors(
         qwen / "model.safetensors",
         {f"model.{name}": tensor for name, tensor in vlm.state_dict().items()},
     )
@@ -558,9 +562,11 @@ def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
     tensors = model.state_dict() | {
         f"vlm.{name}": tensor for name, tensor in vlm.state_dict().items()
     }
-    w.save_safetensors(tmp_path / "all.safetensors", tensors, {"config": json.dumps(asdict(TINY))})
-    w.export(tmp_path / "all.safetensors", tmp_path / "official", dtype=torch.float32)
-    w.export(tmp_path / "all.safetensors", tmp_path / "half")
+    files.save_safetensors(
+        tmp_path / "all.safetensors", tensors, {"config": json.dumps(asdict(TINY))}
+    )
+    layouts.export(tmp_path / "all.safetensors", tmp_path / "official", dtype=torch.float32)
+    layouts.export(tmp_path / "all.safetensors", tmp_path / "half")
     assert same(Motus.from_pretrained(tmp_path / "official")[0], model)
     shutil.copytree(
         houses[1] / "qwen3vl", tmp_path / "qwen3vl", ignore=shutil.ignore_patterns("*.safetensors")
@@ -597,11 +603,11 @@ def test_a_backbone_that_says_too_little_is_refused(houses, tmp_path):
 
 def test_the_published_configs_are_the_defaults_of_ours():
     """From the tables of the published files alone, without any config.json, come the sizes that this repository has as defaults."""
-    assert published.text_config(Path("x"), w.expected("umt5")) == UMT5Config()
-    assert published.vae_config(Path("x"), w.expected("wan-vae"), {}) == WanVAEConfig()
+    assert published.text_config(Path("x"), layouts.expected("umt5")) == UMT5Config()
+    assert published.vae_config(Path("x"), layouts.expected("wan-vae"), {}) == WanVAEConfig()
     assert (
         published.vlm_config(
-            Path("x"), {w.qwen_own(k): v for k, v in w.expected("qwen3vl").items()}, {}
+            Path("x"), {layouts.qwen_own(k): v for k, v in layouts.expected("qwen3vl").items()}, {}
         )
         == Qwen3VLConfig()
     )
@@ -611,7 +617,9 @@ def test_the_published_configs_are_the_defaults_of_ours():
         "action_expert.norm_eps": 1e-5,
         "und_expert.norm_eps": 1e-5,
     }
-    shapes = {w.own_name(name): shape for name, shape in w.expected("motus-stage3").items()}
+    shapes = {
+        layouts.own_name(name): shape for name, shape in layouts.expected("motus-stage3").items()
+    }
     assert MotusConfig(**published.motus_fields(Path("x"), shapes, stated, (22,))) == preset("full")
 
 
@@ -637,13 +645,13 @@ def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
 
 def test_prepared_text_stands_in_for_the_text_encoder(houses, tmp_path, monkeypatch, capsys):
     """`sample.py --encode-text` writes states; backbones without a text encoder read them, and name an instruction they lack."""
-    monkeypatch.setitem(motus.BACKBONES, "full", houses[1])
+    monkeypatch.setitem(frozen.BACKBONES, "full", houses[1])
     monkeypatch.setitem(motus.PRESETS, "full", TINY)
     file, config = tmp_path / "states.safetensors", preset("full")
     for sentence in SENTENCES:
         sample.main(["--encode-text", sentence, "--text", str(file)])
     assert "2 instructions" in capsys.readouterr().out
-    whole, light = motus.backbones_of("full", config), motus.backbones_of("full", config, file)
+    whole, light = frozen.backbones_of("full", config), frozen.backbones_of("full", config, file)
     assert light.text is None and light.fingerprint() == whole.fingerprint()
     a, b = (x.inputs(frames(), SENTENCES) for x in (whole, light))
     assert all(
@@ -677,9 +685,9 @@ def test_text_states_of_another_encoder_are_refused(houses, tmp_path):
 
 def test_an_official_model_acts_without_a_text_encoder(houses, tmp_path, monkeypatch):
     """Official folder, published backbones, prepared text: images, states and words in, actions in robot units out."""
-    monkeypatch.setitem(motus.BACKBONES, "full", houses[1])
+    monkeypatch.setitem(frozen.BACKBONES, "full", houses[1])
     _, own = checkpoint(tmp_path / "step_000001", "3")
-    w.export(own / "ema.safetensors", tmp_path / "official")
+    layouts.export(own / "ema.safetensors", tmp_path / "official")
     edit(tmp_path / "official", lambda c: c["common"].update(global_downsample_rate=3))
     encoder = Backbones.load(houses[1], 10, ("text",))
     encoder.encode_text(SENTENCES)
@@ -747,7 +755,7 @@ def test_a_stale_or_foreign_cache_is_refused_by_name(pool, houses, tmp_path):
 
 def test_the_cache_command_writes_what_training_reads(houses, tmp_path, monkeypatch, capsys):
     """Level 6 with actions and state; levels before it without, and without understanding, so the VLM does not matter."""
-    monkeypatch.setitem(motus.BACKBONES, "toy", houses[0])
+    monkeypatch.setitem(frozen.BACKBONES, "toy", houses[0])
     real = data.toy_episodes
     monkeypatch.setattr(
         data,
@@ -761,7 +769,7 @@ def test_the_cache_command_writes_what_training_reads(houses, tmp_path, monkeypa
         )
         assert "3 windows" in capsys.readouterr().out
         config = preset("toy") if acting else preset("toy", finetune=False, ratio=1, action_dim=14)
-        pool = data.Pool.load(file, motus.backbones_of("toy", config), config)
+        pool = data.Pool.load(file, frozen.backbones_of("toy", config), config)
         assert (
             (pool.inputs.actions is not None)
             == (pool.inputs.und is not None)

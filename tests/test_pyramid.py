@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+import data
+from formats import cards
+
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
-import data  # noqa: E402
-import pyramid as pyramid_module  # noqa: E402
+from formats.cards import Pyramid, shares
 from formats.lerobot import write_v3  # noqa: E402
 from formats.recordings import Storage  # noqa: E402
-from motus import preset  # noqa: E402
-from pyramid import Moments, Normaliser, Pyramid, Sample, shares  # noqa: E402
+from formats.statistics import Moments, Normaliser, Sample
+from motus import preset
 
 CONFIG = preset("toy")
 
@@ -396,7 +398,7 @@ def test_every_normalisation_inverts(kind, low, high):
 @pytest.mark.parametrize("world", [2, 3])
 def test_statistics_are_the_same_for_any_number_of_ranks(card, monkeypatch, world):
     """Bit for bit; each rank reads its share of the blocks."""
-    monkeypatch.setattr(pyramid_module, "BLOCK", 1)
+    monkeypatch.setattr(cards, "BLOCK", 1)
     pyramid = Pyramid(card, (5, 6))
     alone, parts = (
         pyramid.robots(acting=True),

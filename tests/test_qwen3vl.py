@@ -22,7 +22,7 @@ from backbones.qwen3vl import (
     prompt_ids,
     smart_resize,
 )
-from backbones.weights import qwen_own
+from weights.layouts import qwen_own
 
 SPECIAL = (
     "<|endoftext|>",

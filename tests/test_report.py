@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import report
+from scripts import report
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from PIL import Image
 
 import data
 import sample
-from backbones.weights import save_safetensors
-from motus import Card, Motus, preset
+from motus import Motus, preset
 from sample import Policy, action_figures, film, moving_region, psnr, sheet, ssim, video_figures
+from weights.card import Card
+from weights.files import save_safetensors
 
 
 def write_checkpoint(folder: Path, stage: str, /, **changes) -> Path:

@@ -27,18 +27,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import motus
+import train
+from backbones import frozen
+from scale import checkpoints, plan, ranks, sharding
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import savers  # noqa: E402
 
-import motus  # noqa: E402
-import plan  # noqa: E402
-import scale  # noqa: E402
-import train  # noqa: E402
-from backbones.wan import TextStates  # noqa: E402
-from backbones.weights import export, held, load_into, open_source, part, save_safetensors  # noqa: E402
-from motus import Inputs, newest_step  # noqa: E402
+from backbones.wan import TextStates
+from motus import Inputs
+from weights.card import newest_step
+from weights.files import open_source, save_safetensors
+from weights.layouts import export
+from weights.load import held, load_into, part
 
 TOY = motus.PRESETS["toy"]
 TINY = replace(
@@ -51,7 +55,7 @@ TINY = replace(
 
 def perform(job: dict) -> str:
     """One command of a rank, with what it is to do wrong before; returns the error it ends in, or the digest of what comes next."""
-    motus.PRESETS["tiny"], motus.BACKBONES["tiny"] = TINY, motus.BACKBONES["toy"]
+    motus.PRESETS["tiny"], frozen.BACKBONES["tiny"] = TINY, frozen.BACKBONES["toy"]
     rank, steps, first = os.environ["RANK"], [], train.Steps.__init__
     os.environ.update(
         WORLD_SIZE=str(job["world"]),
@@ -69,7 +73,7 @@ def perform(job: dict) -> str:
         patch.setattr(train.Steps, "__init__", remember)
         names = {
             "train": train,
-            "scale": scale,
+            "scale": sharding,
             "torch": torch,
             "time": time,
             "os": os,
@@ -450,7 +454,7 @@ def kill_at_random(fork, tmp_path: Path, world: int, times: int) -> int:
             process.join()
         before, reached = reached, check_newest(run)
         assert reached > before
-    saver = scale.Saver(run, scale.Ranks(), keep=2)
+    saver = checkpoints.Saver(run, ranks.Ranks(), keep=2)
     saver.save(reached + 1, savers.state(reached + 1, None), savers.config(reached + 1))
     saver.wait()
     assert sorted(path.name for path in run.iterdir()) == [
@@ -508,7 +512,7 @@ def test_a_disk_that_takes_no_more_is_one_clear_error(fork, tmp_path, disk, worl
     """The same on every rank. The older checkpoint stays as it was and nothing is left of the new one."""
     run = disk / "run"
     run.mkdir()
-    savers.save_once(scale.Ranks(), run, 1, 512)
+    savers.save_once(ranks.Ranks(), run, 1, 512)
     before = {path: path.read_bytes() for path in (run / "step_000001").iterdir()}
     if trouble == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -706,7 +710,7 @@ def test_a_compiled_layer_has_no_graph_break(checkpointing, monkeypatch):
         model.video.head.head.weight.data.normal_(
             std=0.1, generator=torch.Generator().manual_seed(0)
         )
-        step = scale.parallelize(
+        step = sharding.parallelize(
             model,
             train.EXPERTS,
             checkpointing=checkpointing if compiled else "none",
@@ -758,7 +762,7 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way
     """Bytes that come from the disk: those of one rank of eight are an eighth, and what the kernel reads ahead."""
     config = replace(motus.PRESETS["small"], video=replace(motus.PRESETS["small"].video, layers=1))
     whole, sharded = (motus.Motus(config) for _ in range(2))
-    scale.parallelize(sharded, train.EXPERTS, one_of_eight)
+    sharding.parallelize(sharded, train.EXPERTS, one_of_eight)
     save_safetensors(tmp_path / "model.safetensors", whole.state_dict())
     size, read = (tmp_path / "model.safetensors").stat().st_size, []
     for model in (whole, sharded):
@@ -766,7 +770,7 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         before = bytes_read()
         with open_source(tmp_path / "model.safetensors") as source:
-            load_into(model, source) if way == "load_into" else scale.fill(
+            load_into(model, source) if way == "load_into" else checkpoints.fill(
                 model.state_dict(), source
             )
         read.append(bytes_read() - before)
@@ -810,7 +814,7 @@ def test_a_rank_starts_from_its_part_of_published_files(one_of_eight, tmp_path, 
         )
     config = TINY if stage == "3" else earlier.config
     whole, sharded = motus.Motus(config), motus.Motus(config)
-    scale.parallelize(sharded, train.STAGES[stage].experts, one_of_eight)
+    sharding.parallelize(sharded, train.STAGES[stage].experts, one_of_eight)
     for model in (whole, sharded):
         train.initialise(model, tmp_path / "published", train.STAGES[stage], stage)
     same = [
@@ -833,7 +837,7 @@ def test_no_rank_holds_more_than_a_layer_of_what_starts_fresh(one_of_eight):
     config = motus.PRESETS["small"]
     with torch.device("meta"):
         model = motus.Motus(config)
-    scale.parallelize(model, train.EXPERTS, one_of_eight).to_empty(device="cpu")
+    sharding.parallelize(model, train.EXPERTS, one_of_eight).to_empty(device="cpu")
     kept = [p.to_local() for p in model.parameters()]
     with plan.Meter(kept) as meter:
         train.initialise(model, None, train.STAGES["3"], "3")
@@ -858,7 +862,7 @@ def trace(config: motus.MotusConfig, world: int, experts: tuple[str, ...] = trai
             model = motus.Motus(config)
             numbers = sum(p.numel() for p in model.parameters())
             per_layer = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
-            step = scale.parallelize(model, experts, mesh, "full", precision="bf16")
+            step = sharding.parallelize(model, experts, mesh, "full", precision="bf16")
             inputs, noise = example(config, 2)
             # How many rows of text a batch needs is read from its values, which a fake tensor has not.
             model.video.embed_text = lambda context, lengths: TextStates(
@@ -880,7 +884,7 @@ def trace(config: motus.MotusConfig, world: int, experts: tuple[str, ...] = trai
                 losses = step(inputs, noise)
                 forward = {kind: list(sent) for kind, sent in seen.calls.items()}
                 losses.total().backward()
-                scale.whole(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+                sharding.whole(torch.nn.utils.clip_grad_norm_(trained, 1.0))
             optimizer.step()
             ema.update(model, 0)
             held = lambda tensors: sum(
@@ -966,5 +970,5 @@ def test_the_operations_of_a_step_are_counted(monkeypatch):
     monkeypatch.setenv("MOTUS_ATTENTION", "plain")
     with FlopCounterMode(display=False) as counter:
         model.loss(inputs, **noise)
-    tokens, flops = scale.cost(model, inputs)
+    tokens, flops = sharding.cost(model, inputs)
     assert tokens == 2 * (2 * 9 + 17 + 20) and flops == 3 * counter.get_total_flops()

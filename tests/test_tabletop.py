@@ -5,23 +5,20 @@ import time
 import numpy as np
 import pytest
 
-from worlds.tabletop import (
+from worlds.render import Snapshot, flow
+from worlds.robots import (
     COLOURS,
     EMBODIMENTS,
     HELD_OUT,
     IMAGE,
     SIDES,
     SKILLS,
-    Snapshot,
-    Tabletop,
-    TabletopEnv,
     arm_joints,
     arm_points,
-    flow,
     instructions,
-    record,
     sentence,
 )
+from worlds.tabletop import Tabletop, TabletopEnv, record
 
 BODIES = tuple(EMBODIMENTS)
 

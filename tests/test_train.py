@@ -12,12 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import evaluate
-import motus
 import train
-from backbones.weights import save_safetensors
-from motus import Backbones, Motus, newest_step
+from backbones import frozen
+from backbones.frozen import Backbones
+from motus import Motus
 from sample import Policy
+from scale import checkpoints
+from scripts import record
+from weights import card
+from weights.card import newest_step
+from weights.files import save_safetensors
 from worlds.fleet import Order
 
 SMALL = ["--set", "episodes=2", "windows=16", "batch=4", "log_every=1"]
@@ -121,7 +125,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path, m
     whole = runs / "s3"
     part = tmp_path / "part"
     argv = ["--stage", "3", "--init", str(runs / "s2"), "--run", str(part), "--steps", "4"]
-    save = train.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def stop_after_two(saver, step, *rest):
         save(saver, step, *rest)
@@ -288,7 +292,7 @@ def test_backbones_that_are_kept_are_those_of_the_repository(tmp_path):
     train.main([*keep, "vae,vlm,dcae", "--run", str(tmp_path / "new")])
     same = {
         file.name: file.read_bytes() == (tmp_path / "new" / file.name).read_bytes()
-        for file in motus.BACKBONES["toy"].iterdir()
+        for file in frozen.BACKBONES["toy"].iterdir()
     }
     assert {name for name in same if not same[name]} - {"text.json"} == {
         "text.safetensors",
@@ -307,7 +311,7 @@ def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypat
     folder that MOTUS_BACKBONES names, and its checkpoint acts with no others."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
     monkeypatch.setenv("MOTUS_BACKBONES", str(tmp_path / "weights"))
-    evaluate.record(
+    record.record(
         Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, tmp_path / "set"
     )
     sim = ["--preset", "sim", "--data", str(tmp_path / "set")]
@@ -337,7 +341,7 @@ def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypat
             "batch=2",
         ]
     )
-    assert motus.Card.read(newest_step(tmp_path / "run") / "config.json").motus.action_dim == 1
+    assert card.Card.read(newest_step(tmp_path / "run") / "config.json").motus.action_dim == 1
     assert (
         Policy.load(tmp_path / "run").backbones.fingerprint()
         == Backbones.load(tmp_path / "weights").fingerprint()

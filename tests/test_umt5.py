@@ -17,7 +17,7 @@ from backbones.umt5 import (
     encode_text,
     relative_buckets,
 )
-from backbones.weights import umt5_from_transformers
+from weights.layouts import umt5_from_transformers
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UMT5Config(vocab=64, dim=32, dim_attn=48, dim_ffn=40, heads=4, layers=2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backbones.wan import WanConfig, WanModel
-from backbones.weights import wan_from_diffusers
+from weights.layouts import wan_from_diffusers
 
 CONFIGS = [
     WanConfig(width=48, ffn=80, layers=2, heads=2, latent=4, text_dim=20, text_len=12, freq_dim=32),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from backbones.wan import WAN_VAE_PRESETS, WanVAE, WanVAEConfig
-from backbones.weights import vae_from_diffusers
+from backbones.wan_vae import WAN_VAE_PRESETS, WanVAE, WanVAEConfig
+from weights.layouts import vae_from_diffusers
 
 GOLDEN = Path(__file__).parent / "golden"
 

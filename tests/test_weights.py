@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbones import weights as w
+from weights import __main__, files, layouts, load
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = ["motus_finetune", "motus_pretrain"]
@@ -41,7 +41,7 @@ def module_of(
     return root
 
 
-def shapes_of(source: w.TensorSource, rename=str) -> dict[str, tuple[int, ...]]:
+def shapes_of(source: files.TensorSource, rename=str) -> dict[str, tuple[int, ...]]:
     return {rename(name): source.shape(name) for name in source.names() if rename(name)}
 
 
@@ -55,29 +55,31 @@ def test_every_tensor_reaches_its_place_and_none_stays_on_meta(tmp_path):
         "a.bias": torch.randn(4),
         "b.c.weight": torch.randn(2),
     }
-    w.save_safetensors(tmp_path / "x.safetensors", tensors, {"note": "kept"})
+    files.save_safetensors(tmp_path / "x.safetensors", tensors, {"note": "kept"})
     module = module_of({name: tuple(t.shape) for name, t in tensors.items()}, dtype=torch.bfloat16)
-    with w.open_source(tmp_path / "x.safetensors") as source:
-        report = w.load_into(module, source)
-    assert report.loaded == 3 and w.read_metadata(tmp_path / "x.safetensors") == {"note": "kept"}
+    with files.open_source(tmp_path / "x.safetensors") as source:
+        report = load.load_into(module, source)
+    assert report.loaded == 3 and files.read_metadata(tmp_path / "x.safetensors") == {
+        "note": "kept"
+    }
     for name, value in module.state_dict().items():
         assert torch.equal(value, tensors[name].bfloat16())
 
 
 def test_a_real_module_is_filled_in_place_and_keeps_requires_grad(tmp_path):
     """Parameters that exist are written into, so that optimizers and views of them stay valid."""
-    w.save_safetensors(
+    files.save_safetensors(
         tmp_path / "x.safetensors", {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     )
     module = nn.Linear(3, 2).requires_grad_(False)
     before = module.weight
-    w.load_into(module, w.open_source(tmp_path / "x.safetensors"))
+    load.load_into(module, files.open_source(tmp_path / "x.safetensors"))
     assert module.weight is before and not module.weight.requires_grad and module.weight.sum() == 6
 
 
 def test_all_misfits_are_named_in_one_error_and_nothing_is_loaded(tmp_path):
     """Missing, unexpected, wrong shape and wrong dtype are reported together; the list shows ten and the count."""
-    w.save_safetensors(
+    files.save_safetensors(
         tmp_path / "x.safetensors",
         {
             "a": torch.ones(2),
@@ -88,7 +90,7 @@ def test_all_misfits_are_named_in_one_error_and_nothing_is_loaded(tmp_path):
     )
     module = module_of({"a": (2,), "b": (2,), "c": (2,), "gone": (5,)}, device="cpu")
     with pytest.raises(ValueError) as error:
-        w.load_into(module, w.open_source(tmp_path / "x.safetensors"))
+        load.load_into(module, files.open_source(tmp_path / "x.safetensors"))
     for part in (
         "x.safetensors",
         "(4 found)",
@@ -101,33 +103,35 @@ def test_all_misfits_are_named_in_one_error_and_nothing_is_loaded(tmp_path):
     assert module.a.sum() == 0
     many = module_of({f"m{i}": (1,) for i in range(30)} | {"a": (2,)})
     with pytest.raises(ValueError, match=r"and 23 more"):
-        w.load_into(many, w.open_source(tmp_path / "x.safetensors"))
+        load.load_into(many, files.open_source(tmp_path / "x.safetensors"))
 
 
 def test_two_names_in_a_file_for_one_place_are_refused(tmp_path):
     """A rename that sends two tensors to one parameter is an error, not a choice."""
-    w.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2), "dit.a": torch.ones(2)})
+    files.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2), "dit.a": torch.ones(2)})
     with pytest.raises(ValueError, match="are both a"):
-        w.load_into(
-            module_of({"a": (2,)}), w.open_source(tmp_path / "x.safetensors"), w.wan_original
+        load.load_into(
+            module_of({"a": (2,)}),
+            files.open_source(tmp_path / "x.safetensors"),
+            layouts.wan_original,
         )
 
 
 def test_fresh_tensors_keep_their_values_and_must_be_real(tmp_path):
     """`fresh` may be absent from the file, `ignore` may be in it; a fresh tensor on meta would be random data and is refused."""
-    w.save_safetensors(
+    files.save_safetensors(
         tmp_path / "x.safetensors", {"body": torch.ones(2), "head.weight": torch.ones(9)}
     )
-    source = w.open_source(tmp_path / "x.safetensors")
+    source = files.open_source(tmp_path / "x.safetensors")
     module = module_of({"body": (2,), "head.weight": (3,)}, device="cpu")
-    report = w.load_into(module, source, ignore=["head."], fresh=["head."])
+    report = load.load_into(module, source, ignore=["head."], fresh=["head."])
     assert (
         report.fresh == report.ignored == ("head.weight",)
         and module.head.weight.sum() == 0
         and module.body.sum() == 2
     )
     with pytest.raises(ValueError, match="not initialised: head.weight"):
-        w.load_into(
+        load.load_into(
             module_of({"body": (2,), "head.weight": (3,)}),
             source,
             ignore=["head."],
@@ -137,20 +141,20 @@ def test_fresh_tensors_keep_their_values_and_must_be_real(tmp_path):
 
 def test_an_unsaved_buffer_left_on_meta_is_refused(tmp_path):
     """Constant tables are in no file, so building them on meta would leave garbage."""
-    w.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    files.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
     module = module_of({"a": (2,)})
     module.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
     with pytest.raises(ValueError, match="buffer table is on meta"):
-        w.load_into(module, w.open_source(tmp_path / "x.safetensors"))
+        load.load_into(module, files.open_source(tmp_path / "x.safetensors"))
 
 
 def test_memory_that_is_not_mapped_is_never_given_back(tmp_path):
     """A source whose tensors were reworked in memory loads right and leaves that memory alone."""
-    w.save_safetensors(tmp_path / "x.safetensors", {"a": torch.arange(4096.0)})
-    source = w.open_source(tmp_path / "x.safetensors")
+    files.save_safetensors(tmp_path / "x.safetensors", {"a": torch.arange(4096.0)})
+    source = files.open_source(tmp_path / "x.safetensors")
     source.tensors = {"a": source.read("a") + 1}
     module = module_of({"a": (4096,)})
-    w.load_into(module, source)
+    load.load_into(module, source)
     assert torch.equal(module.a, torch.arange(4096.0) + 1) and torch.equal(
         source.read("a"), module.a
     )
@@ -162,12 +166,12 @@ def test_shards_load_as_one_file(tmp_path):
     blobs.mkdir()
     folder.mkdir(parents=True)
     for i in range(3):
-        w.save_safetensors(blobs / f"hash{i}", {f"t{i}": torch.full((2,), float(i))})
+        files.save_safetensors(blobs / f"hash{i}", {f"t{i}": torch.full((2,), float(i))})
         (folder / f"m-{i}.safetensors").symlink_to(blobs / f"hash{i}")
     (folder / "m.safetensors.index.json").write_text(
         json.dumps({"weight_map": {f"t{i}": f"m-{i}.safetensors" for i in range(3)}})
     )
-    source = w.open_source(folder)
+    source = files.open_source(folder)
     assert source.names() == ["t0", "t1", "t2"] and source.read("t2").tolist() == [2, 2]
 
 
@@ -177,20 +181,22 @@ def test_shards_load_as_one_file(tmp_path):
 def test_our_files_are_read_by_the_safetensors_library_and_back(tmp_path):
     """Writer and reader agree with the reference library for every dtype, scalars and empty tensors."""
     library = pytest.importorskip("safetensors.torch")
-    tensors = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in w.DTYPES.items()}
+    tensors = {
+        name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in files.DTYPES.items()
+    }
     tensors |= {
         "scalar": torch.tensor(3.5),
         "empty": torch.zeros(0, 4),
         "odd": torch.ones(3, dtype=torch.uint8),
     }
     tensors |= {"strided": torch.rand(4, 6).T}
-    w.save_safetensors(tmp_path / "ours.safetensors", tensors, {"a": "ü"})
+    files.save_safetensors(tmp_path / "ours.safetensors", tensors, {"a": "ü"})
     library.save_file(
         {name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs.safetensors"
     )
     theirs, ours = (
         library.load_file(tmp_path / "ours.safetensors"),
-        w.open_source(tmp_path / "theirs.safetensors"),
+        files.open_source(tmp_path / "theirs.safetensors"),
     )
     for name, value in tensors.items():
         assert (
@@ -203,15 +209,17 @@ def test_our_files_are_read_by_the_safetensors_library_and_back(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     """A write that fails half way raises, keeps the old file whole and leaves no temporary file."""
     path = tmp_path / "x.safetensors"
-    w.save_safetensors(path, {"a": torch.ones(4)})
+    files.save_safetensors(path, {"a": torch.ones(4)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
         with pytest.raises(OSError):
-            w.save_safetensors(path, {"a": torch.zeros(1 << 18)})
+            files.save_safetensors(path, {"a": torch.zeros(1 << 18)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert w.open_source(path).read("a").sum() == 4 and os.listdir(tmp_path) == ["x.safetensors"]
+    assert files.open_source(path).read("a").sum() == 4 and os.listdir(tmp_path) == [
+        "x.safetensors"
+    ]
 
 
 # -- published names -------------------------------------------------------------------------------------------------------------------
@@ -231,21 +239,21 @@ TOTALS = {
 @pytest.mark.parametrize("table", TOTALS)
 def test_tables_have_the_published_counts(table):
     """Each table of expected tensors adds up to the published number of tensors and parameters."""
-    shapes = w.expected(table)
+    shapes = layouts.expected(table)
     assert (len(shapes), sum(torch.Size(shape).numel() for shape in shapes.values())) == TOTALS[
         table
     ]
 
 
 @pytest.mark.parametrize(
-    "table, rename", [("wan", w.wan_from_diffusers), ("wan-vae", w.vae_from_diffusers)]
+    "table, rename", [("wan", layouts.wan_from_diffusers), ("wan-vae", layouts.vae_from_diffusers)]
 )
 def test_diffusers_names_map_one_to_one(table, rename):
     """The diffusers file holds the tensors of the original file under other names, shape for shape."""
-    theirs = w.expected(f"{table}-diffusers")
-    assert {rename(name): shape for name, shape in theirs.items()} == w.expected(table) and len(
-        theirs
-    ) == len(w.expected(table))
+    theirs = layouts.expected(f"{table}-diffusers")
+    assert {rename(name): shape for name, shape in theirs.items()} == layouts.expected(
+        table
+    ) and len(theirs) == len(layouts.expected(table))
 
 
 @pytest.mark.parametrize(
@@ -254,9 +262,13 @@ def test_diffusers_names_map_one_to_one(table, rename):
 )
 def test_the_networks_under_the_latent_actions_are_recognised(table, kind):
     """DC-AE in both layouts and DPFlow by their telltale tensors; what they rename to is what those modules want."""
-    names = list(w.expected(table))
-    renamed = {w.renaming(names)(name) for name in names}
-    assert w.identify(names) == (kind, None) and len(renamed) == len(names) and None not in renamed
+    names = list(layouts.expected(table))
+    renamed = {layouts.renaming(names)(name) for name in names}
+    assert (
+        layouts.identify(names) == (kind, None)
+        and len(renamed) == len(names)
+        and None not in renamed
+    )
 
 
 def test_a_text_encoder_of_transformers_is_recognised_and_its_tied_name_dropped(tmp_path):
@@ -277,24 +289,24 @@ def test_a_text_encoder_of_transformers_is_recognised_and_its_tied_name_dropped(
         name: torch.randn(2)
         for name in names | {"encoder.final_layer_norm.weight", "shared.weight"}
     }
-    w.save_safetensors(
+    files.save_safetensors(
         tmp_path / "a.safetensors",
         tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]},
     )
-    w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    layouts.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     wanted = {
         name
-        for name in w.expected("umt5")
+        for name in layouts.expected("umt5")
         if not name.startswith(tuple(f"blocks.{i}." for i in range(1, 24)))
     }
-    with w.open_source(tmp_path / "b.safetensors") as source:
+    with files.open_source(tmp_path / "b.safetensors") as source:
         assert set(source.names()) == wanted and source.metadata["kind"] == "umt5"
 
 
 def test_a_digest_changes_with_any_byte_name_and_dtype():
     """Equal tensors have equal digests, in any order; all else differs."""
     a, b = torch.arange(4.0), torch.ones(2, 3)
-    assert w.digest({"a": a, "b": b}) == w.digest({"b": b.clone(), "a": a.clone()})
+    assert files.digest({"a": a, "b": b}) == files.digest({"b": b.clone(), "a": a.clone()})
     others = [
         {"a": a + 1, "b": b},
         {"a": b, "b": a},
@@ -303,7 +315,7 @@ def test_a_digest_changes_with_any_byte_name_and_dtype():
         {"a": a},
         {"a": a, "b": b},
     ]
-    assert len({w.digest({"a": a, "b": b}, "about"), *map(w.digest, others)}) == 7
+    assert len({files.digest({"a": a, "b": b}, "about"), *map(files.digest, others)}) == 7
 
 
 def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path):
@@ -314,21 +326,23 @@ def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path
         "decoder.up_blocks.0.resnets.1.norm2.gamma": "decoder.upsamples.0.upsamples.1.residual.3.gamma",
         "decoder.up_blocks.0.upsampler.time_conv.bias": "decoder.upsamples.0.upsamples.2.time_conv.bias",
     }
-    w.save_safetensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in names})
-    w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert set(w.open_source(tmp_path / "b.safetensors").names()) == set(names.values())
+    files.save_safetensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in names})
+    layouts.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert set(files.open_source(tmp_path / "b.safetensors").names()) == set(names.values())
 
 
 def test_a_fused_projection_of_dcae_becomes_three_when_converted(tmp_path):
     """The one tensor of a published file that has three places here: qkv of the original DC-AE."""
     qkv = torch.arange(12.0).view(6, 2, 1, 1)
-    name = next(name for name in w.expected("dcae_original") if name.endswith("qkv.conv.weight"))
-    w.save_safetensors(
+    name = next(
+        name for name in layouts.expected("dcae_original") if name.endswith("qkv.conv.weight")
+    )
+    files.save_safetensors(
         tmp_path / "a.safetensors",
         {name: qkv, "encoder.project_in.conv.conv.weight": torch.ones(1)},
     )
-    w.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    with w.open_source(tmp_path / "b.safetensors") as source:
+    layouts.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with files.open_source(tmp_path / "b.safetensors") as source:
         parts = [
             source.read(name) for part in "qkv" for name in source.names() if f".to_{part}." in name
         ]
@@ -357,9 +371,9 @@ OURS = {
 @pytest.mark.parametrize("table", OURS)
 def test_our_networks_want_exactly_the_published_tensors(table):
     """At full size, the names and shapes our module wants equal those of the published file."""
-    rename = w.KINDS[table][1]
+    rename = layouts.KINDS[table][1]
     wanted = {name: tuple(t.shape) for name, t in full_size(*OURS[table]).state_dict().items()}
-    assert wanted == {rename(name): shape for name, shape in w.expected(table).items()}
+    assert wanted == {rename(name): shape for name, shape in layouts.expected(table).items()}
 
 
 def test_our_motus_wants_exactly_the_published_tensors():
@@ -368,7 +382,9 @@ def test_our_motus_wants_exactly_the_published_tensors():
         name: tuple(t.shape)
         for name, t in full_size("motus", "Motus", "MotusConfig").state_dict().items()
     }
-    published = {w.own_name(name): shape for name, shape in w.expected("motus-stage3").items()}
+    published = {
+        layouts.own_name(name): shape for name, shape in layouts.expected("motus-stage3").items()
+    }
     assert wanted == {
         name: shape for name, shape in published.items() if not name.startswith("vlm.")
     }
@@ -423,7 +439,7 @@ def test_tables_equal_the_library_at_full_size(table):
     package, name, arguments = ORACLES[table]
     with torch.device("meta"):
         model = getattr(pytest.importorskip(package), name)(**arguments)
-    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == w.expected(table)
+    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == layouts.expected(table)
 
 
 # -- official Motus files ------------------------------------------------------------------------------------------------------------
@@ -432,27 +448,32 @@ def test_tables_equal_the_library_at_full_size(table):
 @pytest.mark.parametrize("name, stage", [(OFFICIAL[0], 3), (OFFICIAL[1], 2)])
 def test_an_official_file_loads_completely_into_its_own_names(name, stage):
     """Every tensor of the official file is loaded once or knowingly dropped, and the stage is recognised."""
-    source = w.open_source(official(name))
-    assert w.identify(source.names()) == ("motus", stage)
-    module = module_of(shapes_of(source, w.own_name))
-    report = w.load_into(module, source, w.own_name)
+    source = files.open_source(official(name))
+    assert layouts.identify(source.names()) == ("motus", stage)
+    module = module_of(shapes_of(source, layouts.own_name))
+    report = load.load_into(module, source, layouts.own_name)
     assert (
-        report.loaded + len(report.dropped) == len(source.names()) and w.POSITIONS in report.dropped
+        report.loaded + len(report.dropped) == len(source.names())
+        and layouts.POSITIONS in report.dropped
     )
     assert torch.equal(
         module.und.blocks.get_submodule("1").qkv, source.read("und_expert.blocks.1.wan_und_qkv")
     )
-    canonical = [key for key in source.names() if w.motus_canonical(key)]
-    assert [w.official_name(w.own_name(key)) for key in canonical] == canonical
+    canonical = [key for key in source.names() if layouts.motus_canonical(key)]
+    assert [layouts.official_name(layouts.own_name(key)) for key in canonical] == canonical
 
 
 def test_stage_2_weights_start_stage_3():
     """Blocks carry over; encoders, decoder and registers start fresh though the stage 2 file holds some of them."""
     fresh = ("action.input_encoder.", "action.decoder.", "action.registers")
-    stage3 = w.open_source(official("motus_finetune"))
-    module = module_of(shapes_of(stage3, w.own_name), device="cpu")
-    report = w.load_into(
-        module, w.open_source(official("motus_pretrain")), w.own_name, ignore=fresh, fresh=fresh
+    stage3 = files.open_source(official("motus_finetune"))
+    module = module_of(shapes_of(stage3, layouts.own_name), device="cpu")
+    report = load.load_into(
+        module,
+        files.open_source(official("motus_pretrain")),
+        layouts.own_name,
+        ignore=fresh,
+        fresh=fresh,
     )
     assert len(report.fresh) == 1 + 12 + 3 and all(name.startswith(fresh) for name in report.fresh)
     assert (
@@ -460,7 +481,7 @@ def test_stage_2_weights_start_stage_3():
         and module.action.blocks.get_submodule("1").qkv.abs().sum() > 0
     )
     with pytest.raises(ValueError, match="missing: action.registers"):
-        w.load_into(module, w.open_source(official("motus_pretrain")), w.own_name)
+        load.load_into(module, files.open_source(official("motus_pretrain")), layouts.own_name)
 
 
 def test_a_copy_that_differs_from_its_original_is_refused(tmp_path):
@@ -469,13 +490,13 @@ def test_a_copy_that_differs_from_its_original_is_refused(tmp_path):
     name = "und_module.und_expert.blocks.0.wan_und_qkv"
     for copy, refused in ((module[name].clone(), False), (module[name] + 1, True)):
         torch.save({"module": module | {name: copy}}, tmp_path / "x.pt")
-        source = w.open_source(tmp_path / "x.pt")
-        target = module_of(shapes_of(source, w.own_name))
+        source = files.open_source(tmp_path / "x.pt")
+        target = module_of(shapes_of(source, layouts.own_name))
         if refused:
             with pytest.raises(ValueError, match="und_module.*differs from und_expert"):
-                w.load_into(target, source, w.own_name)
+                load.load_into(target, source, layouts.own_name)
         else:
-            w.load_into(target, source, w.own_name)
+            load.load_into(target, source, layouts.own_name)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -493,8 +514,8 @@ def test_official_to_ours_and_back_keeps_every_byte(tmp_path, name):
     }
     torch.save({"module": before, "dp_world_size": 8}, tmp_path / "mp_rank_00_model_states.pt")
     (tmp_path / "config.json").write_text('{"common": {"action_dim": 14}}')
-    w.main(["convert", str(tmp_path), str(tmp_path / "ours" / "motus.safetensors")])
-    w.main(["export", str(tmp_path / "ours" / "motus.safetensors"), str(tmp_path / "back")])
+    __main__.main(["convert", str(tmp_path), str(tmp_path / "ours" / "motus.safetensors")])
+    __main__.main(["export", str(tmp_path / "ours" / "motus.safetensors"), str(tmp_path / "back")])
     after = torch.load(tmp_path / "back" / "mp_rank_00_model_states.pt", weights_only=True)[
         "module"
     ]
@@ -508,7 +529,9 @@ def test_official_to_ours_and_back_keeps_every_byte(tmp_path, name):
             value.view(torch.uint8), after[key].view(torch.uint8)
         ), key
     for key, value in after.items():
-        assert not w.alias_of(key) or value.data_ptr() == after[w.alias_of(key)].data_ptr()
+        assert (
+            not layouts.alias_of(key) or value.data_ptr() == after[layouts.alias_of(key)].data_ptr()
+        )
     assert (tmp_path / "back" / "mp_rank_00_model_states.pt").stat().st_size < 2 * (
         tmp_path / "mp_rank_00_model_states.pt"
     ).stat().st_size
@@ -516,21 +539,25 @@ def test_official_to_ours_and_back_keeps_every_byte(tmp_path, name):
 
 def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
     """Our own file notes its MotusConfig, which gives the rows of the position table; without it the command asks for them."""
-    with w.open_source(official("motus_finetune")) as source:
-        ours = {w.own_name(name): source.read(name) for name in source.names() if w.own_name(name)}
+    with files.open_source(official("motus_finetune")) as source:
+        ours = {
+            layouts.own_name(name): source.read(name)
+            for name in source.names()
+            if layouts.own_name(name)
+        }
     config = {"frames": 8, "ratio": 2, "registers": 4, "finetune": True}
-    w.save_safetensors(tmp_path / "ours.safetensors", ours, {"config": json.dumps(config)})
-    w.export(tmp_path / "ours.safetensors", tmp_path / "official", dtype=torch.float32)
+    files.save_safetensors(tmp_path / "ours.safetensors", ours, {"config": json.dumps(config)})
+    layouts.export(tmp_path / "ours.safetensors", tmp_path / "official", dtype=torch.float32)
     with (
-        w.open_source(tmp_path / "official") as back,
-        w.open_source(official("motus_finetune")) as source,
+        files.open_source(tmp_path / "official") as back,
+        files.open_source(official("motus_finetune")) as source,
     ):
         assert set(back.names()) == set(source.names()) and all(
             torch.equal(back.read(name), source.read(name)) for name in back.names()
         )
-    w.save_safetensors(tmp_path / "bare.safetensors", ours)
+    files.save_safetensors(tmp_path / "bare.safetensors", ours)
     with pytest.raises(ValueError, match="--rows"):
-        w.export(tmp_path / "bare.safetensors", tmp_path / "other")
+        layouts.export(tmp_path / "bare.safetensors", tmp_path / "other")
 
 
 def test_bookkeeping_beside_the_weights_does_not_matter(tmp_path):
@@ -543,29 +570,29 @@ def test_bookkeeping_beside_the_weights_does_not_matter(tmp_path):
         "steps": 7,
     }
     torch.save(beside | {"module": {"a": torch.ones(2)}, "optimizer": None}, tmp_path / "x.pt")
-    assert w.open_source(tmp_path / "x.pt").names() == ["a"]
+    assert files.open_source(tmp_path / "x.pt").names() == ["a"]
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_the_position_table_is_a_function_of_its_shape(name):
     """The regenerated table equals the one in the official file, so dropping it loses nothing."""
-    table = w.open_source(official(name)).read(w.POSITIONS)
-    assert torch.equal(w.position_table(*table.shape[1:]), table)
+    table = files.open_source(official(name)).read(layouts.POSITIONS)
+    assert torch.equal(layouts.position_table(*table.shape[1:]), table)
 
 
 @pytest.mark.parametrize("name, kind", [("wan_vae.pth", "wan-vae"), ("umt5.pth", "umt5")])
 def test_plain_torch_files_open_without_reading(name, kind):
     """VAE and text encoder files are recognised and give the tensors that torch gives."""
-    source, truth = w.open_source(GOLDEN / name), torch.load(GOLDEN / name, weights_only=True)
-    assert w.identify(source.names())[0] == kind and source.names() == list(truth)
+    source, truth = files.open_source(GOLDEN / name), torch.load(GOLDEN / name, weights_only=True)
+    assert layouts.identify(source.names())[0] == kind and source.names() == list(truth)
     assert all(torch.equal(source.read(key), value) for key, value in truth.items())
 
 
 def test_inspect_and_tables_print_what_a_reader_needs(capsys):
     """The command line names kind, stage, parts and counts."""
-    w.main(["inspect", str(official("motus_finetune"))])
-    w.main(["tables"])
-    w.main(["tables", "umt5"])
+    __main__.main(["inspect", str(official("motus_finetune"))])
+    __main__.main(["tables"])
+    __main__.main(["tables", "umt5"])
     out = capsys.readouterr().out
     for part in (
         "Motus stage 3",
@@ -580,10 +607,10 @@ def test_download_says_what_it_fetches_before_it_needs_the_hub(capsys, monkeypat
     """Sizes and licences are printed first; a missing hub package is one plain sentence."""
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(SystemExit, match="pip install"):
-        w.main(["download", "wan"])
+        __main__.main(["download", "wan"])
     assert "34.2 GB, licence Apache-2.0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="allowed wan, qwen3vl"):
-        w.main(["download", "nonsense"])
+        __main__.main(["download", "nonsense"])
 
 
 # -- hostile files -------------------------------------------------------------------------------------------------------------------
@@ -603,7 +630,8 @@ SAFETENSORS = {
     "shorter than a length": b"\x01\x02",
     "absurd header length": raw({}, length=2**64 - 1),
     "header longer than the file": raw({}, length=10**6),
-    "header larger than any honest one": raw({}, length=w.MAX_HEADER + 1) + bytes(w.MAX_HEADER),
+    "header larger than any honest one": raw({}, length=files.MAX_HEADER + 1)
+    + bytes(files.MAX_HEADER),
     "not json": raw(b"hello world"),
     "not utf-8": raw(b'{"\xff": 1}'),
     "nan in the header": raw(b'{"a": NaN}'),
@@ -715,7 +743,7 @@ def torch_cases(folder: Path) -> dict[str, Path]:
     edit_zip(
         path,
         lambda name, content: (
-            content + bytes(w.MAX_HEADER if name.endswith("pkl") else 0),
+            content + bytes(files.MAX_HEADER if name.endswith("pkl") else 0),
             zipfile.ZIP_STORED,
         ),
     )
@@ -750,8 +778,8 @@ def index_cases(folder: Path) -> dict[str, Path]:
     def case(name: str, weight_map, extra: bytes = b"") -> Path:
         home = folder / str(len(cases))
         home.mkdir()
-        w.save_safetensors(home / "a.safetensors", {"x": torch.ones(2)})
-        w.save_safetensors(home / "b.safetensors", {"y": torch.ones(2)})
+        files.save_safetensors(home / "a.safetensors", {"x": torch.ones(2)})
+        files.save_safetensors(home / "b.safetensors", {"y": torch.ones(2)})
         text = (
             weight_map
             if isinstance(weight_map, bytes)
@@ -762,7 +790,7 @@ def index_cases(folder: Path) -> dict[str, Path]:
         return home
 
     both = {"x": "a.safetensors", "y": "b.safetensors"}
-    w.save_safetensors(folder / "outside.safetensors", {"x": torch.ones(2)})
+    files.save_safetensors(folder / "outside.safetensors", {"x": torch.ones(2)})
     case("path traversal", {"x": "../outside.safetensors"})
     case("absolute path", {"x": str(folder / "outside.safetensors")})
     (case("link out of the folder", {"x": "link.safetensors"}) / "link.safetensors").symlink_to(
@@ -771,7 +799,7 @@ def index_cases(folder: Path) -> dict[str, Path]:
     case("missing shard", both | {"z": "c.safetensors"})
     case("tensor missing from its shard", both | {"z": "b.safetensors"})
     case("tensor the index does not know", {"y": "b.safetensors"} | {"q": "a.safetensors"})
-    w.save_safetensors(
+    files.save_safetensors(
         case("key in two shards", both) / "b.safetensors", {"x": torch.ones(2), "y": torch.ones(2)}
     )
     case("index key twice", b'{"weight_map": {"x": "a.safetensors", "x": "b.safetensors"}}')
@@ -811,7 +839,7 @@ def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, m
         tracemalloc.start()
         try:
             with pytest.raises(ValueError) as error:
-                w.open_source(path)
+                files.open_source(path)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -820,7 +848,7 @@ def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, m
         )  # for a bad shard, the shard is named
         assert known in str(error.value) and len(str(error.value)) < 5000, name
         assert (
-            peak < 4 * w.MAX_HEADER
+            peak < 4 * files.MAX_HEADER
             and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
         ), name
         assert time.process_time() - begun < 1, name
@@ -846,15 +874,15 @@ def test_a_load_needs_one_tensor_above_the_module(tmp_path):
     rows, index = 8192, {}
     for shard in range(4):
         tensors = {f"w{2 * shard + i}": torch.rand(1024, rows).repeat(8, 1) for i in range(2)}
-        w.save_safetensors(tmp_path / f"m-{shard}.safetensors", tensors)
+        files.save_safetensors(tmp_path / f"m-{shard}.safetensors", tensors)
         index |= dict.fromkeys(tensors, f"m-{shard}.safetensors")
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    files, total = sorted(tmp_path.glob("*.safetensors")), 8 * rows * rows * 4
+    shards, total = sorted(tmp_path.glob("*.safetensors")), 8 * rows * rows * 4
     assert total > 2 * 10**9
     del tensors
 
     def cold() -> None:
-        for file in files:
+        for file in shards:
             handle = os.open(file, os.O_RDONLY)
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -864,15 +892,15 @@ def test_a_load_needs_one_tensor_above_the_module(tmp_path):
     for _ in range(3):
         cold()
         begun = time.perf_counter()
-        for file in files:
+        for file in shards:
             file.read_bytes()
         plain.append(total / (time.perf_counter() - begun) / 1e9)
         cold()
         module = module_of({name: (rows, rows) for name in index}, dtype=torch.bfloat16)
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak that VmHWM reports
         before = status("VmRSS")
-        with w.open_source(tmp_path) as source:
-            loads.append(total / w.load_into(module, source).seconds / 1e9)
+        with files.open_source(tmp_path) as source:
+            loads.append(total / load.load_into(module, source).seconds / 1e9)
         extra.append(status("VmHWM") - before - sum(p.nbytes for p in module.parameters()))
         del module
     print(

@@ -54,19 +54,20 @@ from torch.utils.flop_counter import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-import scale
 from attention import text_bias
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import UMT5Config, UMT5Encoder
-from backbones.wan import TextStates, WanVAE, WanVAEConfig
-from backbones.weights import open_source
-from motus import BACKBONES, Inputs, Motus, MotusConfig, preset
+from backbones.wan import TextStates
+from backbones.wan_vae import WanVAE, WanVAEConfig
+from motus import PRESETS, Inputs, Motus, MotusConfig, preset
+from scale import sharding
+from weights.files import open_source
 
 GB = 1e9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESERVE = 0.08  # share of a card's memory that no plan may touch
 IN_FLIGHT = 2  # gathered layers that exist at once
-POLICIES = tuple(scale.CHECKPOINTING)
+POLICIES = tuple(sharding.CHECKPOINTING)
 DEPTHS, BATCHES = (4, 5), (2, 64)  # what is measured; see Curve
 
 # -- what is trained, on what -----------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def measure(
     are not yet reduced."""
     with fake_model(config, params) as model:
         inputs, noise = fake_inputs(config, sample, batch, acting="action" in stage.experts)
-        step = scale.parallelize(
+        step = sharding.parallelize(
             model, stage.experts, checkpointing=checkpointing, precision="bf16"
         )
         drop_reduced(model.layers)
@@ -317,7 +318,7 @@ def meta_model(name: str, stage_name: str) -> Motus:
 @cache
 def frozen_parts(name: str) -> dict[str, int]:
     """Parameters of the backbones of a preset: of its own files, else of the published ones."""
-    folder = BACKBONES.get(name)
+    folder = PRESETS[name].backbones
     if folder and (folder / "vae.safetensors").is_file():
         sources = {
             part: open_source(folder / f"{part}.safetensors") for part in ("vlm", "vae", "text")
@@ -378,7 +379,7 @@ class Plan:
         """Parameters of `experts` that the fullest rank holds."""
 
         def held(p: Tensor) -> int:
-            axis = scale.split_axis(p, self.gpus).dim
+            axis = sharding.split_axis(p, self.gpus).dim
             return p.numel() // p.shape[axis] * math.ceil(p.shape[axis] / self.gpus)
 
         return sum(held(p) for expert in experts for p in getattr(self.model, expert).parameters())

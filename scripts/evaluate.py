@@ -16,15 +16,13 @@ Shapes: n worlds, H W pixels, S actions of a chunk, A action dimensions, F predi
 """
 
 import argparse
-import inspect
 import itertools
 import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +30,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from formats.lerobot import Storage, write_v3
 from formats.recordings import fit
 from formats.recordings import t_layout as as_t
-from motus import newest_step
 from sample import FAST, Policy, film
-from worlds import EVALUATED, RECORDED, episode_seeds, simulator, tabletop
-from worlds.fleet import PROCESSES, Fleet, Order, Recording, attempts
+from weights.card import newest_step
+from worlds import EVALUATED, episode_seeds, robots, simulator, tabletop
+from worlds.fleet import PROCESSES, Fleet
 
 LOOKS = ("clean", "randomized")
 
@@ -78,10 +75,7 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def summary(
-    success: np.ndarray,
-    skill: np.ndarray,
-    steps: np.ndarray,
-    skills: Sequence[str] = tabletop.SKILLS,
+    success: np.ndarray, skill: np.ndarray, steps: np.ndarray, skills: Sequence[str] = robots.SKILLS
 ) -> dict:
     """success (n,) bool, skill (n,) index into `skills`, steps (n,) -> rates with their intervals, over all and per skill."""
     parts = {
@@ -212,7 +206,7 @@ def table(rows: Sequence[dict]) -> str:
         "split",
         "look",
         "success %",
-        *(f"{skill} %" for skill in tabletop.SKILLS),
+        *(f"{skill} %" for skill in robots.SKILLS),
         "steps",
     )
     return columns(
@@ -222,15 +216,12 @@ def table(rows: Sequence[dict]) -> str:
                 r["policy"],
                 r["split"],
                 r["look"],
-                *(rate(r, name) for name in ("all", *tabletop.SKILLS)),
+                *(rate(r, name) for name in ("all", *robots.SKILLS)),
                 "-" if r["mean_steps"] is None else f"{r['mean_steps']:.1f}",
             )
             for r in rows
         ),
     )
-
-
-# -- simulators -------------------------------------------------------------------------------------------------------------
 
 
 def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
@@ -242,6 +233,37 @@ def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
 
 
 CARD = "meta/sim.json"  # in a recorded dataset: simulator, settings, and the task and seed of every episode
+
+
+def settings_of(sim: str, changes: Sequence[str]) -> dict:
+    """`key=value` of --set, numbers and true or false as json has them; the keys are the arguments of the simulator's `make`."""
+    allowed, found = list(inspect.signature(simulator(sim).make).parameters)[1:], {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or key not in allowed:
+            raise ValueError(
+                f"--set takes key=value, found {change!r}; keys of simulator {sim}: {', '.join(allowed)}"
+            )
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def read_card(dataset: str | Path) -> dict:
+    """The card that `record` left in a dataset."""
+    path = Path(dataset) / CARD
+    if not path.is_file():
+        raise ValueError(
+            f"{dataset} has no {CARD}; --like takes a dataset that `evaluate.py record` wrote"
+        )
+    card = json.loads(path.read_text())
+    if absent := [
+        key for key in ("sim", "settings", "tasks", "fps", "episodes") if key not in card
+    ]:
+        raise ValueError(f"{path} lacks {absent[0]!r}; record the dataset again")
+    return card
 
 
 class Expert:
@@ -298,217 +320,6 @@ def look_of(args: argparse.Namespace, policy: Policy | None) -> Callable[[dict],
         t_layout=args.t_layout or known.get("t_layout", False),
         size=args.picture or known.get("size", ()),
     )
-
-
-def settings_of(sim: str, changes: Sequence[str]) -> dict:
-    """`key=value` of --set, numbers and true or false as json has them; the keys are the arguments of the simulator's `make`."""
-    allowed, found = list(inspect.signature(simulator(sim).make).parameters)[1:], {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or key not in allowed:
-            raise ValueError(
-                f"--set takes key=value, found {change!r}; keys of simulator {sim}: {', '.join(allowed)}"
-            )
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
-
-
-def record(
-    order: Order,
-    tasks: Sequence[str],
-    episodes: int,
-    out: str | Path,
-    seed: int = 0,
-    workers: int = 1,
-) -> dict:
-    """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and returns its card. A failed try counts
-    and the next seed is taken, so which episodes are kept does not depend on the number of processes. The last twentieth of each task
-    comes last of all: there dataset cards hold out."""
-    tried: dict[str, list[Recording]] = {task: [] for task in tasks}
-    kept, begun = [], time.monotonic()
-
-    def successes() -> Iterator[Recording]:
-        with tqdm(total=len(tasks) * episodes, desc="record", unit="episode") as bar:
-            for wanted in (episodes - episodes // 20, episodes):
-                while any(
-                    (
-                        due := {
-                            task: wanted - sum(r.success for r in tries)
-                            for task, tries in tried.items()
-                        }
-                    ).values()
-                ):
-                    for task, tries in tried.items():
-                        if len(tries) > 3 * episodes + 10:
-                            raise ValueError(
-                                f"task {task}: the expert solved {wanted - due[task]} of {len(tries)}; lower the disturbance"
-                            )
-                    orders = [
-                        replace(order, task=task, seed=s)
-                        for task, tries in tried.items()
-                        for s in episode_seeds(seed, RECORDED, len(tries) + due[task])[len(tries) :]
-                    ]
-                    for recording in attempts(orders, workers):
-                        tried[recording.task].append(
-                            replace(recording, frames={}, states=None, actions=None, labels={})
-                        )
-                        if recording.success:
-                            kept.append(
-                                {
-                                    "task": recording.task,
-                                    "seed": recording.seed,
-                                    "disturbed": recording.disturbed,
-                                    "rows": len(recording.actions),
-                                }
-                            )
-                            yield recording
-                        bar.update(recording.success)
-
-    stream = successes()
-    first = next(stream)
-    write_v3(
-        out,
-        (
-            (r.frames, r.states, r.actions, r.instruction, r.labels)
-            for r in itertools.chain([first], stream)
-        ),
-        first.fps,
-        Storage(robot=first.robot),
-    )
-    rows = {task: [e["rows"] for e in kept if e["task"] == task] for task in tasks}
-    card = {
-        "sim": order.sim,
-        "settings": dict(order.settings),
-        "robot": first.robot,
-        "fps": first.fps,
-        "seed": seed,
-        "noise": order.noise,
-        "recovery": order.recovery,
-        "disturbed": order.disturbed,
-        "seconds": time.monotonic() - begun,
-        "tasks": {
-            task: {
-                "tries": len(tries),
-                "successes": episodes,
-                "mean_rows": sum(rows[task]) / episodes,
-                "cpu_seconds_per_try": sum(r.seconds for r in tries) / len(tries),
-            }
-            for task, tries in tried.items()
-        },
-        "episodes": kept,
-    }
-    (Path(out) / CARD).write_text(json.dumps(card, indent=1))
-    return card
-
-
-def record_command(argv: Sequence[str]) -> None:
-    """`evaluate.py record`."""
-    parser = argparse.ArgumentParser(
-        "evaluate.py record",
-        description="Records a simulator's scripted experts as a LeRobot v3.0 dataset.",
-    )
-    parser.add_argument("--sim", required=True, help="a file of worlds/, or a module on PYTHONPATH")
-    parser.add_argument("--tasks", required=True, help="with commas")
-    parser.add_argument("--episodes", type=int, default=50, help="successes per task")
-    parser.add_argument("--out", required=True, help="folder of the dataset, which must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what disturbs")
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.0,
-        help="std of noise on what is done, in robot units; what is meant is stored",
-    )
-    parser.add_argument(
-        "--recovery",
-        type=float,
-        default=0.0,
-        help="std of shoves, about one a second, from which the expert recovers",
-    )
-    parser.add_argument(
-        "--disturbed",
-        type=float,
-        default=0.5,
-        help="share of the episodes that are disturbed, if any are",
-    )
-    parser.add_argument("--after", type=int, default=4, help="rows kept from success on")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of the simulator, such as size=96",
-    )
-    args = parser.parse_args(argv)
-    tasks = names(args.tasks, tuple(simulator(args.sim).TASKS), "--tasks")
-    if (
-        min(args.episodes, args.workers, args.after) < 1
-        or min(args.seed, args.noise, args.recovery) < 0
-        or not 0 <= args.disturbed <= 1
-    ):
-        raise ValueError(
-            f"--episodes {args.episodes}, --workers {args.workers}, --after {args.after} are at least 1, --seed {args.seed}, "
-            f"--noise {args.noise}, --recovery {args.recovery} at least 0, --disturbed {args.disturbed} is in 0..1"
-        )
-    order = Order(
-        args.sim,
-        settings=tuple(settings_of(args.sim, args.set).items()),
-        noise=args.noise,
-        recovery=args.recovery,
-        disturbed=args.disturbed,
-        after=args.after,
-    )
-    card = record(order, tasks, args.episodes, args.out, args.seed, args.workers)
-    print(
-        columns(
-            ("task", "expert %", "rows", "CPU s per try"),
-            *(
-                (
-                    task,
-                    rate(
-                        {
-                            task: {
-                                **found,
-                                "episodes": found["tries"],
-                                "rate": found["successes"] / found["tries"],
-                                "interval": wilson(found["successes"], found["tries"]),
-                            }
-                        },
-                        task,
-                    ),
-                    f"{found['mean_rows']:.1f}",
-                    f"{found['cpu_seconds_per_try']:.2f}",
-                )
-                for task, found in card["tasks"].items()
-            ),
-        )
-    )
-    size, rows = (
-        sum(path.stat().st_size for path in Path(args.out).rglob("*.*")),
-        sum(e["rows"] for e in card["episodes"]),
-    )
-    print(
-        f"wrote {args.out}: {len(card['episodes'])} episodes, {rows} rows at {card['fps']:g} per second, {size / 1e6:.1f} MB, "
-        f"{card['seconds']:.0f} s"
-    )
-
-
-def read_card(dataset: str | Path) -> dict:
-    """The card that `record` left in a dataset."""
-    path = Path(dataset) / CARD
-    if not path.is_file():
-        raise ValueError(
-            f"{dataset} has no {CARD}; --like takes a dataset that `evaluate.py record` wrote"
-        )
-    card = json.loads(path.read_text())
-    if absent := [
-        key for key in ("sim", "settings", "tasks", "fps", "episodes") if key not in card
-    ]:
-        raise ValueError(f"{path} lacks {absent[0]!r}; record the dataset again")
-    return card
 
 
 def simulate(args: argparse.Namespace) -> None:
@@ -638,9 +449,6 @@ def simulate(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] == "record":
-        return record_command(argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -653,7 +461,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--modes", default="joint", help="joint, vla, or both with a comma")
     parser.add_argument(
-        "--splits", default="eval", help=f"of {', '.join(tabletop.SPLITS)}, with commas"
+        "--splits", default="eval", help=f"of {', '.join(robots.SPLITS)}, with commas"
     )
     parser.add_argument(
         "--looks", default="clean,randomized", help="clean, randomized, or both with a comma"
@@ -747,7 +555,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.max_steps = args.max_steps or 100
     modes, splits = (
         names(args.modes, ("joint", "vla"), "--modes"),
-        names(args.splits, tabletop.SPLITS, "--splits"),
+        names(args.splits, robots.SPLITS, "--splits"),
     )
     looks = names(args.looks, LOOKS, "--looks")
     if args.ckpt is None:
@@ -755,7 +563,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy = Policy.load(
         args.ckpt, modes[0], args.steps, placement=FAST if args.fast else None, robot=args.robot
     )
-    config, body = policy.card.motus, policy.statistics.embodiment
+    config, body = policy.model.config, policy.statistics.embodiment
     actors = dict.fromkeys(modes, policy)
     if args.random:
         actors["random"] = RandomPolicy(config.chunk, policy.own_width)

@@ -43,16 +43,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import data
-import evaluate
 import flow
 import kernels
 import train
 from attention import RMSNorm, joint_attention, quantise, rotate_interleaved
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
-from backbones.wan import WanVAE, WanVAEConfig, rope_3d
-from motus import Inputs, Motus, MotusConfig, backbones_of, draw, gaussian, preset
+from backbones.wan import rope_3d
+from backbones.wan_vae import WanVAE, WanVAEConfig
+from motus import Inputs, Motus, MotusConfig, draw, gaussian, preset
 from sample import Placement, Policy, held_out_windows
-from scale import parallelize
+from scale.sharding import parallelize
+from scripts import evaluate
 from worlds import tabletop
 
 # -- measuring --------------------------------------------------------------------------------------------------------------
@@ -412,7 +413,7 @@ def sampler_ratios(steps: int, rounds: int, compiled: bool) -> list[list]:
     """At toy shapes with the toy's backbones, and at a stack of layers of preset `small`, which has none."""
     torch.manual_seed(0)
     config, small = preset("toy"), preset("small")
-    backbones, episodes = backbones_of("toy", config), data.toy_episodes((6,), 1, seed=0)
+    backbones, episodes = data.backbones_of("toy", config), data.toy_episodes((6,), 1, seed=0)
     one = data.collect(episodes, [(0, 0)], config, data.statistics(episodes))
     stack = Motus(replace(small, video=replace(small.video, layers=3))).init_weights().eval()
     fixed = drawn(small, 1, (16, 16), TEXT, 130)
@@ -446,7 +447,7 @@ def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
         train.settings_for("toy", "3", [f"batch={batch}", "optimizer=adamw"]),
         preset("toy"),
     )
-    backbones, episodes = backbones_of("toy", config), data.toy_episodes((6,), 4, seed=0)
+    backbones, episodes = data.backbones_of("toy", config), data.toy_episodes((6,), 4, seed=0)
     chosen = data.collect(
         episodes, data.windows_of(episodes, config)[:batch], config, data.statistics(episodes)
     )
@@ -505,7 +506,7 @@ class Work(TorchDispatchMode):
 
     def __init__(self, kernels: Counter | None = None):
         super().__init__()
-        self.kernels: Counter[tuple[int, int]] = kernels or Counter()
+        self.kernels: Counter[tuple[int, int]] = attention or Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

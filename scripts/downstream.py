@@ -25,11 +25,13 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data  # noqa: E402
-import evaluate  # noqa: E402
-import train  # noqa: E402
-from motus import newest_step  # noqa: E402
+import data
+import motus
+import train
+from scripts import evaluate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from weights.card import newest_step
 
 ARMS = {"stage 1": "stage1long", "stages 1, 2": "stage2", "scratch": None}
 
@@ -77,14 +79,14 @@ def pretrained(args: argparse.Namespace, seed: int) -> dict[str, Path | None]:
         shutil.rmtree(latent, ignore_errors=True)
         train.main(["--stage", "latent", "--run", str(latent), "--set", *same, *args.set_latent])
     pool = dict(episodes=args.videos, windows=args.windows, seed=seed)
-    video = cached(folder / "pool1.safetensors", levels=train.STAGES["1"].levels, **pool)
+    video = cached(folder / "pool1.safetensors", levels=motus.STAGES["1"].levels, **pool)
     first = stage("1", folder / "stage1", args.steps1, [*same, *args.set1], "--cache", video)
     longer = stage(
         "1", folder / "stage1long", args.steps1 + args.steps2, [*same, *args.set1], "--cache", video
     )
     both = cached(
         folder / "pool2.safetensors",
-        levels=train.STAGES["2"].levels,
+        levels=motus.STAGES["2"].levels,
         latent=latent / train.LATENT_FILE,
         **pool,
     )
@@ -295,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=Path("runs/downstream"),
         help="folder of all runs; start again to go on",
     )
-    add("--out", type=Path, default=Path(__file__).parent)
+    add("--out", type=Path, default=Path("docs/latent_action"))
     add("--demonstrations", type=int, nargs="+", default=[10, 20, 40, 80, 160])
     add("--seeds", type=int, default=3)
     add("--modes", default="joint,vla")

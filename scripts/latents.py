@@ -30,24 +30,23 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from backbones.dpflow import CHECKPOINTS, LICENCE_NOTICE, DISFlow, FlowEstimator, fetch, load_dpflow
-from backbones.weights import open_source, read_metadata, save_safetensors
+from backbones.dpflow import DISFlow, FlowEstimator, load_dpflow
 from formats import lerobot
 from formats.lerobot import COLUMN, KNOWN
 from latent_action import (
-    LABELLED,
-    PRESETS,
     Flows,
     LatentActionConfig,
     LatentActionModel,
     encode_flows,
     prepared,
-    pretrain_dcae,
     resize_flow,
     same_config,
-    true_flows,
-    true_labels,
 )
+from motus import PRESETS
+from scripts.pretrain import pretrain_dcae
+from weights.files import open_source, read_metadata, save_safetensors
+from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
+from worlds.motions import LABELLED, true_flows, true_labels
 from worlds.tabletop import record
 
 Labels = Tensor  # (T, A), the rows of the flow, NaN in columns that the embodiment lacks
@@ -499,7 +498,7 @@ def fresh_model(preset: str, dcae: Path | None, device: str) -> LatentActionMode
     if preset not in PRESETS:
         raise ValueError(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
     torch.manual_seed(0)
-    model = LatentActionModel(PRESETS[preset])
+    model = LatentActionModel(LatentActionConfig.of(PRESETS[preset].latent))
     if dcae:
         model.load_dcae(dcae)
     return model.to(device)
@@ -523,23 +522,6 @@ def write_tokens(
     summary, _ = each_clip(clips, out / "tokens", made, work)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
-
-
-def read_tokens(folders: list[Path], model: LatentActionModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (N, D) in half precision, labels (N, A), 0 where unknown, and mask (N, A) of what `write_tokens` wrote to several folders."""
-    wanted, rows = {"dcae": model.dcae_fingerprint(), "interval": model.config.interval}, []
-    for folder in folders:
-        if not (files := sorted((folder / "tokens").glob("*.safetensors"))):
-            raise ValueError(
-                f"{folder}: no tokens there; python latent_action.py tokens writes them"
-            )
-        for path in files:
-            made = json.loads(read_metadata(path).get("made", "{}"))
-            same_config(path, {key: made.get(key) for key in wanted}, wanted)
-            with open_source(path) as source:
-                rows.append([source.read(key).clone() for key in ("tokens", "labels", "mask")])
-    tokens, labels, mask = (torch.cat(column) for column in zip(*rows))
-    return tokens, torch.where(mask, labels, 0.0), mask
 
 
 def pretrain(args: argparse.Namespace, device: str) -> dict:
@@ -697,3 +679,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(report, indent=1))
     except (ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

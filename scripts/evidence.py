@@ -25,10 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import latent_action as la  # noqa: E402
-from motus import BACKBONES  # noqa: E402
-from worlds.tabletop import Episode, record  # noqa: E402
+import latent_action
+import motus
+from worlds import motions
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from worlds.tabletop import Episode, record
 
 BODIES = {"target robot": (6,), "hand": (2,), "arm and gantry": (5,)}
 MOTION = ("x", "y", "opening")
@@ -44,18 +46,18 @@ VARIANTS = {  # name -> changes of the configuration, features that the VAE comp
 class Data:
     """Training and held-out pairs, their labels on a tenth of the rows, and every kind of features, made when asked for."""
 
-    def __init__(self, episodes: int, model: la.LatentActionModel, pictures: bool):
+    def __init__(self, episodes: int, model: latent_action.LatentActionModel, pictures: bool):
         self.model = model
         self.episodes = {
             "train": self.shots(episodes, "train", pictures),
             "eval": self.shots(min(20, episodes), "eval"),
         }
         self.pairs = {
-            split: la.toy_pairs(shots, model.config.interval)
+            split: motions.toy_pairs(shots, model.config.interval)
             for split, shots in self.episodes.items()
         }
         train = self.pairs["train"]
-        pool = [np.flatnonzero((train.level == level).numpy()) for level in la.LABELLED]
+        pool = [np.flatnonzero((train.level == level).numpy()) for level in motions.LABELLED]
         labelled = torch.zeros(len(train.level), dtype=torch.bool)
         for rows in pool:
             labelled[rows[: len(labelled) // 10 // len(pool)]] = True
@@ -101,13 +103,13 @@ class Data:
                 model = self.model
                 if kind == "random tokens":
                     torch.manual_seed(1)
-                    model = la.LatentActionModel(self.model.config).eval()
-                self.made[kind] = (*la.toy_rows(model, train), tokens_of(model, test.flow))
+                    model = latent_action.LatentActionModel(self.model.config).eval()
+                self.made[kind] = (*motions.toy_rows(model, train), tokens_of(model, test.flow))
         return self.made[kind]
 
 
 @torch.no_grad()
-def tokens_of(model: la.LatentActionModel, flow: Tensor) -> Tensor:
+def tokens_of(model: latent_action.LatentActionModel, flow: Tensor) -> Tensor:
     return torch.cat([model.tokens(part) for part in flow.split(256)])
 
 
@@ -126,7 +128,7 @@ def probes(data: Data, z: Tensor, test: Tensor) -> dict[str, list[float]]:
             train.labelled if name == "target robot" else mine,
             torch.isin(held.level, torch.tensor(levels)),
         )
-        found[name] = la.probe(
+        found[name] = latent_action.probe(
             z[known], train.labels[known], test[unseen], held.labels[unseen]
         ).tolist()
     return found
@@ -139,7 +141,7 @@ def epe(made: Tensor, flow: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(data: Data, model: la.LatentActionModel, kind: str) -> dict:
+def measure(data: Data, model: latent_action.LatentActionModel, kind: str) -> dict:
     """All figures of a trained model."""
     train, held = data.pairs["train"], data.pairs["eval"]
     x, _, _, y = data.features(kind)
@@ -155,7 +157,7 @@ def measure(data: Data, model: la.LatentActionModel, kind: str) -> dict:
         found["direct"][name] = r2(test[unseen, :3], held.labels[unseen])
         if kind == "tokens":
             flow = held.flow[unseen][::4]
-            alone = la.CODES[model.config.code][1](
+            alone = latent_action.CODES[model.config.code][1](
                 model.picture_of(y[unseen][::4]), model.config.radius
             )
             for key, made in (
@@ -167,18 +169,18 @@ def measure(data: Data, model: la.LatentActionModel, kind: str) -> dict:
     return found
 
 
-def trained(data: Data, variant: str, seed: int, steps: int) -> la.LatentActionModel:
+def trained(data: Data, variant: str, seed: int, steps: int) -> latent_action.LatentActionModel:
     changes, kind = VARIANTS[variant]
     torch.manual_seed(seed)
-    model = la.LatentActionModel(replace(data.model.config, **changes))
+    model = latent_action.LatentActionModel(replace(data.model.config, **changes))
     model.dcae.load_state_dict(data.model.dcae.state_dict())
     x, labels, mask, _ = data.features(kind)
-    la.fit(model, x, labels, mask, steps, seed=seed)
+    latent_action.fit(model, x, labels, mask, steps, seed=seed)
     return model
 
 
 @torch.no_grad()
-def picture(data: Data, model: la.LatentActionModel, out: Path) -> None:
+def picture(data: Data, model: latent_action.LatentActionModel, out: Path) -> None:
     """Above: motions of each body, their colours, what the DC-AE and the 14 numbers keep. Below: the first motion with one number
     turned up and down, and the others as they go with it on average (a line fitted to the target robot's rows)."""
     import matplotlib
@@ -198,11 +200,11 @@ def picture(data: Data, model: la.LatentActionModel, out: Path) -> None:
     tokens = model.tokens(flow)
     mu = model.encode(tokens)[0]
     kept = {
-        "DC-AE": la.CODES[model.config.code][1](model.picture_of(tokens), radius),
+        "DC-AE": latent_action.CODES[model.config.code][1](model.picture_of(tokens), radius),
         "14 numbers": model.flow_of(mu),
     }
     colours = lambda x: (
-        (la.flow_to_colour(x, radius) / 2 + 0.5).permute(0, 2, 3, 1).clamp(0, 1).numpy()
+        (latent_action.flow_to_colour(x, radius) / 2 + 0.5).permute(0, 2, 3, 1).clamp(0, 1).numpy()
     )
     seen = model.encode(data.features("tokens")[0][: len(data.pairs["train"].flow)])[0][
         data.pairs["train"].level == 6
@@ -313,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--out", type=Path, default=Path("docs/latent_action"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=80, help="per level")
     parser.add_argument(
@@ -324,10 +326,14 @@ def main(argv: list[str] | None = None) -> None:
         help="others stay as evidence.json has them",
     )
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--dcae", type=Path, default=BACKBONES["toy"] / "dcae.safetensors")
+    parser.add_argument(
+        "--dcae", type=Path, default=motus.PRESETS["toy"].backbones / "dcae.safetensors"
+    )
     parser.add_argument("--date", default="2026-11-23")
     args = parser.parse_args(argv)
-    model = la.LatentActionModel(la.PRESETS["toy"]).eval()
+    model = latent_action.LatentActionModel(
+        latent_action.LatentActionConfig.of(motus.PRESETS["toy"].latent)
+    ).eval()
     model.load_dcae(args.dcae)
     results: dict[str, dict] = {"runs": {}, "linear": {}}
     if (stored := args.out / "evidence.json").exists():

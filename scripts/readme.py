@@ -22,15 +22,18 @@ from pathlib import Path
 
 import torch
 
+import latent_action
+import motus
+import train
+from weights import __main__, hub
+from worlds import motions
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import flow  # noqa: E402
-import latent_action  # noqa: E402
-import train  # noqa: E402
-from backbones import weights  # noqa: E402
-from motus import BACKBONES, PRESETS, Motus  # noqa: E402
-from worlds.tabletop import LEVELS  # noqa: E402
+from motus import PRESETS, Motus
+from worlds.tabletop import LEVELS
 
 # -- drawing ----------------------------------------------------------------------------------------------------------------
 
@@ -229,7 +232,7 @@ def draw_pyramid() -> str:
     }
     levels = {
         "latent": tuple(LEVELS),
-        **{name: stage.levels for name, stage in train.STAGES.items()},
+        **{name: stage.levels for name, stage in motus.STAGES.items()},
     }
     for i, (title, colour) in enumerate(columns.values()):
         d.text(664 + 80 * i, 40, title, colour, 13, bold=True)
@@ -256,10 +259,7 @@ def draw_pyramid() -> str:
         for i, (name, (_, colour)) in enumerate(columns.items()):
             if number in levels[name]:
                 d.dot(
-                    664 + 80 * i,
-                    top + 23,
-                    colour,
-                    name != "latent" or number in latent_action.LABELLED,
+                    664 + 80 * i, top + 23, colour, name != "latent" or number in motions.LABELLED
                 )
     d.text(612, 40, "in the toy", MUTED, 12, anchor="end")
     d.text(944, 390, "hollow: flow without action labels", MUTED, 12, anchor="end")
@@ -388,14 +388,14 @@ def stages(root: Path) -> str:
             actions[stage.actions],
             f"{steps(name):,}",
         )
-        for name, stage in train.STAGES.items()
+        for name, stage in motus.STAGES.items()
     ]
     latent = (
         "`--stage latent`",
         ", ".join(map(str, LEVELS)),
         "latent-action VAE",
         "reconstruction + alignment + KL",
-        f"labels on levels {' and '.join(map(str, latent_action.LABELLED))}",
+        f"labels on levels {' and '.join(map(str, motions.LABELLED))}",
         f"{steps('latent'):,}",
     )
     return table(
@@ -418,8 +418,8 @@ def sizes(root: Path) -> str:
                 *map(count, (model.video, model.action, model.und, model)),
                 f"{c.video.layers} x {c.video.heads} x {c.video.head_dim}",
                 f"{c.frames} + {c.chunk}",
-                f"`{Path(BACKBONES[name]).resolve().relative_to(ROOT)}`"
-                if name in BACKBONES
+                f"`{Path(motus.PRESETS[name].backbones).resolve().relative_to(ROOT)}`"
+                if motus.PRESETS[name].backbones
                 else "none",
             )
         )
@@ -440,7 +440,7 @@ def published(root: Path) -> str:
     """What `python -m backbones.weights download` knows, with the sizes that it prints."""
     rows = [
         (f"`{name}`", repository, f"{gigabytes:g}", licence)
-        for name, (repository, _, _, gigabytes, licence) in weights.HUB.items()
+        for name, (repository, _, _, gigabytes, licence) in hub.HUB.items()
     ]
     return table(("name", "repository", "about GB", "licence"), rows, right=(2,))
 
@@ -449,7 +449,7 @@ def tables(root: Path) -> str:
     """What `python -m backbones.weights tables` prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        weights.main(["tables"])
+        __main__.main(["tables"])
     return f"```text\n{printed.getvalue()}```"
 
 

@@ -1,0 +1,55 @@
+"""The card of a checkpoint: what it knows about itself, `config.json` beside its weights."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from weights.files import check_keys, read_json
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint knows about itself: `config.json` beside its weights."""
+
+    motus: dict  # fields of `motus.MotusConfig`, as json has them
+    stage: str  # "1", "2" or "3"
+    preset: str = "toy"  # row of PRESETS and BACKBONES it belongs to
+    statistics: dict | None = (
+        None  # normalisation, rates and embodiment (`data.Statistics`), stage 3
+    )
+    latent_interval: int | None = None  # action steps that one latent action spans, stage 2
+    step: int = 0
+    backbones: dict | None = (
+        None  # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small presets
+    )
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: Path) -> "Card":
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000"
+            )
+        stored = read_json(path)
+        check_keys(stored, cls, path)
+        try:
+            return cls(**stored)
+        except TypeError as error:
+            raise ValueError(
+                f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or published weights"
+            ) from error
+
+
+def newest_step(path: str | Path) -> Path:
+    """A run folder -> its newest complete checkpoint; a checkpoint folder -> itself."""
+    path = Path(path)
+    steps = sorted(path.glob("step_" + "[0-9]" * 6))
+    if path.name.startswith("step_") or (path / "config.json").is_file():
+        return path
+    if not steps:
+        raise ValueError(
+            f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder"
+        )
+    return steps[-1]

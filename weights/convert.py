@@ -1,0 +1,120 @@
+"""Published files to one safetensors file, and our weights back to the official folder."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weights.files import _replace, config_beside, open_source, save_safetensors
+from weights.layouts import (
+    KINDS,
+    MOTUS_FIELDS,
+    POSITIONS,
+    WRAPPERS,
+    canonical,
+    identify,
+    official_name,
+    own_name,
+    renaming,
+)
+from weights.load import _plan
+
+
+def convert(src: str | Path, dst: str | Path) -> None:
+    """A published file or folder to one safetensors file of ours: our names, second names dropped, config.json kept as metadata."""
+    with open_source(src) as source:
+        kind, stage = identify(source.names())
+        if kind not in KINDS:
+            raise ValueError(f"{source.path}: layout not known, allowed {', '.join(KINDS)}")
+        if kind.startswith(
+            "dcae"
+        ):  # the one layout in which a tensor of the file may be three of ours
+            source.tensors = canonical(source.tensors)
+        plan, _ = _plan(source, str if kind.startswith("dcae") else renaming(source.names()))
+        metadata = source.metadata | {
+            "format": "pt",
+            "kind": re.sub("-(diffusers|transformers|own)$", "", kind),
+        }
+        if stage:
+            metadata["stage"] = str(stage)
+        if POSITIONS in source.tensors:
+            metadata["pos_embedding_rows"] = str(source.shape(POSITIONS)[1])
+        if config := config_beside(source):
+            metadata["official_config"] = json.dumps(config)
+        save_safetensors(dst, {key: source.read(name) for key, name in plan.items()}, metadata)
+
+
+def position_table(rows: int, width: int) -> Tensor:
+    """The action expert's fixed sine and cosine table (1, rows, width), float32, computed in float64 as officially."""
+    angle = torch.arange(rows, dtype=torch.float64)[:, None] * 10000.0 ** (
+        -torch.arange(width // 2, dtype=torch.float64) / (width // 2)
+    )
+    return torch.cat([angle.sin(), angle.cos()], 1)[None].float()
+
+
+def export(
+    src: str | Path, dst: str | Path, rows: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Our Motus weights to the official layout: DST/mp_rank_00_model_states.pt, second names sharing storage, plus config.json if known.
+
+    SRC is a converted file, or the weights of a checkpoint of ours, whose config.json beside it gives the fields of MotusConfig.
+    `rows` of the position table are chunk + 2 + registers for fine-tuning and chunk for pre-training; the default is what is known.
+    """
+    with open_source(src) as source:
+        config = config_beside(source)
+        own = config.get("motus") or json.loads(source.metadata.get("config", "{}"))
+        chunk = own.get("frames", 0) * own.get("ratio", 0)
+        rows = (
+            rows
+            or int(source.metadata.get("pos_embedding_rows", 0))
+            or chunk + (2 + own["registers"] if own.get("finetune") else 0)
+        )
+        if not identify(source.names())[0].startswith("motus") or not rows:
+            raise ValueError(
+                f"{source.path}: needs Motus weights and the rows of the position table (found {rows}); pass --rows CHUNK+6 "
+                "for fine-tuned weights, --rows CHUNK for pre-trained ones"
+            )
+        module = {
+            official_name(key): source.read(name).to(dtype)
+            for key, name in _plan(source, own_name)[0].items()
+        }
+        width = module["action_expert.blocks.0.modulation"].shape[-1]
+        module[POSITIONS] = position_table(rows, width).to(dtype)
+        if (
+            embedding := module.get("vlm_model.model.language_model.embed_tokens.weight")
+        ) is not None:
+            module["vlm_model.lm_head.weight"] = embedding
+        for wrapper, part in WRAPPERS:
+            module |= {
+                wrapper + name: tensor for name, tensor in module.items() if name.startswith(part)
+            }
+        _replace(
+            Path(dst) / "mp_rank_00_model_states.pt",
+            lambda temporary: torch.save({"module": module}, temporary),
+        )
+        if official := official_config(own) if own else config:
+            _replace(
+                Path(dst) / "config.json",
+                lambda temporary: temporary.write_text(json.dumps(official, indent=2)),
+            )
+
+
+def official_config(own: Mapping) -> dict:
+    """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for readers of ours, holds what neither the
+    official file nor a shape says of the video expert."""
+    config: dict = (
+        {"wan": {field: own["video"][field] for field in ("eps", "text_len")}}
+        if "video" in own
+        else {}
+    )
+    for field, (dotted,) in MOTUS_FIELDS.items():
+        *sections, key = dotted.split(".")
+        place = config
+        for section in sections:
+            place = place.setdefault(section, {})
+        if field in own:
+            place[key] = own[field]
+    return config

@@ -1,0 +1,100 @@
+"""Hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+# -- the hub and the command line ------------------------------------------------------------------------------------------------
+
+
+# Published folders: repository, revision, files, gigabytes, licence.
+HUB = {
+    "wan": (
+        "Wan-AI/Wan2.2-TI2V-5B",
+        "921dbaf3f1674a56f47e83fb80a34bac8a8f203e",
+        ["*.safetensors", "*.json", "*.pth", "google/umt5-xxl/*"],
+        34.2,
+        "Apache-2.0",
+    ),
+    "qwen3vl": (
+        "Qwen/Qwen3-VL-2B-Instruct",
+        "89644892e4d85e24eaac8bacfd4f463576704203",
+        ["*"],
+        4.3,
+        "Apache-2.0",
+    ),
+    "motus-stage1": ("motus-robotics/Motus_Wan2_2_5B_pretrain", "main", ["*"], 10, "Apache-2.0"),
+    "motus-stage2": ("motus-robotics/Motus", "main", ["*"], 16, "Apache-2.0"),
+    "motus-stage3": ("motus-robotics/Motus_robotwin2", "main", ["*"], 16, "Apache-2.0"),
+    "dcae": ("mit-han-lab/dc-ae-f128c512-in-1.0", "main", ["*"], 4.5, "Apache-2.0"),
+    "dpflow": ("hmorimitsu/ptlflow", "weights1", [], 0.04, "academic and research use only"),
+}  # a release on GitHub, not on the hub
+COMPLETE = ".complete"  # lies in a folder whose download has ended
+
+
+def fetched(path: str | Path) -> Path:
+    """A path as it is. A key of HUB, or the repository in its row, where no such path exists: the folder weights/KEY, downloaded once."""
+    name = next((name for name, row in HUB.items() if str(path) in (name, row[0])), None)
+    if name is None or Path(path).exists():
+        return Path(path)
+    folder = Path("weights") / name
+    if not (folder / COMPLETE).is_file():
+        download(name, folder)
+    return folder
+
+
+def download(name: str, folder: str | Path) -> None:
+    """Fetch a published folder; a broken download goes on where it stopped. ValueError if the name or huggingface_hub is missing."""
+    if name not in HUB:
+        raise ValueError(f"download: {name!r} is not known, allowed {', '.join(HUB)}")
+    repository, revision, files, gigabytes, licence = HUB[name]
+    print(
+        f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read its card), into {folder}"
+    )
+    if name == "dpflow":
+        fetch("things", folder)
+    else:
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as error:
+            raise ValueError(
+                "download needs the package huggingface_hub: pip install 'motus[hub]'"
+            ) from error
+        snapshot_download(repository, revision=revision, allow_patterns=files, local_dir=folder)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / COMPLETE).write_text(revision)
+
+
+LICENCE_NOTICE = (
+    "DPFlow weights (Morimitsu et al., CVPR 2025, github.com/hmorimitsu/ptlflow): released strictly for academic and research purposes, "
+    "following the licences of the data sets they were trained on. The original code is Apache-2.0. "
+    "For other uses choose another FlowEstimator, such as DISFlow."
+)
+RELEASES = "https://github.com/hmorimitsu/ptlflow/releases/download/weights1/"
+# Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a benchmark: take it for robots.
+CHECKPOINTS = {
+    "chairs": "dpflow-chairs-f94e717a.ckpt",
+    "things": "dpflow-things-2012b5d6.ckpt",
+    "sintel": "dpflow-sintel-b44b072c.ckpt",
+    "kitti": "dpflow-kitti-4e97eac6.ckpt",
+    "spring": "dpflow-spring-69bac7fa.ckpt",
+}
+
+
+def fetch(name: str, folder: str | Path) -> Path:
+    """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints the weights' licence on stderr."""
+    if name not in CHECKPOINTS:
+        raise ValueError(
+            f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}"
+        )
+    print(LICENCE_NOTICE, file=sys.stderr)
+    path = Path(folder) / CHECKPOINTS[name]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
+        )
+    return path

@@ -16,6 +16,7 @@ Shapes: n worlds, H W pixels, S actions of a chunk, A action dimensions, F predi
 """
 
 import argparse
+import inspect
 import itertools
 import json
 import math

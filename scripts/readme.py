@@ -1,11 +1,11 @@
 """Fills in what README.md and docs say about files, sizes and results: run it after any change.
 
-    python -m scripts.readme         rewrites the generated parts of README.md, docs/details.md, docs/results.md
+    python -m scripts.readme     rewrites the generated parts of README.md and two pages of docs/
 
-Generated are the parts between `<!-- NAME -->` and `<!-- /NAME -->` (`BLOCKS`), and the line of every
-link whose text is a symbol of the file it leads to. Numbers come from the code and from committed json
-files, each beside the command that wrote it; what has not been recorded is said to be missing.
-`tests/test_readme.py` fails while any of this is out of date.
+Generated are the parts between `<!-- NAME -->` and `<!-- /NAME -->` (`BLOCKS`), and the line of
+every link whose text is a symbol of the file it leads to. Numbers come from the code and from
+committed json files, each beside the command that wrote it; what has not been recorded is said to
+be missing. `tests/test_readme.py` fails while any of this is out of date.
 """
 
 import ast
@@ -37,7 +37,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-# -- what the files are -----------------------------------------------------------------------------
+# -- what the files are ---------------------------------------------------------------------------
 
 
 def description(path: Path) -> str:
@@ -139,7 +139,7 @@ def published() -> str:
     return table(("name", "repository", "GB", "licence"), rows, right=(2,))
 
 
-# -- results ----------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------
 
 
 def command(program: str, options: dict) -> str:
@@ -232,8 +232,11 @@ def downstream_result(stored: dict) -> str:
         line.append(f"{'' if reached else 'more than '}{ratio:.1f} [{low:.1f}, {high:.1f}]")
     rows.append(line)
     head = (f"success %, {mode}, mean and seeds", *(f"{count} demonstrations" for count in counts))
-    note = "demonstrations that the arm without stage 2 needs for the success above it"
-    return f"{stored['about']}\n\n{table(head, rows)}\n\nThe last line: {note}, of no more than {counts[-1]}."
+    note = (
+        "The last line: demonstrations that the arm without stage 2 needs for the success above "
+        f"it, of no more than {counts[-1]}."
+    )
+    return f"{stored['about']}\n\n{table(head, rows)}\n\n{note}"
 
 
 # Where results lie, their title, how they are shown, and the command that writes such a file.
@@ -287,7 +290,7 @@ BLOCKS = {
     for block in (films, demo, lesson, modes, stages, sizes, published, rooms, results)
 }
 
-# -- links to lines ---------------------------------------------------------------------------------
+# -- links to lines -------------------------------------------------------------------------------
 
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*)([\w/]+\.py)#L(\d+)\)")
 
@@ -302,7 +305,7 @@ def defined_names(node: ast.AST) -> list[str]:
 
 
 def line_of(path: Path, symbol: str) -> int:
-    """The line where `name` or `Class.name` is defined in a file: a class, function or assignment."""
+    """The line where `name` or `Class.name` is defined: a class, function or assignment."""
     node: ast.AST = ast.parse(path.read_text())
     for name in symbol.split("."):
         inside = [n for n in ast.iter_child_nodes(node) if name in defined_names(n)]

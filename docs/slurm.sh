@@ -28,7 +28,7 @@ if compgen -G "$RUN/step_*" > /dev/null; then resume=(--resume); fi
 # One launcher per node; it starts eight ranks and ends them all if one fails.
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 0 --shutdown-timeout 900 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:29500" \
-    -- train.py --full --stage 2 --run "$RUN" --init "$INIT" --latent "$LATENT" --cache "$CACHE" "${resume[@]}" \
+    train.py --full --stage 2 --out "$RUN" --init "$INIT" --latent "$LATENT" --cache "$CACHE" "${resume[@]}" \
     --set steps="$STEPS" shards=8 micro=8 workers=4 minutes=1410 timeout=1800 peak=989
 
 newest=$(ls -d "$RUN"/step_* | tail -n 1)

@@ -10,17 +10,17 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p data runs/metaworld
 
 record() { # folder, tasks, episodes of each, seed, rows after success
-  [ -d "data/$1" ] || $P evaluate.py record --sim metaworld --tasks "$2" --episodes "$3" --seed "$4" --after "$5" --noise 0.2 --recovery 0.5 \
+  [ -d "data/$1" ] || $P -m scripts.record --sim metaworld --tasks "$2" --episodes "$3" --seed "$4" --after "$5" --noise 0.2 --recovery 0.5 \
     --workers 1 --set cameras=corner4 --out "data/$1"
 }
 windows() { # stage, data, most, cache
   [ -f "runs/metaworld/$4.safetensors" ] || $P data.py cache --data "data/$2" --stage "$1" --preset sim --windows "$3" --out "runs/metaworld/$4.safetensors"
 }
 stage() { # stage, cache, run, more
-  compgen -G "runs/metaworld/$3/step_*" > /dev/null || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --run "runs/metaworld/$3" "${@:4}"
+  compgen -G "runs/metaworld/$3/step_*" > /dev/null || $P train.py --stage "$1" --preset sim --cache "runs/metaworld/$2.safetensors" --out "runs/metaworld/$3" "${@:4}"
 }
 try() { # run, dataset whose tasks it is tried in, folder of the result, Euler steps, more
-  [ -f "docs/metaworld/$3/evaluation.json" ] || $P evaluate.py --sim "${SIM:-metaworld}" --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 \
+  [ -f "docs/metaworld/$3/evaluation.json" ] || $P -m scripts.evaluate --sim "${SIM:-metaworld}" --like "data/$2" --ckpt "runs/metaworld/$1" --seed 0 1 2 \
     --execute 8 --workers 1 --out "docs/metaworld/$3" --steps "$4" "${@:5}"
 }
 
@@ -42,12 +42,12 @@ echo '{"sources": [{"path": "others", "level": 3, "latents": "others_latent"}]}'
 windows 1 others.json 5000 video
 stage 1 video stage1
 L="--data data/others --side 96"
-[ -f runs/metaworld/dcae.safetensors ] || $P latent_action.py pretrain --preset sim --labelled --init weights/toy/dcae.safetensors $L --steps 600 \
+[ -f runs/metaworld/dcae.safetensors ] || $P -m scripts.latents pretrain --preset sim --labelled --init weights/toy/dcae.safetensors $L --steps 600 \
   --out runs/metaworld/dcae.safetensors
-$P latent_action.py tokens --preset sim --labelled 0.1 --dcae runs/metaworld/dcae.safetensors $L --out runs/metaworld/tokens
+$P -m scripts.latents tokens --preset sim --labelled 0.1 --dcae runs/metaworld/dcae.safetensors $L --out runs/metaworld/tokens
 [ -f runs/metaworld/latent/latent_action.safetensors ] || $P train.py --stage latent --preset sim --init runs/metaworld/dcae.safetensors --cache runs/metaworld/tokens \
-  --run runs/metaworld/latent
-$P latent_action.py encode --weights runs/metaworld/latent/latent_action.safetensors $L --out data/others_latent
+  --out runs/metaworld/latent
+$P -m scripts.latents encode --weights runs/metaworld/latent/latent_action.safetensors $L --out data/others_latent
 windows 2 others.json 5000 latents
 stage 2 latents stage2 --init runs/metaworld/stage1
 arm() { # run, cache, more
@@ -61,7 +61,7 @@ arm hundred hundred
 
 # Two robots in one model: the Sawyer arm of MetaWorld, and the two arms of ALOHA. The second is alone first; `main` is the first alone.
 arms() { # folder, episodes, seed
-  [ -d "data/$1" ] || $P evaluate.py record --sim aloha --tasks transfer-cube --episodes "$2" --seed "$3" --noise 0.03 --after 10 --workers 1 \
+  [ -d "data/$1" ] || $P -m scripts.record --sim aloha --tasks transfer-cube --episodes "$2" --seed "$3" --noise 0.03 --after 10 --workers 1 \
     --set hold=2.5 --out "data/$1"
 }
 card() { # file, weight of the Sawyer, weight of the arms; 0 leaves a robot out
@@ -87,8 +87,8 @@ SIM=aloha try two aloha two_aloha 1 --robot aloha --modes joint --episodes 50
 try two eight two_sawyer 1 --robot sawyer --modes joint --episodes 25
 
 # The same with a VLM that was taught both robots, and longer; together, three windows of the arms come with one of the Sawyer.
-[ -f runs/metaworld/taught/card.json ] || $P train.py --stage backbones --preset sim --data data/two.json --keep vae --steps 2400 \
-  --run runs/metaworld/taught
+[ -f runs/metaworld/taught/card.json ] || $P -m scripts.pretrain --preset sim --data data/two.json --keep vae --steps 2400 \
+  --out runs/metaworld/taught
 export MOTUS_BACKBONES=runs/metaworld/taught
 windows 3 sawyer.json 20000 taught_sawyer
 windows 3 arms.json 20000 taught_arms

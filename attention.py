@@ -1,22 +1,29 @@
-"""Joint attention: the one place where the three experts of Motus meet (paper Sec. 3.1, "Tri-model Joint Attention").
+"""Joint attention: the one place where the three experts of Motus meet (paper Sec. 3.1, "Tri-model
+Joint Attention").
 
-Each expert normalises, projects and feeds forward alone; in every layer their queries, keys and values are lined up in one sequence
+Each expert normalises, projects and feeds forward alone; in every layer their queries, keys and
+values are lined up in one sequence
 
     [ video  Lv = T*h*w | action  La = state, actions, registers | understanding  Lu ]
 
-and one bidirectional softmax attention of N heads of size K runs over it, scale 1/sqrt(K). Only video tokens are rotated (3-D RoPE);
-action and understanding tokens carry no rotary position. The result is split again and goes back to the three experts.
+and one bidirectional softmax attention of N heads of size K runs over it, scale 1/sqrt(K). Only
+video tokens are rotated (3-D RoPE); action and understanding tokens carry no rotary position. The
+result is split again and goes back to the three experts.
 
-This file also holds the leaves that every network of the repository shares: norms, rotary positions, attention, MLPs. What is written out
-here is what the reader reads and what the tests believe; on a CUDA device `attention`, `joint_attention`, `norm_rotate`, `norm_modulate`
-and `add_gated` hand over to the Triton kernels of the same names in `kernels.py` (`choose` says which runs and why).
+This file also holds the leaves that every network of the repository shares: norms, rotary
+positions, attention, MLPs. What is written out here is what the reader reads and what the tests
+believe; on a CUDA device `attention`, `joint_attention`, `norm_rotate`, `norm_modulate` and
+`add_gated` hand over to the Triton kernels of the same names in `kernels.py` (`choose` says which
+runs and why).
 
 Departures from the official code
-- Padded keys (right-padded instructions, actions past the end of an episode) get a bias of -inf; the official code attends to them.
-  At batch size 1 nothing is padded and nothing changes.
-- Zero-padded text rows are identical keys; they are collapsed into one key with bias log(count), which is exact (`text_bias`).
+- Padded keys (right-padded instructions, actions past the end of an episode) get a bias of -inf;
+  the official code attends to them. At batch size 1 nothing is padded and nothing changes.
+- Zero-padded text rows are identical keys; they are collapsed into one key with bias log(count),
+  which is exact (`text_bias`).
 
-Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N heads, K head size, M = N*K.
+Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N heads, K head size, M
+= N*K.
 """
 
 import importlib.util
@@ -27,7 +34,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-# -- which implementation ---------------------------------------------------------------------------------------------------
+# -- which implementation -------------------------------------------------------------------------
 
 IMPLEMENTATIONS = ("plain", "sdpa", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -41,7 +48,8 @@ def capability(device: torch.device) -> int:
 
 
 def choose(device: torch.device | str) -> tuple[str, str]:
-    """What runs on `device`, one of IMPLEMENTATIONS, and why. The environment variable MOTUS_ATTENTION overrules."""
+    """What runs on `device`, one of IMPLEMENTATIONS, and why. The environment variable
+    MOTUS_ATTENTION overrules."""
     asked, device = os.environ.get("MOTUS_ATTENTION"), torch.device(device)
     if asked is not None:
         if asked not in IMPLEMENTATIONS:
@@ -61,7 +69,8 @@ def choose(device: torch.device | str) -> tuple[str, str]:
     )
 
 
-# What the kernels are compiled and checked for ahead of time (docs/kernels.md); all else goes to torch.
+# What the kernels are compiled and checked for ahead of time (docs/kernels.md); all else goes to
+# torch.
 HEAD_SIZES, WIDEST, DTYPES = (32, 64, 128), 4096, (torch.bfloat16, torch.float32)
 
 
@@ -75,11 +84,12 @@ def fused_heads(x: Tensor) -> bool:
     return choose(x.device)[0] == "triton" and x.shape[3] in HEAD_SIZES and x.dtype in DTYPES
 
 
-# -- norms ------------------------------------------------------------------------------------------------------------------
+# -- norms ----------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last axis in fp32, cast back to x's dtype, then times the weight: the order matters in bf16."""
+    """x / rms(x) over the last axis in fp32, cast back to x's dtype, then times the weight: the
+    order matters in bf16."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -95,7 +105,8 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in fp32 and cast back to the dtype of its input, whatever the dtype of its weights."""
+    """Layer norm computed in fp32 and cast back to the dtype of its input, whatever the dtype of
+    its weights."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         weight = self.weight.float() if self.weight is not None else None
@@ -103,14 +114,14 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
-# -- modulation by the timestep ---------------------------------------------------------------------------------------------
+# -- modulation by the timestep -------------------------------------------------------------------
 
 
 def norm_modulate(
     x: Tensor, norm: LayerNorm, shift: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """adaLN: shift + (1 + scale) * LN(x), in fp32, cast to `dtype`, that of the map which reads it. x (B, L, D); shift, scale (B, 1 or
-    L, D); the norm has no weights of its own."""
+    """adaLN: shift + (1 + scale) * LN(x), in fp32, cast to `dtype`, that of the map which reads it.
+    x (B, L, D); shift, scale (B, 1 or L, D); the norm has no weights of its own."""
     assert norm.weight is None, "modulation takes the place of the weights of a norm"
     if fused(x):
         import kernels
@@ -120,7 +131,8 @@ def norm_modulate(
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """The residual stream x plus what a sub-layer made of it, gated. x, y (B, L, D); gate (B, 1 or L, D). Returns fp32."""
+    """The residual stream x plus what a sub-layer made of it, gated. x, y (B, L, D); gate (B, 1 or
+    L, D). Returns fp32."""
     if fused(x):
         import kernels
 
@@ -128,18 +140,20 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), y.float(), gate)
 
 
-# -- linear maps ------------------------------------------------------------------------------------------------------------
+# -- linear maps ----------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
-    """A linear map that runs in the dtype of its weights: an fp32 residual stream meets bf16 weights without autocast."""
+    """A linear map that runs in the dtype of its weights: an fp32 residual stream meets bf16
+    weights without autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 class LinearFP32(nn.Linear):
-    """A linear map that runs in fp32 even where its weights are bf16 and autocast is on: time paths and the video head."""
+    """A linear map that runs in fp32 even where its weights are bf16 and autocast is on: time paths
+    and the video head."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -149,7 +163,8 @@ class LinearFP32(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A linear map with its weight stored in int8 and a scale per row, for memory: it multiplies in the dtype the weight had before."""
+    """A linear map with its weight stored in int8 and a scale per row, for memory: it multiplies in
+    the dtype the weight had before."""
 
     def __init__(self, linear: Linear):
         super().__init__()
@@ -167,7 +182,8 @@ class Int8Linear(nn.Module):
 
 
 def quantise(module: nn.Module) -> None:
-    """Replaces every `Linear` inside by an `Int8Linear`, one after the other, so that the memory needed only falls."""
+    """Replaces every `Linear` inside by an `Int8Linear`, one after the other, so that the memory
+    needed only falls."""
     for name, child in module.named_children():
         setattr(module, name, Int8Linear(child)) if type(child) is Linear else quantise(child)
 
@@ -175,18 +191,20 @@ def quantise(module: nn.Module) -> None:
 def mlp(
     *widths: int, act: type[nn.Module] = nn.SiLU, linear: type[nn.Linear] = Linear, **act_options
 ) -> nn.Sequential:
-    """Linear, act, Linear, ..., Linear through `widths`; the linear maps sit at the even indices of the Sequential."""
+    """Linear, act, Linear, ..., Linear through `widths`; the linear maps sit at the even indices of
+    the Sequential."""
     layers: list[nn.Module] = []
     for n_in, n_out in zip(widths, widths[1:]):
         layers += [linear(n_in, n_out), act(**act_options)]
     return nn.Sequential(*layers[:-1])
 
 
-# -- rotary positions -------------------------------------------------------------------------------------------------------
+# -- rotary positions -----------------------------------------------------------------------------
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[2i], x[2i+1]). x (B, L, N, K); cos, sin (L, K/2), fp32. Returns fp32, as Wan does."""
+    """Rotates the pairs (x[2i], x[2i+1]). x (B, L, N, K); cos, sin (L, K/2), fp32. Returns fp32, as
+    Wan does."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, K/2, 2)
     cos, sin = (
         cos[:, None, :, None],
@@ -203,8 +221,9 @@ def norm_rotate(
     size: int,
     rope: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The way of projected queries and keys (B, L, N*size) to the joint attention: each normed over the full width, split into heads
-    and, where rope gives cos and sin (L, size/2), rotated. Returns two (B, L, N, size)."""
+    """The way of projected queries and keys (B, L, N*size) to the joint attention: each normed over
+    the full width, split into heads and, where rope gives cos and sin (L, size/2), rotated. Returns
+    two (B, L, N, size)."""
     if fused(q):
         import kernels
 
@@ -216,20 +235,22 @@ def norm_rotate(
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + K/2]), in the dtype of x. x (..., L, N, K); cos, sin (..., L, K/2)."""
+    """Rotates the pairs (x[i], x[i + K/2]), in the dtype of x. x (..., L, N, K); cos, sin (..., L,
+    K/2)."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-# -- attention --------------------------------------------------------------------------------------------------------------
+# -- attention ------------------------------------------------------------------------------------
 
 
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Softmax attention written out: the lesson, and the oracle of the fast ones. q (B, Lq, N, K); k, v (B, Lk, N, K);
-    bias broadcasts to (B, N, Lq, Lk). Logits and softmax in fp32. Returns (B, Lq, N, K) in v's dtype."""
+    """Softmax attention written out: the lesson, and the oracle of the fast ones. q (B, Lq, N, K);
+    k, v (B, Lk, N, K); bias broadcasts to (B, N, Lq, Lk). Logits and softmax in fp32. Returns (B,
+    Lq, N, K) in v's dtype."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = torch.einsum("bqnk,bsnk->bnqs", q.to(v.dtype).float(), k.to(v.dtype).float()) * scale
     logits = logits if bias is None else logits + bias
@@ -251,8 +272,9 @@ def sdpa_attention(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """The attention that `choose` names. The kernels take heads of HEAD_SIZES and one bias per key; the rest of a Triton run (the one
-    wide head of the video VAE, the toy's narrow ones, biases of pairs in the frozen encoders) goes to SDPA."""
+    """The attention that `choose` names. The kernels take heads of HEAD_SIZES and one bias per key;
+    the rest of a Triton run (the one wide head of the video VAE, the toy's narrow ones, biases of
+    pairs in the frozen encoders) goes to SDPA."""
     if fused_heads(v) and (bias is None or bias.shape[1:3] == (1, 1)):
         import kernels
 
@@ -263,13 +285,15 @@ def attention(
 
 
 def key_bias(mask: Tensor) -> Tensor:
-    """Additive bias of padded keys. mask (B, L) bool, True where the key is real -> (B, L) fp32, 0 or -inf."""
+    """Additive bias of padded keys. mask (B, L) bool, True where the key is real -> (B, L) fp32, 0
+    or -inf."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
-    """Bias (B, rows) of text keys, where rows `lengths`..`text_len`-1 of the official zero-padded text are all the same key:
-    the first of them stands for all text_len - length with bias log(count), the others get -inf. Exact, and far fewer keys."""
+    """Bias (B, rows) of text keys, where rows `lengths`..`text_len`-1 of the official zero-padded
+    text are all the same key: the first of them stands for all text_len - length with bias
+    log(count), the others get -inf. Exact, and far fewer keys."""
     index = torch.arange(rows, device=lengths.device)
     count = (text_len - lengths).clamp(min=0)[:, None].float()  # (B, 1) identical padded keys
     collapsed = torch.where(
@@ -281,8 +305,9 @@ def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
 def joint_attention(
     qkv: list[tuple[Tensor, Tensor, Tensor]], biases: list[Tensor | None]
 ) -> list[Tensor]:
-    """One attention over the experts' segments. qkv: (q, k, v), each (B, L_i, N, K), per expert in the order video, action,
-    understanding; biases: (B, L_i) fp32 or None per expert, what is added to the logits of a key. Returns (B, L_i, N*K) per expert."""
+    """One attention over the experts' segments. qkv: (q, k, v), each (B, L_i, N, K), per expert in
+    the order video, action, understanding; biases: (B, L_i) fp32 or None per expert, what is added
+    to the logits of a key. Returns (B, L_i, N*K) per expert."""
     if fused_heads(qkv[0][2]):
         import kernels
 

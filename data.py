@@ -1,4 +1,5 @@
-"""Episodes to batches: the data pyramid, windows at two rates, normalisation, masks (paper Sec. 3.3 and 4.1).
+"""Episodes to batches: the data pyramid, windows at two rates, normalisation, masks (paper Sec. 3.3
+and 4.1).
 
     pyramid level   1 web              what the pre-trained backbones have already seen
                     2 human            video of hands, no actions
@@ -14,12 +15,15 @@ A window starts at any row s of an episode and is action-dense, video-sparse:
     actions      a_s, a_{s+1}, ..., a_{s+S-1}                   S = F*ratio: ratio = r for real actions
                  z_s, z_{s+r}, ..., z_{s+(F-1)r}                ratio = 1 for latent actions; z_i spans steps i to i + r
 
-What lies past the end of an episode repeats the last frame or action and is masked: it enters no mean and is no key.
+What lies past the end of an episode repeats the last frame or action and is masked: it enters no
+mean and is no key.
 
-Order is a function of (seed, step) alone, so a resumed run draws the same batches, for any number of workers and ranks.
+Order is a function of (seed, step) alone, so a resumed run draws the same batches, for any number
+of workers and ranks.
 
-Episodes come from the toy world or from a dataset card (docs/data.md), which lists LeRobot datasets and official Motus folders with level,
-robot and weight. Robots of different width live in one batch: numbers are padded with zeros and masked.
+Episodes come from the toy world or from a dataset card (docs/data.md), which lists LeRobot datasets
+and official Motus folders with level, robot and weight. Robots of different width live in one
+batch: numbers are padded with zeros and masked.
 
     python data.py inspect DATA [--card FILE]                 what it is, what of it is used, a picture, every fault; writes a card
     python data.py check DATA                                 every fault, by name
@@ -61,7 +65,7 @@ from weights.card import Card
 from weights.files import digest, open_source, read_metadata, save_safetensors
 from worlds import motions, tabletop
 
-# -- the toy pyramid --------------------------------------------------------------------------------------------------------
+# -- the toy pyramid ------------------------------------------------------------------------------
 
 RATE = 3  # action steps per video frame in the toy world
 TARGET = "gripper"  # the toy's target robot
@@ -91,7 +95,7 @@ def statistics(episodes: Sequence[tabletop.Episode], rate: int = RATE) -> Statis
     )
 
 
-# -- windows ----------------------------------------------------------------------------------------------------------------
+# -- windows --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -123,8 +127,9 @@ def collect(
     latents: Sequence[np.ndarray] | None = None,
     rate: int = RATE,
 ) -> Batch:
-    """Cuts windows out of episodes. With `latents` (per episode, rows (T', 14)) the actions are latent ones; with `stats` they are the
-    robot's own, normalised, with its state; with neither there are none."""
+    """Cuts windows out of episodes. With `latents` (per episode, rows (T', 14)) the actions are
+    latent ones; with `stats` they are the robot's own, normalised, with its state; with neither
+    there are none."""
     video, real, states, actions, masks = [], [], [], [], []
     for i, start in windows:
         episode, last = episodes[i], len(episodes[i].frames) - 1
@@ -164,7 +169,8 @@ def batch_of(
     config: MotusConfig | None = None,
     windows: Iterable[tuple] | None = None,
 ) -> Batch:
-    """The batch of these rows (B, 3), normalised by `robots`, as wide as `config`; `windows` are those of the rows, if there."""
+    """The batch of these rows (B, 3), normalised by `robots`, as wide as `config`; `windows` are
+    those of the rows, if there."""
     windows = list(windows or (pyramid.window(row, actions) for row in rows.tolist()))
     number, pictures, video_mask, chunks, masks, states, texts = zip(*windows)
     sources, known = (
@@ -194,7 +200,7 @@ def batch_of(
     return batch
 
 
-# -- encoded windows --------------------------------------------------------------------------------------------------------
+# -- encoded windows ------------------------------------------------------------------------------
 
 
 POOL = "encoded windows"  # what a cache file says it is
@@ -231,8 +237,9 @@ def backbones_of(
     motus: str | Path | None = None,
     parts: Sequence[str] = ("vae", "text", "vlm"),
 ) -> Backbones:
-    """The frozen backbones that belong to a preset; with prepared states `text` instead of the text encoder, and the VLM of the official
-    Motus file `motus`, if given. MOTUS_BACKBONES names another folder."""
+    """The frozen backbones that belong to a preset; with prepared states `text` instead of the text
+    encoder, and the VLM of the official Motus file `motus`, if given. MOTUS_BACKBONES names another
+    folder."""
     folder = os.environ.get("MOTUS_BACKBONES") or PRESETS[name].backbones
     if folder is None:
         raise ValueError(
@@ -244,7 +251,8 @@ def backbones_of(
 
 
 class Pool:
-    """Windows that went through the frozen backbones once; batches are drawn from them by (seed, step)."""
+    """Windows that went through the frozen backbones once; batches are drawn from them by (seed,
+    step)."""
 
     statistics: Statistics | tuple[Statistics, ...] | None = None  # of the robot or robots
     about: dict | None = None
@@ -273,7 +281,8 @@ class Pool:
         size: int = 64,
         progress: bool = True,
     ) -> "Pool":
-        """Encodes `count` windows, drawn without replacement (all of them if there are fewer). Progress on stderr."""
+        """Encodes `count` windows, drawn without replacement (all of them if there are fewer).
+        Progress on stderr."""
         windows = windows_of(episodes, config)
         order = np.random.default_rng(seed).permutation(len(windows))[:count]
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
@@ -306,8 +315,9 @@ class Pool:
         stats: Statistics | Sequence[Statistics] | None = None,
         **about,
     ) -> None:
-        """Writes what the backbones computed with the digests of those that did (`Backbones.fingerprint`; more may be added, such as that
-        of a latent-action encoder). `about` says where the windows come from."""
+        """Writes what the backbones computed with the digests of those that did
+        (`Backbones.fingerprint`; more may be added, such as that of a latent-action encoder).
+        `about` says where the windows come from."""
         tensors = {
             k: v
             for k, v in (vars(self.inputs) | {"level": self.level, "source": self.source}).items()
@@ -328,8 +338,9 @@ class Pool:
     def load(
         cls, path: str | Path, backbones: Backbones | dict[str, str], config: MotusConfig
     ) -> "Pool":
-        """A pool that `save` wrote, mapped from disk; `pool.statistics` and `pool.about` as they were given. ValueError if a backbone has
-        changed since (compared by `Backbones.fingerprint`, or a dictionary like it) or the windows are cut for another model."""
+        """A pool that `save` wrote, mapped from disk; `pool.statistics` and `pool.about` as they
+        were given. ValueError if a backbone has changed since (compared by `Backbones.fingerprint`,
+        or a dictionary like it) or the windows are cut for another model."""
         with open_source(path) as source:
             tensors, known = (
                 {name: source.read(name) for name in source.names()},
@@ -381,7 +392,8 @@ class Pool:
         return pool
 
     def rows(self, size: int, seed: int, step: int) -> Tensor:
-        """The rows of batch `step`: sources by weight, windows uniform within a source. A function of its arguments alone."""
+        """The rows of batch `step`: sources by weight, windows uniform within a source. A function
+        of its arguments alone."""
         rng = np.random.default_rng([seed, step])
         group = self.level if self.source is None else self.source
         groups = [torch.nonzero(group == name)[:, 0] for name in group.unique()]
@@ -419,8 +431,9 @@ class Pool:
 
 
 class Stream:
-    """Windows of a pyramid that go through the frozen backbones when they are needed. Threads decode `ahead` batches beyond the one that is
-    asked for, and no more, so memory is bounded; `waited` says for how many seconds the last batch was not ready."""
+    """Windows of a pyramid that go through the frozen backbones when they are needed. Threads
+    decode `ahead` batches beyond the one that is asked for, and no more, so memory is bounded;
+    `waited` says for how many seconds the last batch was not ready."""
 
     def __init__(
         self,
@@ -463,8 +476,9 @@ class Stream:
         ]
 
     def decoded(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The part of batch `step` that belongs to `rank`, before the backbones; the next ones are begun. Steps may go by more than one, as
-        in one of several loader processes, each of which has threads of its own."""
+        """The part of batch `step` that belongs to `rank`, before the backbones; the next ones are
+        begun. Steps may go by more than one, as in one of several loader processes, each of which
+        has threads of its own."""
         if self.owner != os.getpid():
             self.owner, self.pending, self.decoders = (
                 os.getpid(),
@@ -502,7 +516,8 @@ class Stream:
 def held_out(
     path: str | Path, card: Card, robot: Statistics | None, count: int, seed: int
 ) -> Batch:
-    """Windows of held-out episodes as a checkpoint sees them: its rates, its picture, its normalisation; in stage 3 of one robot."""
+    """Windows of held-out episodes as a checkpoint sees them: its rates, its picture, its
+    normalisation; in stage 3 of one robot."""
     acts, levels = card.stage == "3", {"1": (2, 3, 5), "2": (2, 3, 4, 5)}.get(card.stage, (6,))
     pyramid = Pyramid(path, levels, card.preset, robot.embodiment if acts else "")
     config = MotusConfig.of(card.motus)
@@ -530,8 +545,8 @@ def pool_of(
     windows: int,
     seed: int,
 ) -> Pool | Stream:
-    """The windows of a pyramid's `levels` for a network like `config`: `windows` of them encoded now, or, with 0, each batch when it is
-    needed."""
+    """The windows of a pyramid's `levels` for a network like `config`: `windows` of them encoded
+    now, or, with 0, each batch when it is needed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stream = Stream(pyramid, backbones_of(name, config).to(device), config, actions, robots)
     if not windows:
@@ -579,7 +594,7 @@ def sources_of(pyramid: Pyramid) -> list[list]:
     return [[Path(o.source.path).name, o.source.level, o.source.embodiment] for o in pyramid.opened]
 
 
-# -- the commands -----------------------------------------------------------------------------------------------------------
+# -- the commands ---------------------------------------------------------------------------------
 
 TOY_FPS = 15  # at which the toy world is written: RATE steps per frame are the paper's 5 Hz
 
@@ -593,9 +608,9 @@ def record(
     lossless: bool = False,
     robots: Sequence[str] = (TARGET,),
 ) -> Path:
-    """Writes the toy pyramid as LeRobot v3.0 datasets, one per level and robot, `held_out` episodes of other layouts at the end of each;
-    returns its card. In level 6 there are as many of each of `robots`. Of an episode's T + 1 frames the last, after which nothing is done,
-    is left out."""
+    """Writes the toy pyramid as LeRobot v3.0 datasets, one per level and robot, `held_out` episodes
+    of other layouts at the end of each; returns its card. In level 6 there are as many of each of
+    `robots`. Of an episode's T + 1 frames the last, after which nothing is done, is left out."""
     if (
         unfit := [
             robot
@@ -721,7 +736,8 @@ def inspect(
     out: str | Path | None = None,
     card: str | Path | None = None,
 ) -> list[str]:
-    """Prints what a dataset or card is and what of it is used, plots some windows, names every fault; `card` writes all choices down."""
+    """Prints what a dataset or card is and what of it is used, plots some windows, names every
+    fault; `card` writes all choices down."""
     pyramid = Pyramid(path, name=name)
     print(pyramid.describe())
     if card:
@@ -759,8 +775,9 @@ def cache(
     seed: int = 0,
     latent: str | Path | None = None,
 ) -> Pool:
-    """Encodes windows of the toy pyramid and writes them to `out`. Level 6 alone has the robot's actions and state (stage 3), `latent`
-    gives latent actions (stage 2), otherwise there are none, and no understanding (stage 1)."""
+    """Encodes windows of the toy pyramid and writes them to `out`. Level 6 alone has the robot's
+    actions and state (stage 3), `latent` gives latent actions (stage 2), otherwise there are none,
+    and no understanding (stage 1)."""
     real, recorded = tuple(levels) == (6,) and latent is None, toy_episodes(levels, episodes, seed)
     config = preset(name) if real else preset(name, "2")
     backbones, stats, rows = (
@@ -797,7 +814,8 @@ def cache_data(
     name: str = "toy",
     seed: int = 0,
 ) -> Pool:
-    """The same for a dataset card; `actions`: none, latent or real, as the stage that is to read it learns them."""
+    """The same for a dataset card; `actions`: none, latent or real, as the stage that is to read it
+    learns them."""
     config = preset(name) if actions == "real" else preset(name, "2")
     pyramid = Pyramid(path, levels, name)
     print(pyramid.describe(), file=sys.stderr)
@@ -813,7 +831,8 @@ def about_cache(path: str | Path) -> dict:
 
 
 def read_tokens(folders: list[Path], model: LatentActionModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (N, D) in half precision, labels (N, A), 0 where unknown, and mask (N, A) of what `write_tokens` wrote to several folders."""
+    """Tokens (N, D) in half precision, labels (N, A), 0 where unknown, and mask (N, A) of what
+    `write_tokens` wrote to several folders."""
     wanted, rows = {"dcae": model.dcae_fingerprint(), "interval": model.config.interval}, []
     for folder in folders:
         if not (files := sorted((folder / "tokens").glob("*.safetensors"))):

@@ -6,8 +6,9 @@ Video and action each have their own time t in [0, 1]: 1 is pure noise, 0 is dat
     velocity = noise - data                   what the network predicts from x_t and both times
     loss = |v_video - (noise - data)|^2 + |v_action - (noise - data)|^2
 
-Because the two times are drawn independently in training, one network answers five questions, which differ only in what happens to
-the two times while sampling. They are a table (`MODES`), and one Euler loop (`sample`) reads a row of it:
+Because the two times are drawn independently in training, one network answers five questions, which
+differ only in what happens to the two times while sampling. They are a table (`MODES`), and one
+Euler loop (`sample`) reads a row of it:
 
     mode          video           action          question
     joint         denoise         denoise         what will happen, and what shall I do
@@ -16,14 +17,17 @@ the two times while sampling. They are a table (`MODES`), and one Euler loop (`s
     idm           given, t = 0    denoise         what was done between these frames
     vgm           denoise         noise, t = 1    what will happen
 
-Conventions that bite: the first latent frame is the observation; it is kept clean, labelled with the same t as the others, carries no
-loss but counts in the mean (official), and is put back after every Euler step. Training draws t from a table shifted by 5, sampling takes
-uniform steps (shift 1): both official.
+Conventions that bite: the first latent frame is the observation; it is kept clean, labelled with
+the same t as the others, carries no loss but counts in the mean (official), and is put back after
+every Euler step. Training draws t from a table shifted by 5, sampling takes uniform steps (shift
+1): both official.
 
-Departures from the paper: the paper states logit-normal times; the released code draws uniformly from the shift-5 table, which is the
-default here (`official`), with `logit_normal` beside it. Departure from the official code: times and sigmas stay in fp32 (there: bf16).
+Departures from the paper: the paper states logit-normal times; the released code draws uniformly
+from the shift-5 table, which is the default here (`official`), with `logit_normal` beside it.
+Departure from the official code: times and sigmas stay in fp32 (there: bf16).
 
-Shapes: B batch, C latent channels, T latent frames, h w latent grid, S actions of a chunk, A action dimensions.
+Shapes: B batch, C latent channels, T latent frames, h w latent grid, S actions of a chunk, A action
+dimensions.
 """
 
 from collections.abc import Callable
@@ -32,13 +36,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# -- the five modes ---------------------------------------------------------------------------------------------------------
+# -- the five modes -------------------------------------------------------------------------------
 
 DENOISE, NOISE, GIVEN = "denoise", "noise", "given"
 
 
 class Mode(NamedTuple):
-    """What happens to each modality while sampling: `denoise` from t = 1 to 0, stay `noise` at t = 1, or be `given` at t = 0."""
+    """What happens to each modality while sampling: `denoise` from t = 1 to 0, stay `noise` at t =
+    1, or be `given` at t = 0."""
 
     video: str
     action: str
@@ -59,13 +64,14 @@ def mode_named(name: str) -> Mode:
     return MODES[name]
 
 
-# -- times ------------------------------------------------------------------------------------------------------------------
+# -- times ----------------------------------------------------------------------------------------
 
 TABLE_SIZE, TRAIN_SHIFT = 1000, 5.0
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Moves times in [0, 1] towards noise: shift * t / (1 + (shift - 1) * t). Shift 1 changes nothing."""
+    """Moves times in [0, 1] towards noise: shift * t / (1 + (shift - 1) * t). Shift 1 changes
+    nothing."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -94,9 +100,10 @@ TIMES = {"official": official_times, "logit_normal": logit_normal_times}
 def give(
     t_video: Tensor, t_action: Tensor, share: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """In `share` of the samples one modality, either with equal chance, is given: its time becomes 0, as in modes `world_model` and `idm`.
-    It then carries no loss (from clean data nobody can tell the noise). Official training has share 0 and meets times below 0.05 once
-    in a hundred draws: enough for a long training, too rare for a short one to learn to read what it is given."""
+    """In `share` of the samples one modality, either with equal chance, is given: its time becomes
+    0, as in modes `world_model` and `idm`. It then carries no loss (from clean data nobody can tell
+    the noise). Official training has share 0 and meets times below 0.05 once in a hundred draws:
+    enough for a long training, too rare for a short one to learn to read what it is given."""
     chance = torch.rand(len(t_video), generator=generator).to(t_video.device)
     return t_video.masked_fill(chance < share / 2, 0.0), t_action.masked_fill(
         (chance >= share / 2) & (chance < share), 0.0
@@ -115,7 +122,7 @@ def times_of(what: str, times: Tensor) -> Tensor:
     return times if what == DENOISE else torch.full_like(times, {NOISE: 1.0, GIVEN: 0.0}[what])
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -135,16 +142,17 @@ def keep_observation(latents: Tensor, observation: Tensor) -> Tensor:
 
 
 def video_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error per sample (B,), mean over (C, T, h, w). Frame 0 is the observation: its error is zero, yet it counts in the
-    mean, as official. mask (B, T): False where a frame lies past the end of the episode; such frames leave the mean."""
+    """Squared error per sample (B,), mean over (C, T, h, w). Frame 0 is the observation: its error
+    is zero, yet it counts in the mean, as official. mask (B, T): False where a frame lies past the
+    end of the episode; such frames leave the mean."""
     error = (velocity - target).square().mean(dim=(1, 3, 4))  # (B, T)
     error = torch.cat([torch.zeros_like(error[:, :1]), error[:, 1:]], dim=1)
     return masked_mean(error, mask)
 
 
 def action_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error per sample (B,), mean over the real entries of (S, A). mask (B, S, A): False for steps past the end of the
-    episode and for dimensions that the embodiment lacks."""
+    """Squared error per sample (B,), mean over the real entries of (S, A). mask (B, S, A): False
+    for steps past the end of the episode and for dimensions that the embodiment lacks."""
     return masked_mean(
         (velocity - target).square().flatten(1), None if mask is None else mask.flatten(1)
     )
@@ -158,7 +166,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
-# -- sampling ---------------------------------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------
 
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
@@ -174,9 +182,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Euler integration of both modalities from noise to data.
 
-    velocity(video, action, t_video (B,), t_action (B,)) -> (v_video, v_action). `video` (B, C, T, h, w) and `action` (B, S, A) hold
-    noise, or clean data where the mode says `given`; only what is denoised ever changes, and the video not where v_video is None.
-    `observation` (B, C, 1, h, w) is put in as the first latent frame before the first step and after every step (None: there is no
+    velocity(video, action, t_video (B,), t_action (B,)) -> (v_video, v_action). `video` (B, C, T,
+    h, w) and `action` (B, S, A) hold noise, or clean data where the mode says `given`; only what is
+    denoised ever changes, and the video not where v_video is None. `observation` (B, C, 1, h, w) is
+    put in as the first latent frame before the first step and after every step (None: there is no
     observation). Returns (video, action).
     """
     row = mode_named(mode)

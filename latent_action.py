@@ -1,24 +1,31 @@
-"""Latent actions: what a video shows of an action, as 14 numbers that need no robot to have recorded them (paper Sec. 4.1).
+"""Latent actions: what a video shows of an action, as 14 numbers that need no robot to have
+recorded them (paper Sec. 4.1).
 
     frames i, i + interval --FlowEstimator--> flow (H, W, 2) px --colour--> picture (3, H, W) in [-1, 1]
       --DC-AE, frozen--> 4 tokens of 512, whitened --MLP--> mu, logvar (14) --MLP--> 4 tokens --DC-AE--> picture --> flow
 
     loss = reconstruction + lambda_action * |action - mu|^2 where an action is known (10 %) + beta * KL      (lambda 1.0, beta 1e-6)
 
-Reductions: reconstruction is a mean over batch and features, alignment over the known entries of the batch, KL a sum over dimensions and
-a mean over the batch. The official release has none of this; where the paper is silent the choices are ours:
-- Colour is the Middlebury wheel at a fixed radius, with an exact inverse and without its seam (55 steps close the circle, not 54). What is
-  faster keeps its direction and is counted. Scaling each picture by its own maximum, as usual, would lose how fast things move.
-  `code="planes"` shows x, y and speed as they are instead, for a DC-AE that learns from nothing but flow, as the toy's does.
-- The first `action_dim` entries of mu are the prediction of the action, without a head between, so they have the units of the labels.
-  Labels are differences over exactly the latent's interval: no position can be read off a flow.
-- Tokens are whitened with saved statistics and reconstructed there, so training needs no pass through the DC-AE. `reconstruct="picture"`
-  is the paper's form, dearer by the DC-AE's decoder; a fine-tuned DC-AE needs it, or its tokens would shrink to nothing.
+Reductions: reconstruction is a mean over batch and features, alignment over the known entries of
+the batch, KL a sum over dimensions and a mean over the batch. The official release has none of
+this; where the paper is silent the choices are ours:
+- Colour is the Middlebury wheel at a fixed radius, with an exact inverse and without its seam (55
+  steps close the circle, not 54). What is faster keeps its direction and is counted. Scaling each
+  picture by its own maximum, as usual, would lose how fast things move. `code="planes"` shows x, y
+  and speed as they are instead, for a DC-AE that learns from nothing but flow, as the toy's does.
+- The first `action_dim` entries of mu are the prediction of the action, without a head between, so
+  they have the units of the labels. Labels are differences over exactly the latent's interval: no
+  position can be read off a flow.
+- Tokens are whitened with saved statistics and reconstructed there, so training needs no pass
+  through the DC-AE. `reconstruct="picture"` is the paper's form, dearer by the DC-AE's decoder; a
+  fine-tuned DC-AE needs it, or its tokens would shrink to nothing.
 - logvar starts at -6: with unit noise at the start the decoder learns to ignore the latent.
-- `interval` is part of the configuration and of every file: official files do not say what theirs is.
-latent_data.py turns videos into latent actions, and into what this file trains on; its commands are started here.
+- `interval` is part of the configuration and of every file: official files do not say what theirs
+  is. latent_data.py turns videos into latent actions, and into what this file trains on; its
+  commands are started here.
 
-Shapes: B batch, H W height and width, D token features (positions * channels), Z latent dimensions (14), A aligned dimensions.
+Shapes: B batch, H W height and width, D token features (positions * channels), Z latent dimensions
+(14), A aligned dimensions.
 """
 
 import json
@@ -42,7 +49,7 @@ from weights.load import load_into
 from worlds.motions import Pairs, true_flows
 from worlds.tabletop import Episode
 
-# -- configuration ----------------------------------------------------------------------------------------------------------
+# -- configuration --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,10 @@ class LatentActionConfig:
         return self.image // self.dcae.factor
 
 
-# -- flow: colour, size, camera ---------------------------------------------------------------------------------------------
+# -- flow: colour, size, camera -------------------------------------------------------------------
 
-# The wheel runs red, yellow, green, cyan, blue, magenta, red; on each stretch one channel rises or falls and the others rest at 0 or 1.
+# The wheel runs red, yellow, green, cyan, blue, magenta, red; on each stretch one channel rises or
+# falls and the others rest at 0 or 1.
 BOUNDS = torch.tensor([0.0, 15, 21, 25, 36, 49, 55])
 CORNERS = torch.tensor(
     [[1.0, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]]
@@ -111,8 +119,9 @@ STRETCH = torch.tensor([[0, 5, 0], [2, 0, 1], [3, 4, 0]])  # by the largest and 
 
 
 def flow_to_colour(flow: Tensor, radius: float) -> Tensor:
-    """Flow (B, H, W, 2) px -> pictures (B, 3, H, W) in [-1, 1]: direction as hue, speed / radius, at most 1, as saturation; rest is white.
-    Up to `radius`, `colour_to_flow` inverts it to 1e-5 of the radius, or to 1 % of it if the picture is rounded to 8 bits."""
+    """Flow (B, H, W, 2) px -> pictures (B, 3, H, W) in [-1, 1]: direction as hue, speed / radius,
+    at most 1, as saturation; rest is white. Up to `radius`, `colour_to_flow` inverts it to 1e-5 of
+    the radius, or to 1 % of it if the picture is rounded to 8 bits."""
     bounds, corners = BOUNDS.to(flow), CORNERS.to(flow)
     at = torch.atan2(flow[..., 1], flow[..., 0]).div(2 * math.pi).remainder(1) * 55
     stretch = torch.bucketize(at, bounds[1:-1], right=True)
@@ -126,7 +135,8 @@ def flow_to_colour(flow: Tensor, radius: float) -> Tensor:
 
 
 def colour_to_flow(pictures: Tensor, radius: float) -> Tensor:
-    """The inverse, for any pictures (B, 3, H, W), also imperfect ones: the spread of the channels is the speed, their order the hue."""
+    """The inverse, for any pictures (B, 3, H, W), also imperfect ones: the spread of the channels
+    is the speed, their order the hue."""
     (high, top), (low, bottom) = pictures.max(dim=1), pictures.min(dim=1)
     part = (pictures.sum(dim=1) - high - 2 * low) / (high - low).clamp(min=1e-6)
     stretch, bounds = STRETCH.to(pictures.device)[top, bottom], BOUNDS.to(pictures)
@@ -138,8 +148,9 @@ def colour_to_flow(pictures: Tensor, radius: float) -> Tensor:
 
 
 def flow_to_planes(flow: Tensor, radius: float) -> Tensor:
-    """Flow (B, H, W, 2) px -> pictures (B, 3, H, W) in [-1, 1]: x, y and speed as they are, over the radius. Opposite motions are
-    opposite numbers, and an autoencoder that knows no pictures learns them far sooner than the wheel's hues."""
+    """Flow (B, H, W, 2) px -> pictures (B, 3, H, W) in [-1, 1]: x, y and speed as they are, over
+    the radius. Opposite motions are opposite numbers, and an autoencoder that knows no pictures
+    learns them far sooner than the wheel's hues."""
     speed = flow.norm(dim=-1, keepdim=True) / radius
     planes = torch.cat([flow / radius / speed.clamp(min=1), 2 * speed.clamp(max=1) - 1], dim=-1)
     return rearrange(planes, "b h w c -> b c h w")
@@ -154,13 +165,15 @@ CODES = {"wheel": (flow_to_colour, colour_to_flow), "planes": (flow_to_planes, p
 
 
 def over_range(flow: Tensor, radius: float) -> float:
-    """Share of the moving pixels (faster than radius / 100) that are too fast for the wheel and get clipped."""
+    """Share of the moving pixels (faster than radius / 100) that are too fast for the wheel and get
+    clipped."""
     speed = flow.norm(dim=-1)
     return ((speed > radius).sum() / (speed > radius / 100).sum().clamp(min=1)).item()
 
 
 def resize_flow(flow: Tensor, side: int) -> Tensor:
-    """Flow (B, H, W, 2) -> (B, side, side, 2), in pixels of the new size. Resize flow, never its colours: those do not mix."""
+    """Flow (B, H, W, 2) -> (B, side, side, 2), in pixels of the new size. Resize flow, never its
+    colours: those do not mix."""
     if flow.ndim != 4 or flow.shape[-1] != 2:
         raise ValueError(f"flow has shape {tuple(flow.shape)}; it must be (B, H, W, 2), in pixels")
     if bad := (~flow.isfinite()).sum().item():
@@ -177,8 +190,9 @@ def resize_flow(flow: Tensor, side: int) -> Tensor:
 
 
 def global_motion(flow: Tensor, scale: float = 0.5, rounds: int = 10) -> Tensor:
-    """The camera's part of flow (B, H, W, 2), of the same shape: an affine field, fitted by reweighted least squares. What moves by itself,
-    by more than about `scale` px, does not pull it as long as it covers less than half of the picture."""
+    """The camera's part of flow (B, H, W, 2), of the same shape: an affine field, fitted by
+    reweighted least squares. What moves by itself, by more than about `scale` px, does not pull it
+    as long as it covers less than half of the picture."""
     height, width = flow.shape[1:3]
     y, x = torch.meshgrid(
         torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
@@ -193,11 +207,12 @@ def global_motion(flow: Tensor, scale: float = 0.5, rounds: int = 10) -> Tensor:
     return rearrange(fit, "b (h w) c -> b h w c", h=height)
 
 
-# -- the model --------------------------------------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
 class LatentActionModel(nn.Module):
-    """DC-AE tokens of a flow picture to 14 numbers and back. Its file holds all that is needed to use its latents."""
+    """DC-AE tokens of a flow picture to 14 numbers and back. Its file holds all that is needed to
+    use its latents."""
 
     def __init__(self, config: LatentActionConfig):
         super().__init__()
@@ -222,7 +237,8 @@ class LatentActionModel(nn.Module):
         return CODES[self.config.code][0](resize_flow(flow, self.config.image), self.config.radius)
 
     def tokens(self, flow: Tensor) -> Tensor:
-        """Flow (B, H, W, 2), in pixels of its own size -> token features (B, D), position by position, not whitened."""
+        """Flow (B, H, W, 2), in pixels of its own size -> token features (B, D), position by
+        position, not whitened."""
         with torch.set_grad_enabled(self.config.finetune_dcae and torch.is_grad_enabled()):
             parts = (self.picture(part) for part in flow.split(64))
             return rearrange(
@@ -231,14 +247,16 @@ class LatentActionModel(nn.Module):
 
     @torch.no_grad()
     def fit_whitening(self, tokens: Tensor) -> None:
-        """Before training: mean and std of token features (N, D); what hardly varies gets 1 % of the mean std."""
+        """Before training: mean and std of token features (N, D); what hardly varies gets 1 % of
+        the mean std."""
         std = tokens.std(dim=0)
         self.token_mean.copy_(tokens.mean(dim=0))
         self.token_std.copy_(std.clamp(min=0.01 * std.mean().item()))
 
     @torch.no_grad()
     def fit_latents(self, tokens: Tensor) -> None:
-        """After training: mean and std of mu over token features (N, D). With them `standardise` gives stage 2 targets of unit scale."""
+        """After training: mean and std of mu over token features (N, D). With them `standardise`
+        gives stage 2 targets of unit scale."""
         mu, _ = self.encode(tokens)
         self.latent_mean.copy_(mu.mean(dim=0))
         self.latent_std.copy_(mu.std(dim=0).clamp(min=1e-4))
@@ -269,14 +287,16 @@ class LatentActionModel(nn.Module):
         )
 
     def flow_of(self, z: Tensor) -> Tensor:
-        """Latents (B, Z), not standardised -> the motion they stand for, (B, H, W, 2) in pixels of the flow picture."""
+        """Latents (B, Z), not standardised -> the motion they stand for, (B, H, W, 2) in pixels of
+        the flow picture."""
         return CODES[self.config.code][1](self.picture_of(self.decode(z)), self.config.radius)
 
     def loss(
         self, x: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """x: flow (B, H, W, 2) or its tokens (B, D); actions (B, A), normalised; mask (B, A) bool, False where unknown: a whole row of an
-        unlabelled video, an entry that an embodiment lacks. Returns the scalars total, reconstruction, alignment, kl."""
+        """x: flow (B, H, W, 2) or its tokens (B, D); actions (B, A), normalised; mask (B, A) bool,
+        False where unknown: a whole row of an unlabelled video, an entry that an embodiment lacks.
+        Returns the scalars total, reconstruction, alignment, kl."""
         config = self.config
         if actions.shape != (len(x), config.action_dim) or mask.shape != actions.shape:
             raise ValueError(
@@ -306,8 +326,9 @@ class LatentActionModel(nn.Module):
         return {"total": total, "reconstruction": reconstruction, "alignment": alignment, "kl": kl}
 
     def picture_loss(self, pictures: Tensor, flow: Tensor, moving: float) -> Tensor:
-        """Mean squared error of pictures (B, 3, image, image) of flow (B, H, W, 2), a pixel weighing 1 + moving * speed / radius. All
-        pictures count the same, however little of one moves: a gripper that opens moves a few pixels."""
+        """Mean squared error of pictures (B, 3, image, image) of flow (B, H, W, 2), a pixel
+        weighing 1 + moving * speed / radius. All pictures count the same, however little of one
+        moves: a gripper that opens moves a few pixels."""
         target = resize_flow(flow, self.config.image)
         weight = 1 + moving * (target.norm(dim=-1) / self.config.radius).clamp(max=1)[:, None]
         error = (
@@ -335,7 +356,8 @@ class LatentActionModel(nn.Module):
     def load(
         cls, path: str | Path, config: LatentActionConfig | None = None
     ) -> "LatentActionModel":
-        """What `save` wrote, in eval mode. With `config`, ValueError unless the file was made with exactly that one."""
+        """What `save` wrote, in eval mode. With `config`, ValueError unless the file was made with
+        exactly that one."""
         with open_source(path) as source:
             if "latent_action" not in source.metadata:
                 raise ValueError(
@@ -396,8 +418,9 @@ def same_config(path: str | Path, found: dict, wanted: dict) -> None:
 def other_bodies(
     flow: Tensor, generator: torch.Generator, shift: float = 0.2, thicker: int = 3
 ) -> Tensor:
-    """The same motions as made by other bodies elsewhere: flow (B, H, W, 2) shifted by up to `shift` of the picture, and what moves
-    thickened by 0 to `thicker` px. Labels stay true. Aligned with one robot's flow alone, mu takes a larger body for a faster one."""
+    """The same motions as made by other bodies elsewhere: flow (B, H, W, 2) shifted by up to
+    `shift` of the picture, and what moves thickened by 0 to `thicker` px. Labels stay true. Aligned
+    with one robot's flow alone, mu takes a larger body for a faster one."""
     turned, (_, height, width, _) = [], flow.shape
     reach = (torch.tensor([height, width]) * shift).int()
     for one, grow, way in zip(
@@ -418,8 +441,9 @@ def other_bodies(
 
 
 class MixedSampler:
-    """Rows of a batch as a function of seed and step: `fraction` of them labelled, drawn with replacement. The number of labelled rows is
-    within 1 of fraction * batch, equals it in expectation, and over any run of steps adds up to it within 1."""
+    """Rows of a batch as a function of seed and step: `fraction` of them labelled, drawn with
+    replacement. The number of labelled rows is within 1 of fraction * batch, equals it in
+    expectation, and over any run of steps adds up to it within 1."""
 
     def __init__(self, labelled: Tensor, batch: int, fraction: float = 0.1, seed: int = 0):
         self.pools = [np.flatnonzero(pool) for pool in (labelled.numpy(), ~labelled.numpy())]
@@ -462,8 +486,9 @@ def fit(
     seed: int = 0,
     log: Callable[[int, dict[str, float]], None] | None = None,
 ) -> None:
-    """Trains `model` in place and fits its statistics. x: token features (N, D), or flow (N, H, W, 2) if the picture is reconstructed;
-    labels (N, A), normalised, with mask (N, A) bool; `fraction` of each batch has labels. `log` gets the losses after each step."""
+    """Trains `model` in place and fits its statistics. x: token features (N, D), or flow (N, H, W,
+    2) if the picture is reconstructed; labels (N, A), normalised, with mask (N, A) bool; `fraction`
+    of each batch has labels. `log` gets the losses after each step."""
     device, generator = model.token_mean.device, torch.Generator().manual_seed(seed)
     tokens = lambda: (
         torch.cat([model.tokens(part.to(device)) for part in x.split(256)])
@@ -508,7 +533,8 @@ def fit(
 def probe(
     latents: Tensor, labels: Tensor, test_latents: Tensor, test_labels: Tensor, ridge: float = 1e-3
 ) -> Tensor:
-    """R^2 (A,) on test rows of the best linear map from latents (N, Z) to labels (N, A): how much of the true motion they hold."""
+    """R^2 (A,) on test rows of the best linear map from latents (N, Z) to labels (N, A): how much
+    of the true motion they hold."""
     design = lambda x: F.pad(
         (x - latents.mean(dim=0)) / latents.std(dim=0).clamp(min=1e-6), (0, 1), value=1.0
     ).double()
@@ -520,18 +546,20 @@ def probe(
     return (1 - error / (target - target.mean(dim=0)).square().sum(dim=0).clamp(min=1e-12)).float()
 
 
-# -- motions of whole clips -------------------------------------------------------------------------------------------------
+# -- motions of whole clips -----------------------------------------------------------------------
 
-# A clip of T + 1 frames has T rows, as official files do. Row i is the motion from frame i to i + interval; the last rows, which have no
-# such frame, end at the last one and are not valid. Nor are rows that touch a frame of one colour, whose motion nobody can see.
+# A clip of T + 1 frames has T rows, as official files do. Row i is the motion from frame i to i +
+# interval; the last rows, which have no such frame, end at the last one and are not valid. Nor are
+# rows that touch a frame of one colour, whose motion nobody can see.
 Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,) bool, chunk after chunk
 
 
 def prepared(
     model: LatentActionModel, flows: Flows, compensate: bool, figures: dict[str, float]
 ) -> Flows:
-    """Flow at the size of the model's pictures, the camera's motion taken off if wanted. Fills `figures`: rows, valid rows, the share of
-    moving pixels beyond the colour range, the camera's share of the motion. ValueError if no row is usable."""
+    """Flow at the size of the model's pictures, the camera's motion taken off if wanted. Fills
+    `figures`: rows, valid rows, the share of moving pixels beyond the colour range, the camera's
+    share of the motion. ValueError if no row is usable."""
     counts = []
     for flow, valid in flows:
         flow = resize_flow(flow.to(model.token_mean.device), model.config.image)
@@ -565,7 +593,8 @@ def prepared(
 def encode_flows(
     model: LatentActionModel, flows: Flows, compensate: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """-> latent_action (T, 14), not standardised, logvar (T, 14), valid (T,); and the figures of `prepared`."""
+    """-> latent_action (T, 14), not standardised, logvar (T, 14), valid (T,); and the figures of
+    `prepared`."""
     figures: dict[str, float] = {}
     rows = [
         (*model.encode(model.tokens(flow)), valid)
@@ -582,7 +611,8 @@ def encode_flows(
 
 
 def mirrored(flow: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Flow (B, H, W, 2) and labels (B, A) of toy motions, whose first two are x and y, as mirrors on two sides show them."""
+    """Flow (B, H, W, 2) and labels (B, A) of toy motions, whose first two are x and y, as mirrors
+    on two sides show them."""
     for axis, row in ((0, 2), (1, 1)):
         if torch.rand((), generator=generator) < 0.5:
             sign = torch.ones(2).index_fill(0, torch.tensor(axis), -1.0)
@@ -596,8 +626,9 @@ def mirrored(flow: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[
 def toy_rows(
     model: LatentActionModel, pairs: Pairs, copies: int = 2, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `fit` trains on: tokens (or flow, if the model reconstructs pictures), labels and mask. The pairs come first, each once;
-    labelled ones again `copies` times, mirrored and as other bodies would make them, and twice as often if the gripper moves."""
+    """What `fit` trains on: tokens (or flow, if the model reconstructs pictures), labels and mask.
+    The pairs come first, each once; labelled ones again `copies` times, mirrored and as other
+    bodies would make them, and twice as often if the gripper moves."""
     generator, flow, labels, labelled = (
         torch.Generator().manual_seed(seed),
         [pairs.flow],
@@ -628,7 +659,8 @@ def toy_rows(
 def encode_episodes(
     model: LatentActionModel, episodes: list[Episode], interval: int, standardise: bool = True
 ) -> list[np.ndarray]:
-    """Latent actions (T, 14) float32 of each episode of T steps, from true flow; row i spans steps i to i + interval, or to the end."""
+    """Latent actions (T, 14) float32 of each episode of T steps, from true flow; row i spans steps
+    i to i + interval, or to the end."""
     if interval != model.config.interval:
         raise ValueError(
             f"interval is {interval}, but one latent of this model spans {model.config.interval}"

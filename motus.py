@@ -1,4 +1,5 @@
-"""Motus, a unified latent action world model (arXiv 2512.13030), in one file: the three experts and the layer where they meet.
+"""Motus, a unified latent action world model (arXiv 2512.13030), in one file: the three experts and
+the layer where they meet.
 
     observation, instruction --> [ VLM, frozen ] --> und tokens      512 wide   ----.
     video latents (frame 0 clean) --> patches    --> video tokens   3072 wide   ----+--> one joint attention per layer (Sec. 3.1),
@@ -8,22 +9,27 @@
     sequence   [ video T*h*w | state 1, actions S, registers 4 | understanding Lu ]
     full size      360               53 (S = 48)                    ~130
 
-Video and action tokens are modulated by their own timestep (adaLN: shift, scale, gate); understanding tokens by none. The video expert
-also reads the text states of the T5 encoder by cross attention. `flow.py` says how the two timesteps make five modes out of one network.
+Video and action tokens are modulated by their own timestep (adaLN: shift, scale, gate);
+understanding tokens by none. The video expert also reads the text states of the T5 encoder by cross
+attention. `flow.py` says how the two timesteps make five modes out of one network.
 
-Forms: `finetune=True` has a state token and registers (stage 3); `finetune=False` has neither and predicts latent actions (stages 1, 2).
+Forms: `finetune=True` has a state token and registers (stage 3); `finetune=False` has neither and
+predicts latent actions (stages 1, 2).
 
-Precision (weights may be bf16): the residual streams of video and action, the time paths, modulation tables and the video head are fp32;
-the understanding stream stays in the dtype of its weights; attention runs in the dtype of v.
+Precision (weights may be bf16): the residual streams of video and action, the time paths,
+modulation tables and the video head are fp32; the understanding stream stays in the dtype of its
+weights; attention runs in the dtype of v.
 
-Departures from the official code: padded understanding tokens and padded actions are masked as keys (no effect at batch size 1);
-everything that does not depend on the noise is computed once per observation; the last layer's understanding output, which nothing
-reads, is not computed; the position table is a function, not a buffer, so any chunk length loads. A fresh small expert starts with values
-of unit scale (the official one sqrt(K) smaller) and with Xavier maps in the understanding expert too (official: torch's default, whose
-biases drown what the VLM says): at toy size the action loss falls in half as many steps.
+Departures from the official code: padded understanding tokens and padded actions are masked as keys
+(no effect at batch size 1); everything that does not depend on the noise is computed once per
+observation; the last layer's understanding output, which nothing reads, is not computed; the
+position table is a function, not a buffer, so any chunk length loads. A fresh small expert starts
+with values of unit scale (the official one sqrt(K) smaller) and with Xavier maps in the
+understanding expert too (official: torch's default, whose biases drown what the VLM says): at toy
+size the action loss falls in half as many steps.
 
-Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action dimensions, P state dimensions,
-C latent channels, Lt text rows, Dt text width, Dv VLM width.
+Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action
+dimensions, P state dimensions, C latent channels, Lt text rows, Dt text width, Dv VLM width.
 """
 
 import json
@@ -69,7 +75,7 @@ from weights.card import Card
 from weights.files import check_keys
 from weights.load import load_into
 
-# -- configuration ----------------------------------------------------------------------------------------------------------
+# -- configuration --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ class MotusConfig:
 
     @classmethod
     def of(cls, stored: dict, source: object = "config.json") -> "MotusConfig":
-        """The configuration that a card stores. ValueError, naming `source`, for a key that this version does not know."""
+        """The configuration that a card stores. ValueError, naming `source`, for a key that this
+        version does not know."""
         check_keys(stored, cls, source)
         check_keys(stored["video"], WanConfig, source)
         video = WanConfig(**stored["video"] | {"patch": tuple(stored["video"]["patch"])})
@@ -125,12 +132,13 @@ class MotusConfig:
         return 1 + self.frames // 4
 
 
-# -- what goes in -----------------------------------------------------------------------------------------------------------
+# -- what goes in ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Inputs:
-    """What the network sees of a batch: the outputs of the frozen backbones, clean actions and state, and masks."""
+    """What the network sees of a batch: the outputs of the frozen backbones, clean actions and
+    state, and masks."""
 
     latents: (
         Tensor  # (B, C, T, h, w), frame 0 is the observation; T may be 1 where no video is given
@@ -144,7 +152,8 @@ class Inputs:
     state: Tensor | None = None  # (B, P)
     actions: Tensor | None = None  # (B, S, A); None where there are none
     action_mask: Tensor | None = (
-        None  # (B, S, A) bool, False past the end of the episode and for dimensions that do not exist
+        # (B, S, A) bool, False past the end of the episode and for dimensions that do not exist
+        None
     )
     video_mask: Tensor | None = (
         None  # (B, T) bool, False for latent frames past the end of the episode
@@ -163,8 +172,9 @@ class Inputs:
         return self.map(lambda x: x[index])
 
     def padded(self, bucket: int) -> "Inputs":
-        """Text and understanding padded to multiples of `bucket`, so that few lengths occur. Changes no result: what is added is masked,
-        and of the text one padded row stands for all (`WanModel.embed_text` adds it, hence the 1)."""
+        """Text and understanding padded to multiples of `bucket`, so that few lengths occur.
+        Changes no result: what is added is masked, and of the text one padded row stands for all
+        (`WanModel.embed_text` adds it, hence the 1)."""
 
         def pad(x: Tensor, rows: int, value: float = 0) -> Tensor:
             return nn.functional.pad(
@@ -230,7 +240,8 @@ class Conditions(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """What the two times mean to the network: e for the heads (B, 1, D), e0 for the blocks (B, 1, 6, D), fp32."""
+    """What the two times mean to the network: e for the heads (B, 1, D), e0 for the blocks (B, 1,
+    6, D), fp32."""
 
     video: tuple[Tensor, Tensor]
     action: tuple[Tensor, Tensor] | None
@@ -243,19 +254,21 @@ class Held(NamedTuple):
     und: tuple[Tensor, Tensor] | None
 
 
-# -- the two small experts --------------------------------------------------------------------------------------------------
+# -- the two small experts ------------------------------------------------------------------------
 
 
 def position_table(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """Fixed positions (rows, dim): sines in the first half, cosines in the second, computed in float64, returned in fp32."""
+    """Fixed positions (rows, dim): sines in the first half, cosines in the second, computed in
+    float64, returned in fp32."""
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2))
     angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), omega)
     return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 class ExpertBlock(nn.Module):
-    """One layer of a small expert: it owns projections into the video expert's heads, norms and an FFN, but no attention of its own.
-    `modulated` blocks (action) are gated by their timestep and keep an fp32 stream; the others (understanding) are plain pre-norm."""
+    """One layer of a small expert: it owns projections into the video expert's heads, norms and an
+    FFN, but no attention of its own. `modulated` blocks (action) are gated by their timestep and
+    keep an fp32 stream; the others (understanding) are plain pre-norm."""
 
     def __init__(
         self, width: int, ffn: int, heads: int, head_dim: int, eps: float, modulated: bool
@@ -273,7 +286,8 @@ class ExpertBlock(nn.Module):
     def pre_attention(
         self, x: Tensor, mod: Modulation | None = None, queries: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) -> q, k, v, each (B, L, N, K); q is (B, 0, N, K) without `queries`, where nobody reads what they would find."""
+        """x (B, L, D) -> q, k, v, each (B, L, N, K); q is (B, 0, N, K) without `queries`, where
+        nobody reads what they would find."""
         h = (
             self.norm1(x)
             if mod is None
@@ -344,7 +358,8 @@ class ActionDecoder(nn.Module):
 
 
 class ActionExpert(nn.Module):
-    """Tokens [state, actions, registers] to the velocity of the actions. Every token gets the action timestep, the clean state too."""
+    """Tokens [state, actions, registers] to the velocity of the actions. Every token gets the
+    action timestep, the clean state too."""
 
     def __init__(self, config: MotusConfig):
         super().__init__()
@@ -377,7 +392,8 @@ class ActionExpert(nn.Module):
         nn.init.zeros_(self.decoder.action_head[0].weight)
 
     def embed(self, actions: Tensor, state: Tensor | None, positions: Tensor) -> Tensor:
-        """actions (B, S, A), encoded state (B, 1, D) or None -> tokens (B, La, D), `positions` (La, D) added to all of them."""
+        """actions (B, S, A), encoded state (B, 1, D) or None -> tokens (B, La, D), `positions` (La,
+        D) added to all of them."""
         tokens = [self.input_encoder.action_encoder(actions)]
         if self.config.finetune:
             tokens = [state, *tokens, self.registers.expand(len(actions), -1, -1)]
@@ -390,7 +406,8 @@ class ActionExpert(nn.Module):
         return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
 
     def key_bias(self, action_mask: Tensor | None) -> Tensor | None:
-        """(B, S, A) -> bias (B, La) of the tokens as keys: padded actions are none; state and registers always are."""
+        """(B, S, A) -> bias (B, La) of the tokens as keys: padded actions are none; state and
+        registers always are."""
         if action_mask is None:
             return None
         ends = (1, self.config.registers) if self.config.finetune else (0, 0)
@@ -402,7 +419,8 @@ class ActionExpert(nn.Module):
 
 
 class UndExpert(nn.Module):
-    """Carries what the frozen VLM understood into the joint attention: an adapter and plain pre-norm blocks."""
+    """Carries what the frozen VLM understood into the joint attention: an adapter and plain
+    pre-norm blocks."""
 
     def __init__(self, config: MotusConfig):
         super().__init__()
@@ -424,11 +442,12 @@ class UndExpert(nn.Module):
         xavier(self)
 
 
-# -- the layer where the three experts meet ---------------------------------------------------------------------------------
+# -- the layer where the three experts meet -------------------------------------------------------
 
 
 class Layer(nn.Module):
-    """Every expert normalises, projects and feeds forward alone; the attention is the only place where they meet."""
+    """Every expert normalises, projects and feeds forward alone; the attention is the only place
+    where they meet."""
 
     def __init__(self, video: WanBlock, action: ExpertBlock, und: ExpertBlock, last: bool):
         super().__init__()
@@ -448,8 +467,9 @@ class Layer(nn.Module):
         und_qkv: QKV | None = None,
         hold: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Held | None]:
-        """xv (B, Lv, Dv), xa (B, La, Da) or None, xu (B, Lu, Du) or None -> the same three after one layer, and what `act` needs if it
-        shall be held. `und_qkv`: what the understanding expert would project, if that is known."""
+        """xv (B, Lv, Dv), xa (B, La, Da) or None, xu (B, Lu, Du) or None -> the same three after
+        one layer, and what `act` needs if it shall be held. `und_qkv`: what the understanding
+        expert would project, if that is known."""
         mod_v = modulation(
             self.video.modulation, time_video
         )  # shift1 scale1 gate1 shift2 scale2 gate2
@@ -486,7 +506,8 @@ class Layer(nn.Module):
         action_bias: Tensor | None,
         und_bias: Tensor | None,
     ) -> Tensor:
-        """The action expert alone: its tokens xa (B, La, Da) attend to themselves and to what is held of the others."""
+        """The action expert alone: its tokens xa (B, La, Da) attend to themselves and to what is
+        held of the others."""
         mod = modulation(self.action.modulation, time_action)
         silent = lambda k, v: (v[:, :0], k, v)  # keys and values without queries
         qkv = [
@@ -500,7 +521,7 @@ class Layer(nn.Module):
         )
 
 
-# -- the model --------------------------------------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
 class Losses(NamedTuple):
@@ -519,8 +540,9 @@ class Losses(NamedTuple):
         videos: float | None = None,
         acting: float | None = None,
     ) -> Tensor:
-        """Mean over the batch; a modality that a sample lacks, or is given, does not enter its mean. For a part of a larger batch, where
-        `videos` samples in all have a video loss and `acting` an action loss, its share of that mean."""
+        """Mean over the batch; a modality that a sample lacks, or is given, does not enter its
+        mean. For a part of a larger batch, where `videos` samples in all have a video loss and
+        `acting` an action loss, its share of that mean."""
         mean = lambda loss, has, count: (
             (loss * has).sum() / (has.sum().clamp(min=1) if count is None else max(count, 1))
         )
@@ -546,7 +568,8 @@ class Motus(nn.Module):
         self.video = WanModel(config.video)
         self.action = ActionExpert(config)
         self.und = UndExpert(config)
-        # A plain list: the experts own the blocks (and name them in the state dict); a layer only lines them up.
+        # A plain list: the experts own the blocks (and name them in the state dict); a layer only
+        # lines them up.
         blocks = list(zip(self.video.blocks, self.action.blocks, self.und.blocks))
         self.layers = [Layer(*trio, last=i == len(blocks) - 1) for i, trio in enumerate(blocks)]
         self.compiled: tuple[Callable, Callable] | None = (
@@ -567,10 +590,12 @@ class Motus(nn.Module):
         device: str = "cpu",
         int8: bool = False,
     ) -> tuple["Motus", "Card"]:
-        """The model at `path` and its card: a run of ours or one of its checkpoints (EMA weights, or "model"), an official Motus folder
-        or file, a converted one, a Wan2.2 folder (its video expert; the others start fresh, and a line on stderr says so), or a name to
-        download (`backbones.weights.HUB`). Weights keep the dtype of the file unless `dtype` is given. `int8` stores the video expert's
-        linear maps in int8, which halves the memory of the bf16 model, for sampling on small cards."""
+        """The model at `path` and its card: a run of ours or one of its checkpoints (EMA weights,
+        or "model"), an official Motus folder or file, a converted one, a Wan2.2 folder (its video
+        expert; the others start fresh, and a line on stderr says so), or a name to download
+        (`backbones.weights.HUB`). Weights keep the dtype of the file unless `dtype` is given.
+        `int8` stores the video expert's linear maps in int8, which halves the memory of the bf16
+        model, for sampling on small cards."""
         source, rename, card, fresh = open_weights(path, weights)
         config = MotusConfig.of(card.motus, path)
         with torch.device("meta"):
@@ -601,8 +626,9 @@ class Motus(nn.Module):
     # -- one evaluation of the network --
 
     def conditions(self, inputs: Inputs, cache: bool = False) -> Conditions:
-        """What all steps of the sampler share. `cache` also computes here what a layer would make of that alone: keys and values of the
-        text in every layer, and all that the first layer projects from the understanding tokens."""
+        """What all steps of the sampler share. `cache` also computes here what a layer would make
+        of that alone: keys and values of the text in every layer, and all that the first layer
+        projects from the understanding tokens."""
         config = self.config
         states = self.video.embed_text(inputs.context, inputs.context_len)
         text = (
@@ -652,9 +678,10 @@ class Motus(nn.Module):
         t_action: Tensor | None,
         conditions: Conditions,
     ) -> tuple[Tensor, Tensor | None]:
-        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the video expert alone), times (B,) in
-        [0, 1], independent per sample. Returns the velocities noise - data: (B, C, T, h, w) fp32, and (B, La, A) for all tokens of
-        the action expert (`self.action.actions_of` cuts out the chunk)."""
+        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the
+        video expert alone), times (B,) in [0, 1], independent per sample. Returns the velocities
+        noise - data: (B, C, T, h, w) fp32, and (B, La, A) for all tokens of the action expert
+        (`self.action.actions_of` cuts out the chunk)."""
         clock = self.clock(t_video, None if action is None else t_action)
         return self.evaluate(video, action, clock, conditions)[:2]
 
@@ -666,7 +693,8 @@ class Motus(nn.Module):
         conditions: Conditions,
         hold: bool = False,
     ) -> tuple[Tensor, Tensor | None, list[Held | None]]:
-        """`velocity` at times that are embedded already; the third result is what `act` needs, if it shall be held."""
+        """`velocity` at times that are embedded already; the third result is what `act` needs, if
+        it shall be held."""
         xv, grid = self.video.patchify(video)  # (B, Lv, Dv)
         (ev, time_video), (ea, time_action) = clock.video, clock.action or (None, None)
         xa = None if action is None else self.action_tokens(action, conditions)
@@ -694,7 +722,8 @@ class Motus(nn.Module):
         )
 
     def act(self, action: Tensor, clock: Clock, conditions: Conditions, held: list[Held]) -> Tensor:
-        """The velocity (B, La, A) of the actions alone, while what the other experts showed at an earlier evaluation is held."""
+        """The velocity (B, La, A) of the actions alone, while what the other experts showed at an
+        earlier evaluation is held."""
         (ea, time_action), xa = clock.action, self.action_tokens(action, conditions)
         for layer, kept in zip(self.layers, held):
             xa = layer.act(xa, time_action, kept, conditions.action_bias, conditions.und_bias)
@@ -716,8 +745,8 @@ class Motus(nn.Module):
         t_action: Tensor | None = None,
         action_noise: Tensor | None = None,
     ) -> Losses:
-        """The training loss per sample at times (B,) and noise as `draw` makes them. Without `inputs.actions` the video expert is
-        trained alone (stage 1)."""
+        """The training loss per sample at times (B,) and noise as `draw` makes them. Without
+        `inputs.actions` the video expert is trained alone (stage 1)."""
         latents, actions = inputs.latents, inputs.actions
         noisy_video = flow.keep_observation(
             flow.mix(latents, video_noise, t_video), latents[:, :, :1]
@@ -753,13 +782,15 @@ class Motus(nn.Module):
         action_noise: Tensor | None = None,
         joint: int | None = None,
     ) -> Prediction:
-        """Runs one of the five modes. `inputs.latents` holds the observation in frame 0, and the future too in mode `idm`;
-        `inputs.actions` is read in mode `world_model` only. Returns what the mode denoises, None for the rest. Noise is drawn from
-        `generator` (CPU), video before action, unless given.
+        """Runs one of the five modes. `inputs.latents` holds the observation in frame 0, and the
+        future too in mode `idm`; `inputs.actions` is read in mode `world_model` only. Returns what
+        the mode denoises, None for the rest. Noise is drawn from `generator` (CPU), video before
+        action, unless given.
 
-        Action-first, an approximation: after `joint` steps the actions go on alone, while the keys and values that the video and the
-        understanding showed last are held; the video is not finished, so none is returned. With joint = 0 those come from one look of
-        the video at its noise, without the actions."""
+        Action-first, an approximation: after `joint` steps the actions go on alone, while the keys
+        and values that the video and the understanding showed last are held; the video is not
+        finished, so none is returned. With joint = 0 those come from one look of the video at its
+        noise, without the actions."""
         config, row = self.config, flow.mode_named(mode)
         if joint is not None and not (row.action == flow.DENOISE and 0 <= joint <= steps):
             raise ValueError(
@@ -821,11 +852,13 @@ class Motus(nn.Module):
         whole = row.video == flow.DENOISE and joint in (None, steps)
         return Prediction(video if whole else None, action if row.action == flow.DENOISE else None)
 
-    BUCKET = 32  # rows of text and understanding are padded to multiples of this where steps are compiled
+    # rows of text and understanding are padded to multiples of this where steps are compiled
+    BUCKET = 32
 
     def compile_sampler(self, **options: object) -> "Motus":
-        """From now on `sample` runs each step as one static graph: torch.compile with `options` (on a GPU mode="reduce-overhead" makes
-        it a CUDA graph). One graph serves all five modes; another batch size or bucket of lengths compiles again."""
+        """From now on `sample` runs each step as one static graph: torch.compile with `options` (on
+        a GPU mode="reduce-overhead" makes it a CUDA graph). One graph serves all five modes;
+        another batch size or bucket of lengths compiles again."""
         self.compiled = tuple(
             torch.compile(part, fullgraph=True, dynamic=False, **options)
             for part in (self.evaluate, self.act)
@@ -841,9 +874,10 @@ def draw(
     size: int | None = None,
     first: int = 0,
 ) -> dict[str, Tensor]:
-    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a whole batch of `size` (default: these
-    inputs), of which `inputs` are the rows from `first` on; order: video time, action time, what is given, video noise, action noise.
-    In a share `given` of the samples one modality is given (`flow.give`)."""
+    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a
+    whole batch of `size` (default: these inputs), of which `inputs` are the rows from `first` on;
+    order: video time, action time, what is given, video noise, action noise. In a share `given` of
+    the samples one modality is given (`flow.give`)."""
     size, acts = len(inputs) if size is None else size, inputs.actions is not None
     drawn = {
         f"t_{kind}": flow.TIMES[times](size, generator) for kind in ("video", "action")[: 1 + acts]
@@ -859,11 +893,12 @@ def draw(
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise in fp32, drawn on the CPU so that a seed means the same on every device."""
+    """Standard normal noise in fp32, drawn on the CPU so that a seed means the same on every
+    device."""
     return torch.randn(like.shape, generator=generator).to(like.device)
 
 
-# -- the stages, written once -----------------------------------------------------------------------------------------------
+# -- the stages, written once ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -872,7 +907,9 @@ class Stage:
 
     levels: tuple[int, ...]  # of the data pyramid
     experts: tuple[str, ...]  # which are trained
-    actions: str  # what actions are: "none", "latent" (14 numbers of a video) or "real" (the robot's, with its state)
+    # what actions are: "none", "latent" (14 numbers of a video) or "real" (the robot's, with its
+    # state)
+    actions: str
     fresh: tuple[str, ...]  # names that start fresh, whatever the stage starts from
     modes: tuple[str, ...]  # modes that its checkpoints have
     before: str | None  # the stage it starts from
@@ -898,12 +935,13 @@ STAGES = {
     ),
 }
 
-# -- the presets, written once: to add one is to add a row --------------------------------------------------------------------
+# -- the presets, written once: to add one is to add a row ----------------------------------------
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of everything: what differs between the toy, a simulator, one GPU and the published model."""
+    """A size of everything: what differs between the toy, a simulator, one GPU and the published
+    model."""
 
     motus: MotusConfig
     size: tuple[int, int]  # of the picture, H x W
@@ -923,8 +961,8 @@ HERE = Path(__file__).parent
 # Small networks take many small steps by Muon: what is learnt in a minute decides.
 SMALL_STEPS = dict(batch=16, lr=2e-3, optimizer="muon")
 LONG_STEPS = dict(batch=32, lr=1e-3, optimizer="adamw")
-# The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1 are not published: in proportion
-# to the GPU-hours of stage 2.
+# The paper's batch, weight decay and rates; schedules of the official configs. The steps of stage 1
+# are not published: in proportion to the GPU-hours of stage 2.
 FULL = dict(
     batch=256,
     video_lr=0.0,
@@ -940,7 +978,8 @@ FULL = dict(
     warmup=1000,
     floor=0.2,
 )
-# The toy sees its 48 x 48 pixels as they are, because its fingers are two pixels wide: nine tokens of 32, and flow in planes.
+# The toy sees its 48 x 48 pixels as they are, because its fingers are two pixels wide: nine tokens
+# of 32, and flow in planes.
 TOY_DCAE = dict(
     widths=(16, 32, 64, 64),
     encoder_depths=(0, 1, 1, 0),
@@ -1084,7 +1123,8 @@ PRESETS = {
 
 
 def preset(name: str, stage: str = "3", **changes) -> MotusConfig:
-    """The network of a row for a stage, with changes: before stage 3 actions are 14 latent numbers, one per video frame."""
+    """The network of a row for a stage, with changes: before stage 3 actions are 14 latent numbers,
+    one per video frame."""
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
     form = {} if STAGES[stage].finetune else dict(finetune=False, ratio=1, action_dim=14)

@@ -1,16 +1,19 @@
-"""Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and `Policy`, for acting (paper Sec. 3.2).
+"""Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and
+`Policy`, for acting (paper Sec. 3.2).
 
     python sample.py --ckpt runs/stage3 --mode joint            or vla, world_model, idm, vgm; several with commas; all
     python sample.py --encode-text "pick up the cup" --text states.safetensors        prepares what acting then reads with --text
 
-Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are latent, and episodes hold none to be
-given or compared with. Stage 3 has all five. Windows come from a split that no stage trains on and lie inside their episodes.
+Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are
+latent, and episodes hold none to be given or compared with. Stage 3 has all five. Windows come from
+a split that no stage trains on and lie inside their episodes.
 
     PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only pixels that differ from the observation
                    in the true future, widened by DILATE. `copy` repeats the observation; `vae` is the truth through the VAE and back.
     action MSE     normalised and in robot units; `mean` always predicts the mean of the training data.
 
-Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions, n worlds.
+Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions,
+n worlds.
 """
 
 import argparse
@@ -39,14 +42,14 @@ from formats.statistics import Normaliser, Statistics
 from motus import STAGES, Inputs, Motus, Prediction, gaussian, preset
 from weights.card import Card, newest_step
 
-# -- a checkpoint, ready to run ---------------------------------------------------------------------------------------------
+# -- a checkpoint, ready to run -------------------------------------------------------------------
 
 ACTING = ("joint", "vla")  # modes that find actions from what is seen now
 
 
 class Placement(NamedTuple):
-    """How the sampler goes from noise to data: Euler steps, how many of them joint (None: all; see `Motus.sample`), and the shift of
-    their times towards noise."""
+    """How the sampler goes from noise to data: Euler steps, how many of them joint (None: all; see
+    `Motus.sample`), and the shift of their times towards noise."""
 
     steps: int = 10
     joint: int | None = None
@@ -59,9 +62,10 @@ FAST = Placement(
 
 
 class Policy:
-    """A checkpoint with its frozen backbones on one device. In stage 3, modes joint and vla, it acts; otherwise it only samples.
-    `text` is a file of prepared text states, which stand in for the text encoder; `motus` an official file, whose VLM is taken.
-    `placement` says how modes that denoise actions are sampled; the others take its steps alone."""
+    """A checkpoint with its frozen backbones on one device. In stage 3, modes joint and vla, it
+    acts; otherwise it only samples. `text` is a file of prepared text states, which stand in for
+    the text encoder; `motus` an official file, whose VLM is taken. `placement` says how modes that
+    denoise actions are sampled; the others take its steps alone."""
 
     def __init__(
         self,
@@ -120,8 +124,9 @@ class Policy:
         int8: bool = False,
         robot: str = "",
     ) -> "Policy":
-        """A run or checkpoint of ours, with EMA weights, or published weights (`Motus.from_pretrained`). ValueError if it is neither.
-        `robot`: which one acts, where the checkpoint knows several."""
+        """A run or checkpoint of ours, with EMA weights, or published weights
+        (`Motus.from_pretrained`). ValueError if it is neither. `robot`: which one acts, where the
+        checkpoint knows several."""
         model, card = Motus.from_pretrained(ckpt, int8=int8)
         return cls(
             model,
@@ -150,8 +155,8 @@ class Policy:
         state: Tensor | None = None,
         actions: Tensor | None = None,
     ) -> Inputs:
-        """frames (B, 1 + F or 1, H, W, 3) uint8, normalised state and actions -> what the network sees. Dimensions that this robot lacks
-        are zero and masked."""
+        """frames (B, 1 + F or 1, H, W, 3) uint8, normalised state and actions -> what the network
+        sees. Dimensions that this robot lacks are zero and masked."""
         config, mask, und = self.model.config, None, self.card.stage != "1"
         if state is not None:
             state = widened(state, config.state_dim)
@@ -198,7 +203,8 @@ class Policy:
     def act(
         self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str]
     ) -> np.ndarray:
-        """images (n, H, W, 3) uint8, states (n, P), n instructions -> actions (n, S, A) float32 in robot units, not clipped."""
+        """images (n, H, W, 3) uint8, states (n, P), n instructions -> actions (n, S, A) float32 in
+        robot units, not clipped."""
         return self.predict(images, states, instructions, video=False)[0]
 
     def predict(
@@ -208,7 +214,8 @@ class Policy:
         instructions: Sequence[str],
         video: bool = True,
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """As `act`; also, if asked and the mode imagines any, the video (n, 1 + F, H, W, 3) uint8, the observation first."""
+        """As `act`; also, if asked and the mode imagines any, the video (n, 1 + F, H, W, 3) uint8,
+        the observation first."""
         images, states = np.asarray(images), np.asarray(states, np.float32)
         robot = self.statistics
         n, expected = (
@@ -246,7 +253,7 @@ class Policy:
         ).cpu().numpy(), imagined
 
 
-# -- figures and pictures ---------------------------------------------------------------------------------------------------
+# -- figures and pictures -------------------------------------------------------------------------
 
 MOVES, DILATE = (
     16,
@@ -261,14 +268,16 @@ def moving_region(observation: Tensor, future: Tensor) -> Tensor:
 
 
 def psnr(video: Tensor, truth: Tensor, region: Tensor | None = None) -> float:
-    """Decibels of the squared error pooled over (B, F, H, W, 3) uint8, or over the True pixels of `region` (B, F, H, W)."""
+    """Decibels of the squared error pooled over (B, F, H, W, 3) uint8, or over the True pixels of
+    `region` (B, F, H, W)."""
     error = (video.double() - truth.double()).square().mean(dim=-1)
     mse = (error if region is None else error[region]).mean().item()
     return math.inf if mse == 0 else 10 * math.log10(255**2 / mse)
 
 
 def ssim(video: Tensor, truth: Tensor) -> float:
-    """Structural similarity, -1 to 1: Gaussian window of 11 pixels (sigma 1.5), per channel, mean over all places where it fits."""
+    """Structural similarity, -1 to 1: Gaussian window of 11 pixels (sigma 1.5), per channel, mean
+    over all places where it fits."""
     x, y = (rearrange(v.float() / 255, "b f h w c -> (b f c) 1 h w") for v in (video, truth))
     line, c1, c2 = torch.exp(-(torch.arange(11) - 5).square() / (2 * 1.5**2)), 0.01**2, 0.03**2
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
@@ -289,7 +298,8 @@ def ssim(video: Tensor, truth: Tensor) -> float:
 def video_figures(
     predicted: Tensor, decoded: Tensor, frames: Tensor
 ) -> dict[str, dict[str, float]]:
-    """predicted, decoded (the truth through the VAE) and true frames, each (B, 1 + F, H, W, 3) uint8, the observation first."""
+    """predicted, decoded (the truth through the VAE) and true frames, each (B, 1 + F, H, W, 3)
+    uint8, the observation first."""
     observation, truth = frames[:, :1], frames[:, 1:]
     region, videos = (
         moving_region(observation, truth),
@@ -341,7 +351,8 @@ def film(
     ms: int = 400,
     limit: int = 300_000,
 ) -> None:
-    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their names, above a caption."""
+    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
+    names, above a caption."""
     height, width = (scale * size for size in next(iter(columns.values())).shape[1:3])
     font, pages = ImageFont.load_default(12), []
     for images in zip(*columns.values()):
@@ -379,7 +390,8 @@ def sheet(
     pictures: dict[str, np.ndarray],
     *actions: np.ndarray,
 ) -> None:
-    """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions (B, S, A), a plot per dimension."""
+    """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions
+    (B, S, A), a plot per dimension."""
     columns = len(pictures) + (actions[0].shape[2] if actions else 0)
     with rc_context(STYLE):
         figure = Figure(
@@ -401,15 +413,17 @@ def sheet(
         figure.savefig(path, dpi=110)
 
 
-# -- the modes on held-out episodes -----------------------------------------------------------------------------------------
+# -- the modes on held-out episodes ---------------------------------------------------------------
 
 
 def held_out_windows(
     policy: Policy, count: int, seed: int, split: str = "eval", path: str | None = None
 ) -> data.Batch:
-    """One window from each of `count` episodes: held-out ones of the dataset or card at `path`, at the rates and in the normalisation of
-    the checkpoint; else of the toy world, in stage 3 the target robot's demonstrations, before that its randomised scenes. There the expert
-    is not disturbed: a world model is asked what an action does, so the one recorded must be the one executed."""
+    """One window from each of `count` episodes: held-out ones of the dataset or card at `path`, at
+    the rates and in the normalisation of the checkpoint; else of the toy world, in stage 3 the
+    target robot's demonstrations, before that its randomised scenes. There the expert is not
+    disturbed: a world model is asked what an action does, so the one recorded must be the one
+    executed."""
     if path is not None:
         return data.held_out(path, policy.card, policy.statistics, count, seed)
     need, rng = policy.rate * policy.model.config.frames, np.random.default_rng(seed)
@@ -431,7 +445,8 @@ def held_out_windows(
 def run_mode(
     policy: Policy, mode: str, batch: data.Batch, out: Path, shown: int = 4
 ) -> dict[str, dict[str, float]]:
-    """Samples a mode on windows, writes pictures of the first `shown` to `out` and returns the figures of all."""
+    """Samples a mode on windows, writes pictures of the first `shown` to `out` and returns the
+    figures of all."""
     inputs = policy.inputs(batch.frames, batch.instruction, batch.state, batch.actions)
     prediction = policy.sample(inputs, mode)
     true, captions, actions, figures = (
@@ -468,7 +483,8 @@ def run_mode(
 
 @torch.no_grad()
 def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> None:
-    """Writes the text states of instructions to `path`, adding to those it holds, so that acting needs no text encoder."""
+    """Writes the text states of instructions to `path`, adding to those it holds, so that acting
+    needs no text encoder."""
     if path is None:
         raise ValueError("--encode-text writes to the file --text; name one")
     backbones = data.backbones_of(name, config := preset(name), parts=("text",))

@@ -1,4 +1,5 @@
-"""Trains Motus: three stages, and the latent actions between the first and the second (paper Sec. 3.3, Tab. 1).
+"""Trains Motus: three stages, and the latent actions between the first and the second (paper Sec.
+3.3, Tab. 1).
 
     python train.py --stage 1                                   video generation: the video expert alone
     python train.py --stage latent                              the 14-d latent-action VAE on optical flow
@@ -10,18 +11,21 @@
     2        2, 3, 4, 5       video, action, understanding  video + action    14-d latent actions
     3        6                video, action, understanding  video + action    the robot's, with its state
 
-From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over. VLM, VAE and text encoder are frozen
-throughout. `--stage backbones` pre-trains their small instances, whose weights are in the repository: the toy's, and with `--data` a
-simulator's.
+From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
+VLM, VAE and text encoder are frozen throughout. `--stage backbones` pre-trains their small
+instances, whose weights are in the repository: the toy's, and with `--data` a simulator's.
 
     torchrun --nproc-per-node 8 -- train.py --full --stage 3 --init motus-stage2 --cache FILE       eight GPUs; docs/scale.md for more
 
-One process or many run the same code (`scale.py`): each rank takes its rows of the batch, its share of the loss, its part of the weights.
+One process or many run the same code (`scale.py`): each rank takes its rows of the batch, its share
+of the loss, its part of the weights.
 
-A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and optimizer, safetensors and json only. A
-checkpoint is written under a temporary name and renamed, so a folder with its final name is complete; SIGTERM leaves one and ends the run.
-Every random number of step n comes from (seed, n), drawn for the whole batch whatever part of it a rank computes. So there is no random
-state to store: a resumed run equals an uninterrupted one bit for bit, and one on another number of ranks up to the order of sums.
+A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
+optimizer, safetensors and json only. A checkpoint is written under a temporary name and renamed, so
+a folder with its final name is complete; SIGTERM leaves one and ends the run. Every random number
+of step n comes from (seed, n), drawn for the whole batch whatever part of it a rank computes. So
+there is no random state to store: a resumed run equals an uninterrupted one bit for bit, and one on
+another number of ranks up to the order of sums.
 """
 
 import argparse
@@ -91,7 +95,8 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.01
-    decay: str = "matrices"  # not norms, biases, modulation tables and registers; "all": those too, as official
+    # not norms, biases, modulation tables and registers; "all": those too, as official
+    decay: str = "matrices"
     clip: float = 1.0  # gradient norm
     ema: float = 0.995
     video_weight: float = 1.0
@@ -171,13 +176,14 @@ def settings_for(preset_name: str, stage: str, changes: list[str]) -> Settings:
     return settings
 
 
-# -- optimisation -----------------------------------------------------------------------------------------------------------
+# -- optimisation ---------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum of matrices, made orthogonal before it is added, so that a step moves all directions alike (github.com/KellerJordan/Muon).
-    The same as torch.optim.Muon but for two things: matrices of equal shape go through the iteration together and in fp32, in a third
-    of its time on a CPU; and matrices that are sharded over ranks are gathered for it."""
+    """Momentum of matrices, made orthogonal before it is added, so that a step moves all directions
+    alike (github.com/KellerJordan/Muon). The same as torch.optim.Muon but for two things: matrices
+    of equal shape go through the iteration together and in fp32, in a third of its time on a CPU;
+    and matrices that are sharded over ranks are gathered for it."""
 
     MOMENTUM, ITERATIONS = 0.95, ((3.4445, -4.7750, 2.0315),) * 5  # of x, x x' x and x x' x x' x
 
@@ -186,7 +192,8 @@ class Muon(torch.optim.Optimizer):
 
     @classmethod
     def orthogonal(cls, x: Tensor) -> Tensor:
-        """Matrices (n, rows, columns) with their singular values moved to between about 0.7 and 1.2."""
+        """Matrices (n, rows, columns) with their singular values moved to between about 0.7 and
+        1.2."""
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for a, b, c in cls.ITERATIONS:
             square = x @ x.mT
@@ -218,8 +225,8 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: Motus, settings: Settings, experts: tuple[str, ...]
 ) -> list[torch.optim.Optimizer]:
-    """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked for. With optimizer=muon the matrices
-    of the blocks have an optimizer of their own."""
+    """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
+    for. With optimizer=muon the matrices of the blocks have an optimizer of their own."""
     groups, rotated = [], []
     for expert in experts:
         named = [(f"{expert}.{n}", p) for n, p in getattr(model, expert).named_parameters()]
@@ -291,7 +298,8 @@ class EMA:
 def states_of(
     optimizers: Sequence[torch.optim.Optimizer],
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Every trained parameter with what its optimizer keeps of it, which may be filled; in the order that numbers them in checkpoints."""
+    """Every trained parameter with what its optimizer keeps of it, which may be filled; in the
+    order that numbers them in checkpoints."""
     return [
         (p, optimizer.state[p])
         for optimizer in optimizers
@@ -344,8 +352,9 @@ def resume(
     about: dict[str, str],
     anyway: bool = False,
 ) -> int:
-    """Fills model, EMA and optimizer from a checkpoint of the same run, whatever number of ranks wrote it; returns the number of steps
-    done. Other settings or data are refused; other code too, unless it is to go on `anyway`."""
+    """Fills model, EMA and optimizer from a checkpoint of the same run, whatever number of ranks
+    wrote it; returns the number of steps done. Other settings or data are refused; other code too,
+    unless it is to go on `anyway`."""
     stored = Card.read(folder / "config.json")
     for name in ("motus", "stage", "preset", "statistics", "latent_interval"):
         if getattr(stored, name) != getattr(card, name):
@@ -388,9 +397,10 @@ def resume(
 def initialise(
     model: Motus, init: str | Path | None, stage: Stage, name: str, seed: int = 0
 ) -> None:
-    """Fresh weights, and those of an earlier stage, ours or published: from stage 1 the video expert, from stage 2 all but what starts
-    fresh. One tensor of the file at a time, and what starts fresh one layer at a time, each from a seed of its own; a rank keeps its part
-    of each. So no rank ever holds more than a layer, and the values are the same for any number of ranks."""
+    """Fresh weights, and those of an earlier stage, ours or published: from stage 1 the video
+    expert, from stage 2 all but what starts fresh. One tensor of the file at a time, and what
+    starts fresh one layer at a time, each from a seed of its own; a rank keeps its part of each. So
+    no rank ever holds more than a layer, and the values are the same for any number of ranks."""
     skip: tuple[str, ...] = ("video.", "action.", "und.")
     if init is not None:
         source, rename, card, absent = open_weights(init)
@@ -442,14 +452,14 @@ def initialise(
             load_into(model, source, rename, ignore=(*skip, "vlm."), fresh=skip)
 
 
-# -- the log ----------------------------------------------------------------------------------------------------------------
+# -- the log --------------------------------------------------------------------------------------
 
 BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.01))  # time bins: 0 is data, 1 is noise
 
 
 class Log:
-    """Means since the last row, over all ranks: loss per modality and per time bin, and how fast it goes. Rank 0 writes a csv; a resumed
-    run continues it."""
+    """Means since the last row, over all ranks: loss per modality and per time bin, and how fast it
+    goes. Rank 0 writes a csv; a resumed run continues it."""
 
     def __init__(self, path: Path, start: int, ranks: Ranks | None = None, to: str = ""):
         self.path, self.ranks, self.sums, self.counts, self.begun = (
@@ -530,7 +540,8 @@ class Log:
                     self.add(f"{name}_t{i}", values[inside].mean().item(), inside.sum().item())
 
     def row(self, step: int) -> dict[str, float]:
-        """Ends a row. What was added as `samples`, `tokens` and `flops` (of one rank; `flops` in shares of its peak) becomes a speed."""
+        """Ends a row. What was added as `samples`, `tokens` and `flops` (of one rank; `flops` in
+        shares of its peak) becomes a speed."""
         seconds = time.perf_counter() - self.begun
         peak = (
             torch.cuda.max_memory_allocated()
@@ -604,13 +615,14 @@ def plot_curve(log: Path, out: Path, names: tuple[str, ...] = ("video", "action"
     plt.close(figure)
 
 
-# -- data of a stage --------------------------------------------------------------------------------------------------------
+# -- data of a stage ------------------------------------------------------------------------------
 
 
 def toy_pool(
     args: argparse.Namespace, stage: Stage, card: Card, settings: Settings
 ) -> tuple[data.Pool, Card]:
-    """Records the levels of the stage and runs the frozen backbones over windows of them; notes the statistics on the card."""
+    """Records the levels of the stage and runs the frozen backbones over windows of them; notes the
+    statistics on the card."""
     stats = latents = None
     episodes = data.toy_episodes(stage.levels, settings.episodes, settings.seed)
     if stage.actions == "real":
@@ -635,7 +647,8 @@ def toy_pool(
 
 
 def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[data.Pool, Card]:
-    """What `python data.py cache` kept, if it is of this stage and of today's backbones; mixed by the weights of --data, if given."""
+    """What `python data.py cache` kept, if it is of this stage and of today's backbones; mixed by
+    the weights of --data, if given."""
     about = data.about_cache(args.cache)
     config = replace(MotusConfig.of(card.motus), **about.get("sizes", {}))
     made_by = data.backbones_of(args.preset, config).fingerprint()
@@ -662,7 +675,8 @@ def cached_pool(args: argparse.Namespace, stage: Stage, card: Card) -> tuple[dat
 def pool_for(
     args: argparse.Namespace, stage: Stage, card: Card, settings: Settings, ranks: Ranks
 ) -> tuple[data.Pool | data.Stream, Card]:
-    """The windows of the stage: cached ones, those of --data with the network as wide as its robots, or of the toy world."""
+    """The windows of the stage: cached ones, those of --data with the network as wide as its
+    robots, or of the toy world."""
     if stage.actions == "latent" and not (args.latent or args.data or args.cache):
         raise ValueError(
             "stage 2 learns latent actions; name their encoder with --latent runs/latent (python train.py --stage latent)"
@@ -700,8 +714,9 @@ def pool_for(
 
 
 class Steps(Dataset):
-    """What this rank computes in each step, by its number: windows of a source with `batch(size, seed, step, rank, world)`, times and noise
-    for them, and how many have which loss. Noise is drawn for the whole batch, so that it is the same for any number of ranks."""
+    """What this rank computes in each step, by its number: windows of a source with `batch(size,
+    seed, step, rank, world)`, times and noise for them, and how many have which loss. Noise is
+    drawn for the whole batch, so that it is the same for any number of ranks."""
 
     def __init__(self, source: data.Pool, settings: Settings, ranks: Ranks):
         self.source, self.settings, self.place = source, settings, (ranks.rank, ranks.world)
@@ -736,8 +751,8 @@ def counts(inputs: Inputs, noise: dict[str, Tensor]) -> tuple[float, float]:
 def batches(
     source: data.Pool, settings: Settings, ranks: Ranks, start: int
 ) -> Iterator[tuple[Inputs, dict[str, Tensor], tuple[float, float]]]:
-    """The batches of this rank from step `start` on, on its device, prepared ahead by `workers` processes (a stream by its own threads):
-    nothing but the step number decides what is in them."""
+    """The batches of this rank from step `start` on, on its device, prepared ahead by `workers`
+    processes (a stream by its own threads): nothing but the step number decides what is in them."""
     loader = DataLoader(
         Steps(source, settings, ranks),
         batch_size=None,
@@ -754,15 +769,17 @@ def batches(
         )
 
 
-# -- the runs ---------------------------------------------------------------------------------------------------------------
+# -- the runs -------------------------------------------------------------------------------------
 
 LATENT_FILE = "latent_action.safetensors"
 
 
 def train_latent(args: argparse.Namespace) -> Path:
-    """Trains the latent-action VAE: on the true optical flow of all levels of the toy world, or on what `python latent_action.py tokens`
-    made of videos. Actions are looked at where they are labelled, in a tenth of each batch. A frozen DC-AE sees each flow once; `--set`
-    also takes fields of LatentActionConfig, as in `--set reconstruct=picture finetune_dcae=True`. Returns the file of the encoder."""
+    """Trains the latent-action VAE: on the true optical flow of all levels of the toy world, or on
+    what `python latent_action.py tokens` made of videos. Actions are looked at where they are
+    labelled, in a tenth of each batch. A frozen DC-AE sees each flow once; `--set` also takes
+    fields of LatentActionConfig, as in `--set reconstruct=picture finetune_dcae=True`. Returns the
+    file of the encoder."""
     kinds = {
         f.name: f.type
         for f in fields(latent_action.LatentActionConfig)
@@ -865,7 +882,8 @@ def train_latent(args: argparse.Namespace) -> Path:
 
 
 def train(args: argparse.Namespace) -> Path:
-    """Trains one stage of the network, as one of the ranks that were started; returns the last checkpoint."""
+    """Trains one stage of the network, as one of the ranks that were started; returns the last
+    checkpoint."""
     stage = STAGES[args.stage]
     settings = settings_for(
         args.preset, args.stage, [*args.set, *([f"steps={args.steps}"] if args.steps else [])]

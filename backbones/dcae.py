@@ -1,7 +1,9 @@
-"""DC-AE, the deep-compression autoencoder that turns a flow picture into four tokens (Chen et al., arXiv 2410.10733).
+"""DC-AE, the deep-compression autoencoder that turns a flow picture into four tokens (Chen et al.,
+arXiv 2410.10733).
 
-Motus (arXiv 2512.13030, latent actions) describes a flow picture by four 512-d tokens. Of the published DC-AEs only f128c512 has
-512 latent channels, and a 256 x 256 picture is the one that gives it 2 x 2 positions:
+Motus (arXiv 2512.13030, latent actions) describes a flow picture by four 512-d tokens. Of the
+published DC-AEs only f128c512 has 512 latent channels, and a 256 x 256 picture is the one that
+gives it 2 x 2 positions:
 
     picture (B, 3, 256, 256) in [-1, 1]
       conv_in    stage 1  stage 2  stage 3  stage 4  stage 5  stage 6  stage 7    conv_out
@@ -10,17 +12,19 @@ Motus (arXiv 2512.13030, latent actions) describes a flow picture by four 512-d 
                   res x4  res x8   vit x2   vit x2   vit x2   vit x2   vit x2                 (decoder: res x5, res x10, vit x2 ...)
       -> latent (B, 512, 2, 2) -> the same way back, without a clamp at the end.
 
-It is a plain autoencoder: one picture has one latent, and the only variational part of Motus is the 14-d bottleneck behind it.
-Three things to know before editing:
+It is a plain autoencoder: one picture has one latent, and the only variational part of Motus is the
+14-d bottleneck behind it. Three things to know before editing:
   * Attention slices [q; k; v] into groups of 3 * head_dim consecutive channels, so the query of one group may be made of what
     published files call values. The weights only mean something with exactly this slicing.
   * The decoder's residual stages normalise with batch statistics. Keep the model in eval mode while training through it.
   * Latents are not scaled here. The published factors (0.4883 for "in" files, 0.3620 for "mix") are constants, and whoever
     consumes latents whitens them per feature anyway.
-Departures from the original: only the layouts with an empty stage 0 are built (all "in" and "mix" files); the "sana" layouts with a
-multi-scale attention branch are not. Published weights and code are Apache-2.0.
+Departures from the original: only the layouts with an empty stage 0 are built (all "in" and "mix"
+files); the "sana" layouts with a multi-scale attention branch are not. Published weights and code
+are Apache-2.0.
 
-Shape legend: B batch, C channels, H W height and width, L = H * W positions, N attention groups, K head_dim.
+Shape legend: B batch, C channels, H W height and width, L = H * W positions, N attention groups, K
+head_dim.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +42,8 @@ from weights.load import load_into
 
 @dataclass(frozen=True)
 class DCAEConfig:
-    """Sizes of encoder and decoder, those of the published f128c512 by default; stage s = 1, 2, ... works at 1 / 2**s of the picture."""
+    """Sizes of encoder and decoder, those of the published f128c512 by default; stage s = 1, 2, ...
+    works at 1 / 2**s of the picture."""
 
     # channels of stages 1, 2, ..., the same on the way down and up
     widths: tuple[int, ...] = (256, 512, 512, 1024, 1024, 2048, 2048)
@@ -72,7 +77,8 @@ class DCAEConfig:
 
 
 class ChannelRMSNorm(nn.Module):
-    """Divide each position by the root mean square of its channels, in fp32; then weight and bias. (B, C, H, W) -> same."""
+    """Divide each position by the root mean square of its channels, in fp32; then weight and bias.
+    (B, C, H, W) -> same."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -86,7 +92,8 @@ class ChannelRMSNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """conv, activation, conv, norm, plus the input. The decoder's form has ReLU and batch norm, the encoder's SiLU and RMS norm."""
+    """conv, activation, conv, norm, plus the input. The decoder's form has ReLU and batch norm, the
+    encoder's SiLU and RMS norm."""
 
     def __init__(self, channels: int, decoder: bool):
         super().__init__()
@@ -102,8 +109,9 @@ class ResBlock(nn.Module):
 class LinearAttention(nn.Module):
     """ReLU attention without softmax, plus the input. (B, C, H, W) -> same.
 
-    With positive features the weights k.q need only be divided by their sum, so the sum over positions can be taken before the
-    query enters, at a cost linear in L. Below K positions the usual order is cheaper; the two agree up to rounding and eps.
+    With positive features the weights k.q need only be divided by their sum, so the sum over
+    positions can be taken before the query enters, at a cost linear in L. Below K positions the
+    usual order is cheaper; the two agree up to rounding and eps.
     """
 
     def __init__(self, channels: int, head_dim: int, eps: float = 1e-15):
@@ -136,7 +144,8 @@ class LinearAttention(nn.Module):
 
 
 class GatedConv(nn.Module):
-    """The feed-forward half: widen eightfold, mix 3 x 3 neighbours, gate one half by the other, plus the input."""
+    """The feed-forward half: widen eightfold, mix 3 x 3 neighbours, gate one half by the other,
+    plus the input."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -160,7 +169,8 @@ class ViTBlock(nn.Sequential):
 
 
 class Down(nn.Module):
-    """(B, C, H, W) -> (B, C', H/2, W/2): each 2 x 2 square moves into channels, beside it a shortcut that averages channels."""
+    """(B, C, H, W) -> (B, C', H/2, W/2): each 2 x 2 square moves into channels, beside it a
+    shortcut that averages channels."""
 
     def __init__(self, channels: int, out_channels: int, shortcut: bool = True):
         super().__init__()
@@ -264,7 +274,8 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """Deep-compression autoencoder; `encode` and `decode` are each other's approximate inverse, `forward` is both in turn."""
+    """Deep-compression autoencoder; `encode` and `decode` are each other's approximate inverse,
+    `forward` is both in turn."""
 
     def __init__(self, config: DCAEConfig):
         super().__init__()
@@ -273,7 +284,8 @@ class DCAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], sides multiples of `config.factor` -> latents (B, C, H / factor, W / factor)."""
+        """Pictures (B, 3, H, W) in [-1, 1], sides multiples of `config.factor` -> latents (B, C, H
+        / factor, W / factor)."""
         factor = self.config.factor
         if (
             pictures.ndim != 4
@@ -288,7 +300,8 @@ class DCAE(nn.Module):
         return self.encoder(pictures)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, h * factor, w * factor), about [-1, 1] but not clamped."""
+        """Latents (B, C, h, w) -> pictures (B, 3, h * factor, w * factor), about [-1, 1] but not
+        clamped."""
         return self.decoder(latents)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -301,7 +314,8 @@ def load_dcae(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> DCAE:
-    """DC-AE with published weights in either format, in eval mode. ValueError if any tensor is missing, unexpected or of another shape."""
+    """DC-AE with published weights in either format, in eval mode. ValueError if any tensor is
+    missing, unexpected or of another shape."""
     with torch.device("meta"):
         model = DCAE(config)
     with open_source(path) as source:

@@ -1,7 +1,9 @@
-"""Optical flow between two frames: the `FlowEstimator` interface, a default without weights (DIS), and DPFlow from scratch.
+"""Optical flow between two frames: the `FlowEstimator` interface, a default without weights (DIS),
+and DPFlow from scratch.
 
-Motus (arXiv 2512.13030, latent actions) measures motion with DPFlow (Morimitsu et al., CVPR 2025). Its weights are for research only,
-so nothing here depends on them: any callable from two batches of frames to a flow field can stand in its place.
+Motus (arXiv 2512.13030, latent actions) measures motion with DPFlow (Morimitsu et al., CVPR 2025).
+Its weights are for research only, so nothing here depends on them: any callable from two batches of
+frames to a flow field can stand in its place.
 
     frames a, b (B, 3, H, W) --pad--> encoder (both images together, one set of weights for every level)
         fine to coarse    1/4 -> 1/8 -> 1/16 -> 1/32     ConvGRU, then a stage whose blocks let the two images see each other
@@ -10,12 +12,15 @@ so nothing here depends on them: any callable from two batches of frames to a fl
     decoder, coarse to fine, `iterations` times per level: look up correlations around the current flow, GRU, add a residual
     finest flow at 1/8 --convex upsampling--> (B, 2, H, W)
 
-Because the levels share weights their number follows the image: 3 up to about 1 Kpx, one more for each doubling (`pyramid_levels`).
-Departures from the original: the mixture-of-Laplace outputs of the flow head are computed but unused, since only inference is built;
-frames smaller than two strides are padded to two (the original divides by zero there); large correlation volumes are made in slices.
+Because the levels share weights their number follows the image: 3 up to about 1 Kpx, one more for
+each doubling (`pyramid_levels`). Departures from the original: the mixture-of-Laplace outputs of
+the flow head are computed but unused, since only inference is built; frames smaller than two
+strides are padded to two (the original divides by zero there); large correlation volumes are made
+in slices.
 
-Conventions: flow moves pixels of frame a to frame b; channel 0 is x (right), channel 1 is y (down), in pixels of the input.
-Shape legend: B batch, C channels, H W frame height and width, h w a level's; `pair` has 2B rows, first all frames a, then all b.
+Conventions: flow moves pixels of frame a to frame b; channel 0 is x (right), channel 1 is y (down),
+in pixels of the input. Shape legend: B batch, C channels, H W frame height and width, h w a
+level's; `pair` has 2B rows, first all frames a, then all b.
 """
 
 import math
@@ -41,7 +46,8 @@ class FlowEstimator(Protocol):
     name: str
 
     def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
-        """Two batches of RGB frames (B, 3, H, W), float in [0, 1] -> flow from a to b (B, 2, H, W), float, in pixels."""
+        """Two batches of RGB frames (B, 3, H, W), float in [0, 1] -> flow from a to b (B, 2, H, W),
+        float, in pixels."""
 
 
 def check_frames(frames_a: Tensor, frames_b: Tensor) -> None:
@@ -57,10 +63,12 @@ def check_frames(frames_a: Tensor, frames_b: Tensor) -> None:
 
 
 class DISFlow:
-    """Dense inverse search (Kroeger et al., ECCV 2016) from OpenCV: no weights, some milliseconds a pair on a CPU.
+    """Dense inverse search (Kroeger et al., ECCV 2016) from OpenCV: no weights, some milliseconds a
+    pair on a CPU.
 
-    `preset` is "ultrafast", "fast" or "medium". `upscale` enlarges small frames first, which halves the error at 32 to 64 pixels.
-    It needs texture: on plain surfaces the motion smears over the neighbourhood.
+    `preset` is "ultrafast", "fast" or "medium". `upscale` enlarges small frames first, which halves
+    the error at 32 to 64 pixels. It needs texture: on plain surfaces the motion smears over the
+    neighbourhood.
     """
 
     def __init__(self, preset: str = "medium", upscale: int = 1):
@@ -118,7 +126,8 @@ class DISFlow:
 
 @dataclass(frozen=True)
 class DPFlowConfig:
-    """The defaults are the published network, 10,021,508 parameters. Every width is a multiple of 8, the groups of the norm."""
+    """The defaults are the published network, 10,021,508 parameters. Every width is a multiple of
+    8, the groups of the norm."""
 
     stem: tuple[int, int] = (64, 96)  # channels at 1/2 and 1/4 of the image
     width: int = 128  # channels at every level below
@@ -140,12 +149,14 @@ class DPFlowConfig:
 
 
 def pyramid_levels(height: int, width: int) -> int:
-    """Published rule: 3 levels for a diagonal up to 1100 pixels, one more for each doubling. The coarsest is at 1 / 2**(levels + 2)."""
+    """Published rule: 3 levels for a diagonal up to 1100 pixels, one more for each doubling. The
+    coarsest is at 1 / 2**(levels + 2)."""
     return 3 + round(math.log2(max(1.0, math.hypot(height, width) / 1100)))
 
 
 def group_norm(x: Tensor) -> Tensor:
-    """The encoder's norm, over the whole map of each of 8 groups of channels. None of the norms has weights."""
+    """The encoder's norm, over the whole map of each of 8 groups of channels. None of the norms has
+    weights."""
     return F.group_norm(x, 8, eps=1e-6)
 
 
@@ -155,7 +166,8 @@ def channel_norm(x: Tensor) -> Tensor:
 
 
 class GatedUnit(nn.Module):
-    """GELU(gate path) * value path. Each path widens twofold and mixes 7 x 7 neighbours; gate and value may come from two tensors."""
+    """GELU(gate path) * value path. Each path widens twofold and mixes 7 x 7 neighbours; gate and
+    value may come from two tensors."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -186,7 +198,8 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(SelfBlock):
-    """Cross-gated unit, form for two images (encoder): each is changed by its own features gated with both."""
+    """Cross-gated unit, form for two images (encoder): each is changed by its own features gated
+    with both."""
 
     def __init__(self, width: int, norm: Callable[[Tensor], Tensor]):
         super().__init__(width, norm)
@@ -196,7 +209,8 @@ class CrossBlock(SelfBlock):
     def forward(self, pair: Tensor) -> Tensor:
         normed = self.norm(pair)
         (a, b), (own_a, own_b) = pair.chunk(2), self.conv_self(normed, normed).chunk(2)
-        # The order matters: image a is updated first, and image b then sees the new a, without norm and with its residual.
+        # The order matters: image a is updated first, and image b then sees the new a, without norm
+        # and with its residual.
         a = a + self.cross(own_a, own_b)
         b = b + self.cross(own_b, a)
         return torch.cat([a, b])
@@ -226,7 +240,8 @@ class Stage(nn.Module):
 
 
 class GRU(nn.Module):
-    """Gated recurrent unit over maps; `make` builds the three transforms of (hidden | input), all to the width of the hidden state."""
+    """Gated recurrent unit over maps; `make` builds the three transforms of (hidden | input), all
+    to the width of the hidden state."""
 
     def __init__(self, make: Callable[[], nn.Module]):
         super().__init__()
@@ -240,7 +255,8 @@ class GRU(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with norms; where the block strides, so does a 1 x 1 convolution on the skip."""
+    """Two 3 x 3 convolutions with norms; where the block strides, so does a 1 x 1 convolution on
+    the skip."""
 
     def __init__(self, channels: int, out_channels: int, stride: int = 1):
         super().__init__()
@@ -271,7 +287,8 @@ class Stem(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Dual pyramid. pair (2B, 3, H, W) in [-1, 1] -> one map (2B, 3 * width, h, w) per level, coarse to fine, the finest at 1/8."""
+    """Dual pyramid. pair (2B, 3, H, W) in [-1, 1] -> one map (2B, 3 * width, h, w) per level,
+    coarse to fine, the finest at 1/8."""
 
     def __init__(self, config: DPFlowConfig):
         super().__init__()
@@ -316,13 +333,15 @@ class Encoder(nn.Module):
 
 
 class Correlation:
-    """Scaled dot products of every position of `a` with every position of `b`, both (B, C, h, w), read in windows around a target."""
+    """Scaled dot products of every position of `a` with every position of `b`, both (B, C, h, w),
+    read in windows around a target."""
 
     def __init__(self, a: Tensor, b: Tensor, radius: int, limit: int):
         self.a = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(a.shape[1])
         self.b, self.radius = b, radius
         batch, _, height, width = a.shape
-        # Above the limit the volume is made anew at each reading, for as many positions of `a` at a time as the limit allows.
+        # Above the limit the volume is made anew at each reading, for as many positions of `a` at a
+        # time as the limit allows.
         self.rows = max(1, limit // (batch * height * width))
         self.volume = self.products(self.a) if self.rows >= height * width else None
 
@@ -333,7 +352,8 @@ class Correlation:
         )
 
     def __call__(self, target: Tensor) -> Tensor:
-        """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) ** 2, h, w)."""
+        """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) **
+        2, h, w)."""
         height = target.shape[2]
         target = rearrange(target, "b two h w -> b (h w) two")
         if self.volume is not None:
@@ -358,7 +378,8 @@ class Correlation:
 
 
 class MotionEncoder(nn.Module):
-    """Correlations (B, window, h, w) and flow (B, 2, h, w) -> motion features (B, width, h, w), the last two of them the flow itself."""
+    """Correlations (B, window, h, w) and flow (B, 2, h, w) -> motion features (B, width, h, w), the
+    last two of them the flow itself."""
 
     def __init__(self, window: int, width: int):
         super().__init__()
@@ -405,7 +426,8 @@ class Update(nn.Module):
 
 
 def convex_upsample(flow: Tensor, mask: Tensor) -> Tensor:
-    """flow (B, 2, h, w), mask (B, 9 * 64, h, w) -> (B, 2, 8h, 8w): each new pixel is a convex mixture of its 3 x 3 coarse neighbours."""
+    """flow (B, 2, h, w), mask (B, 9 * 64, h, w) -> (B, 2, 8h, 8w): each new pixel is a convex
+    mixture of its 3 x 3 coarse neighbours."""
     height = flow.shape[2]
     weights = rearrange(
         mask.float(), "b (nine fy fx) h w -> b 1 nine fy fx h w", nine=9, fy=8
@@ -417,7 +439,8 @@ def convex_upsample(flow: Tensor, mask: Tensor) -> Tensor:
 
 
 class DPFlow(nn.Module):
-    """DPFlow, a FlowEstimator. Run it under torch.no_grad(): the gradient is cut before each iteration, as in its training."""
+    """DPFlow, a FlowEstimator. Run it under torch.no_grad(): the gradient is cut before each
+    iteration, as in its training."""
 
     name = "dpflow"
 
@@ -428,12 +451,14 @@ class DPFlow(nn.Module):
         self.update = Update(config)
 
     def forward(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
-        """Frames (B, 3, H, W), RGB float in [0, 1], any H and W -> flow from a to b (B, 2, H, W), fp32, in pixels."""
+        """Frames (B, 3, H, W), RGB float in [0, 1], any H and W -> flow from a to b (B, 2, H, W),
+        fp32, in pixels."""
         check_frames(frames_a, frames_b)
         height, width = frames_a.shape[-2:]
         levels = self.config.levels or pyramid_levels(height, width)
         stride = 2 ** (levels + 2)
-        # At least two positions at the coarsest level, because grid_sample divides by one less than their number.
+        # At least two positions at the coarsest level, because grid_sample divides by one less than
+        # their number.
         extra_h, extra_w = (
             max(2, math.ceil(side / stride)) * stride - side for side in (height, width)
         )
@@ -449,9 +474,11 @@ class DPFlow(nn.Module):
         ]
 
     def refine(self, features: Tensor, flow: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One level: features of both frames, flow of the level above at half the size -> flow of this level, hidden state."""
+        """One level: features of both frames, flow of the level above at half the size -> flow of
+        this level, hidden state."""
         matching, extra = features.split([2 * self.config.width, self.config.width], dim=1)
-        # Each frame gives half of the context and half of the first hidden state; only the flow is carried from level to level.
+        # Each frame gives half of the context and half of the first hidden state; only the flow is
+        # carried from level to level.
         context, hidden = rearrange(
             extra, "(frame b) (part c) h w -> part b (frame c) h w", frame=2, part=2
         )
@@ -479,7 +506,8 @@ class DPFlow(nn.Module):
 
 
 def load_dpflow(path: str | Path, config: DPFlowConfig = DPFlowConfig()) -> DPFlow:
-    """DPFlow with the weights of a published .ckpt, in eval mode. ValueError if any tensor is missing, unexpected or of another shape."""
+    """DPFlow with the weights of a published .ckpt, in eval mode. ValueError if any tensor is
+    missing, unexpected or of another shape."""
     model = DPFlow(config)
     with open_source(path) as source:
         load_into(model, source, dpflow_own)

@@ -17,14 +17,16 @@ from backbones.wan_vae import WanVAE, WanVAEConfig
 from weights.files import digest, open_source, save_safetensors
 from weights.load import load_part
 
-# -- the frozen backbones ---------------------------------------------------------------------------------------------------
+# -- the frozen backbones -------------------------------------------------------------------------
 
 
 class Backbones(nn.Module):
-    """The three networks that others pre-trained, and their tokenizers: pixels and words in, latents and states out. Frozen.
+    """The three networks that others pre-trained, and their tokenizers: pixels and words in,
+    latents and states out. Frozen.
 
-    Each may be absent: the text encoder where states of all instructions were prepared (`save_text`, `load_text`), the VLM in stage 1,
-    everything but the text encoder where only that is done."""
+    Each may be absent: the text encoder where states of all instructions were prepared
+    (`save_text`, `load_text`), the VLM in stage 1, everything but the text encoder where only that
+    is done."""
 
     PARTS = {
         "vae": (WanVAE, WanVAEConfig),
@@ -54,9 +56,11 @@ class Backbones(nn.Module):
         parts: Sequence[str] = ("vae", "text", "vlm"),
         motus: str | Path | None = None,
     ) -> "Backbones":
-        """The `parts` from one of two kinds of folder. Ours holds `vae.safetensors`, `text.safetensors`, `vlm.safetensors` (each with its
-        config in the metadata) and the tokenizers `text.json`, `vlm.json`. The other holds the published folders `wan` and `qwen3vl`; of
-        the latter only configs and tokenizer are read if the official Motus file `motus` is given, which has the VLM too."""
+        """The `parts` from one of two kinds of folder. Ours holds `vae.safetensors`,
+        `text.safetensors`, `vlm.safetensors` (each with its config in the metadata) and the
+        tokenizers `text.json`, `vlm.json`. The other holds the published folders `wan` and
+        `qwen3vl`; of the latter only configs and tokenizer are read if the official Motus file
+        `motus` is given, which has the VLM too."""
         wan, qwen = Path(folder) / "wan", Path(folder) / "qwen3vl"
         loaders = {
             "vae": lambda: load_vae(wan),
@@ -74,8 +78,9 @@ class Backbones(nn.Module):
         return cls(**{name: loaders[name]() for name in parts})
 
     def fingerprint(self, *names: str) -> dict[str, str]:
-        """A digest of each part that is here (or of `names`), weights and tokenizer; of the text encoder too if it only prepared states.
-        What the backbones computed is stale where it differs."""
+        """A digest of each part that is here (or of `names`), weights and tokenizer; of the text
+        encoder too if it only prepared states. What the backbones computed is stale where it
+        differs."""
         tokenizers = {
             "text": getattr(self.text_tokenizer, "tokenizer", None),
             "vlm": self.vlm_tokenizer,
@@ -93,7 +98,8 @@ class Backbones(nn.Module):
         save_safetensors(path, self.text_cache, {"made by text": self.fingerprint("text")["text"]})
 
     def load_text(self, path: str | Path, width: int) -> "Backbones":
-        """Adds states that `save_text` wrote. ValueError if they have not `width`, or another text encoder made those that are here."""
+        """Adds states that `save_text` wrote. ValueError if they have not `width`, or another text
+        encoder made those that are here."""
         with open_source(path) as source:
             maker, found = (
                 source.metadata.get("made by text"),
@@ -113,7 +119,8 @@ class Backbones(nn.Module):
         return self
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32; frame 0 alone makes latent frame 0."""
+        """frames (B, F, H, W, 3) uint8, F = 1 + 4n -> normalised latents (B, C, T, h, w) fp32;
+        frame 0 alone makes latent frame 0."""
         return self.vae.encode(
             rearrange(frames, "b f h w c -> b c f h w").float() / 127.5 - 1
         ).contiguous()
@@ -124,7 +131,8 @@ class Backbones(nn.Module):
         return rearrange(frames, "b c f h w -> b f h w c").round().clamp(0, 255).to(torch.uint8)
 
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An instruction is encoded once and remembered."""
+        """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An
+        instruction is encoded once and remembered."""
         missing = sorted(set(texts) - set(self.text_cache))
         if missing and self.text is None:
             raise ValueError(
@@ -142,8 +150,9 @@ class Backbones(nn.Module):
     def understand(
         self, images: Tensor, texts: Sequence[str], form: str = "deployment"
     ) -> tuple[Tensor, Tensor]:
-        """images (B, H, W, 3) uint8 with their instructions -> VLM hidden states (B, Lu, Dv) and mask (B, Lu) bool. `form` is the prompt:
-        the official code trains with one and deploys with another (`backbones/qwen3vl.py`); here one serves both unless asked otherwise."""
+        """images (B, H, W, 3) uint8 with their instructions -> VLM hidden states (B, Lu, Dv) and
+        mask (B, Lu) bool. `form` is the prompt: the official code trains with one and deploys with
+        another (`backbones/qwen3vl.py`); here one serves both unless asked otherwise."""
         config = self.vlm.config
         prepared = [prepare_image(image, config) for image in images.cpu().numpy()]
         pixels, grid = torch.cat([p for p, _ in prepared]), torch.cat([g for _, g in prepared])
@@ -159,8 +168,9 @@ class Backbones(nn.Module):
     def conditions(
         self, frames: Tensor, texts: Sequence[str], und: bool = True
     ) -> dict[str, Tensor | None]:
-        """frames (B, F, H, W, 3) uint8, the observation first (F may be 1), and instructions -> what the network sees of them, by the
-        names of `motus.Inputs`; without the VLM if not `und`."""
+        """frames (B, F, H, W, 3) uint8, the observation first (F may be 1), and instructions ->
+        what the network sees of them, by the names of `motus.Inputs`; without the VLM if not `und`.
+        """
         context, lengths = self.encode_text(texts)
         states, mask = self.understand(frames[:, 0], texts) if und else (None, None)
         latents = self.encode_video(frames.to(context.device))

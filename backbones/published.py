@@ -1,8 +1,9 @@
 """What published files say about the networks in them, and those networks built and filled.
 
-A size is seen in the shape of a tensor; what no shape shows (norm epsilons, rotary bases, the length of a chunk) is stated by config.json.
-Both must agree where both speak, and what neither says is an error that names the field, unless all sizes are the published ones: then
-the published values hold. A network keeps the dtype of its file.
+A size is seen in the shape of a tensor; what no shape shows (norm epsilons, rotary bases, the
+length of a chunk) is stated by config.json. Both must agree where both speak, and what neither says
+is an error that names the field, unless all sizes are the published ones: then the published values
+hold. A network keeps the dtype of its file.
 
     open_motus(PATH)                 an official Motus folder or file, one that was converted, or a Wan2.2 video expert alone
     load_vae, load_text, load_vlm    the frozen backbones, from the folders of Wan2.2 and Qwen3-VL, original or diffusers
@@ -74,7 +75,7 @@ QWEN_FIELDS = {
 
 LISTS = ("mrope", "taps", "mean", "std")
 
-# -- seen and stated --------------------------------------------------------------------------------------------------------
+# -- seen and stated ------------------------------------------------------------------------------
 
 
 def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, object]:
@@ -87,7 +88,8 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
 
 
 def number(value: object) -> float:
-    """A finite number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN for all else."""
+    """A finite number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN
+    for all else."""
     try:
         return (
             float(value)
@@ -99,8 +101,9 @@ def number(value: object) -> float:
 
 
 def value_of(field: str, value: object, several: bool) -> int | float | tuple:
-    """What a config states for a field, or a list (`several`) of: sizes are whole, epsilons, bases and statistics need not be; of these
-    only statistics and members of lists may be zero or less."""
+    """What a config states for a field, or a list (`several`) of: sizes are whole, epsilons, bases
+    and statistics need not be; of these only statistics and members of lists may be zero or less.
+    """
     fractional = field.endswith(("eps", "theta")) or field in ("mean", "std")
     if several:
         items = [number(item) for item in value] if isinstance(value, list) else [math.nan]
@@ -118,7 +121,8 @@ def value_of(field: str, value: object, several: bool) -> int | float | tuple:
 
 
 def seen(path: Path, shapes: Shapes, places: Mapping[str, tuple[str, int]]) -> dict[str, int]:
-    """Sizes by field, from (tensor, axis). One ValueError for all tensors that are missing, empty or of too few axes."""
+    """Sizes by field, from (tensor, axis). One ValueError for all tensors that are missing, empty
+    or of too few axes."""
     files.refuse(
         path,
         "parts are missing",
@@ -144,8 +148,9 @@ def settle(
     published: type | None = None,
     wanted: Iterable[str] = (),
 ) -> dict:
-    """Fields of a config, from what the shapes show (`found`) and a config.json states, `names` saying where. `wanted` fields must be in
-    one of them, unless all that is found equals the defaults of `published`."""
+    """Fields of a config, from what the shapes show (`found`) and a config.json states, `names`
+    saying where. `wanted` fields must be in one of them, unless all that is found equals the
+    defaults of `published`."""
     settled, problems = dict(found), []
     defaults = {f.name: f.default for f in fields(published)} if published else {}
     known = published is not None and all(
@@ -183,11 +188,12 @@ def shapes_of(source: files.TensorSource, rename: Rename) -> dict[str, tuple[int
     return {key: source.shape(name) for name in source.names() if (key := rename(name)) is not None}
 
 
-# -- the sizes of each network ----------------------------------------------------------------------------------------------
+# -- the sizes of each network --------------------------------------------------------------------
 
 
 def wan_config(path: Path, shapes: Shapes, stated: Mapping, heads: int | None = None) -> WanConfig:
-    """The video expert's. No tensor of its own shows how many heads it has; in a Motus file the action expert's do."""
+    """The video expert's. No tensor of its own shows how many heads it has; in a Motus file the
+    action expert's do."""
     found = seen(
         path,
         shapes,
@@ -208,7 +214,8 @@ def wan_config(path: Path, shapes: Shapes, stated: Mapping, heads: int | None = 
 
 
 def vae_config(path: Path, shapes: Shapes, stated: Mapping) -> WanVAEConfig:
-    """The latents' mean and std are in no tensor: those of Wan2.2 hold for its 48 channels, others must be stated."""
+    """The latents' mean and std are in no tensor: those of Wan2.2 hold for its 48 channels, others
+    must be stated."""
     found = seen(
         path,
         shapes,
@@ -319,7 +326,8 @@ def vlm_config(path: Path, shapes: Shapes, stated: Mapping) -> Qwen3VLConfig:
 
 
 def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[int, ...]) -> dict:
-    """The fields of MotusConfig. `positions`: the rows of the file's position table, if known; the stated chunk must have as many."""
+    """The fields of MotusConfig. `positions`: the rows of the file's position table, if known; the
+    stated chunk must have as many."""
     encoders = "action.input_encoder."
     finetune = "action.registers" in shapes
     places = {
@@ -358,8 +366,9 @@ def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[i
 
 
 def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
-    """What is known of the robot, as `data.Statistics`. No official file has any; RoboTwin's model, known by its rates (every third step,
-    two actions per frame), was trained on raw numbers. Others must be told: None."""
+    """What is known of the robot, as `data.Statistics`. No official file has any; RoboTwin's model,
+    known by its rates (every third step, two actions per frame), was trained on raw numbers. Others
+    must be told: None."""
     if not config["finetune"] or (config["ratio"], stated.get("common.global_downsample_rate")) != (
         2,
         3,
@@ -374,7 +383,7 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
     }
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -392,7 +401,8 @@ class Published:
 
 
 def is_published(path: str | Path) -> bool:
-    """Whether published weights are at `path`, rather than a run or checkpoint of ours (or nothing)."""
+    """Whether published weights are at `path`, rather than a run or checkpoint of ours (or
+    nothing)."""
     path = Path(path)
     config = path / "config.json"
     if path.name.startswith("step_") or config.is_file() and "motus" in files.read_json(config):
@@ -411,7 +421,8 @@ def holds_vlm(path: str | Path) -> bool:
 
 
 def open_motus(path: str | Path) -> Published:
-    """Official Motus weights (stages 2, 3) or a Wan2.2 video expert (stage 1), as published or converted. ValueError if it is neither."""
+    """Official Motus weights (stages 2, 3) or a Wan2.2 video expert (stage 1), as published or
+    converted. ValueError if it is neither."""
     source = files.open_source(path)
     kind, stage = layouts.identify(source.names())
     rename, stated = layouts.renaming(source.names()), flatten(files.config_beside(source))
@@ -467,8 +478,9 @@ def fill(
 
 
 def load_vae(folder: str | Path) -> WanVAE:
-    """From Wan2.2_VAE.pth, or the folder `vae` of a diffusers repository. The decoder, which only makes pictures for people, is kept in
-    bf16; the encoder, whose latents the network was trained on, in the dtype of the file."""
+    """From Wan2.2_VAE.pth, or the folder `vae` of a diffusers repository. The decoder, which only
+    makes pictures for people, is kept in bf16; the encoder, whose latents the network was trained
+    on, in the dtype of the file."""
     source = files.open_source(place(folder, "Wan2.2_VAE.pth", "vae"))
     rename = layouts.renaming(source.names())
     vae = fill(
@@ -482,7 +494,8 @@ def load_vae(folder: str | Path) -> WanVAE:
 
 
 def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5Tokenizer]:
-    """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers repository."""
+    """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers
+    repository."""
     source = files.open_source(place(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
     tokenizer = T5Tokenizer(
         place(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), text_len
@@ -494,7 +507,8 @@ def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5T
 
 
 def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3VL, Tokenizer]:
-    """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus file `motus`."""
+    """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus
+    file `motus`."""
     source, folder = files.open_source(hub.fetched(motus or folder)), Path(folder)
     own = layouts.renaming(source.names())
     rename = (
@@ -524,8 +538,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def open_weights(
     path: str | Path, weights: str = "ema"
 ) -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
-    """The weights at `path`, the way from their names to ours, their card, and the experts they lack (prefixes). `path` is anything that
-    `Motus.from_pretrained` takes. Published weights get a card of preset `full`, with the sizes of the file."""
+    """The weights at `path`, the way from their names to ours, their card, and the experts they
+    lack (prefixes). `path` is anything that `Motus.from_pretrained` takes. Published weights get a
+    card of preset `full`, with the sizes of the file."""
     path = fetched(path)
     if is_published(path):
         found = open_motus(path)

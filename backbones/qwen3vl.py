@@ -1,22 +1,29 @@
-"""Qwen3-VL by hand: the frozen eyes and reader of the understanding expert (paper Sec. 3.1; weights Qwen3-VL-2B-Instruct).
+"""Qwen3-VL by hand: the frozen eyes and reader of the understanding expert (paper Sec. 3.1; weights
+Qwen3-VL-2B-Instruct).
 
     image --prepare_image--> patches --VisionTower--> image tokens, one per 2 x 2 patches, and DeepStack features
     text, grids --prompt_ids--> ids --embedding, image tokens put in place--> LanguageModel --> hidden states after the final norm
 
-Vision: patch embedding + learned 48 x 48 positions, interpolated to the grid of the image; blocks with full attention inside each image
-and 2-D RoPE; the outputs of a few blocks (`taps`) pass mergers of their own and are added to the image tokens after the first layers of
-the language model (DeepStack). Language: causal grouped-query attention, q/k RMSNorm per head, SwiGLU, no biases, and M-RoPE: a text token
-has one position, an image token a (time, row, column), and the rotary frequencies take turns between the three.
+Vision: patch embedding + learned 48 x 48 positions, interpolated to the grid of the image; blocks
+with full attention inside each image and 2-D RoPE; the outputs of a few blocks (`taps`) pass
+mergers of their own and are added to the image tokens after the first layers of the language model
+(DeepStack). Language: causal grouped-query attention, q/k RMSNorm per head, SwiGLU, no biases, and
+M-RoPE: a text token has one position, an image token a (time, row, column), and the rotary
+frequencies take turns between the three.
 
-Order of patches: 2 x 2 blocks in raster order, and inside a block in raster order, so that a merger joins 4 consecutive rows.
-Precision: norms, vision RoPE and all angles in fp32; everything else in the dtype of the weights.
+Order of patches: 2 x 2 blocks in raster order, and inside a block in raster order, so that a merger
+joins 4 consecutive rows. Precision: norms, vision RoPE and all angles in fp32; everything else in
+the dtype of the weights.
 
 Departures from the library that official Motus runs (transformers 5.0.0rc0)
-- Position embeddings are interpolated in fp32 and then rounded to the dtype of the weights, as newer releases do; it rounds every term.
-- Images are resized by pillow; it resizes by torchvision, whose rounding differs. Frames that fit, as 384 x 320 does, are not resized.
+- Position embeddings are interpolated in fp32 and then rounded to the dtype of the weights, as
+  newer releases do; it rounds every term.
+- Images are resized by pillow; it resizes by torchvision, whose rounding differs. Frames that fit,
+  as 384 x 320 does, are not resized.
 - Still images only, no cache, no head: Motus needs the hidden states of a prompt and nothing else.
 
-Shapes: B batch, L prompt tokens, n images, h w patch grid of an image, P patches of all images, D width, N heads, K head size.
+Shapes: B batch, L prompt tokens, n images, h w patch grid of an image, P patches of all images, D
+width, N heads, K head size.
 """
 
 import math
@@ -36,7 +43,8 @@ from attention import LayerNorm, Linear, RMSNorm, attention, key_bias, rotate_ha
 
 @dataclass(frozen=True)
 class Qwen3VLConfig:
-    """Sizes of the language model, of the vision tower and of the images; the defaults are Qwen3-VL-2B-Instruct."""
+    """Sizes of the language model, of the vision tower and of the images; the defaults are
+    Qwen3-VL-2B-Instruct."""
 
     vocab: int = 151936
     width: int = 2048
@@ -93,10 +101,11 @@ class Qwen3VLConfig:
 
 PRESETS = {"qwen3-vl-2b": Qwen3VLConfig()}
 
-# -- images and prompts -----------------------------------------------------------------------------------------------------
+# -- images and prompts ---------------------------------------------------------------------------
 
-# Official Motus trains with one form and is deployed with another. Attention is causal: in training the text sees the image, in
-# deployment the image sees the text. Both prompts are one user turn without a system message.
+# Official Motus trains with one form and is deployed with another. Attention is causal: in training
+# the text sees the image, in deployment the image sees the text. Both prompts are one user turn
+# without a system message.
 PROMPTS = {
     "training": "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n",
     "deployment": "<|im_start|>user\n{text}{images}<|im_end|>\n",
@@ -112,7 +121,8 @@ def check_form(form: str) -> None:
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Height and width rounded to multiples of `factor` and scaled so that the area lies between min_pixels and max_pixels."""
+    """Height and width rounded to multiples of `factor` and scaled so that the area lies between
+    min_pixels and max_pixels."""
     if max(height, width) > 200 * min(height, width):
         raise ValueError(
             f"image of {height} x {width} pixels; the ratio of its sides must not exceed 200: crop or pad it"
@@ -130,7 +140,8 @@ def smart_resize(
 
 
 def patchify(images: Tensor, config: Qwen3VLConfig) -> tuple[Tensor, Tensor]:
-    """Prepared images (n, H, W, 3) uint8 -> patches (n*h*w, 3*repeat*patch*patch) fp32 in [-1, 1], grids (n, 3) = (1, h, w)."""
+    """Prepared images (n, H, W, 3) uint8 -> patches (n*h*w, 3*repeat*patch*patch) fp32 in [-1, 1],
+    grids (n, 3) = (1, h, w)."""
     p, m = config.patch, config.merge
     _, height, width, _ = images.shape
     if height % (p * m) or width % (p * m):
@@ -149,11 +160,13 @@ def patchify(images: Tensor, config: Qwen3VLConfig) -> tuple[Tensor, Tensor]:
 def prepare_image(
     image: np.ndarray, config: Qwen3VLConfig, form: str = "deployment"
 ) -> tuple[Tensor, Tensor]:
-    """image (H, W, 3) uint8 -> its patches (h*w, 3*repeat*patch*patch) fp32 and its grid (1, 3); concatenate those of a batch.
+    """image (H, W, 3) uint8 -> its patches (h*w, 3*repeat*patch*patch) fp32 and its grid (1, 3);
+    concatenate those of a batch.
 
-    "deployment" resamples to multiples of patch * merge, which leaves official 384 x 320 frames as they are. "training" does what official
-    training does by accident: a utility that assumes patches of 14 resamples to multiples of 28 first, the processor resamples it back.
-    Official frames become uint8 by truncation, (255 * x).astype(uint8)."""
+    "deployment" resamples to multiples of patch * merge, which leaves official 384 x 320 frames as
+    they are. "training" does what official training does by accident: a utility that assumes
+    patches of 14 resamples to multiples of 28 first, the processor resamples it back. Official
+    frames become uint8 by truncation, (255 * x).astype(uint8)."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(
             f"image is {image.dtype} {image.shape}; prepare_image takes uint8 (H, W, 3), 0..255"
@@ -173,7 +186,8 @@ def prepare_image(
 def prompt_ids(
     tokenizer: Tokenizer, text: str, grids: Iterable, form: str = "deployment", merge: int = 2
 ) -> list[int]:
-    """Token ids of an instruction and its images; grids: (1, h, w) in patches per image, each taking h*w / merge^2 tokens."""
+    """Token ids of an instruction and its images; grids: (1, h, w) in patches per image, each
+    taking h*w / merge^2 tokens."""
     check_form(form)
     missing = [
         token
@@ -194,17 +208,19 @@ def prompt_ids(
 
 
 def pad_prompts(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths -> ids (B, L), padded on the right with id 0 as official Motus does, and mask (B, L), True where real."""
+    """Prompts of any lengths -> ids (B, L), padded on the right with id 0 as official Motus does,
+    and mask (B, L), True where real."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
-# -- vision tower -----------------------------------------------------------------------------------------------------------
+# -- vision tower ---------------------------------------------------------------------------------
 
 
 class VisionMLP(nn.Module):
-    """Linear, GELU, Linear. The blocks use the tanh approximation of GELU, the mergers the exact one."""
+    """Linear, GELU, Linear. The blocks use the tanh approximation of GELU, the mergers the exact
+    one."""
 
     def __init__(self, width: int, hidden: int, out: int, approximate: str = "tanh"):
         super().__init__()
@@ -216,7 +232,8 @@ class VisionMLP(nn.Module):
 
 
 class Merger(VisionMLP):
-    """Joins merge x merge patches into one token. The last merger norms single patches, the DeepStack mergers norm joined ones."""
+    """Joins merge x merge patches into one token. The last merger norms single patches, the
+    DeepStack mergers norm joined ones."""
 
     def __init__(self, config: Qwen3VLConfig, norm_joined: bool):
         joined = config.merge**2 * config.vision_width
@@ -257,7 +274,8 @@ class VisionBlock(nn.Module):
 
 
 def interpolation(size: int, side: int, device: torch.device) -> Tensor:
-    """Matrix (size, side) that samples `side` values linearly at `size` points, the first and the last on the ends."""
+    """Matrix (size, side) that samples `side` values linearly at `size` points, the first and the
+    last on the ends."""
     at = torch.arange(size, device=device).float() * (side - 1) / max(size - 1, 1)
     return (1 - (at[:, None] - torch.arange(side, device=device)).abs()).clamp(min=0)
 
@@ -278,7 +296,8 @@ class VisionTower(nn.Module):
         )
 
     def positions(self, h: int, w: int) -> Tensor:
-        """The learned position embeddings at an h x w grid: (h*w, Dv) fp32 in the order of the patches."""
+        """The learned position embeddings at an h x w grid: (h*w, Dv) fp32 in the order of the
+        patches."""
         table = rearrange(self.pos_embed.weight.float(), "(s t) d -> s t d", s=self.config.side)
         rows, cols = (interpolation(size, self.config.side, table.device) for size in (h, w))
         grid = torch.einsum("wt,htd->hwd", cols, torch.einsum("hs,std->htd", rows, table))
@@ -287,7 +306,8 @@ class VisionTower(nn.Module):
         )
 
     def rope(self, h: int, w: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin (h*w, K/2): the first half of the frequencies follows the row of a patch, the second half its column."""
+        """cos and sin (h*w, K/2): the first half of the frequencies follows the row of a patch, the
+        second half its column."""
         m, quarter = self.config.merge, self.config.vision_width // self.config.vision_heads // 4
         ladder = self.config.vision_theta ** (
             -torch.arange(quarter, device=device).float() / quarter
@@ -300,7 +320,8 @@ class VisionTower(nn.Module):
         return angle.cos(), angle.sin()
 
     def encode(self, patches: Tensor, h: int, w: int) -> Tensor:
-        """Images of one grid: patches (n, h*w, C) -> (1 + taps, n, h*w / 4, D), the image tokens and then the DeepStack features."""
+        """Images of one grid: patches (n, h*w, C) -> (1 + taps, n, h*w / 4, D), the image tokens
+        and then the DeepStack features."""
         proj = self.patch_embed["proj"]
         x = F.linear(
             patches.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias
@@ -315,7 +336,8 @@ class VisionTower(nn.Module):
         return torch.stack([self.merger(x), *features])
 
     def forward(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """pixels (P, C), grid (n, 3) -> (1 + taps, P/4, D). Images of equal grid are encoded together, in one batch."""
+        """pixels (P, C), grid (n, 3) -> (1 + taps, P/4, D). Images of equal grid are encoded
+        together, in one batch."""
         shapes, kind = grid.unique(dim=0, return_inverse=True)
         kind = kind.repeat_interleave(grid.prod(dim=1))  # (P,) which of `shapes` a patch belongs to
         encoded = [
@@ -330,7 +352,7 @@ class VisionTower(nn.Module):
         return torch.cat(encoded, dim=1)[:, place]
 
 
-# -- language model ---------------------------------------------------------------------------------------------------------
+# -- language model -------------------------------------------------------------------------------
 
 
 class TextAttention(nn.Module):
@@ -390,8 +412,9 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.width, config.eps)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (3, B, L) of time, row, column -> cos and sin (B, L, K/2) fp32. Frequency i follows time, row or column as i mod 3 is
-        0, 1 or 2, until the rows and columns have had their share of `mrope`; the lowest frequencies follow time."""
+        """positions (3, B, L) of time, row, column -> cos and sin (B, L, K/2) fp32. Frequency i
+        follows time, row or column as i mod 3 is 0, 1 or 2, until the rows and columns have had
+        their share of `mrope`; the lowest frequencies follow time."""
         half = self.config.head_dim // 2
         ladder = self.config.rope_theta ** (
             -torch.arange(half, device=positions.device).float() / half
@@ -405,7 +428,8 @@ class LanguageModel(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, image: Tensor, features: Tensor
     ) -> Tensor:
-        """ids, mask, image (B, L), image True at image tokens; features (1 + taps, image tokens, D) -> hidden states (B, L, D)."""
+        """ids, mask, image (B, L), image True at image tokens; features (1 + taps, image tokens, D)
+        -> hidden states (B, L, D)."""
         x = self.embed_tokens(ids)
         features = features.to(x.dtype)
         x = x.masked_scatter(image[..., None], features[0])
@@ -421,11 +445,12 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------------
+# -- the whole ------------------------------------------------------------------------------------
 
 
 class Qwen3VL(nn.Module):
-    """Prompt and images to hidden states. Tensor names are those of the published file without their leading `model.`."""
+    """Prompt and images to hidden states. Tensor names are those of the published file without
+    their leading `model.`."""
 
     def __init__(self, config: Qwen3VLConfig):
         super().__init__()
@@ -439,8 +464,9 @@ class Qwen3VL(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def positions(self, image: Tensor, mask: Tensor, grid: Tensor) -> Tensor:
-        """M-RoPE positions (3, B, L) of time, row, column. Text counts up by one; an image that starts at p has p, p + row, p + column, and
-        the count goes on at p + the longer side of its token grid. Padding is at 1."""
+        """M-RoPE positions (3, B, L) of time, row, column. Text counts up by one; an image that
+        starts at p has p, p + row, p + column, and the count goes on at p + the longer side of its
+        token grid. Padding is at 1."""
         rows, cols = grid[:, 1] // self.config.merge, grid[:, 2] // self.config.merge
         count = rows * cols  # (n,) tokens per image
         image_of = torch.arange(len(grid), device=grid.device).repeat_interleave(count)  # (P/4,)
@@ -457,8 +483,9 @@ class Qwen3VL(nn.Module):
         return positions.masked_fill(~mask, 1)
 
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor, grid: Tensor) -> Tensor:
-        """ids (B, L) long, mask (B, L) bool, True where real, padding on the right; pixels (P, 3*repeat*patch*patch) and grid (n, 3) of
-        all images in the order of their places in the batch -> hidden states after the final norm (B, L, D)."""
+        """ids (B, L) long, mask (B, L) bool, True where real, padding on the right; pixels (P,
+        3*repeat*patch*patch) and grid (n, 3) of all images in the order of their places in the
+        batch -> hidden states after the final norm (B, L, D)."""
         image = ids == self.config.image_token
         places, patches = int(image.sum()), int(grid.prod(dim=1).sum())
         if patches != len(pixels) or patches != places * self.config.merge**2:

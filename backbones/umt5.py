@@ -1,14 +1,18 @@
-"""UMT5-XXL by hand: the text encoder of Wan2.2, whose states the video expert's cross attention reads.
+"""UMT5-XXL by hand: the text encoder of Wan2.2, whose states the video expert's cross attention
+reads.
 
-The encoder (Wan2.2 `wan/modules/t5.py`; T5 1.1 with a bias table in every layer) is, with no bias vectors and no absolute positions,
+The encoder (Wan2.2 `wan/modules/t5.py`; T5 1.1 with a bias table in every layer) is, with no bias
+vectors and no absolute positions,
 
     x += o(softmax(q k^T + bias[bucket(key - query)]) v)         on RMS(x); the logits are not divided by sqrt(K)
     x += fc2(gelu_tanh(gate(x)) * fc1(x))                        on RMS(x)
 
-and a last RMS norm. Relative positions fall into buckets: one each up to a quarter of them, then logarithmically wider ones up to
-`max_distance`; keys after the query use the upper half of the table. Tensor names are those of models_t5_umt5-xxl-enc-bf16.pth.
+and a last RMS norm. Relative positions fall into buckets: one each up to a quarter of them, then
+logarithmically wider ones up to `max_distance`; keys after the query use the upper half of the
+table. Tensor names are those of models_t5_umt5-xxl-enc-bf16.pth.
 
-Departure from the official code: texts are padded to the longest of a batch, not to 512. Padded keys are masked, so no real row changes.
+Departure from the official code: texts are padded to the longest of a batch, not to 512. Padded
+keys are masked, so no real row changes.
 
 Shapes: B batch, L tokens, D width, N heads, K head size.
 """
@@ -103,7 +107,8 @@ class UMT5Block(nn.Module):
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
         """x (B, L, D), buckets (L, L), mask (B, 1, 1, L) bool -> (B, L, D)."""
         bias = rearrange(self.pos_embedding["embedding"](buckets), "q k n -> 1 n q k")
-        # The smallest number rather than -inf: a text of nothing but padding gives zeros in the end, not NaN.
+        # The smallest number rather than -inf: a text of nothing but padding gives zeros in the
+        # end, not NaN.
         bias = bias.masked_fill(~mask, torch.finfo(bias.dtype).min)
         x = x + self.attn(self.norm1(x), bias)
         return x + self.ffn(self.norm2(x))
@@ -120,7 +125,8 @@ class UMT5Encoder(nn.Module):
         self.norm = RMSNorm(config.dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, L) int64, mask (B, L), nonzero where a token is real -> states (B, L, D), exactly zero where it is not."""
+        """ids (B, L) int64, mask (B, L), nonzero where a token is real -> states (B, L, D), exactly
+        zero where it is not."""
         mask = mask.bool()
         buckets = relative_buckets(
             ids.shape[1], self.config.buckets, self.config.max_distance, ids.device
@@ -131,11 +137,12 @@ class UMT5Encoder(nn.Module):
         return self.norm(x).masked_fill(~mask[..., None], 0)
 
 
-# -- text to ids ------------------------------------------------------------------------------------------------------------
+# -- text to ids ----------------------------------------------------------------------------------
 
 
 def clean(text: str) -> str:
-    """Official cleaning: repaired Unicode (ftfy), HTML entities resolved twice, every run of whitespace one space."""
+    """Official cleaning: repaired Unicode (ftfy), HTML entities resolved twice, every run of
+    whitespace one space."""
     if not re.fullmatch(r"[ -%'-~\t\r\n]*", text):  # ftfy changes no printable ASCII without "&"
         try:
             import ftfy
@@ -149,7 +156,8 @@ def clean(text: str) -> str:
 
 
 class T5Tokenizer:
-    """Cleaned text to ids with `</s>` at the end, from a `tokenizer.json` (of google/umt5-xxl in the published weights)."""
+    """Cleaned text to ids with `</s>` at the end, from a `tokenizer.json` (of google/umt5-xxl in
+    the published weights)."""
 
     def __init__(self, path: str | Path, text_len: int = 512):
         from tokenizers import Tokenizer
@@ -166,7 +174,8 @@ class T5Tokenizer:
             )
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """B texts -> ids (B, L) int64 and mask (B, L) bool, L the longest of them and at most text_len; too long ones are cut."""
+        """B texts -> ids (B, L) int64 and mask (B, L) bool, L the longest of them and at most
+        text_len; too long ones are cut."""
         rows = [
             self.tokenizer.encode(clean(text), add_special_tokens=False).ids[: self.text_len - 1]
             + [self.eos]
@@ -182,6 +191,7 @@ class T5Tokenizer:
 def encode_text(
     model: UMT5Encoder, tokenizer: T5Tokenizer, texts: list[str]
 ) -> tuple[Tensor, Tensor]:
-    """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>` counted, on the model's device."""
+    """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>`
+    counted, on the model's device."""
     ids, mask = (x.to(model.norm.weight.device) for x in tokenizer.encode(texts))
     return model(ids, mask), mask.sum(dim=1)

@@ -1,18 +1,22 @@
 """Wan2.2-TI2V-5B by hand: the video expert (a diffusion transformer, DiT) and the video VAE.
 
-The DiT (Wan2.2 `wan/modules/model.py`): latents (B, 48, T, h, w) are cut into patches (1, 2, 2), tokens in the order t, h, w. A block is
+The DiT (Wan2.2 `wan/modules/model.py`): latents (B, 48, T, h, w) are cut into patches (1, 2, 2),
+tokens in the order t, h, w. A block is
 
     x += gate1 * SelfAttention(shift1 + (1 + scale1) * LN(x))      3-D RoPE on q and k, q/k RMSNorm over the full width
     x += CrossAttention(LN_affine(x), text)                        no gate, no mask, no rotary
     x += gate2 * FFN(shift2 + (1 + scale2) * LN(x))                GELU(tanh)
 
-with (shift, scale, gate) x 2 = block table + projected time. In Motus the self-attention is the joint attention of `attention.py`, so the
-block is split where the experts meet: `pre_attention` gives q, k, v and `post_attention` takes the attended values.
+with (shift, scale, gate) x 2 = block table + projected time. In Motus the self-attention is the
+joint attention of `attention.py`, so the block is split where the experts meet: `pre_attention`
+gives q, k, v and `post_attention` takes the attended values.
 
-Conventions: the network is fed t in [0, 1000], 1000 is noise; its output is the velocity noise - data. Precision: the residual stream, the
-time path, modulation and head are fp32; the other linear maps run in the dtype of their weights. Tensor names are the original ones.
+Conventions: the network is fed t in [0, 1000], 1000 is noise; its output is the velocity noise -
+data. Precision: the residual stream, the time path, modulation and head are fp32; the other linear
+maps run in the dtype of their weights. Tensor names are the original ones.
 
-Shapes: B batch, C latent channels, T latent frames, h w latent grid, L = T*(h/2)*(w/2) tokens, D width, N heads, K head size, Lt text rows.
+Shapes: B batch, C latent channels, T latent frames, h w latent grid, L = T*(h/2)*(w/2) tokens, D
+width, N heads, K head size, Lt text rows.
 """
 
 from dataclasses import dataclass
@@ -35,7 +39,7 @@ from attention import (
     text_bias,
 )
 
-# -- the video expert -------------------------------------------------------------------------------------------------------
+# -- the video expert -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class WanConfig:
 
 
 class Modulation(NamedTuple):
-    """What the timestep does to a sub-layer: x -> gate * f(shift + (1 + scale) * LN(x)). Each (B, 1 or L, D), fp32."""
+    """What the timestep does to a sub-layer: x -> gate * f(shift + (1 + scale) * LN(x)). Each (B, 1
+    or L, D), fp32."""
 
     shift: Tensor
     scale: Tensor
@@ -73,7 +78,8 @@ class Modulation(NamedTuple):
 
 
 def modulation(table: Tensor, time: Tensor) -> list[Tensor]:
-    """Adds a learned table (1, n, D) to the time projection (B, 1 or L, n, D) in fp32 and returns its n parts (B, 1 or L, D)."""
+    """Adds a learned table (1, n, D) to the time projection (B, 1 or L, n, D) in fp32 and returns
+    its n parts (B, 1 or L, D)."""
     return list((table.float() + time.float()).unbind(dim=2))
 
 
@@ -88,8 +94,9 @@ def time_sinusoid(t: Tensor, dim: int) -> Tensor:
 def rope_3d(
     grid: tuple[int, int, int], head_dim: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin (L, K/2) of the token grid (T, H, W). The K/2 pairs are split between the axes, each with its own ladder
-    10000^(-2j/axis_dim): 22/21/21 pairs at K = 128. Angles are computed in float64, the tables are fp32."""
+    """cos and sin (L, K/2) of the token grid (T, H, W). The K/2 pairs are split between the axes,
+    each with its own ladder 10000^(-2j/axis_dim): 22/21/21 pairs at K = 128. Angles are computed in
+    float64, the tables are fp32."""
     side = 2 * (head_dim // 6)
     angles = []
     for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
@@ -103,7 +110,8 @@ def rope_3d(
 
 
 class WanAttention(nn.Module):
-    """Projections of one attention: q, k, v, o with biases, q and k normed over the full width before the split into heads."""
+    """Projections of one attention: q, k, v, o with biases, q and k normed over the full width
+    before the split into heads."""
 
     def __init__(self, width: int, heads: int, eps: float):
         super().__init__()
@@ -129,7 +137,8 @@ class TextStates(NamedTuple):
 
 
 class TextKV(NamedTuple):
-    """Keys and values of one layer's cross attention, computed once per instruction. k, v (B, Lt, N, K); bias (B, 1, 1, Lt)."""
+    """Keys and values of one layer's cross attention, computed once per instruction. k, v (B, Lt,
+    N, K); bias (B, 1, 1, Lt)."""
 
     k: Tensor
     v: Tensor
@@ -170,7 +179,8 @@ class WanBlock(nn.Module):
         ffn_mod: Modulation,
         text: TextStates | TextKV,
     ) -> Tensor:
-        """x (B, L, D) residual stream, attended (B, L, N*K), text with or without its keys and values made -> (B, L, D) fp32."""
+        """x (B, L, D) residual stream, attended (B, L, N*K), text with or without its keys and
+        values made -> (B, L, D) fp32."""
         x = add_gated(x, self.self_attn.o(attended), mod.gate)
         text = text if isinstance(text, TextKV) else self.text_kv(text)
         y = attention(self.cross_attn.queries(self.norm3(x)), text.k, text.v, text.bias)
@@ -208,7 +218,8 @@ class WanModel(nn.Module):
         self.head = WanHead(config)
 
     def init_weights(self) -> None:
-        """The official initialisation: Xavier linear maps, std 0.02 for text and time embeddings, a zero head."""
+        """The official initialisation: Xavier linear maps, std 0.02 for text and time embeddings, a
+        zero head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -221,14 +232,16 @@ class WanModel(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t (B,) or per token (B, L), in [0, 1] -> e (B, 1 or L, D) for the head, e0 (B, 1 or L, 6, D) for the blocks, fp32."""
+        """t (B,) or per token (B, L), in [0, 1] -> e (B, 1 or L, D) for the head, e0 (B, 1 or L, 6,
+        D) for the blocks, fp32."""
         t = t[:, None] if t.dim() == 1 else t
         e = self.time_embedding(time_sinusoid(1000 * t, self.config.freq_dim))
         return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
 
     def embed_text(self, context: Tensor, lengths: Tensor) -> TextStates:
-        """Text states (B, Lt, text_dim), zero from row `lengths` (B,) on, into the video width. The official code pads to text_len
-        rows and attends to all of them; here one padded row stands for all of them, and is added where it may be missing."""
+        """Text states (B, Lt, text_dim), zero from row `lengths` (B,) on, into the video width. The
+        official code pads to text_len rows and attends to all of them; here one padded row stands
+        for all of them, and is added where it may be missing."""
         if context.shape[1] < self.config.text_len:
             context = torch.cat(
                 [context, context.new_zeros(len(context), 1, context.shape[2])], dim=1
@@ -258,7 +271,8 @@ class WanModel(nn.Module):
         )
 
     def forward(self, latents: Tensor, t: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
-        """latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text (B, Lt, text_dim) with lengths (B,) -> velocity (B, C, T, h, w)."""
+        """latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text (B, Lt, text_dim) with lengths
+        (B,) -> velocity (B, C, T, h, w)."""
         x, grid = self.patchify(latents)
         e, e0 = self.embed_time(t)
         rope = rope_3d(grid, self.config.head_dim, x.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attention import attention
 
-# -- the video VAE ----------------------------------------------------------------------------------------------------------
+# -- the video VAE --------------------------------------------------------------------------------
 #
 #   encoder   2 x 2 patches -> conv -> levels of residual blocks, all but the last halving the picture -> attention -> mean, log variance
 #   decoder   latents -> conv -> attention -> the same levels backwards -> conv -> 2 x 2 patches
@@ -195,7 +195,8 @@ class CausalConv3d(nn.Conv3d, Temporal):
 
 
 class ChannelNorm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over the channels. Unlike in `RMSNorm` nothing is added to |x|, it only has a floor (1e-12)."""
+    """x / |x| * sqrt(C) * gamma over the channels. Unlike in `RMSNorm` nothing is added to |x|, it
+    only has a floor (1e-12)."""
 
     def __init__(self, dim: int, axes: int = 3):
         super().__init__()
@@ -254,7 +255,8 @@ class Resample(nn.Module, Temporal):
 
 
 class Downsample(Resample):
-    """Halves height and width, then time: frame 0 stays, and a convolution over (0, 1, 2), (2, 3, 4), ... makes the others."""
+    """Halves height and width, then time: frame 0 stays, and a convolution over (0, 1, 2), (2, 3,
+    4), ... makes the others."""
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
@@ -275,7 +277,8 @@ class Downsample(Resample):
 
 
 class Upsample(Resample):
-    """Doubles time, then height and width: frame 0 stays, and the convolution that makes two frames of each later one does not see it."""
+    """Doubles time, then height and width: frame 0 stays, and the convolution that makes two frames
+    of each later one does not see it."""
 
     def __init__(self, dim: int, temporal: bool):
         super().__init__()
@@ -294,8 +297,9 @@ class Upsample(Resample):
 
 
 class DownLevel(nn.Module, Temporal):
-    """Residual blocks and, unless `temporal` is None, a Downsample. The shortcut folds the same pixels into channels and averages groups
-    of these down to n_out; where all of them are fewer than n_out it repeats them (no published size needs that)."""
+    """Residual blocks and, unless `temporal` is None, a Downsample. The shortcut folds the same
+    pixels into channels and averages groups of these down to n_out; where all of them are fewer
+    than n_out it repeats them (no published size needs that)."""
 
     def __init__(self, n_in: int, n_out: int, blocks: int, temporal: bool | None):
         super().__init__()
@@ -323,7 +327,8 @@ class DownLevel(nn.Module, Temporal):
 
 
 class UpLevel(nn.Module, Temporal):
-    """Residual blocks and, unless `temporal` is None, an Upsample and a shortcut that repeats channels and unfolds them into pixels."""
+    """Residual blocks and, unless `temporal` is None, an Upsample and a shortcut that repeats
+    channels and unfolds them into pixels."""
 
     def __init__(self, n_in: int, n_out: int, blocks: int, temporal: bool | None):
         super().__init__()
@@ -395,8 +400,9 @@ def decoder(config: WanVAEConfig) -> Chain:
 
 
 class WanVAE(nn.Module):
-    """Video (B, 3, F, H, W) in [-1, 1] to latents (B, z, T, h, w) and back, F = 1 + stride[0]*(T-1), H = stride[1]*h, W = stride[1]*w.
-    Computes in the dtype of its weights (published and recommended: fp32) and returns fp32."""
+    """Video (B, 3, F, H, W) in [-1, 1] to latents (B, z, T, h, w) and back, F = 1 +
+    stride[0]*(T-1), H = stride[1]*h, W = stride[1]*w. Computes in the dtype of its weights
+    (published and recommended: fp32) and returns fp32."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
@@ -431,26 +437,30 @@ class WanVAE(nn.Module):
             past.first = False
 
     def posterior(self, video: Tensor, chunked: bool = False) -> tuple[Tensor, Tensor]:
-        """video (B, 3, F, H, W) in [-1, 1] -> mean and log variance (B, z, T, h, w), not normalised, differentiable."""
+        """video (B, 3, F, H, W) in [-1, 1] -> mean and log variance (B, z, T, h, w), not
+        normalised, differentiable."""
         (ft, fs), (frames, height, width) = self.stride, video.shape[2:]
         if video.shape[1] != 3 or (frames - 1) % ft or height % fs or width % fs:
             raise ValueError(
                 f"video has shape {tuple(video.shape)}; the VAE needs (B, 3, 1 + {ft}n, {fs}h, {fs}w): cut or resize it"
             )
         sizes = [1] + [ft] * ((frames - 1) // ft) if chunked else frames
-        # The column of a pixel in its 2 x 2 patch is the outer part of the channel index, the row the inner one.
+        # The column of a pixel in its 2 x 2 patch is the outer part of the channel index, the row
+        # the inner one.
         patches = rearrange(video, "b c f (h row) (w col) -> b (c col row) f h w", row=2, col=2)
         features = torch.cat(list(self.through(self.encoder, patches, sizes)), dim=2)
         return self.conv1(features).float().chunk(2, dim=1)
 
     def encode(self, video: Tensor, chunked: bool = False) -> Tensor:
-        """video (B, 3, F, H, W) in [-1, 1] -> latents (B, z, T, h, w), the posterior's mean normalised. Latent frame 0 depends on frame 0
-        alone. `chunked` bounds memory by `stride[0]` frames."""
+        """video (B, 3, F, H, W) in [-1, 1] -> latents (B, z, T, h, w), the posterior's mean
+        normalised. Latent frame 0 depends on frame 0 alone. `chunked` bounds memory by `stride[0]`
+        frames."""
         mean, std = self.statistics(video)
         return (self.posterior(video, chunked)[0] - mean) / std
 
     def decode_frames(self, latents: Tensor, clamp: bool = True, size: int = 1) -> Iterator[Tensor]:
-        """Decodes `size` latent frames at a time: yields (B, 3, F', H, W), in the memory of one such chunk."""
+        """Decodes `size` latent frames at a time: yields (B, 3, F', H, W), in the memory of one
+        such chunk."""
         if latents.shape[1] != self.config.z_dim:
             raise ValueError(
                 f"latents have {latents.shape[1]} channels; this VAE has z_dim = {self.config.z_dim}"
@@ -464,5 +474,6 @@ class WanVAE(nn.Module):
             yield video.clamp(-1, 1) if clamp else video
 
     def decode(self, latents: Tensor, clamp: bool = True) -> Tensor:
-        """latents (B, z, T, h, w), normalised -> video (B, 3, F, H, W), in [-1, 1] if `clamp`, differentiable."""
+        """latents (B, z, T, h, w), normalised -> video (B, 3, F, H, W), in [-1, 1] if `clamp`,
+        differentiable."""
         return next(self.decode_frames(latents, clamp, size=latents.shape[2]))

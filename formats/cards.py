@@ -1,7 +1,9 @@
-"""Where episodes come from: dataset cards, what is known of each robot, and the mix of the pyramid (paper Sec. 3.3).
+"""Where episodes come from: dataset cards, what is known of each robot, and the mix of the pyramid
+(paper Sec. 3.3).
 
-A card is a json file that lists datasets with level, robot and weight (docs/data.md). A stage picks its levels; LeRobot v2.1, v3.0 and
-official folders are read alike (`Recordings`); every choice that a card leaves open is made and printed.
+A card is a json file that lists datasets with level, robot and weight (docs/data.md). A stage picks
+its levels; LeRobot v2.1, v3.0 and official folders are read alike (`Recordings`); every choice that
+a card leaves open is made and printed.
 
     rates        one video rate and one action rate for all; each wanted time takes the row nearest to it, whatever a dataset's fps
     mix          sources by weight, within one of its share in every batch; windows alike, or tasks alike, within a source
@@ -9,7 +11,8 @@ official folders are read alike (`Recordings`); every choice that a card leaves 
     statistics   read once, in blocks of episodes shared out over the ranks, summed in one order: the same for any number of ranks
     held out     the last episodes of each source are never drawn and never counted; `sample.py --data` shows them
 
-Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state dimensions, T rows of an episode.
+Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state dimensions, T rows of
+an episode.
 """
 
 import hashlib
@@ -32,7 +35,7 @@ from formats.statistics import KINDS, Moments, Normaliser, Sample, Statistics
 from motus import PRESETS, MotusConfig, preset
 from weights.files import check_keys, read_json
 
-# -- dataset cards ----------------------------------------------------------------------------------------------------------
+# -- dataset cards --------------------------------------------------------------------------------
 
 VIDEO_HZ = 5.0  # the paper's
 BLOCK = 16  # episodes whose numbers are measured together
@@ -52,7 +55,8 @@ class Source:
     )  # fields of recordings.Choice: state, action, cameras, t_layout, prefix, ...
     normalise: str = "mean_std"  # or min_max, quantile, none
     ahead: bool | None = (
-        None  # an action is the number one action period later (positions as targets); default: official
+        # an action is the number one action period later (positions as targets); default: official
+        None
     )
     draw: str = (
         ""  # "windows" alike, or "tasks" alike and then their episodes; default: official by tasks
@@ -134,7 +138,8 @@ class Opened:
         self.tasks = [group(e) for e in range(self.trained)] if self.source.draw == "tasks" else []
 
     def plan(self, span: float) -> None:
-        """Counts the windows of each episode of which at least half of `span` seconds exist, and weighs the episodes."""
+        """Counts the windows of each episode of which at least half of `span` seconds exist, and
+        weighs the episodes."""
         self.counts = np.maximum(1, self.reader.lengths - int(span / 2 * self.reader.fps + 1e-6))
         chance = self.counts[: self.trained].astype(float)
         if self.tasks:  # every task alike, then its episodes
@@ -148,8 +153,8 @@ class Opened:
 
 
 def open_recordings(path: str | Path, mapping: dict | None = None) -> Recordings:
-    """The reader that a dataset needs. Where no cameras are chosen: a ready concatenated view, else head and two wrists as the T-layout,
-    else the first."""
+    """The reader that a dataset needs. Where no cameras are chosen: a ready concatenated view, else
+    head and two wrists as the T-layout, else the first."""
     choice = Choice.of(mapping)
     if Path(path).is_dir() and not (Path(path) / "meta").exists() and is_official(Path(path)):
         return OfficialFolder(Path(path), choice)
@@ -163,7 +168,8 @@ def open_recordings(path: str | Path, mapping: dict | None = None) -> Recordings
 
 
 def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Views (F, H, W, 3) of one or more cameras, side by side at the height of the first, fitted to `size`."""
+    """Views (F, H, W, 3) of one or more cameras, side by side at the height of the first, fitted to
+    `size`."""
     views = list(frames.values())
     views = [
         v
@@ -175,7 +181,8 @@ def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 
 def placed(places: np.ndarray, frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """Places (n, 2) in the first camera's picture, 0 to 1 from left and top, where `tiled` puts them."""
+    """Places (n, 2) in the first camera's picture, 0 to 1 from left and top, where `tiled` puts
+    them."""
     (_, height, width, _), *rest = (view.shape for view in frames.values())
     whole = height, width + sum(round(w * height / h) for _, h, w, _ in rest)
     return fit_place(places, (height, width), whole, size)
@@ -187,8 +194,8 @@ def widened(x: np.ndarray | Tensor, width: int) -> Tensor:
 
 
 def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Which of several groups each of `size` places goes to, in random order: within one of its share by weight, in every batch. Equal
-    weights take turns."""
+    """Which of several groups each of `size` places goes to, in random order: within one of its
+    share by weight, in every batch. Equal weights take turns."""
     if np.ptp(weights) == 0:
         return rng.permutation(np.arange(size) % len(weights))
     edges = np.cumsum(weights) / weights.sum()
@@ -198,7 +205,8 @@ def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarr
 
 
 class Pyramid:
-    """The sources of a dataset card that belong to some levels. `level` takes the place of a card's where DATA is a bare dataset."""
+    """The sources of a dataset card that belong to some levels. `level` takes the place of a card's
+    where DATA is a bare dataset."""
 
     FIELDS = ("sources", "video_hz", "action_hz", "size", "about")
 
@@ -299,7 +307,8 @@ class Pyramid:
         return sources
 
     def _rates(self, base: MotusConfig) -> None:
-        """The card's, or: actions at the robot's own rate, video at the paper's 5 Hz or the rate next to it that divides that."""
+        """The card's, or: actions at the robot's own rate, video at the paper's 5 Hz or the rate
+        next to it that divides that."""
         acting = [o for o in self.opened if o.reader.widths[1]] or self.opened
         top = [
             o.reader.fps for o in acting if o.source.level == max(o.source.level for o in acting)
@@ -323,7 +332,8 @@ class Pyramid:
             o.plan(self.frames / self.video_hz)
 
     def config(self, config: MotusConfig) -> MotusConfig:
-        """The sizes of a network that acts on this data; one that does not (stages 1 and 2) stays as it is."""
+        """The sizes of a network that acts on this data; one that does not (stages 1 and 2) stays
+        as it is."""
         if not config.finetune:
             return config
         state, action = (max(o.reader.widths[i] for o in self.opened) for i in (0, 1))
@@ -336,8 +346,9 @@ class Pyramid:
     # Statistics: each rank reads its share of the episodes once.
 
     def measure(self, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        """This rank's share of what `robots` adds up, under names [robot, state (0) or actions (1), block]: moments of blocks of episodes,
-        and samples of rows, which have no block. Held-out episodes do not count."""
+        """This rank's share of what `robots` adds up, under names [robot, state (0) or actions (1),
+        block]: moments of blocks of episodes, and samples of rows, which have no block. Held-out
+        episodes do not count."""
         found, samples, block = {}, {}, 0
         for i, o in enumerate(self.opened):
             for begin in range(0, o.trained, BLOCK) if o.reader.widths[1] else ():
@@ -363,7 +374,8 @@ class Pyramid:
     def robots(
         self, acting: bool, measured: Sequence[dict[str, Tensor]] | None = None
     ) -> tuple[Statistics, ...]:
-        """What a checkpoint is to know of each robot; if the stage acts, how its numbers are normalised, from what all ranks `measured`."""
+        """What a checkpoint is to know of each robot; if the stage acts, how its numbers are
+        normalised, from what all ranks `measured`."""
         measured = [self.measure()] if acting and measured is None else measured or []
         parts = [(json.loads(key), part) for parts in measured for key, part in parts.items()]
 
@@ -417,7 +429,8 @@ class Pyramid:
     # Windows.
 
     def draw(self, size: int, seed: int, step: int) -> Tensor:
-        """(B, 3): source, episode and first row of the windows of batch `step`, a function of its arguments alone."""
+        """(B, 3): source, episode and first row of the windows of batch `step`, a function of its
+        arguments alone."""
         rng, rows = np.random.default_rng([seed, step]), []
         for i in shares(self.weights, size, rng):
             o = self.opened[i]
@@ -446,7 +459,8 @@ class Pyramid:
         )
 
     def window(self, row: Sequence[int], actions: str) -> tuple:
-        """Source number, picture (1+F, H, W, 3), mask of it, actions, mask of them, state, instruction; `actions`: none, latent or real."""
+        """Source number, picture (1+F, H, W, 3), mask of it, actions, mask of them, state,
+        instruction; `actions`: none, latent or real."""
         i, episode, start = (int(n) for n in row)
         o, frames = self.opened[i], self.frames
         real = actions == "real" and o.reader.widths[1] > 0
@@ -477,8 +491,9 @@ class Pyramid:
         )
 
     def latent_rows(self, i: int, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        """Latent actions of an episode, a row per frame, and which are known: of an official folder, of the dataset's
-        own column, or those beside the card; where a card names a folder, that."""
+        """Latent actions of an episode, a row per frame, and which are known: of an official
+        folder, of the dataset's own column, or those beside the card; where a card names a folder,
+        that."""
         o = self.opened[i]
         rows = getattr(o.reader, "latents", lambda e: None)(episode)
         if rows is not None:
@@ -494,7 +509,8 @@ class Pyramid:
         return o.latents(episode)
 
     def describe(self, full: bool = True) -> str:
-        """What is used: per source and per level hours, episodes, rows, windows and share of a batch; and the rates."""
+        """What is used: per source and per level hours, episodes, rows, windows and share of a
+        batch; and the rates."""
         total, lines = self.weights.sum(), [f"{self.name}: {len(self.opened)} sources"]
         row = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
         lines.append(

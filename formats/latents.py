@@ -9,8 +9,9 @@ from weights.files import open_source, read_json
 
 
 class LatentFiles:
-    """Latent actions of a dataset's episodes, as `python latent_action.py encode --data DATASET --out FOLDER` writes them: a row for each
-    frame of an episode, standardised here. An episode that was skipped there has none."""
+    """Latent actions of a dataset's episodes, as `python latent_action.py encode --data DATASET
+    --out FOLDER` writes them: a row for each frame of an episode, standardised here. An episode
+    that was skipped there has none."""
 
     def __init__(self, folder: Path, fps: float):
         about, summary = (
@@ -44,8 +45,8 @@ class LatentFiles:
 
 
 class LatentColumn:
-    """The same from columns of the dataset itself, as `python latent_action.py encode --data DATASET --out FOLDER --column NEW` adds them
-    to the dataset NEW."""
+    """The same from columns of the dataset itself, as `python latent_action.py encode --data
+    DATASET --out FOLDER --column NEW` adds them to the dataset NEW."""
 
     def __init__(self, reader: LeRobotDataset):
         self.reader, self.name, about = (

@@ -6,9 +6,11 @@
     v2.1  meta/{info.json, tasks.jsonl, episodes.jsonl}       one parquet, and one mp4 per camera, for each episode
     v3.0  meta/{info.json, tasks.parquet, episodes/**}        many episodes in each parquet and mp4; where is told per episode
 
-The picture of row i of an episode is at from_timestamp + i / fps in the mp4 (from_timestamp is 0 in v2.1).
+The picture of row i of an episode is at from_timestamp + i / fps in the mp4 (from_timestamp is 0 in
+v2.1).
 
-Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action dimensions, P state dimensions.
+Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action
+dimensions, P state dimensions.
 """
 
 import io
@@ -33,7 +35,8 @@ try:
 except ImportError:
     pa = pq = None
 
-MAX_ROWS = 1_000_000  # rows of an episode, episodes of a dataset: above any honest one, and still small in memory
+# rows of an episode, episodes of a dataset: above any honest one, and still small in memory
+MAX_ROWS = 1_000_000
 PATHS = {
     "v3.0": {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -59,7 +62,7 @@ DEFAULTS = {
     "task_index": "int64",
 }
 
-# -- reading ----------------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,8 @@ class LeRobotDataset(Recordings):
             yield index, text
 
     def _read_episodes(self) -> None:
-        """Length, place in the data files and place in the videos of each episode, as arrays over episodes."""
+        """Length, place in the data files and place in the videos of each episode, as arrays over
+        episodes."""
         count, chunks, v3 = (
             self.info["total_episodes"],
             self.info["chunks_size"],
@@ -420,7 +424,8 @@ class LeRobotDataset(Recordings):
                     clash,
                     "lies inside another episode's video: write meta/episodes again",
                 )
-        # Within a data file rows run from its first episode; its number of rows is the sum over its episodes.
+        # Within a data file rows run from its first episode; its number of rows is the sum over its
+        # episodes.
         group = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)[1].ravel()
         first = np.full(group.max() + 1, total)
         np.minimum.at(first, group, start)
@@ -517,7 +522,8 @@ class LeRobotDataset(Recordings):
     def _slice(
         self, episode: int, columns: Sequence[str], low: int, high: int, batch: int
     ) -> Iterator[tuple[int, "pa.RecordBatch"]]:
-        """Rows low..high of an episode from its data file, in batches with the number of their first row; nothing else stays in memory."""
+        """Rows low..high of an episode from its data file, in batches with the number of their
+        first row; nothing else stays in memory."""
         chunk, file, offset, rows = (int(x[episode]) for x in self.data_at)
         path = self._file("data_path", episode, chunk, file)
         key = ("data", path, *columns)
@@ -623,7 +629,8 @@ class LeRobotDataset(Recordings):
         return rows, faults
 
     def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
-        """The tested columns of an episode: state (T, P) and action (T, A) under their own names, LeRobot's five (T, 1), and `more`."""
+        """The tested columns of an episode: state (T, P) and action (T, A) under their own names,
+        LeRobot's five (T, 1), and `more`."""
         if (rows := self.shelf.take(("rows", episode, *more))) is None:
             rows, faults = self._load(episode, *more)
             if faults:
@@ -640,8 +647,9 @@ class LeRobotDataset(Recordings):
         return {role: rows[key] for role, key in self.titles.items() if key in rows}, faults
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
-        """What only the simulator knew, as `worlds.World.labels` says: name -> (T,); empty if it was not recorded, or without names. It is
-        there for frozen backbones to learn from; no window holds it, so no policy is given it."""
+        """What only the simulator knew, as `worlds.World.labels` says: name -> (T,); empty if it
+        was not recorded, or without names. It is there for frozen backbones to learn from; no
+        window holds it, so no policy is given it."""
         names = self.features.get(LABELS, {}).get("names")
         if not isinstance(names, list):
             return {}
@@ -727,7 +735,7 @@ class LeRobotDataset(Recordings):
         )
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 
 def measure(rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
@@ -1045,7 +1053,8 @@ class Writer:
                 self.features,
             )
             (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
-            # The lerobot package reads tasks with pandas, which learns from this that the text is the index.
+            # The lerobot package reads tasks with pandas, which learns from this that the text is
+            # the index.
             kinds = [("task", "unicode", "object"), ("task_index", "int64", "int64")]
             pandas = {
                 "index_columns": ["task"],
@@ -1089,9 +1098,10 @@ def _write(writer: Writer, episodes: Iterable[tuple]) -> None:
 def write_v3(
     root: str | Path, episodes: Iterable[tuple], fps: float, storage: Storage = USUAL
 ) -> None:
-    """Writes a v3.0 dataset. episodes: (frames, states (T, P) or None, actions (T, A) or None, task); frames is a dict camera -> T pictures
-    (H, W, 3) uint8, any iterable; a fifth entry may be what only a simulator knows, a dict name -> T numbers. ValueError for what is wrong
-    in them; nothing is left behind then."""
+    """Writes a v3.0 dataset. episodes: (frames, states (T, P) or None, actions (T, A) or None,
+    task); frames is a dict camera -> T pictures (H, W, 3) uint8, any iterable; a fifth entry may be
+    what only a simulator knows, a dict name -> T numbers. ValueError for what is wrong in them;
+    nothing is left behind then."""
     _write(Writer("v3.0", root, fps, storage), episodes)
 
 

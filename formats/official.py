@@ -1,15 +1,19 @@
-"""Folders of the official Motus code, read as that code reads them; written; and converted to LeRobot and back (paper Sec. 4).
+"""Folders of the official Motus code, read as that code reads them; written; and converted to
+LeRobot and back (paper Sec. 4).
 
     robotwin        ROOT/{clean,randomized}/TASK/videos/N.mp4  qpos/N.pt  metas/N.txt
     ac_one          ROOT/**/TASK/videos/N.mp4  qpos/N.pt  instructions/N.txt or one for all          (aloha_agilex_2 is the same)
     latent_action   ROOT/**/videos/N.mp4  latent_action_dim14/N.pt  metas/N.txt
 
-A folder with `videos` inside is a task; what lies beside `videos` says what its episodes have. `qpos` (T, 14) are absolute joint positions:
-left arm and gripper, right arm and gripper. They are the state and, later in time, the actions: action i of a window is the position one
-action period after time i (`ahead` in data.py), past the end the last one. A text file has a line per wording; a window gets one of them.
-`videos` show three cameras in one picture. `umt5_wan`, prepared text states, is not read: the text encoder runs here.
+A folder with `videos` inside is a task; what lies beside `videos` says what its episodes have.
+`qpos` (T, 14) are absolute joint positions: left arm and gripper, right arm and gripper. They are
+the state and, later in time, the actions: action i of a window is the position one action period
+after time i (`ahead` in data.py), past the end the last one. A text file has a line per wording; a
+window gets one of them. `videos` show three cameras in one picture. `umt5_wan`, prepared text
+states, is not read: the text encoder runs here.
 
-The official loader repeats the last pose past the end and learns it; here the same numbers are read and masked.
+The official loader repeats the last pose past the end and learns it; here the same numbers are read
+and masked.
 
     convert(source, root, form)     any reader's episodes to `lerobot` (v3.0), `lerobot-v2.1`, `robotwin`, `ac_one` or `latent_action`
 
@@ -43,7 +47,7 @@ WORDINGS = (
     "meta/wordings.json"  # in a LeRobot dataset that was converted: every wording of each episode
 )
 
-# -- reading ----------------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 def is_official(root: Path) -> bool:
@@ -63,7 +67,8 @@ def is_official(root: Path) -> bool:
 
 
 class OfficialFolder(Recordings):
-    """The episodes of all task folders below a root, in order of their paths. See `Recordings` for what a reader has."""
+    """The episodes of all task folders below a root, in order of their paths. See `Recordings` for
+    what a reader has."""
 
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None, open_files: int = 24):
         super().__init__(root, mapping, open_files)
@@ -142,7 +147,8 @@ class OfficialFolder(Recordings):
         )
 
     def _rows(self, episode: int) -> np.ndarray:
-        """The tested (T, D) float32 of an episode's .pt: a tensor, or a dictionary with `latent_action`."""
+        """The tested (T, D) float32 of an episode's .pt: a tensor, or a dictionary with
+        `latent_action`."""
         if (rows := self.shelf.take(("rows", episode))) is None:
             path = self._file(episode, self.part)
             again = "write a float tensor (rows, dimensions)"
@@ -187,7 +193,8 @@ class OfficialFolder(Recordings):
         return rows, rows
 
     def latents(self, episode: int) -> np.ndarray | None:
-        """Latent actions (T - 1, 14): row i is the motion from frame i on. None where the folder has none."""
+        """Latent actions (T - 1, 14): row i is the motion from frame i on. None where the folder
+        has none."""
         return None if self.part == "qpos" else self._rows(episode)
 
     def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
@@ -261,15 +268,16 @@ class OfficialFolder(Recordings):
         )
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 FORMS = ("lerobot", "lerobot-v2.1", "robotwin", "ac_one", "latent_action")
 
 
 def convert(source: Recordings, root: str | Path, form: str, lossless: bool = False) -> None:
-    """Writes the episodes of `source` anew. Videos are encoded again (`lossless`: exactly). From qpos to LeRobot the state is qpos and the
-    action is the next position; on the way back only the state is written, so that both read the same. Three cameras become the T-layout.
-    The words of RoboTwin's scene are put before instructions of the forms `robotwin` and `latent_action`."""
+    """Writes the episodes of `source` anew. Videos are encoded again (`lossless`: exactly). From
+    qpos to LeRobot the state is qpos and the action is the next position; on the way back only the
+    state is written, so that both read the same. Three cameras become the T-layout. The words of
+    RoboTwin's scene are put before instructions of the forms `robotwin` and `latent_action`."""
     if form not in FORMS:
         raise ValueError(f"--to is {form!r}; allowed: {', '.join(FORMS)}")
     root = Path(root)

@@ -1,14 +1,19 @@
-"""Episodes on disk, whatever their format: windows by time, checks of everything, pictures, mp4 read and written with `av` alone.
+"""Episodes on disk, whatever their format: windows by time, checks of everything, pictures, mp4
+read and written with `av` alone.
 
-`lerobot.py` and `official.py` know formats; what they share is here. Row i of an episode is at i / fps seconds. A wanted time takes
-the nearest row. What lies outside the episode repeats its first or last row and is masked.
+`lerobot.py` and `official.py` know formats; what they share is here. Row i of an episode is at i /
+fps seconds. A wanted time takes the nearest row. What lies outside the episode repeats its first or
+last row and is masked.
 
-Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i / fps, within LeRobot's own 0.1 ms; nothing
-is taken by position alone. (2) Bounds: an episode's numbers and a window's frames are all that is in memory; what a header claims is held
-against other claims before anything is allocated. (3) Faults are ValueErrors that name dataset, episode, field and remedy. `window` tests
-what it reads; `check` tests everything and lists every fault; `open(..., verify=True)` raises if there is one.
+Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i /
+fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
+numbers and a window's frames are all that is in memory; what a header claims is held against other
+claims before anything is allocated. (3) Faults are ValueErrors that name dataset, episode, field
+and remedy. `window` tests what it reads; `check` tests everything and lists every fault; `open(...,
+verify=True)` raises if there is one.
 
-Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action dimensions, P state dimensions.
+Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action
+dimensions, P state dimensions.
 """
 
 import hashlib
@@ -34,17 +39,19 @@ except ImportError:
 MAX_BYTES = 16 << 20  # of info.json, of a line of json, of all tasks
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
-# The words that official RoboTwin data puts before every instruction; `Choice(prefix=ROBOTWIN_SCENE)`.
+# The words that official RoboTwin data puts before every instruction;
+# `Choice(prefix=ROBOTWIN_SCENE)`.
 ROBOTWIN_SCENE = (
     "The whole scene is in a realistic, industrial art style with three views: a fixed rear camera, a movable left arm "
     "camera, and a movable right arm camera. The aloha robot is currently performing the following task: "
 )
 
-# -- pictures ---------------------------------------------------------------------------------------------------------------
+# -- pictures -------------------------------------------------------------------------------------
 
 
 def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (..., H, W, 3) -> (..., height, width, 3), bilinear without antialiasing as OpenCV does it, to within 1 of 255."""
+    """uint8 (..., H, W, 3) -> (..., height, width, 3), bilinear without antialiasing as OpenCV does
+    it, to within 1 of 255."""
     if pictures.shape[-3:-1] == (height, width):
         return pictures
     flat = (
@@ -58,7 +65,8 @@ def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (..., H, W, 3) -> (..., height, width, 3): scaled by one factor, sides truncated to whole pixels, centred on black."""
+    """uint8 (..., H, W, 3) -> (..., height, width, 3): scaled by one factor, sides truncated to
+    whole pixels, centred on black."""
     h, w = pictures.shape[-3:-1]
     scale = min(height / h, width / w)
     small = resize(pictures, int(h * scale), int(w * scale))
@@ -71,8 +79,8 @@ def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
 def fit_place(
     places: np.ndarray, part: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """Places (n, 2) in the `part` (height, width) at the top left of a picture of size `whole`, 0 to 1 from left and top, where `fit` puts
-    them when the whole is fitted to `size`."""
+    """Places (n, 2) in the `part` (height, width) at the top left of a picture of size `whole`, 0
+    to 1 from left and top, where `fit` puts them when the whole is fitted to `size`."""
     part, whole, size = (np.array(x[::-1]) for x in (part, whole, size))  # width, height
     scaled = whole * (size / whole).min()
     return (places * part / whole * scaled + (size - scaled) / 2) / size
@@ -81,8 +89,9 @@ def fit_place(
 def t_layout(
     head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int = 384, width: int = 320
 ) -> np.ndarray:
-    """The official three-camera picture: head on top, both wrists at half the head's size below, fitted to height x width.
-    All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give 360 x 320 and 12 black rows above and below."""
+    """The official three-camera picture: head on top, both wrists at half the head's size below,
+    fitted to height x width. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give 360
+    x 320 and 12 black rows above and below."""
     for name, picture in {"head": head, "left": left, "right": right}.items():
         if (
             picture.dtype != np.uint8
@@ -103,15 +112,17 @@ def t_layout(
 def t_place(
     places: np.ndarray, head: tuple[int, int], height: int = 384, width: int = 320
 ) -> np.ndarray:
-    """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where `t_layout` puts them."""
+    """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where
+    `t_layout` puts them."""
     return fit_place(places, head, (head[0] + head[0] // 2, head[1]), (height, width))
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------
 
 
 class Video:
-    """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks if a key frame lies in between."""
+    """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks
+    if a key frame lies in between."""
 
     def __init__(self, path: Path, size: tuple[int, int]):
         self.container, self.size, self.frame = av.open(str(path)), size, None
@@ -167,9 +178,10 @@ class Video:
 
 
 class Shelf:
-    """The last few open files and tables. `take` removes one, so that it has one user; `give` puts it back and closes the oldest.
-    Keys hold the process id: a forked loader worker must not move its parent's file offsets. A plain dictionary, each of whose methods is
-    whole to other threads; OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
+    """The last few open files and tables. `take` removes one, so that it has one user; `give` puts
+    it back and closes the oldest. Keys hold the process id: a forked loader worker must not move
+    its parent's file offsets. A plain dictionary, each of whose methods is whole to other threads;
+    OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
 
     def __init__(self, size: int):
         self.items, self.size = {}, size
@@ -187,7 +199,8 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Storage:
-    """How a dataset is written. yuv420p, LeRobot's usual, halves the colours and costs small pictures 6 dB or more; yuv444p keeps them."""
+    """How a dataset is written. yuv420p, LeRobot's usual, halves the colours and costs small
+    pictures 6 dB or more; yuv444p keeps them."""
 
     robot: str = "unknown"
     images: bool = False  # PNG inside the parquet files, exact, instead of mp4
@@ -200,7 +213,8 @@ class Storage:
 
 
 class Film:
-    """An mp4 being written; pictures go in one after the other, and the first of each episode is a key frame."""
+    """An mp4 being written; pictures go in one after the other, and the first of each episode is a
+    key frame."""
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], storage: Storage):
         self.container, self.frames, self.bytes = (
@@ -230,12 +244,13 @@ class Film:
         self.container.close()
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which columns and cameras a model sees. What is left empty is chosen from the dataset and printed."""
+    """Which columns and cameras a model sees. What is left empty is chosen from the dataset and
+    printed."""
 
     state: str = ""  # default observation.state, or none
     action: str = ""  # default action or actions, or none
@@ -308,8 +323,8 @@ def fetch(name: str) -> Path:
 
 
 class Recordings:
-    """Episodes in a folder: what readers of every format share. A reader has `fps`, `lengths` (rows per episode), `cameras`, `widths` of
-    state and actions (0 where there are none), `robot`, and
+    """Episodes in a folder: what readers of every format share. A reader has `fps`, `lengths` (rows
+    per episode), `cameras`, `widths` of state and actions (0 where there are none), `robot`, and
 
         numbers(episode)                 state (T, P) and actions (T, A), each or None; ValueError for the first fault in them
         columns(episode)                 those of "state" and "action" that can be read, and every fault; `titles`: names in the files
@@ -340,8 +355,9 @@ class Recordings:
         verify: bool = False,
         quiet: bool = False,
     ) -> "Recordings":
-        """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its fields. ValueError for what is no valid
-        dataset, with `verify` for any fault in any episode. What was chosen is printed on stderr unless `quiet`."""
+        """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
+        fields. ValueError for what is no valid dataset, with `verify` for any fault in any episode.
+        What was chosen is printed on stderr unless `quiet`."""
         dataset = cls(root if Path(root).is_dir() else fetch(str(root)), mapping)
         if not quiet:
             print(dataset.describe(), file=sys.stderr)
@@ -358,7 +374,8 @@ class Recordings:
         )
 
     def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
-        """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its blobs."""
+        """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
+        blobs."""
         path, blobs = (
             self.root / name,
             self.root.parents[1] / "blobs" if self.root.parent.name == "snapshots" else None,
@@ -396,8 +413,8 @@ class Recordings:
         due: int,
         single: bool,
     ) -> Iterator[np.ndarray]:
-        """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds and ends with frame `due`; `single`
-        says that nothing else is in it."""
+        """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
+        and ends with frame `due`; `single` says that nothing else is in it."""
         try:
             video = self.shelf.take(("video", path)) or Video(path, size)
             if len(video.index) < due or (single and len(video.index) > due):
@@ -420,7 +437,8 @@ class Recordings:
         field: str,
         tolerance: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows nearest to seconds after `start_time`, clipped to the episode, and which of them lie in it."""
+        """Rows nearest to seconds after `start_time`, clipped to the episode, and which of them lie
+        in it."""
         at = (np.asarray(times, float) + start_time) * self.fps
         if not (np.abs(at) < 1e9).all():
             raise self._fault(episode, field, f"are {times}", "give finite seconds")
@@ -442,8 +460,9 @@ class Recordings:
         action_times: Sequence[float],
         tolerance: float | None = None,
     ) -> "Window":
-        """The window at `start_time` seconds of an episode; other times are seconds after it. Each takes the nearest row; with `tolerance`
-        a row farther from its time than these seconds is a ValueError. Without actions or state in the dataset these are None."""
+        """The window at `start_time` seconds of an episode; other times are seconds after it. Each
+        takes the nearest row; with `tolerance` a row farther from its time than these seconds is a
+        ValueError. Without actions or state in the dataset these are None."""
         if not 0 <= episode < len(self.lengths):
             raise self._fault(
                 None, "episode", f"is {episode}", f"there are episodes 0 to {len(self.lengths) - 1}"
@@ -487,7 +506,8 @@ class Recordings:
         )
 
     def check(self, decode: bool = True) -> list[str]:
-        """Reads every episode and decodes every frame (without `decode` the first and last) and names every fault."""
+        """Reads every episode and decodes every frame (without `decode` the first and last) and
+        names every fault."""
         faults, extremes, seen, views = (
             [],
             {},

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# -- normalisation ----------------------------------------------------------------------------------------------------------
+# -- normalisation --------------------------------------------------------------------------------
 
 KINDS = ("mean_std", "min_max", "quantile", "none")
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean, squared deviation and range of rows; the moments of a whole are the sum of those of its parts."""
+    """Count, mean, squared deviation and range of rows; the moments of a whole are the sum of those
+    of its parts."""
 
     count: int
     mean: np.ndarray
@@ -55,7 +56,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Sample:
-    """At most MOST rows, those with the smallest keys: the same whatever parts it was merged from. All rows if there are no more."""
+    """At most MOST rows, those with the smallest keys: the same whatever parts it was merged from.
+    All rows if there are no more."""
 
     keys: np.ndarray  # (n,) uniform
     rows: np.ndarray  # (n, dim)
@@ -80,8 +82,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What is known of a robot's numbers, per dimension, and how the network sees them: (x - offset) / scale. Stored with every
-    checkpoint. `kind`: mean_std; min_max to [0, 1], as official Motus does for real robots; quantile, q01..q99 to [-1, 1]; none."""
+    """What is known of a robot's numbers, per dimension, and how the network sees them: (x -
+    offset) / scale. Stored with every checkpoint. `kind`: mean_std; min_max to [0, 1], as official
+    Motus does for real robots; quantile, q01..q99 to [-1, 1]; none."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -147,7 +150,8 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a checkpoint knows about a robot: how its actions and state are normalised, the rates, what it sees, the embodiment."""
+    """What a checkpoint knows about a robot: how its actions and state are normalised, the rates,
+    what it sees, the embodiment."""
 
     embodiment: str
     rate: int  # action steps per video frame

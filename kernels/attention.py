@@ -1,23 +1,29 @@
-"""Triton kernels that equal the plain functions of the same names in attention.py, which calls them where `attention.choose` says so.
+"""Triton kernels that equal the plain functions of the same names in attention.py, which calls them
+where `attention.choose` says so.
 
     joint_attention, attention          three experts in one attention, nothing concatenated
     norm_rotate                         RMS norm of queries and keys, rotation, layout and cast in one pass
     norm_modulate                       layer norm, shift, scale and cast in one pass
     add_gated                           cast, gate and residual sum in one pass
 
-Attention is computed tile by tile with a running maximum and sum (Dao, arXiv 2307.08691). Every expert keeps its own tensors: a program
-finds by its number which segment its tile of queries (or keys) lies in, and walks through the three segments of the other side. Keys may
-carry an additive bias: 0, -inf for padding, log(c) for a key that stands for c identical ones. A query that sees no key gets zeros.
+Attention is computed tile by tile with a running maximum and sum (Dao, arXiv 2307.08691). Every
+expert keeps its own tensors: a program finds by its number which segment its tile of queries (or
+keys) lies in, and walks through the three segments of the other side. Keys may carry an additive
+bias: 0, -inf for padding, log(c) for a key that stands for c identical ones. A query that sees no
+key gets zeros.
 
-Everything is deterministic: no atomics. The backward pass is one kernel over query tiles (dq, and delta = sum(o * do) on the way) and one
-over key tiles (dk, dv); gradients that sum over tokens are summed per program and then by torch. Accumulators are fp32, offsets int64.
-Tiles come from a table (`TILES`), never from a search: what is tested and compiled ahead of time is what runs.
+Everything is deterministic: no atomics. The backward pass is one kernel over query tiles (dq, and
+delta = sum(o * do) on the way) and one over key tiles (dk, dv); gradients that sum over tokens are
+summed per program and then by torch. Accumulators are fp32, offsets int64. Tiles come from a table
+(`TILES`), never from a search: what is tested and compiled ahead of time is what runs.
 
-Each operation is a `torch.library.custom_op`, opaque to torch.compile and to checkpointing. Triton is optional: without it the file
-imports, and a kernel that is asked for is refused. TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on a CPU, for tests.
+Each operation is a `torch.library.custom_op`, opaque to torch.compile and to checkpointing. Triton
+is optional: without it the file imports, and a kernel that is asked for is refused.
+TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on a CPU, for tests.
 
-Shapes: B batch, L tokens of a segment, N heads, K head size, M = N*K, D width. A segment is passed to the kernels as the tuple
-(pointer, batch stride, row stride) of a (B, L, N, K) tensor whose last two axes are contiguous; the lengths are q0 q1 q2, k0 k1 k2.
+Shapes: B batch, L tokens of a segment, N heads, K head size, M = N*K, D width. A segment is passed
+to the kernels as the tuple (pointer, batch stride, row stride) of a (B, L, N, K) tensor whose last
+two axes are contiguous; the lengths are q0 q1 q2, k0 k1 k2.
 """
 
 from __future__ import annotations  # the kernels' annotations name `tl`, which may be missing
@@ -35,17 +41,18 @@ except ModuleNotFoundError:
     triton = None
 
 
-# Numbers of rows are no part of what is compiled: an instruction of another length must not stop a robot for a compilation. (Triton
-# heeds this for plain arguments only, not inside tuples.)
+# Numbers of rows are no part of what is compiled: an instruction of another length must not stop a
+# robot for a compilation. (Triton heeds this for plain arguments only, not inside tuples.)
 LENGTHS = ("q0", "q1", "q2", "k0", "k1", "k2", "length", "rows")
 jit = partial(triton.jit, do_not_specialize=LENGTHS) if triton else lambda function: function
 INTERPRET = bool(triton and triton.knobs.runtime.interpret)
 
-# -- where and how a kernel runs --------------------------------------------------------------------------------------------
+# -- where and how a kernel runs ------------------------------------------------------------------
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: rows of its own tile, rows of the tiles it walks through, warps, and stages of its pipeline."""
+    """How a kernel is cut: rows of its own tile, rows of the tiles it walks through, warps, and
+    stages of its pipeline."""
 
     own: int
     other: int
@@ -53,8 +60,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Chosen so that for every head size and on every card from the A100 on nothing spills and the shared memory suffices: docs/kernels.md has
-# the figures. The interpreter gets small tiles, so that tests see many of them.
+# Chosen so that for every head size and on every card from the A100 on nothing spills and the
+# shared memory suffices: docs/kernels.md has the figures. The interpreter gets small tiles, so that
+# tests see many of them.
 TILES = {
     torch.bfloat16: {
         "forward": Tile(64, 32, 4, 3),
@@ -97,19 +105,21 @@ def ceil_div(n: int, step: int) -> int:
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options) -> None:
-    """Every kernel starts here, on the device of its tensors. Nothing is launched for empty tensors."""
+    """Every kernel starts here, on the device of its tensors. Nothing is launched for empty
+    tensors."""
     check(device)
     if 0 not in grid:
         with torch.cuda.device(device if device.type == "cuda" else -1):
             kernel[grid](*args, **options)
 
 
-# -- attention: kernels -----------------------------------------------------------------------------------------------------
+# -- attention: kernels ---------------------------------------------------------------------------
 
 
 @jit
 def find_tile(pid, lengths, ROWS: tl.constexpr):
-    """Tile `pid` of all segments -> which segment it is in, its first row there, and the number of rows of the segments before."""
+    """Tile `pid` of all segments -> which segment it is in, its first row there, and the number of
+    rows of the segments before."""
     first = tl.cdiv(lengths[0], ROWS)
     second = first + tl.cdiv(lengths[1], ROWS)
     which = (pid >= first).to(tl.int32) + (pid >= second).to(tl.int32)
@@ -137,8 +147,9 @@ def pick(which, triple):
 
 @jit
 def cell(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    """Pointers to the rows from `start` on of one head and the mask of those that exist, each (ROWS, KP). The tile is found by 64 bits,
-    the cell in it by 32, which leaves more registers to the arithmetic."""
+    """Pointers to the rows from `start` on of one head and the mask of those that exist, each
+    (ROWS, KP). The tile is found by 64 bits, the cell in it by 32, which leaves more registers to
+    the arithmetic."""
     row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, KP)[None, :]
     corner = segment[0] + b * segment[1] + tl.cast(start, tl.int64) * segment[2] + h * K
     mask = row < length - start
@@ -175,7 +186,8 @@ def put(segment, length, b, h, start, x, ROWS: tl.constexpr, K: tl.constexpr, KP
 
 @jit
 def bias_of(bias, length, b, rows):
-    """Bias of keys in units of log 2, -inf for rows that do not exist. `bias` points to (B, length), or is None."""
+    """Bias of keys in units of log 2, -inf for rows that do not exist. `bias` points to (B,
+    length), or is None."""
     x = tl.where(rows < length, 0.0, float("-inf"))
     if bias is not None:
         x += 1.4426950408889634 * tl.load(bias + b * length + rows, mask=rows < length, other=0.0)
@@ -371,11 +383,12 @@ def dkv_kernel(
     put(pick(which, dv), length, b, h, start, d_value, OWN, K, KP)
 
 
-# -- attention: operations --------------------------------------------------------------------------------------------------
+# -- attention: operations ------------------------------------------------------------------------
 
 
 def segments(*groups: list[Tensor]) -> list[tuple]:
-    """Lists of one to three (B, L, N, K) tensors -> kernel arguments: three segments each, the missing ones repeat the first."""
+    """Lists of one to three (B, L, N, K) tensors -> kernel arguments: three segments each, the
+    missing ones repeat the first."""
     return [
         tuple((x, x.stride(0), x.stride(1)) for x in group + group[:1] * (3 - len(group)))
         for group in groups
@@ -388,7 +401,8 @@ def lengths(group: list[Tensor]) -> tuple[int, ...]:
 
 
 def by_heads(x: Tensor) -> Tensor:
-    """A tensor whose rows (N, K) are contiguous: itself, or a copy (gradients may be expanded or transposed)."""
+    """A tensor whose rows (N, K) are contiguous: itself, or a copy (gradients may be expanded or
+    transposed)."""
     return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
 
 
@@ -402,8 +416,9 @@ def launch_attention(
     rows: tuple[Tensor, ...],
     scale: float,
 ) -> None:
-    """Launches over the tiles of k for "dkv", of q otherwise. biased: the digits of the key segments that `bias` belongs to, like "12";
-    groups: the further lists of segments; rows: lse and delta."""
+    """Launches over the tiles of k for "dkv", of q otherwise. biased: the digits of the key
+    segments that `bias` belongs to, like "12"; groups: the further lists of segments; rows: lse and
+    delta."""
     batch, _, heads, size = q[0].shape
     padded = max(16, power_of_2(size))
     own, other, *pipeline = tile(kernel, q[0].dtype)
@@ -442,7 +457,8 @@ KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 def attention_op(
     q: list[Tensor], k: list[Tensor], v: list[Tensor], bias: list[Tensor], biased: str, scale: float
 ) -> list[Tensor]:
-    """-> the attended values per query segment, each (B, L, N, K) contiguous, and the log-sum-exp (B, N, sum of L) in fp32."""
+    """-> the attended values per query segment, each (B, L, N, K) contiguous, and the log-sum-exp
+    (B, N, sum of L) in fp32."""
     q, k, v = ([by_heads(x) for x in group] for group in (q, k, v))
     *o, lse = empty_outputs(q, k, v, bias, biased, scale)
     launch_attention("forward", q, k, bias, biased, [v, o], (lse,), scale)
@@ -509,8 +525,9 @@ def attend(
     bias: list[Tensor | None],
     scale: float | None = None,
 ) -> list[Tensor]:
-    """Softmax attention of one to three query segments over one to three key segments. q, k, v: (B, L, N, K) each; bias: (B, L) fp32 per
-    key segment, or None. Computes in the dtype of the first v (bf16 or fp32). Returns (B, L, N, K) contiguous per query segment."""
+    """Softmax attention of one to three query segments over one to three key segments. q, k, v: (B,
+    L, N, K) each; bias: (B, L) fp32 per key segment, or None. Computes in the dtype of the first v
+    (bf16 or fp32). Returns (B, L, N, K) contiguous per query segment."""
     size, dtype = q[0].shape[3], v[0].dtype
     if size > 128 or dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -544,7 +561,8 @@ def attention(
 def joint_attention(
     qkv: list[tuple[Tensor, Tensor, Tensor]], biases: list[Tensor | None]
 ) -> list[Tensor]:
-    """`attention.joint_attention`: (q, k, v) and bias of the keys per expert -> (B, L, N*K) per expert. Nothing is concatenated."""
+    """`attention.joint_attention`: (q, k, v) and bias of the keys per expert -> (B, L, N*K) per
+    expert. Nothing is concatenated."""
     q, k, v = zip(*qkv)
     out = attend(list(q), list(k), list(v), biases)
     return [x.flatten(2) for x in out]

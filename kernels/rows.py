@@ -14,10 +14,10 @@ except ModuleNotFoundError:
     triton = None
 
 
-# -- row kernels: norms, rotation, gates ------------------------------------------------------------------------------------
+# -- row kernels: norms, rotation, gates ----------------------------------------------------------
 
-# A backward program walks through this many rows before it writes its part of a gradient that sums over rows; the parts are then a few
-# per cent of the traffic.
+# A backward program walks through this many rows before it writes its part of a gradient that sums
+# over rows; the parts are then a few per cent of the traffic.
 ROWS = 32
 
 
@@ -27,15 +27,17 @@ def row_options(width: int) -> dict:
 
 
 def by_rows(x: Tensor) -> tuple[Tensor, int]:
-    """A (B, L, D) tensor whose B*L rows are evenly spaced, itself (also a slice of the last axis) or a copy, and their spacing. The
-    stride of an axis of length 1 is arbitrary, so it is never the spacing of more than one row."""
+    """A (B, L, D) tensor whose B*L rows are evenly spaced, itself (also a slice of the last axis)
+    or a copy, and their spacing. The stride of an axis of length 1 is arbitrary, so it is never the
+    spacing of more than one row."""
     if x.stride(2) != 1 or (min(x.shape[:2]) > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
         x = x.contiguous()
     return x, x.stride(0 if x.shape[1] == 1 else 1)
 
 
 def per_sample(mod: Tensor, x: Tensor) -> tuple[Tensor, int, int]:
-    """Kernel argument for the modulation (B, 1 or L, D) of x (B, L, D): pointer, batch stride, row stride."""
+    """Kernel argument for the modulation (B, 1 or L, D) of x (B, L, D): pointer, batch stride, row
+    stride."""
     assert mod.shape in (x.shape, (x.shape[0], 1, x.shape[2])), (
         f"{tuple(mod.shape)} does not modulate {tuple(x.shape)}"
     )
@@ -68,7 +70,8 @@ def as_stored(value, like):
 
 @jit
 def rotate(x, cos, sin, token, sign: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Rotates the pairs (x[2i], x[2i+1]) of a row of heads by sign * angle; every head has the same K/2 angles."""
+    """Rotates the pairs (x[2i], x[2i+1]) of a row of heads by sign * angle; every head has the same
+    K/2 angles."""
     pair = tl.arange(0, BLOCK // 2) % (K // 2)
     c = tl.load(cos + token * (K // 2) + pair)
     s = tl.load(sin + token * (K // 2) + pair) * sign
@@ -80,7 +83,8 @@ def rotate(x, cos, sin, token, sign: tl.constexpr, K: tl.constexpr, BLOCK: tl.co
 def norm_rotate_kernel(
     q, k, cos, sin, length, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row of q (program axis 1 is 0) or of k (1), each the tuple (x, its row stride, weight, y)."""
+    """One row of q (program axis 1 is 0) or of k (1), each the tuple (x, its row stride, weight,
+    y)."""
     x, stride, weight, y = q
     if tl.program_id(1) == 1:
         x, stride, weight, y = k
@@ -107,7 +111,8 @@ def norm_rotate_backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, parts of d_weight)."""
+    """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, parts of
+    d_weight)."""
     x, stride, weight, dy, dx, parts = q
     if tl.program_id(1) == 1:
         x, stride, weight, dy, dx, parts = k
@@ -216,8 +221,9 @@ def norm_rotate(
     rope: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The way of projected queries and keys (B, L, N*size) to the joint attention: RMS norm over the full width, rotation if `rope` gives
-    cos and sin (L, size/2), split into heads. Returns two (B, L, N, size) in `dtype` (default: that of q)."""
+    """The way of projected queries and keys (B, L, N*size) to the joint attention: RMS norm over
+    the full width, rotation if `rope` gives cos and sin (L, size/2), split into heads. Returns two
+    (B, L, N, size) in `dtype` (default: that of q)."""
     cos, sin = rope or (None, None)
     return norm_rotate_op(q, k, weight_q, weight_k, cos, sin, eps, size, dtype or q.dtype)
 
@@ -255,7 +261,8 @@ def norm_modulate_backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS tokens (program axis 0) of one sample (axis 1); d_shift and d_scale are (B, programs, D)."""
+    """ROWS tokens (program axis 0) of one sample (axis 1); d_shift and d_scale are (B, programs,
+    D)."""
     b, first, i = tl.program_id(1), tl.program_id(0) * ROWS, tl.arange(0, BLOCK)
     shift_part, scale_part = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     gain = 1 + load_mod(scale, b, first, i, WIDTH)  # ROWS is 1 where every token has its own
@@ -277,7 +284,8 @@ def norm_modulate_backward_kernel(
 
 
 def mod_parts(x: Tensor, mod: Tensor) -> tuple[int, int, Tensor]:
-    """Rows per program, programs per sample, and room (B, programs, D) for their parts of the gradient of `mod` (B, 1 or L, D)."""
+    """Rows per program, programs per sample, and room (B, programs, D) for their parts of the
+    gradient of `mod` (B, 1 or L, D)."""
     rows = ROWS if mod.shape[1] == 1 else 1
     programs = ceil_div(x.shape[1], rows)
     return rows, programs, x.new_empty((x.shape[0], programs, x.shape[2]), dtype=torch.float32)
@@ -340,7 +348,8 @@ def save_norm_modulate(ctx, inputs, output):
 def norm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Layer norm of x (B, L, D), then shift and scale (B or 1, 1 or L, D; the same shape) -> (B, L, D) in `dtype`."""
+    """Layer norm of x (B, L, D), then shift and scale (B or 1, 1 or L, D; the same shape) -> (B, L,
+    D) in `dtype`."""
     return norm_modulate_op(x, *(mod.expand(len(x), -1, -1) for mod in (shift, scale)), eps, dtype)
 
 
@@ -423,7 +432,8 @@ def save_add_gated(ctx, inputs, output):
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x.float() + y.float() * gate in fp32: x the residual stream, y a sub-layer's output, both (B, L, D); gate (B or 1, 1 or L, D)."""
+    """x.float() + y.float() * gate in fp32: x the residual stream, y a sub-layer's output, both (B,
+    L, D); gate (B or 1, 1 or L, D)."""
     return add_gated_op(x, y, gate.expand(len(x), -1, -1))
 
 

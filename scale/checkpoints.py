@@ -16,11 +16,12 @@ from scale.ranks import Ranks
 from weights.files import TensorSource, refuse, safetensors_header
 from weights.load import held, parts
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
+# -- checkpoints ----------------------------------------------------------------------------------
 
 
 class Part(NamedTuple):
-    """What a rank holds of a tensor: a copy of its values, the axis along which it is cut and where it begins there."""
+    """What a rank holds of a tensor: a copy of its values, the axis along which it is cut and where
+    it begins there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]  # of the whole tensor
@@ -45,7 +46,8 @@ class Part(NamedTuple):
         return cls(tensor.dtype, tuple(tensor.shape), copy, axis, start)
 
     def runs(self, begin: int) -> Iterator[tuple[int, Any]]:
-        """(offset, bytes) of the tensor's runs in a file where the whole tensor begins at byte `begin`."""
+        """(offset, bytes) of the tensor's runs in a file where the whole tensor begins at byte
+        `begin`."""
         before, row = (
             math.prod(self.shape[: self.axis]),
             math.prod(self.shape[self.axis + 1 :]) * self.dtype.itemsize,
@@ -65,8 +67,9 @@ def sync(path: Path) -> None:
 
 
 class Saver:
-    """Writes checkpoints run/step_NNNNNN in a thread, from copies made at once. All ranks write into a folder with a temporary name; when
-    all have flushed what they wrote, rank 0 renames it. A failure on any rank leaves earlier checkpoints as they were."""
+    """Writes checkpoints run/step_NNNNNN in a thread, from copies made at once. All ranks write
+    into a folder with a temporary name; when all have flushed what they wrote, rank 0 renames it. A
+    failure on any rank leaves earlier checkpoints as they were."""
 
     def __init__(self, run: Path, ranks: Ranks, keep: int):
         self.run, self.ranks, self.keep = run, ranks, keep
@@ -75,7 +78,8 @@ class Saver:
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
     ) -> None:
-        """Begins to write step `step`: safetensors files by name, and small text files. Waits for the one before."""
+        """Begins to write step `step`: safetensors files by name, and small text files. Waits for
+        the one before."""
         self.wait()
         parts = {
             file: {name: Part.of(tensor, self.ranks.rank) for name, tensor in named.items()}
@@ -160,7 +164,8 @@ class Saver:
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
-    """Copies what this rank holds of every tensor from a file that must have exactly these, in these shapes and dtypes."""
+    """Copies what this rank holds of every tensor from a file that must have exactly these, in
+    these shapes and dtypes."""
     problems = [f"missing: {name}" for name in tensors if name not in source.tensors]
     problems += [f"unexpected: {name}" for name in source.names() if name not in tensors]
     for name in tensors.keys() & source.tensors.keys():
@@ -174,4 +179,4 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
         held(tensor)[0].copy_(values)
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
+# -- checkpoints ----------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""What a training run needs, told before anyone rents a GPU: parameters, bytes per rank, FLOPs, speed, hours.
+"""What a training run needs, told before anyone rents a GPU: parameters, bytes per rank, FLOPs,
+speed, hours.
 
     python train.py --full --plan --gpus 8 --memory 80          the paper's model on eight 80 GB cards
     python train.py --preset small --plan --gpus 1 --memory 24 --peak 165
 
-Between steps a rank holds its share of P parameters, T of them trained (FSDP2, W ranks; `scale.split_axis` says along which axis):
+Between steps a rank holds its share of P parameters, T of them trained (FSDP2, W ranks;
+`scale.split_axis` says along which axis):
 
     weights      4 P / W     fp32; 2 P / W with --params bf16
     gradients    4 T / W     in the dtype of the weights
@@ -11,8 +13,8 @@ Between steps a rank holds its share of P parameters, T of them trained (FSDP2, 
     EMA          4 P / W     always fp32
     frozen       2 F         --frozen live: every rank has VLM, VAE and text encoder whole, in bf16; cached: nothing
 
-Within a step three more things come and go. Layer by layer the backward pass frees activations and fills in gradients, at a constant
-rate, so the worst moment is at its beginning or at its end:
+Within a step three more things come and go. Layer by layer the backward pass frees activations and
+fills in gradients, at a constant rate, so the worst moment is at its beginning or at its end:
 
     gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead; the fp32 buffer in which the gradients
                  of the layer before are reduced (one GPU gathers nothing)
@@ -21,15 +23,19 @@ rate, so the worst moment is at its beginning or at its end:
                  modulation and GELU again, which costs next to no FLOPs (`scale.kept`)
     working      the layer whose backward pass runs: what was computed again, temporaries, its gradients before they are reduced
 
-The first list is arithmetic. Activations, working memory and FLOPs are measured: the real training step runs on fake tensors, which have
-shapes but no values, while every storage that is born or dies is counted. Outside the layers nothing depends on the depth, all layers are
-alike, and so are all samples: four steps, of 4 and 5 layers and 2 and 64 samples, give the figures of any depth and any micro-batch.
+The first list is arithmetic. Activations, working memory and FLOPs are measured: the real training
+step runs on fake tensors, which have shapes but no values, while every storage that is born or dies
+is counted. Outside the layers nothing depends on the depth, all layers are alike, and so are all
+samples: four steps, of 4 and 5 layers and 2 and 64 samples, give the figures of any depth and any
+micro-batch.
 
-What the plan does not know: memory that the CUDA context, NCCL and a fragmented allocator take (RESERVE of the card is left to them); what
-compilation and the kernels save; an attention kernel that wants its mask written out (torch's own, where the number of keys is no multiple
-of 8). --mfu is a claim, not a measurement.
+What the plan does not know: memory that the CUDA context, NCCL and a fragmented allocator take
+(RESERVE of the card is left to them); what compilation and the kernels save; an attention kernel
+that wants its mask written out (torch's own, where the number of keys is no multiple of 8). --mfu
+is a claim, not a measurement.
 
-Shapes: B samples of a micro-batch, T h w latent grid, S chunk, A action dimensions, P state dimensions, Lt text rows, Lu VLM tokens.
+Shapes: B samples of a micro-batch, T h w latent grid, S chunk, A action dimensions, P state
+dimensions, Lt text rows, Lu VLM tokens.
 """
 
 import argparse
@@ -70,7 +76,7 @@ IN_FLIGHT = 2  # gathered layers that exist at once
 POLICIES = tuple(sharding.CHECKPOINTING)
 DEPTHS, BATCHES = (4, 5), (2, 64)  # what is measured; see Curve
 
-# -- what is trained, on what -----------------------------------------------------------------------------------------------
+# -- what is trained, on what ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ SAMPLES = {"toy": Sample((6, 6), 16, 40), "small": Sample((16, 16)), "full": Sam
 def fake_inputs(
     config: MotusConfig, sample: Sample, batch: int, acting: bool
 ) -> tuple[Inputs, dict[str, Tensor]]:
-    """A micro-batch and its noise, of the right shapes and dtypes; without actions and VLM if not `acting` (stage 1)."""
+    """A micro-batch and its noise, of the right shapes and dtypes; without actions and VLM if not
+    `acting` (stage 1)."""
     latents = torch.empty(batch, config.video.latent, config.latent_frames, *sample.grid)
     context = torch.empty(batch, sample.text, config.video.text_dim, dtype=torch.bfloat16)
     inputs = Inputs(latents, context, torch.empty(batch, dtype=torch.int64))
@@ -124,7 +131,7 @@ def fake_inputs(
     return inputs, noise
 
 
-# -- what a step leaves in memory -------------------------------------------------------------------------------------------
+# -- what a step leaves in memory -----------------------------------------------------------------
 
 aten = torch.ops.aten
 ATTENTION_FLOPS = {  # on a CPU; torch has the formulas of the other operations
@@ -139,7 +146,8 @@ FLOPS = flop_registry | {op: shape_wrapper(formula) for op, formula in ATTENTION
 
 
 class Meter(TorchDispatchMode):
-    """Counts bytes of the storages that are alive, the most there ever were, and FLOPs; of what is made while it is on."""
+    """Counts bytes of the storages that are alive, the most there ever were, and FLOPs; of what is
+    made while it is on."""
 
     def __init__(self, existing: Sequence[Tensor] = ()):
         super().__init__()
@@ -172,7 +180,8 @@ class Meter(TorchDispatchMode):
 
 
 class Cost(NamedTuple):
-    """Of a micro-batch on one device: bytes that the forward pass leaves behind, bytes at the worst moment of the step, FLOPs."""
+    """Of a micro-batch on one device: bytes that the forward pass leaves behind, bytes at the worst
+    moment of the step, FLOPs."""
 
     saved: float
     peak: float
@@ -189,7 +198,8 @@ def fake_model(config: MotusConfig, params: str) -> Iterator[Motus]:
             model = Motus(config)
         finally:
             torch.set_default_dtype(before)
-        # The one place of the network that reads values: how many rows the text has. The micro-batch has them all.
+        # The one place of the network that reads values: how many rows the text has. The
+        # micro-batch has them all.
         model.video.embed_text = lambda context, lengths: TextStates(
             model.video.text_embedding(context),
             text_bias(lengths, context.shape[1], config.video.text_len)[:, None, None],
@@ -198,7 +208,8 @@ def fake_model(config: MotusConfig, params: str) -> Iterator[Motus]:
 
 
 def drop_reduced(layers: Sequence[nn.Module]) -> None:
-    """Lets the gradients of a layer go when its backward pass is over, as FSDP does once it has copied them out to reduce them."""
+    """Lets the gradients of a layer go when its backward pass is over, as FSDP does once it has
+    copied them out to reduce them."""
     for i, layer in enumerate(layers):
 
         def watch(
@@ -224,8 +235,8 @@ def measure(
     checkpointing: str,
     params: str = "fp32",
 ) -> Cost:
-    """Runs one training step of `batch` samples on fake tensors, on one device. Weights and inputs are not counted; of gradients those that
-    are not yet reduced."""
+    """Runs one training step of `batch` samples on fake tensors, on one device. Weights and inputs
+    are not counted; of gradients those that are not yet reduced."""
     with fake_model(config, params) as model:
         inputs, noise = fake_inputs(config, sample, batch, acting="action" in stage.experts)
         step = sharding.parallelize(
@@ -246,8 +257,9 @@ def measure(
 
 @dataclass(frozen=True)
 class Curve:
-    """The cost of any depth and micro-batch from four measured ones. Saved bytes and FLOPs are bilinear in both. The worst moment of a step
-    can be another one at another size: its bytes are exact in the depth, and between 2 and 64 samples never too few."""
+    """The cost of any depth and micro-batch from four measured ones. Saved bytes and FLOPs are
+    bilinear in both. The worst moment of a step can be another one at another size: its bytes are
+    exact in the depth, and between 2 and 64 samples never too few."""
 
     corners: dict[tuple[int, int], Cost]  # by (layers, batch)
 
@@ -312,7 +324,7 @@ def meta_model(name: str, stage_name: str) -> Motus:
         return Motus(preset(name, **STAGES[stage_name].form))
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------------------
+# -- the plan -------------------------------------------------------------------------------------
 
 
 @cache
@@ -405,7 +417,8 @@ class Plan:
 
     @cached_property
     def gathered(self) -> dict[str, float]:
-        """Whole parameters and the buffer that reduces a layer's gradients. Experts that a stage does not train are not gathered."""
+        """Whole parameters and the buffer that reduces a layer's gradients. Experts that a stage
+        does not train are not gathered."""
         if self.gpus == 1:
             return dict(root=0, layers=0, reducing=0)
         size = lambda parts: sum(p.numel() for part in parts for p in part.parameters())
@@ -444,7 +457,8 @@ class Plan:
         return (1 - RESERVE) * self.memory
 
     def largest(self, checkpointing: str) -> int:
-        """The largest micro-batch that fits, 0 if none does; more than a rank's share of the batch is never needed."""
+        """The largest micro-batch that fits, 0 if none does; more than a rank's share of the batch
+        is never needed."""
         sizes = range(1, self.batch // self.gpus + 1)
         return max(
             (micro for micro in sizes if self.peak(checkpointing, micro) <= self.usable), default=0
@@ -465,7 +479,8 @@ class Plan:
 
     @property
     def best(self) -> str:
-        """The policy that computes least among those that fit; of equals the one with the larger micro-batch, then the simpler one."""
+        """The policy that computes least among those that fit; of equals the one with the larger
+        micro-batch, then the simpler one."""
         fitting = [name for name in POLICIES if self.micro(name)]
         if not fitting:
             raise ValueError(self.refusal())
@@ -510,7 +525,8 @@ def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
 
 
 def report(plan: Plan, mfu: float, peak: float) -> str:
-    """What `--plan` prints. `peak` in TFLOP/s of one card; `mfu` the share of it that a step without recomputation reaches."""
+    """What `--plan` prints. `peak` in TFLOP/s of one card; `mfu` the share of it that a step
+    without recomputation reaches."""
     best, sample, config = plan.best, SAMPLES[plan.name], plan.model.config
     gb = lambda size: f"{size / GB:.2f}" if size >= 1e7 else f"{size / GB:.2g}"
     tokens = dict(

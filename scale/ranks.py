@@ -21,12 +21,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
 
-# -- ranks ------------------------------------------------------------------------------------------------------------------
+# -- ranks ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Ranks:
-    """The processes of this run and this one's place among them. All methods are called by every rank, in the same order."""
+    """The processes of this run and this one's place among them. All methods are called by every
+    rank, in the same order."""
 
     rank: int = 0
     world: int = 1
@@ -53,14 +54,16 @@ class Ranks:
         return [said.decode() for said in self.exchange(text.encode(), group)]
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The named tensors of every rank, on the CPU. They travel as the bytes of a safetensors file: nothing is unpickled."""
+        """The named tensors of every rank, on the CPU. They travel as the bytes of a safetensors
+        file: nothing is unpickled."""
         return [
             safetensors.torch.load(said)
             for said in self.exchange(safetensors.torch.save(dict(tensors)))
         ]
 
     def together(self, work: Callable[[], T], group: Any = None) -> T:
-        """The result of `work`, which must not communicate. What it refuses on any rank is raised on every one, as one ValueError."""
+        """The result of `work`, which must not communicate. What it refuses on any rank is raised
+        on every one, as one ValueError."""
         result, problem = None, ""
         try:
             result = work()
@@ -97,8 +100,9 @@ class Ranks:
 
 @contextmanager
 def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
-    """The ranks that torchrun started; one without it. `shards` ranks share one copy of the weights, each such group holds a replica;
-    0 means all ranks of a node, whose links are fast. A rank that does not answer for `timeout` seconds is an error."""
+    """The ranks that torchrun started; one without it. `shards` ranks share one copy of the
+    weights, each such group holds a replica; 0 means all ranks of a node, whose links are fast. A
+    rank that does not answer for `timeout` seconds is an error."""
     number = lambda name, default: int(os.environ.get(name, default))
     rank, world, local = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -153,8 +157,9 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
 
 
 class Watchdog:
-    """Ends this process when it does not `beat` for `timeout` seconds, naming the rank that is behind all others and what it was doing.
-    Every rank tells the store of torchrun how far it is; a stopped process cannot, but its last word stays there."""
+    """Ends this process when it does not `beat` for `timeout` seconds, naming the rank that is
+    behind all others and what it was doing. Every rank tells the store of torchrun how far it is; a
+    stopped process cannot, but its last word stays there."""
 
     def __init__(self, ranks: Ranks, timeout: float):
         self.ranks, self.timeout, self.count, self.doing, self.ended = (
@@ -216,7 +221,8 @@ class Watchdog:
 
 
 def code_digest() -> str:
-    """Sixteen hexadecimal digits that change with any source file of the repository's root, its backbones and formats."""
+    """Sixteen hexadecimal digits that change with any source file of the repository's root, its
+    backbones and formats."""
     root, state = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         if {"tests", "docs", "runs", ".venv"} & set(path.relative_to(root).parts):

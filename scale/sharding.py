@@ -1,22 +1,28 @@
-"""What turns the training of one process into that of a cluster: ranks, sharding, checkpoints that all ranks write together.
+"""What turns the training of one process into that of a cluster: ranks, sharding, checkpoints that
+all ranks write together.
 
     launch        the ranks that torchrun started, and how they agree: what one refuses, all refuse by name, at once
     Watchdog      a rank that stalls ends all of them in a message that says which one it was and what it was doing
     parallelize   activation checkpointing, compilation, FSDP2 and precision around an unchanged model; without ranks, one process
     Saver, fill   checkpoints: written by all ranks in parallel, asynchronously and atomically; read by any number of ranks
 
-Sharding. A layer of `Motus` (three blocks, gathered together because they meet in one attention) is a group, what lies outside the layers
-is the root group. An expert that a stage does not train has groups of its own whose forward is never called: it is never gathered. The
-frozen backbones are not part of the network; their outputs come from a cache. Each parameter is split along its first axis that the ranks
-divide (the q, k, v of a small expert are (3, N, D, K), where axis 0 would leave most ranks empty), along axis 0 unevenly if there is none.
+Sharding. A layer of `Motus` (three blocks, gathered together because they meet in one attention) is
+a group, what lies outside the layers is the root group. An expert that a stage does not train has
+groups of its own whose forward is never called: it is never gathered. The frozen backbones are not
+part of the network; their outputs come from a cache. Each parameter is split along its first axis
+that the ranks divide (the q, k, v of a small expert are (3, N, D, K), where axis 0 would leave most
+ranks empty), along axis 0 unevenly if there is none.
 
-Precision "bf16" is autocast around fp32 weights rather than a cast of what FSDP gathers: time paths, norms, modulation, residual streams
-and the video head stay exactly as in fp32, on one process as on many. Gathers are fp32; on NVLink they hide behind the computation.
+Precision "bf16" is autocast around fp32 weights rather than a cast of what FSDP gathers: time
+paths, norms, modulation, residual streams and the video head stay exactly as in fp32, on one
+process as on many. Gathers are fp32; on NVLink they hide behind the computation.
 
-Checkpoints. A slice of an axis is a few runs of bytes of a safetensors file, so every rank writes its own runs into the same files: nothing
-is gathered, and the result is what one process would have written, byte for byte. It is at once the sharded checkpoint, the consolidated
-export, and readable by any number of ranks. Torch's own distributed checkpoint (DCP) pickles its metadata, and its safetensors writer
-writes everything a second time to consolidate. The folder must lie on a file system that all ranks share.
+Checkpoints. A slice of an axis is a few runs of bytes of a safetensors file, so every rank writes
+its own runs into the same files: nothing is gathered, and the result is what one process would have
+written, byte for byte. It is at once the sharded checkpoint, the consolidated export, and readable
+by any number of ranks. Torch's own distributed checkpoint (DCP) pickles its metadata, and its
+safetensors writer writes everything a second time to consolidate. The folder must lie on a file
+system that all ranks share.
 """
 
 import math
@@ -38,11 +44,12 @@ from torch.utils.checkpoint import (
 
 from motus import Inputs, Losses, Motus
 
-# -- sharding ---------------------------------------------------------------------------------------------------------------
+# -- sharding -------------------------------------------------------------------------------------
 
 
 def kept(context: Any, op: Any, *args, **kwargs) -> CheckpointPolicy:
-    """Selective checkpointing keeps what matrix products and attentions give, and computes all else (norms, modulation, GELU) again."""
+    """Selective checkpointing keeps what matrix products and attentions give, and computes all else
+    (norms, modulation, GELU) again."""
     name = str(op)
     expensive = any(
         word in name
@@ -57,7 +64,8 @@ def kept(context: Any, op: Any, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# Nothing in the network draws random numbers, so no random state is kept for the second forward pass.
+# Nothing in the network draws random numbers, so no random state is kept for the second forward
+# pass.
 CHECKPOINTING = {
     "none": {},
     "full": dict(preserve_rng_state=False),
@@ -68,8 +76,8 @@ CHECKPOINTING = {
 
 
 class Step(nn.Module):
-    """The training loss as one call of one module: what is sharded. It also makes the layers, which `Motus` keeps in a plain list, modules
-    of the tree."""
+    """The training loss as one call of one module: what is sharded. It also makes the layers, which
+    `Motus` keeps in a plain list, modules of the tree."""
 
     def __init__(self, model: Motus, precision: str):
         super().__init__()
@@ -98,9 +106,10 @@ def parallelize(
     precision: str = "fp32",
     reshard: bool = True,
 ) -> Step:
-    """The model, unchanged, made ready for many ranks: call the result instead of `model.loss`. Works on the meta device; without a mesh
-    nothing is sharded. Experts that are not `trained` are frozen and stay sharded. `reshard` frees a layer's weights between forward and
-    backward pass and gathers them again."""
+    """The model, unchanged, made ready for many ranks: call the result instead of `model.loss`.
+    Works on the meta device; without a mesh nothing is sharded. Experts that are not `trained` are
+    frozen and stay sharded. `reshard` frees a layer's weights between forward and backward pass and
+    gathers them again."""
     for expert in ("video", "action", "und"):
         getattr(model, expert).requires_grad_(expert in trained)
     for layer in model.layers:
@@ -118,7 +127,8 @@ def parallelize(
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
             shard_placement_fn=partial(split_axis, parts=mesh["shard"].size()),
         )
-        # Said of a layer that hands the understanding on as it came; nothing in the network works in place on what a layer returns.
+        # Said of a layer that hands the understanding on as it came; nothing in the network works
+        # in place on what a layer returns.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         idle = [expert for expert in ("video", "action", "und") if expert not in trained]
         for layer in model.layers:
@@ -132,8 +142,9 @@ def parallelize(
 
 
 def cost(model: Motus, inputs: Inputs) -> tuple[int, float]:
-    """Tokens of a batch, and the floating-point operations of a training step on it: two for each weight that a token meets on the way
-    forwards, those of the attentions, and twice as many backwards. What checkpointing computes again does not count."""
+    """Tokens of a batch, and the floating-point operations of a training step on it: two for each
+    weight that a token meets on the way forwards, those of the attentions, and twice as many
+    backwards. What checkpointing computes again does not count."""
     video, layers = model.config.video, model.config.video.layers
     lv = math.prod(inputs.latents.shape[2:]) // math.prod(video.patch)
     la = (

@@ -14,10 +14,12 @@
                and the video decoded at the end
     ours       the same weights and the same result
 
-Ratios come from one run: both sides in turns, so that a machine that slows down slows both, and the median of the pairs. On a CPU seconds
-are those of the process, which other programs on the machine do not lengthen; with one thread they are wall-clock on a quiet machine.
+Ratios come from one run: both sides in turns, so that a machine that slows down slows both, and the
+median of the pairs. On a CPU seconds are those of the process, which other programs on the machine
+do not lengthen; with one thread they are wall-clock on a quiet machine.
 
-Shapes: B batch, Lv La Lu tokens, D width, N heads, K head size, S actions of a chunk, A action dimensions.
+Shapes: B batch, Lv La Lu tokens, D width, N heads, K head size, S actions of a chunk, A action
+dimensions.
 """
 
 import argparse
@@ -56,7 +58,7 @@ from scale.sharding import parallelize
 from scripts import evaluate
 from worlds import tabletop
 
-# -- measuring --------------------------------------------------------------------------------------------------------------
+# -- measuring ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -85,7 +87,8 @@ def seconds(work: Callable[[], object]) -> float:
 def in_turns(
     ours: Callable[[], object], other: Callable[[], object], rounds: int
 ) -> tuple[float, float, float]:
-    """Median seconds of each, and the median of other / ours pair by pair, after one warm-up of both."""
+    """Median seconds of each, and the median of other / ours pair by pair, after one warm-up of
+    both."""
     ours(), other()
     pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
     return (
@@ -108,7 +111,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-# -- closed loop ------------------------------------------------------------------------------------------------------------
+# -- closed loop ----------------------------------------------------------------------------------
 
 PLACEMENTS = [
     *(Placement(10, joint) for joint in (None, 5, 2, 1, 0)),
@@ -127,8 +130,8 @@ def closed_loop(
     execute: int = 4,
     max_steps: int = 100,
 ) -> str:
-    """Success on unseen layouts with Wilson's interval at 95 %, and milliseconds per look of one world, of mode joint under each placement
-    of its steps, in the same worlds."""
+    """Success on unseen layouts with Wilson's interval at 95 %, and milliseconds per look of one
+    world, of mode joint under each placement of its steps, in the same worlds."""
     policy = Policy.load(ckpt)
     rows = []
     for placement in placements:
@@ -158,7 +161,7 @@ def closed_loop(
     return table(["steps", "joint steps", "shift", "success %", "ms per look"], rows)
 
 
-# -- the official order of work ---------------------------------------------------------------------------------------------
+# -- the official order of work -------------------------------------------------------------------
 
 
 def official_rotate(x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -190,7 +193,8 @@ def official_layer(
     grid: Sequence[int],
     context: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer; ev (B, Lv, 6, Dv) and ea (B, La, 6, Da) are modulation per token, context (B, 512, Dv) is the padded text."""
+    """One layer; ev (B, Lv, 6, Dv) and ea (B, La, 6, Da) are modulation per token, context (B, 512,
+    Dv) is the padded text."""
     v, a, u, lengths = layer.video, layer.action, layer.und, [x.shape[1] for x in (xv, xa, xu)]
     heads = lambda x: rearrange(x, "b l (n k) -> b l n k", n=v.self_attn.heads)
     mv = [x.squeeze(2) for x in (v.modulation.float().unsqueeze(0) + ev).chunk(6, dim=2)]
@@ -243,7 +247,8 @@ def official_velocity(
     context: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """One evaluation; t (B,) is spread over the tokens of both experts before it is embedded. und (B, Lu, Dv), embedded context."""
+    """One evaluation; t (B,) is spread over the tokens of both experts before it is embedded. und
+    (B, Lu, Dv), embedded context."""
     xv, grid = model.video.patchify(video)
     width = model.config.action_width
     tokens = torch.cat(
@@ -307,7 +312,7 @@ def official_sample(
     return action
 
 
-# -- ratios on this machine -------------------------------------------------------------------------------------------------
+# -- ratios on this machine -----------------------------------------------------------------------
 
 
 def agree(ours: Tensor, other: Tensor) -> float:
@@ -328,7 +333,8 @@ def drawn(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Inputs:
-    """Random inputs of a shape: latents of `side`, a text of that many rows, that many understanding tokens."""
+    """Random inputs of a shape: latents of `side`, a text of that many rows, that many
+    understanding tokens."""
     normal = lambda *shape: torch.randn(shape, dtype=dtype, device=device)
     return Inputs(
         normal(batch, config.video.latent, 1, *side).float(),
@@ -363,8 +369,8 @@ def sampler_ratio(
     rounds: int,
     compiled: bool = False,
 ) -> list[list]:
-    """Ours against official, and action-first against our joint sample, an observation's `observe` counted in; with `compiled`, ours as
-    static graphs too."""
+    """Ours against official, and action-first against our joint sample, an observation's `observe`
+    counted in; with `compiled`, ours as static graphs too."""
     for part in (
         model.video.head.head,
         model.action.decoder.action_head[0],
@@ -410,7 +416,8 @@ def sampler_ratio(
 
 
 def sampler_ratios(steps: int, rounds: int, compiled: bool) -> list[list]:
-    """At toy shapes with the toy's backbones, and at a stack of layers of preset `small`, which has none."""
+    """At toy shapes with the toy's backbones, and at a stack of layers of preset `small`, which has
+    none."""
     torch.manual_seed(0)
     config, small = preset("toy"), preset("small")
     backbones, episodes = data.backbones_of("toy", config), data.toy_episodes((6,), 1, seed=0)
@@ -441,8 +448,9 @@ def sampler_ratios(steps: int, rounds: int, compiled: bool) -> list[list]:
 
 
 def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
-    """A step of stage 3: forward, backward, clipping, AdamW (as in the first version) and EMA, with fused attention, and with `compiled`
-    also with each layer by torch.compile, against attention written out."""
+    """A step of stage 3: forward, backward, clipping, AdamW (as in the first version) and EMA, with
+    fused attention, and with `compiled` also with each layer by torch.compile, against attention
+    written out."""
     settings, config = (
         train.settings_for("toy", "3", [f"batch={batch}", "optimizer=adamw"]),
         preset("toy"),
@@ -498,11 +506,12 @@ def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
     return rows
 
 
-# -- counting on the meta device --------------------------------------------------------------------------------------------
+# -- counting on the meta device ------------------------------------------------------------------
 
 
 class Work(TorchDispatchMode):
-    """Every kernel that runs inside: its FLOPs, and the bytes it must read and write. Views cost nothing."""
+    """Every kernel that runs inside: its FLOPs, and the bytes it must read and write. Views cost
+    nothing."""
 
     def __init__(self, kernels: Counter | None = None):
         super().__init__()
@@ -559,7 +568,8 @@ no_autocast = mock.patch.object(
 
 @torch.no_grad()
 def vlm_work(dtype: torch.dtype = torch.bfloat16) -> Work:
-    """One look of Qwen3-VL-2B at a picture of 480 patches, by its parts: which token goes where depends on data and has no FLOPs."""
+    """One look of Qwen3-VL-2B at a picture of 480 patches, by its parts: which token goes where
+    depends on data and has no FLOPs."""
     with torch.device("meta"):
         vlm = Qwen3VL(Qwen3VLConfig()).to(dtype)
         with Work() as work:
@@ -578,7 +588,8 @@ def vlm_work(dtype: torch.dtype = torch.bfloat16) -> Work:
 
 @torch.no_grad()
 def vae_work() -> tuple[Work, Work]:
-    """Of the video VAE in fp32: the observation encoded, and the whole clip decoded, as only the official code does."""
+    """Of the video VAE in fp32: the observation encoded, and the whole clip decoded, as only the
+    official code does."""
     with torch.device("meta"):
         vae = WanVAE(WanVAEConfig())
         with Work() as encode:
@@ -593,8 +604,9 @@ def vae_work() -> tuple[Work, Work]:
 def chunk_work(
     config: MotusConfig, steps: int = 10, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, tuple[Work, int]]:
-    """Per way of sampling a joint chunk at batch 1: the work of the trunk, and how often the VLM looks. A step runs the same kernels
-    wherever it comes, so one and two steps tell what `steps` of them cost."""
+    """Per way of sampling a joint chunk at batch 1: the work of the trunk, and how often the VLM
+    looks. A step runs the same kernels wherever it comes, so one and two steps tell what `steps` of
+    them cost."""
     with torch.device("meta"):
         model = Motus(config).to(dtype).eval()
     inputs, looks = drawn(config, 1, SIDE, TEXT, UND, dtype, "meta"), []
@@ -637,9 +649,10 @@ def chunk_work(
     return found
 
 
-# -- milliseconds -----------------------------------------------------------------------------------------------------------
+# -- milliseconds ---------------------------------------------------------------------------------
 
-# Dense bf16 FLOP/s, bytes/s, and the share of the former that matrix products of 360 rows reach: vendors' figures and a guess.
+# Dense bf16 FLOP/s, bytes/s, and the share of the former that matrix products of 360 rows reach:
+# vendors' figures and a guess.
 CARDS = {
     "A100": (312e12, 2.04e12, 0.60),
     "RTX 4090": (165e12, 1.01e12, 0.80),
@@ -655,8 +668,8 @@ BANDWIDTH, LAUNCH, SMALLEST = (
 
 
 def predicted(work: Work, card: str) -> tuple[float, float, float]:
-    """Seconds of `work` on a card: launched one by one, as one CUDA graph, and of its matrix products alone, below which fusion of all the
-    rest cannot go."""
+    """Seconds of `work` on a card: launched one by one, as one CUDA graph, and of its matrix
+    products alone, below which fusion of all the rest cannot go."""
     peak, bandwidth, share = CARDS[card]
 
     def roof(flops: int, size: int) -> float:
@@ -737,13 +750,14 @@ def count(steps: int) -> str:
     )
 
 
-# -- int8 -------------------------------------------------------------------------------------------------------------------
+# -- int8 -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def int8_drift(ckpt: str, episodes: int, seed: int = 0) -> str:
-    """Per mode, the error that int8 weights of the video expert cause, relative to the size of what they change: of the velocities of what
-    the mode denoises, on ten points of the paths from noise to held-out data, and of the sample that ten steps end with."""
+    """Per mode, the error that int8 weights of the video expert cause, relative to the size of what
+    they change: of the velocities of what the mode denoises, on ten points of the paths from noise
+    to held-out data, and of the sample that ten steps end with."""
     policy, small = Policy.load(ckpt), Policy.load(ckpt, int8=True)
     batch, rows = held_out_windows(policy, episodes, seed), []
     inputs = policy.inputs(batch.frames, batch.instruction, batch.state, batch.actions)
@@ -777,7 +791,7 @@ def int8_drift(ckpt: str, episodes: int, seed: int = 0) -> str:
     return table(["mode", "modality", "velocity, error in %", "sample, error in %"], rows)
 
 
-# -- on a GPU ---------------------------------------------------------------------------------------------------------------
+# -- on a GPU -------------------------------------------------------------------------------------
 
 
 def gpu_ms(work: Callable[[], object], rounds: int = 30) -> float:
@@ -794,8 +808,9 @@ def gpu_ms(work: Callable[[], object], rounds: int = 30) -> float:
 
 
 def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
-    """Each kernel at full size beside what torch offers: milliseconds, and the shares of peak arithmetic and bandwidth of the fastest card
-    of that name in CARDS. The plain version also goes through torch.compile."""
+    """Each kernel at full size beside what torch offers: milliseconds, and the shares of peak
+    arithmetic and bandwidth of the fastest card of that name in CARDS. The plain version also goes
+    through torch.compile."""
     card = next(
         (card for card in CARDS if card.split()[-1] in torch.cuda.get_device_name()), "H100"
     )
@@ -885,7 +900,8 @@ def gpu_kernels(dtype: torch.dtype = torch.bfloat16) -> str:
 
 @torch.no_grad()
 def gpu(steps: int) -> str:
-    """Milliseconds per chunk of the full-size trunk with random weights, and of its kernels. ValueError without a CUDA device."""
+    """Milliseconds per chunk of the full-size trunk with random weights, and of its kernels.
+    ValueError without a CUDA device."""
     if not torch.cuda.is_available():
         raise ValueError(
             "--gpu measures on a CUDA device and torch sees none; run it where there is one, or predict with --count"
@@ -925,7 +941,7 @@ def gpu(steps: int) -> str:
     )
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
@@ -940,7 +956,8 @@ def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
 
 
 def data_speed(argv: list[str]) -> None:
-    """Windows per second from the same files at the same random places, ours and lerobot's; skipped where lerobot cannot be imported."""
+    """Windows per second from the same files at the same random places, ours and lerobot's; skipped
+    where lerobot cannot be imported."""
     parser = argparse.ArgumentParser(prog="bench.py data", description=data_speed.__doc__)
     parser.add_argument(
         "--data",

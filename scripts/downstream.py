@@ -1,19 +1,22 @@
-"""How many demonstrations latent actions save: success in closed loop after few demonstrations, with stage 2 and without.
+"""How many demonstrations latent actions save: success in closed loop after few demonstrations,
+with stage 2 and without.
 
     python docs/latent_action/downstream.py --run runs/downstream        can be stopped and started again: what is finished stays
 
-For each seed: stage 1; from it either more of stage 1 or stage 2 on latent actions, of equal steps; from both stage 3 on the same n
-demonstrations; then the same unseen worlds in closed loop. All experts, data and worlds depend on (seed, n) alone, so the arms differ in
-nothing but what happened between stage 1 and stage 3.
+For each seed: stage 1; from it either more of stage 1 or stage 2 on latent actions, of equal steps;
+from both stage 3 on the same n demonstrations; then the same unseen worlds in closed loop. All
+experts, data and worlds depend on (seed, n) alone, so the arms differ in nothing but what happened
+between stage 1 and stage 3.
 
     arm "stage 1"      stage 1 (T1 + T2 steps)              -> stage 3 (T3 steps, n demonstrations)
     arm "stages 1, 2"  stage 1 (T1) -> stage 2 (T2)         -> stage 3 (T3 steps, n demonstrations)
     arm "scratch"      (with --scratch)                        stage 3 (T3 steps, n demonstrations)
 
-Blocks that carry over move at `--set3` rates; in stage 3 those of the video expert have their own, `video_lr`. Writes downstream.json,
-downstream.md and downstream.png to --out after every cell. The saving is the ratio of the demonstrations that both arms need for the same
-success: read from the curve of success over log n, pooled over seeds, its interval from resampled seeds and worlds. Where the arm without
-stage 2 does not reach it at all, the ratio is a lower bound.
+Blocks that carry over move at `--set3` rates; in stage 3 those of the video expert have their own,
+`video_lr`. Writes downstream.json, downstream.md and downstream.png to --out after every cell. The
+saving is the ratio of the demonstrations that both arms need for the same success: read from the
+curve of success over log n, pooled over seeds, its interval from resampled seeds and worlds. Where
+the arm without stage 2 does not reach it at all, the ratio is a lower bound.
 """
 
 import argparse
@@ -37,7 +40,8 @@ ARMS = {"stage 1": "stage1long", "stages 1, 2": "stage2", "scratch": None}
 
 
 def done(run: Path, steps: int) -> bool:
-    """Whether a run has come to its end; what is left of one that has not goes, so that it can begin anew."""
+    """Whether a run has come to its end; what is left of one that has not goes, so that it can
+    begin anew."""
     if (run / f"step_{steps:06d}").is_dir():
         return True
     if run.exists():
@@ -158,12 +162,13 @@ def cell(args: argparse.Namespace, seed: int, n: int, arm: str, init: Path | Non
     }
 
 
-# -- the figures ------------------------------------------------------------------------------------------------------------
+# -- the figures ----------------------------------------------------------------------------------
 
 
 def needed(counts: np.ndarray, rates: np.ndarray, wanted: float) -> float:
-    """Demonstrations for a success of `wanted`: linear in log n, on the curve made to rise. Beyond its ends the count there, which is then
-    too many (a success that the fewest exceed) or too few (one that the most do not reach)."""
+    """Demonstrations for a success of `wanted`: linear in log n, on the curve made to rise. Beyond
+    its ends the count there, which is then too many (a success that the fewest exceed) or too few
+    (one that the most do not reach)."""
     rising = np.maximum.accumulate(rates)
     k = int(np.searchsorted(rising, wanted, "left"))
     if k in (0, len(counts)):
@@ -173,15 +178,16 @@ def needed(counts: np.ndarray, rates: np.ndarray, wanted: float) -> float:
 
 
 def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.ndarray:
-    """For each count at which the arm `within` was tried: how many times as many the arm `without` needs for the same success."""
+    """For each count at which the arm `within` was tried: how many times as many the arm `without`
+    needs for the same success."""
     return np.array([needed(counts, without, rate) / n for n, rate in zip(counts, within)])
 
 
 def interval(
     counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int, draws: int = 2000
 ) -> np.ndarray:
-    """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with replacement, worlds of each cell drawn
-    anew."""
+    """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with
+    replacement, worlds of each cell drawn anew."""
     rng, found = np.random.default_rng(0), []
     for _ in range(draws):
         rows = rng.integers(len(without), size=len(without))
@@ -198,7 +204,8 @@ def interval(
 
 
 def write(results: dict[str, dict], args: argparse.Namespace) -> None:
-    """downstream.json, .md and .png from the cells there are; savings from the seeds that have all of theirs."""
+    """downstream.json, .md and .png from the cells there are; savings from the seeds that have all
+    of theirs."""
     import matplotlib
 
     matplotlib.use("Agg")

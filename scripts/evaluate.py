@@ -1,16 +1,19 @@
-"""Closed loop: a policy acts in many worlds at once, and what counts is whether they end up solved (paper Sec. 5, Tab. 2).
+"""Closed loop: a policy acts in many worlds at once, and what counts is whether they end up solved
+(paper Sec. 5, Tab. 2).
 
     python evaluate.py --ckpt runs/stage3 --modes joint,vla                       unseen layouts, clean and randomised looks
     python evaluate.py --ckpt runs/stage3 --splits eval,held_out --random         unseen instructions too, and a random policy
 
-In a simulator (worlds/__init__.py) the scripted experts are recorded, and a model trained on them acts in scenes that were not:
+In a simulator (worlds/__init__.py) the scripted experts are recorded, and a model trained on them
+acts in scenes that were not:
 
     python evaluate.py record --sim metaworld --tasks drawer-open,drawer-close --episodes 50 --out data/drawer
     python evaluate.py --sim metaworld --like data/drawer --ckpt runs/drawer --expert
 
-Every world is observed, a chunk of actions is predicted, its first `--execute` actions are carried out, and so on until it is solved or
-`--max-steps` are over. A row of the table pools all seeds; its interval is Wilson's, at 95 %, which stays inside 0..1 and honest for few
-episodes. The worlds of a row depend on (seed, split, look) alone, so the rows of two policies see the same worlds.
+Every world is observed, a chunk of actions is predicted, its first `--execute` actions are carried
+out, and so on until it is solved or `--max-steps` are over. A row of the table pools all seeds; its
+interval is Wilson's, at 95 %, which stays inside 0..1 and honest for few episodes. The worlds of a
+row depend on (seed, split, look) alone, so the rows of two policies see the same worlds.
 
 Shapes: n worlds, H W pixels, S actions of a chunk, A action dimensions, F predicted video frames.
 """
@@ -42,7 +45,8 @@ LOOKS = ("clean", "randomized")
 
 
 class RandomPolicy:
-    """The floor: actions uniform in the robot's range. Its members are what the loop needs of any policy."""
+    """The floor: actions uniform in the robot's range. Its members are what the loop needs of any
+    policy."""
 
     def __init__(self, chunk: int, dim: int):
         self.chunk, self.dim, self.mode, self.generator = chunk, dim, "random", torch.Generator()
@@ -54,17 +58,19 @@ class RandomPolicy:
         instructions: Sequence[str],
         video: bool = True,
     ) -> tuple[np.ndarray, None]:
-        """-> actions (n, S, A), and no imagined video; a policy that has one returns (n, 1 + F, H, W, 3) uint8."""
+        """-> actions (n, S, A), and no imagined video; a policy that has one returns (n, 1 + F, H,
+        W, 3) uint8."""
         return 2 * torch.rand(
             len(images), self.chunk, self.dim, generator=self.generator
         ).numpy() - 1, None
 
 
-# -- statistics -------------------------------------------------------------------------------------------------------------
+# -- statistics -----------------------------------------------------------------------------------
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval for a rate: it does not leave 0..1 and does not shrink to a point at 0 or `trials` successes."""
+    """Wilson's interval for a rate: it does not leave 0..1 and does not shrink to a point at 0 or
+    `trials` successes."""
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes of {trials} trials; there is no rate")
     rate, spread = successes / trials, z * z / trials
@@ -78,7 +84,8 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
 def summary(
     success: np.ndarray, skill: np.ndarray, steps: np.ndarray, skills: Sequence[str] = robots.SKILLS
 ) -> dict:
-    """success (n,) bool, skill (n,) index into `skills`, steps (n,) -> rates with their intervals, over all and per skill."""
+    """success (n,) bool, skill (n,) index into `skills`, steps (n,) -> rates with their intervals,
+    over all and per skill."""
     parts = {
         "all": np.ones(len(success), bool),
         **{name: skill == i for i, name in enumerate(skills)},
@@ -95,12 +102,13 @@ def summary(
     return {**rates, "mean_steps": float(steps[success].mean()) if success.any() else None}
 
 
-# -- the loop ---------------------------------------------------------------------------------------------------------------
+# -- the loop -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Rollouts:
-    """n finished worlds; `films` holds pairs (real, imagined or None) of pictures (H, W, 3), if they were asked for."""
+    """n finished worlds; `films` holds pairs (real, imagined or None) of pictures (H, W, 3), if
+    they were asked for."""
 
     success: np.ndarray  # (n,) bool
     skill: np.ndarray  # (n,) index into tabletop.SKILLS
@@ -118,8 +126,9 @@ def rollout(
     noise: float = 0.0,
     rate: int = 0,
 ) -> Rollouts:
-    """Acts in all worlds of `seeds` at once; only unsolved ones ask the policy. `execute` actions of each chunk are carried out (None:
-    all), disturbed by Gaussian noise of that std. With `rate`, the action steps per video frame, every world is filmed."""
+    """Acts in all worlds of `seeds` at once; only unsolved ones ask the policy. `execute` actions
+    of each chunk are carried out (None: all), disturbed by Gaussian noise of that std. With `rate`,
+    the action steps per video frame, every world is filmed."""
     world.reset(seeds)
     rng, n, done = np.random.default_rng(list(seeds)), world.n, 0
     steps, films = np.full(n, max_steps), [[] for _ in range(n)]
@@ -167,7 +176,8 @@ def world_seeds(seed: int, episodes: int) -> list[int]:
 
 
 def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
-    """A GIF per world: what happened, beside what the policy imagined when it last looked; a new look shows as a pause."""
+    """A GIF per world: what happened, beside what the policy imagined when it last looked; a new
+    look shows as a pause."""
     for i, pictures in enumerate(rollouts.films):
         real, imagined = zip(*pictures)
         columns = {"real": np.stack(real)} | (
@@ -201,7 +211,8 @@ def columns(*lines: Sequence[str]) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """The rows as text: success in per cent with its interval, success per skill, mean steps of the solved worlds."""
+    """The rows as text: success in per cent with its interval, success per skill, mean steps of the
+    solved worlds."""
     head = (
         "policy",
         "split",
@@ -233,11 +244,13 @@ def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
     return chosen
 
 
-CARD = "meta/sim.json"  # in a recorded dataset: simulator, settings, and the task and seed of every episode
+# in a recorded dataset: simulator, settings, and the task and seed of every episode
+CARD = "meta/sim.json"
 
 
 def settings_of(sim: str, changes: Sequence[str]) -> dict:
-    """`key=value` of --set, numbers and true or false as json has them; the keys are the arguments of the simulator's `make`."""
+    """`key=value` of --set, numbers and true or false as json has them; the keys are the arguments
+    of the simulator's `make`."""
     allowed, found = list(inspect.signature(simulator(sim).make).parameters)[1:], {}
     for change in changes:
         key, equals, value = change.partition("=")
@@ -291,8 +304,9 @@ def view(
     t_layout: bool = False,
     size: Sequence[int] = (),
 ) -> np.ndarray:
-    """The one picture (H, W, 3) that a policy sees of a world's cameras, all of them unless named: side by side, or head, left and right as
-    the official T; fitted to `size`, its height and width. A world without cameras shows one black pixel."""
+    """The one picture (H, W, 3) that a policy sees of a world's cameras, all of them unless named:
+    side by side, or head, left and right as the official T; fitted to `size`, its height and width.
+    A world without cameras shows one black pixel."""
     if missing := [camera for camera in cameras if camera not in images]:
         raise ValueError(
             f"camera {missing[0]!r} is due; the simulator shows {', '.join(images) or 'none'}: choose with --cameras or --set"
@@ -313,7 +327,8 @@ def view(
 
 
 def look_of(args: argparse.Namespace, policy: Policy | None) -> Callable[[dict], np.ndarray]:
-    """The view that a checkpoint was trained on, as far as it knows it, or the one that is asked for."""
+    """The view that a checkpoint was trained on, as far as it knows it, or the one that is asked
+    for."""
     known = policy.statistics.as_json() if policy else {}
     return partial(
         view,
@@ -446,7 +461,7 @@ def simulate(args: argparse.Namespace) -> None:
     )
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> None:

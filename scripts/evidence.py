@@ -1,17 +1,22 @@
-"""What the toy's latent actions hold, and what simpler ones hold: a table, its numbers and a picture.
+"""What the toy's latent actions hold, and what simpler ones hold: a table, its numbers and a
+picture.
 
     python docs/latent_action/evidence.py       writes evidence.md, evidence.json, latents.png beside this file; what is in
                                                 evidence.json already, made in the same way, is not trained again
 
-Labels are those of the target robot on a tenth of all rows. The hand, the arm and the gantry are never labelled. Everything is measured on
-episodes of unseen layouts, against the true motion over one interval:
-- probe: R2 of the best linear map from the 14 numbers to the motion, fitted on training rows of the same body (of the target robot: on the
-  labelled ones); what the numbers hold.
-- direct: R2 of the first three numbers themselves; what alignment makes of them, for a body whose labels nobody has.
-- EPE: mean distance of decoded from true flow over moving pixels, in pixels; zero flow is the floor to beat.
+Labels are those of the target robot on a tenth of all rows. The hand, the arm and the gantry are
+never labelled. Everything is measured on episodes of unseen layouts, against the true motion over
+one interval:
+- probe: R2 of the best linear map from the 14 numbers to the motion, fitted on training rows of the
+  same body (of the target robot: on the labelled ones); what the numbers hold.
+- direct: R2 of the first three numbers themselves; what alignment makes of them, for a body whose
+  labels nobody has.
+- EPE: mean distance of decoded from true flow over moving pixels, in pixels; zero flow is the floor
+  to beat.
 
-The other ways to make 14 numbers of a motion: the same VAE without alignment, without KL, on a DC-AE with random weights, or on the
-difference of the two frames (its 288 largest principal components in place of the tokens); and 14 principal components of the flow.
+The other ways to make 14 numbers of a motion: the same VAE without alignment, without KL, on a
+DC-AE with random weights, or on the difference of the two frames (its 288 largest principal
+components in place of the tokens); and 14 principal components of the flow.
 """
 
 import argparse
@@ -44,7 +49,8 @@ VARIANTS = {  # name -> changes of the configuration, features that the VAE comp
 
 
 class Data:
-    """Training and held-out pairs, their labels on a tenth of the rows, and every kind of features, made when asked for."""
+    """Training and held-out pairs, their labels on a tenth of the rows, and every kind of features,
+    made when asked for."""
 
     def __init__(self, episodes: int, model: latent_action.LatentActionModel, pictures: bool):
         self.model = model
@@ -89,7 +95,8 @@ class Data:
         )
 
     def features(self, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Training rows, their labels and mask, and held-out rows. Tokens come with the augmentation of `toy_rows`."""
+        """Training rows, their labels and mask, and held-out rows. Tokens come with the
+        augmentation of `toy_rows`."""
         if kind not in self.made:
             train, test = self.pairs["train"], self.pairs["eval"]
             if kind == "differences":
@@ -120,7 +127,8 @@ def r2(predicted: Tensor, wanted: Tensor) -> list[float]:
 
 
 def probes(data: Data, z: Tensor, test: Tensor) -> dict[str, list[float]]:
-    """R2 per body of a linear map fitted on its training rows z (N, Z), on its held-out rows `test`."""
+    """R2 per body of a linear map fitted on its training rows z (N, Z), on its held-out rows
+    `test`."""
     train, held, found = data.pairs["train"], data.pairs["eval"], {}
     for name, levels in BODIES.items():
         mine = torch.isin(train.level, torch.tensor(levels))
@@ -181,8 +189,9 @@ def trained(data: Data, variant: str, seed: int, steps: int) -> latent_action.La
 
 @torch.no_grad()
 def picture(data: Data, model: latent_action.LatentActionModel, out: Path) -> None:
-    """Above: motions of each body, their colours, what the DC-AE and the 14 numbers keep. Below: the first motion with one number
-    turned up and down, and the others as they go with it on average (a line fitted to the target robot's rows)."""
+    """Above: motions of each body, their colours, what the DC-AE and the 14 numbers keep. Below:
+    the first motion with one number turned up and down, and the others as they go with it on
+    average (a line fitted to the target robot's rows)."""
     import matplotlib
 
     matplotlib.use("Agg")

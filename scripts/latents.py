@@ -1,4 +1,5 @@
-"""Videos to latent actions, and to what their encoder is trained on; the commands of latent_action.py.
+"""Videos to latent actions, and to what their encoder is trained on; the commands of
+latent_action.py.
 
     python latent_action.py encode   --weights ... --data ... --out ...          latent_action_dim14 files, statistics, a LeRobot column
     python latent_action.py tokens   --preset small --dcae ... --data ... --out ...     for python train.py --stage latent --cache OUT
@@ -7,10 +8,12 @@
     --data    the word toy, a folder of mp4 files, or a LeRobot dataset (whose state labels it)
     --flow    dis, true (of the toy world), or DPFlow by the name of its weights, which are for research only
 
-Clips stream through flow, DC-AE and VAE, a chunk of frames at a time. What is written is kept by the next run if it was made in the same
-way, and refused if not. A clip that cannot be used is skipped, counted and reported with its reason; no row of it is written.
+Clips stream through flow, DC-AE and VAE, a chunk of frames at a time. What is written is kept by
+the next run if it was made in the same way, and refused if not. A clip that cannot be used is
+skipped, counted and reported with its reason; no row of it is written.
 
-Shapes: T rows of a clip, which has T + 1 frames; H W height and width, D token features, A aligned dimensions.
+Shapes: T rows of a clip, which has T + 1 frames; H W height and width, D token features, A aligned
+dimensions.
 """
 
 import argparse
@@ -51,7 +54,7 @@ from worlds.tabletop import record
 
 Labels = Tensor  # (T, A), the rows of the flow, NaN in columns that the embodiment lacks
 
-# -- flow and labels of clips -----------------------------------------------------------------------------------------------
+# -- flow and labels of clips ---------------------------------------------------------------------
 
 
 def measured_flows(
@@ -62,8 +65,9 @@ def measured_flows(
     chunk: int = 32,
     device: str | torch.device = "cpu",
 ) -> Flows:
-    """Frames (3, H, W) in [0, 1], of which memory holds chunk + interval. `composed` follows the motion from neighbour to neighbour, for
-    estimators that lose sight of fast things; otherwise the estimator, on `device`, sees frames i and i + interval."""
+    """Frames (3, H, W) in [0, 1], of which memory holds chunk + interval. `composed` follows the
+    motion from neighbour to neighbour, for estimators that lose sight of fast things; otherwise the
+    estimator, on `device`, sees frames i and i + interval."""
     window = []
     for frame in frames:
         window.append(frame)
@@ -113,7 +117,8 @@ def square(picture: np.ndarray, side: int) -> Tensor:
 
 
 def read_video(path: Path, side: int) -> Iterator[Tensor]:
-    """Frames (3, side, side) in [0, 1] of a video, padded to a square. ValueError if it cannot be decoded to its end."""
+    """Frames (3, side, side) in [0, 1] of a video, padded to a square. ValueError if it cannot be
+    decoded to its end."""
     try:
         import av
     except ImportError as error:
@@ -137,8 +142,9 @@ def read_video(path: Path, side: int) -> Iterator[Tensor]:
 def encode_tokens(
     model: LatentActionModel, flows: Flows, labels: Labels | None, compensate: bool = False
 ) -> tuple[dict, dict]:
-    """What training needs of a clip: tokens (n, D) in half precision, labels (n, A) and mask (n, A) of its valid rows; and the figures.
-    `labels` (T, A) has the rows of the flow, NaN in columns that the embodiment lacks."""
+    """What training needs of a clip: tokens (n, D) in half precision, labels (n, A) and mask (n, A)
+    of its valid rows; and the figures. `labels` (T, A) has the rows of the flow, NaN in columns
+    that the embodiment lacks."""
     figures: dict[str, float] = {}
     rows = [
         (model.tokens(flow).half().cpu(), valid)
@@ -165,7 +171,8 @@ def encode_tokens(
 
 
 class Clip(NamedTuple):
-    """One video. Nothing of it is read before it is asked for; what is wrong with it is a ValueError then."""
+    """One video. Nothing of it is read before it is asked for; what is wrong with it is a
+    ValueError then."""
 
     flows: Callable[[], Flows]
     labels: Callable[[], Labels | None] = lambda: None
@@ -174,9 +181,10 @@ class Clip(NamedTuple):
 def each_clip(
     clips: dict[str, Clip], folder: Path, made: dict, work: Callable[[Clip], tuple[dict, dict]]
 ) -> tuple[dict, list[Path]]:
-    """Writes FOLDER/NAME.safetensors of each clip: the tensors that `work` makes of it, how they were `made`, and figures. What is there
-    already is kept if it was made in the same way. A clip that cannot be used is skipped, with its reason in the summary; ValueError if
-    none can. Returns the summary and the files."""
+    """Writes FOLDER/NAME.safetensors of each clip: the tensors that `work` makes of it, how they
+    were `made`, and figures. What is there already is kept if it was made in the same way. A clip
+    that cannot be used is skipped, with its reason in the summary; ValueError if none can. Returns
+    the summary and the files."""
     skipped, figures, files = {}, [], []
     for name, clip in tqdm(clips.items(), desc=folder.name, unit="clip"):
         path = folder / f"{name}.safetensors"
@@ -216,8 +224,9 @@ def export(
     compensate: bool = False,
     pt: bool = False,
 ) -> dict:
-    """Writes OUT/latent_action_dim14/NAME.safetensors of each clip (`pt`: also NAME.pt, the official form), OUT/statistics.json, with which
-    to standardise them, and OUT/summary.json, which is returned. `made` says how the flow was measured; see `each_clip`."""
+    """Writes OUT/latent_action_dim14/NAME.safetensors of each clip (`pt`: also NAME.pt, the
+    official form), OUT/statistics.json, with which to standardise them, and OUT/summary.json, which
+    is returned. `made` says how the flow was measured; see `each_clip`."""
     made = {
         "model": model.fingerprint(),
         "interval": model.config.interval,
@@ -256,10 +265,12 @@ def export(
 
 
 def add_column(dataset: "lerobot.LeRobotDataset", folder: Path, out: Path) -> None:
-    """Writes to `out` the LeRobot dataset with the columns latent_action (14,), as `export` wrote them to `folder`, not standardised, and
-    latent_action_valid, False where there is none: in the last rows, which repeat the one before, and in episodes that were skipped, which
-    have zeros. The column's `info` says how many seconds one spans, and with which mean and std to standardise them. Videos are linked
-    where the file system can, else copied. ValueError if `out` exists; a failure leaves nothing behind."""
+    """Writes to `out` the LeRobot dataset with the columns latent_action (14,), as `export` wrote
+    them to `folder`, not standardised, and latent_action_valid, False where there is none: in the
+    last rows, which repeat the one before, and in episodes that were skipped, which have zeros. The
+    column's `info` says how many seconds one spans, and with which mean and std to standardise
+    them. Videos are linked where the file system can, else copied. ValueError if `out` exists; a
+    failure leaves nothing behind."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -353,7 +364,7 @@ def add_column(dataset: "lerobot.LeRobotDataset", folder: Path, out: Path) -> No
         raise
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 def estimator_of(name: str, upscale: int, device: str) -> FlowEstimator | None:
@@ -369,9 +380,9 @@ def estimator_of(name: str, upscale: int, device: str) -> FlowEstimator | None:
 def lerobot_labels(
     dataset: lerobot.LeRobotDataset, interval: int, slots: list[int], dims: int
 ) -> tuple[Callable[[int], Labels], list[float]]:
-    """Labels of a dataset's episodes and their scale: the change of the measured state over exactly the interval, by its root mean square
-    over all episodes, not centred, so that no motion is 0. `slots[k]` is the dimension of the state that mu[k] is aligned with, -1 for
-    none."""
+    """Labels of a dataset's episodes and their scale: the change of the measured state over exactly
+    the interval, by its root mean square over all episodes, not centred, so that no motion is 0.
+    `slots[k]` is the dimension of the state that mu[k] is aligned with, -1 for none."""
     if not dataset.state_key:
         raise ValueError(f"{dataset.name}: has no state to take labels from; leave --labelled out")
     width = dataset.features[dataset.state_key]["shape"][0]
@@ -511,7 +522,8 @@ def write_tokens(
     made: dict,
     compensate: bool = False,
 ) -> dict:
-    """Writes OUT/tokens/NAME.safetensors of each clip, for `read_tokens`, and OUT/summary.json, which is returned."""
+    """Writes OUT/tokens/NAME.safetensors of each clip, for `read_tokens`, and OUT/summary.json,
+    which is returned."""
     made = {
         "dcae": model.dcae_fingerprint(),
         "interval": model.config.interval,
@@ -525,7 +537,8 @@ def write_tokens(
 
 
 def pretrain(args: argparse.Namespace, device: str) -> dict:
-    """The DC-AE of a preset from flow, for presets that have no published one. Labels, where there are, help it: see `pretrain_dcae`."""
+    """The DC-AE of a preset from flow, for presets that have no published one. Labels, where there
+    are, help it: see `pretrain_dcae`."""
     model = fresh_model(args.preset, args.init, device)
     clips, _ = clips_of(args, model.config, device)
     every, flow, labels, skipped = math.ceil(sum(1 for _ in clips) / args.rows), [], [], {}

@@ -1,13 +1,16 @@
-"""Pre-trains backbones of toy size, so that a toy run starts where a user of the real model starts: from frozen networks that already see.
+"""Pre-trains backbones of toy size, so that a toy run starts where a user of the real model starts:
+from frozen networks that already see.
 
-The real backbones come from the web (Wan2.2, UMT5, Qwen3-VL); their toy instances are the same classes, taught here by three objectives:
+The real backbones come from the web (Wan2.2, UMT5, Qwen3-VL); their toy instances are the same
+classes, taught here by three objectives:
 
     video VAE    reconstruct clips: L1 + squared error, a little KL; then the mean and std of its latents are measured and stored
     text         predict masked words from the rest of the sentence
     VLM          ground: after reading instruction and picture, the hidden states say, through linear maps that are thrown away, which
                  image token holds the named object, where exactly it is, and where to take it
 
-Nothing here knows the world: pictures, sentences and targets come in as functions of a seed. `train.py --stage backbones` calls it.
+Nothing here knows the world: pictures, sentences and targets come in as functions of a seed.
+`train.py --stage backbones` calls it.
 
 Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets.
 """
@@ -45,7 +48,7 @@ from train import settings_for
 from weights.load import load_part, save_part
 from worlds import motions, robots
 
-# -- training ---------------------------------------------------------------------------------------------------------------
+# -- training -------------------------------------------------------------------------------------
 
 
 def pretrain_dcae(
@@ -59,10 +62,12 @@ def pretrain_dcae(
     moving: float = 100.0,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each step. Small moving things are a few
-    percent of a picture: without a large `moving` the answer stays white. With labels (N, A) and mask (N, A) bool, half of each batch is
-    labelled and a head that is thrown away reads the labels from the tokens, so that these keep what a small part of the robot does. Half
-    of that half are rows in which that part moves: those where the label that is most often near zero is not."""
+    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each
+    step. Small moving things are a few percent of a picture: without a large `moving` the answer
+    stays white. With labels (N, A) and mask (N, A) bool, half of each batch is labelled and a head
+    that is thrown away reads the labels from the tokens, so that these keep what a small part of
+    the robot does. Half of that half are rows in which that part moves: those where the label that
+    is most often near zero is not."""
     generator, dcae, config, device = (
         torch.Generator().manual_seed(seed),
         model.dcae,
@@ -152,13 +157,14 @@ def optimise(parameters, steps: int, lr: float, loss: Callable[[int], Tensor], n
                 bar.set_postfix(loss=f"{value.item():.4f}")
 
 
-# -- video VAE --------------------------------------------------------------------------------------------------------------
+# -- video VAE ------------------------------------------------------------------------------------
 
 
 def pretrain_vae(
     vae: WanVAE, clips: Callable[[int], Tensor], steps: int, lr: float = 3e-3, kl: float = 1e-5
 ) -> None:
-    """Trains in place on clips(seed) -> (B, F, H, W, 3) uint8, and notes the latents' mean and std in its config."""
+    """Trains in place on clips(seed) -> (B, F, H, W, 3) uint8, and notes the latents' mean and std
+    in its config."""
 
     def loss(step: int) -> Tensor:
         video = rearrange(clips(step), "b f h w c -> b c f h w").float() / 127.5 - 1
@@ -188,15 +194,17 @@ def pretrain_vae(
 
 
 def moving(video: Tensor) -> Tensor:
-    """1 where a clip (B, 3, F, H, W) in [-1, 1] changes from one frame to the next, in both of them: (B, 1, F, H, W). What moves is small
-    and matters; without a weight on it a little VAE spends itself on the texture of the table."""
+    """1 where a clip (B, 3, F, H, W) in [-1, 1] changes from one frame to the next, in both of
+    them: (B, 1, F, H, W). What moves is small and matters; without a weight on it a little VAE
+    spends itself on the texture of the table."""
     change = (video.diff(dim=2).abs().amax(dim=1, keepdim=True) > 0.15).float()  # (B, 1, F-1, H, W)
     return torch.maximum(F.pad(change, (0, 0, 0, 0, 0, 1)), F.pad(change, (0, 0, 0, 0, 1, 0)))
 
 
 @torch.no_grad()
 def vae_psnr(vae: WanVAE, clips: Tensor) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB of the reconstruction of clips (B, F, H, W, 3) uint8: of all pixels, and of those that move."""
+    """Peak signal-to-noise ratio in dB of the reconstruction of clips (B, F, H, W, 3) uint8: of all
+    pixels, and of those that move."""
     video = rearrange(clips, "b f h w c -> b c f h w").float() / 127.5 - 1
     error, weight = (
         ((vae.decode(vae.encode(video)) - video) / 2).square(),
@@ -207,13 +215,14 @@ def vae_psnr(vae: WanVAE, clips: Tensor) -> tuple[float, float]:
     )
 
 
-# -- text -------------------------------------------------------------------------------------------------------------------
+# -- text -----------------------------------------------------------------------------------------
 
 
 def pretrain_text(
     config: UMT5Config, tokenizer: T5Tokenizer, sentences: list[str], steps: int, lr: float = 3e-3
 ) -> UMT5Encoder:
-    """Predicts masked words (three in ten, at least a chance of one) with a head tied to the embedding."""
+    """Predicts masked words (three in ten, at least a chance of one) with a head tied to the
+    embedding."""
     model = UMT5Encoder(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -233,7 +242,7 @@ def pretrain_text(
     return model
 
 
-# -- vision-language model --------------------------------------------------------------------------------------------------
+# -- vision-language model ------------------------------------------------------------------------
 
 POSITION = 2  # the first two targets are x and y of the named object, in [0, 1]
 
@@ -246,10 +255,12 @@ def pretrain_vlm(
     steps: int,
     lr: float = 1.5e-3,
 ) -> tuple[Qwen3VL, nn.ModuleDict]:
-    """samples(seed) -> pictures (B, H, W, 3) uint8, instructions, grounding targets (B, G). Returns the model and its probes.
+    """samples(seed) -> pictures (B, H, W, 3) uint8, instructions, grounding targets (B, G). Returns
+    the model and its probes.
 
-    Three questions, all answered by hidden states through linear probes: which image token holds the named object (dense, so it is
-    learnt at once), where exactly that token thinks it is, and what the last token of the prompt makes of it all."""
+    Three questions, all answered by hidden states through linear probes: which image token holds
+    the named object (dense, so it is learnt at once), where exactly that token thinks it is, and
+    what the last token of the prompt makes of it all."""
     vlm = Qwen3VL(config)
     vlm.init_weights()
     probes = nn.ModuleDict(
@@ -280,8 +291,9 @@ def ground(
     texts: list[str],
     target: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits (B, image tokens) of the named object's place, its position (B, 2) by the token that holds it, all targets (B, G) by the
-    last token, and the index (B,) of the token that holds it."""
+    """Logits (B, image tokens) of the named object's place, its position (B, 2) by the token that
+    holds it, all targets (B, G) by the last token, and the index (B,) of the token that holds it.
+    """
     config = vlm.config
     pixels, grid = patchify(pictures, config)
     ids, mask = pad_prompts(
@@ -310,13 +322,13 @@ def write_card(folder: Path, **figures) -> None:
     (folder / "card.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
-# -- what the toy backbones are pre-trained on ------------------------------------------------------------------------------
+# -- what the toy backbones are pre-trained on ----------------------------------------------------
 
 
 class Web(ABC):
-    """Level 1 for backbones of small size: `videos` (T, H, W, 3) uint8 with their `rates`, the rows per video frame; `sentences`; and
-    pictures with instructions and `targets`, numbers to be seen in them, of which the first two say where the `named` thing is, 0 to 1
-    from left and top."""
+    """Level 1 for backbones of small size: `videos` (T, H, W, 3) uint8 with their `rates`, the rows
+    per video frame; `sentences`; and pictures with instructions and `targets`, numbers to be seen
+    in them, of which the first two say where the `named` thing is, 0 to 1 from left and top."""
 
     named: str
     targets: tuple[str, ...]
@@ -336,12 +348,13 @@ class Web(ABC):
 
     @abstractmethod
     def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        """Pictures (B, H, W, 3) uint8, an instruction about each, and what is to be seen (B, targets)."""
+        """Pictures (B, H, W, 3) uint8, an instruction about each, and what is to be seen (B,
+        targets)."""
 
 
 class ToyWeb(Web):
-    """The toy's, from all embodiments and both looks, with instructions about any disc that is there. Places are in [0, 1], directions
-    -1, 0, 1."""
+    """The toy's, from all embodiments and both looks, with instructions about any disc that is
+    there. Places are in [0, 1], directions -1, 0, 1."""
 
     named, targets = (
         "disc",
@@ -383,8 +396,9 @@ class ToyWeb(Web):
 
 
 class CardWeb(Web):
-    """A card's, where a simulator recorded what it knew (`worlds.World.labels`), in its own units: at most `most` episodes, all in memory,
-    of those that are trained on or of those that are held out. Nothing else reads labels; a policy sees pictures and its own state."""
+    """A card's, where a simulator recorded what it knew (`worlds.World.labels`), in its own units:
+    at most `most` episodes, all in memory, of those that are trained on or of those that are held
+    out. Nothing else reads labels; a policy sees pictures and its own state."""
 
     named = "object"
 
@@ -451,9 +465,10 @@ BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
 
 
 def train_backbones(args: argparse.Namespace) -> None:
-    """Pre-trains video VAE, text encoder and VLM of a small preset and stores them with their figures: on all levels of the toy world, and
-    a DC-AE with them, or on the episodes of a card whose simulator recorded labels (`data.CardWeb`). Parts of `--keep` are copied from
-    those of the repository instead."""
+    """Pre-trains video VAE, text encoder and VLM of a small preset and stores them with their
+    figures: on all levels of the toy world, and a DC-AE with them, or on the episodes of a card
+    whose simulator recorded labels (`data.CardWeb`). Parts of `--keep` are copied from those of the
+    repository instead."""
     name, kept = args.preset, [part for part in args.keep.split(",") if part]
     if name not in BACKBONE_STEPS or (name != "toy" and not args.data):
         raise ValueError(

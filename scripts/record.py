@@ -17,7 +17,7 @@ from weights.files import run_command
 from worlds import RECORDED, episode_seeds, simulator
 from worlds.fleet import Order, Recording, attempts
 
-# -- simulators -------------------------------------------------------------------------------------------------------------
+# -- simulators -----------------------------------------------------------------------------------
 
 
 def record(
@@ -28,9 +28,10 @@ def record(
     seed: int = 0,
     workers: int = 1,
 ) -> dict:
-    """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and returns its card. A failed try counts
-    and the next seed is taken, so which episodes are kept does not depend on the number of processes. The last twentieth of each task
-    comes last of all: there dataset cards hold out."""
+    """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and
+    returns its card. A failed try counts and the next seed is taken, so which episodes are kept
+    does not depend on the number of processes. The last twentieth of each task comes last of all:
+    there dataset cards hold out."""
     tried: dict[str, list[Recording]] = {task: [] for task in tasks}
     kept, begun = [], time.monotonic()
 

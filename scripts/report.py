@@ -1,9 +1,11 @@
-"""Puts what a run of all stages measured on one page: `report.md` and `report.html`, pictures and one table.
+"""Puts what a run of all stages measured on one page: `report.md` and `report.html`, pictures and
+one table.
 
     python report.py --run runs/demo
 
-Reads what the other commands wrote into the run's folder (`make demo`): figures.json, evaluation.json, log.csv and pictures. It measures
-nothing itself. What is missing is named, not skipped.
+Reads what the other commands wrote into the run's folder (`make demo`): figures.json,
+evaluation.json, log.csv and pictures. It measures nothing itself. What is missing is named, not
+skipped.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Where there is no GPU, Triton interprets its kernels. It decides that when it is imported, by whatever test comes first: hence here."""
+"""Where there is no GPU, Triton interprets its kernels. It decides that when it is imported, by
+whatever test comes first: hence here."""
 
 import os
 

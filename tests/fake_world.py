@@ -1,4 +1,5 @@
-"""A simulator in one short file: a point on a line walks to a goal that only the first camera shows."""
+"""A simulator in one short file: a point on a line walks to a goal that only the first camera
+shows."""
 
 import numpy as np
 

@@ -1,6 +1,8 @@
-"""Processes of tests/test_scale.py that write checkpoints: until they are killed, on a disk that is full, in parts.
+"""Processes of tests/test_scale.py that write checkpoints: until they are killed, on a disk that is
+full, in parts.
 
-They are forked by a server that imports this file once and has no second thread; pytest, which has computed with torch, must not fork."""
+They are forked by a server that imports this file once and has no second thread; pytest, which has
+computed with torch, must not fork."""
 
 import json
 from collections.abc import Callable
@@ -111,7 +113,8 @@ def save_numbered(path: Path) -> Path:
 
 
 def gather(ranks: ranks.Ranks) -> str:
-    """What two ranks give each other: tensors of unequal size and number, one rank none at all; a text of any length."""
+    """What two ranks give each other: tensors of unequal size and number, one rank none at all; a
+    text of any length."""
     found = ranks.gather(
         {
             str(i): torch.full((1000 * ranks.rank, 3), i, dtype=torch.float64)

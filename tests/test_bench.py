@@ -1,4 +1,5 @@
-"""The measuring itself: the official order of work gives our result, counts are right where a reader can check them, claims hold."""
+"""The measuring itself: the official order of work gives our result, counts are right where a
+reader can check them, claims hold."""
 
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ from scripts.bench import Work
 
 
 class Step(nn.Module):
-    """One evaluation of the network as a module whose arguments are tensors alone, for what exports modules; and `example` arguments."""
+    """One evaluation of the network as a module whose arguments are tensors alone, for what exports
+    modules; and `example` arguments."""
 
     def __init__(self, model: Motus, inputs: Inputs):
         super().__init__()
@@ -44,7 +46,8 @@ class Step(nn.Module):
 
 
 def test_the_official_order_of_work_gives_our_sample():
-    """Same weights, same noise, one result; the VLM looks once and then at every step, the video is decoded."""
+    """Same weights, same noise, one result; the VLM looks once and then at every step, the video is
+    decoded."""
     model, inputs, calls = model_of(), inputs_of(), []
     inputs = replace(inputs, actions=None, action_mask=None)
     video, action = bench.noise_for(model, inputs)
@@ -69,7 +72,8 @@ def test_two_ways_that_differ_are_not_timed():
 
 
 def test_work_counts_what_a_reader_can_count():
-    """(2, 3) times (3, 4): 2 * 2 * 3 * 4 FLOPs, 6 + 12 + 8 numbers of 4 bytes; a view is no kernel, an addition has no FLOPs here."""
+    """(2, 3) times (3, 4): 2 * 2 * 3 * 4 FLOPs, 6 + 12 + 8 numbers of 4 bytes; a view is no kernel,
+    an addition has no FLOPs here."""
     a, b = torch.empty(2, 3, device="meta"), torch.empty(3, 4, device="meta")
     with Work() as work:
         (a @ b).view(8)
@@ -81,7 +85,8 @@ def test_work_counts_what_a_reader_can_count():
 
 
 def test_a_chunk_is_composed_of_its_steps_exactly():
-    """Three steps counted outright equal three steps composed from one and two; likewise with one of them joint."""
+    """Three steps counted outright equal three steps composed from one and two; likewise with one
+    of them joint."""
     found, inputs = (
         bench.chunk_work(TINY, 3, torch.float32),
         bench.drawn(TINY, 1, bench.SIDE, bench.TEXT, bench.UND, device="meta"),
@@ -104,7 +109,8 @@ def test_a_chunk_is_composed_of_its_steps_exactly():
 
 
 def test_predictions_are_bound_by_launches_or_by_the_roof():
-    """A thousand empty kernels take as long as their launches; one large product takes its FLOPs at the peak that products reach."""
+    """A thousand empty kernels take as long as their launches; one large product takes its FLOPs at
+    the peak that products reach."""
     small, large = Work(bench.Counter({(0, 8): 1000})), Work(bench.Counter({(10**15, 8): 1}))
     assert bench.predicted(small, "H100")[:2] == pytest.approx(
         (1000 * bench.LAUNCH, 1000 * bench.SMALLEST)
@@ -118,7 +124,8 @@ def run(tmp_path_factory):
 
 
 def test_an_action_costs_one_look_and_no_decoding(run, monkeypatch):
-    """Calls counted by hooks: VLM 1, text encoder 1 and 0 when the instruction comes again, video decoder 0."""
+    """Calls counted by hooks: VLM 1, text encoder 1 and 0 when the instruction comes again, video
+    decoder 0."""
     policy, calls = Policy.load(run, steps=3), {"vlm": 0, "text": 0, "decode": 0}
     for name in ("vlm", "text"):
         getattr(policy.backbones, name).register_forward_hook(
@@ -145,7 +152,8 @@ def test_the_closed_loop_gives_a_row_per_placement(run):
 
 
 def test_the_drift_of_int8_is_small_and_told_per_mode(run):
-    """Eight bits per weight change velocities by about a per cent; every mode has a row for what it denoises."""
+    """Eight bits per weight change velocities by about a per cent; every mode has a row for what it
+    denoises."""
     rows = [
         line.strip("| ").split(" | ") for line in bench.int8_drift(str(run), 2).splitlines()[2:]
     ]
@@ -165,13 +173,14 @@ def test_without_a_gpu_measuring_one_is_refused_in_one_sentence():
         bench.main(["--gpu"])
 
 
-# -- at full size, or with the compiler -------------------------------------------------------------------------------------
+# -- at full size, or with the compiler -----------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_chunk_at_full_size_costs_what_is_claimed():
-    """On the meta device, VLM and VAE included: at most 35.6 TFLOP joint, at most 8 with one step joint and the others action-first, and
-    more than 53 in the official order of work, most of it before the video is decoded."""
+    """On the meta device, VLM and VAE included: at most 35.6 TFLOP joint, at most 8 with one step
+    joint and the others action-first, and more than 53 in the official order of work, most of it
+    before the video is decoded."""
     vlm, (encode, decode), work = (
         bench.vlm_work().flops,
         bench.vae_work(),
@@ -189,13 +198,15 @@ def test_a_chunk_at_full_size_costs_what_is_claimed():
 
 
 def test_int8_halves_what_the_full_model_weighs():
-    """On the meta device: 16.0 GB in bf16 with the VLM, 11.1 GB with int8 maps in the video expert; a card of 24 GB has room."""
+    """On the meta device: 16.0 GB in bf16 with the VLM, 11.1 GB with int8 maps in the video expert;
+    a card of 24 GB has room."""
     assert [round(bench.memory(int8) / 1e9, 1) for int8 in (False, True)] == [16.0, 11.1]
 
 
 @pytest.mark.slow
 def test_a_step_of_the_full_model_exports():
-    """torch.export of all 30 layers in bf16 under fake tensors: one graph, every parameter that a step reads."""
+    """torch.export of all 30 layers in bf16 under fake tensors: one graph, every parameter that a
+    step reads."""
     with FakeTensorMode(), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)  # `.to` cannot cast fake parameters
         try:
@@ -212,7 +223,8 @@ def test_a_step_of_the_full_model_exports():
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_packaged_step_runs_without_python_and_equals_eager(tmp_path):
-    """AOTInductor compiles the toy's step ahead of time; the package, loaded again, gives the same velocities."""
+    """AOTInductor compiles the toy's step ahead of time; the package, loaded again, gives the same
+    velocities."""
     torch.manual_seed(0)
     step = Step(model := Motus(preset("toy")).eval(), bench.drawn(model.config, 1, (6, 6), 8, 21))
     package = torch._inductor.aoti_compile_and_package(

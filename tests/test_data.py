@@ -1,5 +1,5 @@
-"""Episodes to batches: two rates in one window, masks past the end, an order that depends on seed and step alone. And the way of one's
-own data: record, inspect, check, convert, train, sample."""
+"""Episodes to batches: two rates in one window, masks past the end, an order that depends on seed
+and step alone. And the way of one's own data: record, inspect, check, convert, train, sample."""
 
 import csv
 import json
@@ -45,7 +45,8 @@ def test_a_window_is_action_dense_and_video_sparse(episodes):
 
 
 def test_what_lies_past_the_end_is_repeated_and_masked(episodes):
-    """Seven actions before the end: five are padding, and so is the latent frame that needs the missing video frames."""
+    """Seven actions before the end: five are padding, and so is the latent frame that needs the
+    missing video frames."""
     episode = episodes[0]
     start = len(episode.actions) - 7
     batch = data.collect(episodes, [(0, start)], CONFIG, data.statistics(episodes))
@@ -126,7 +127,8 @@ def test_grounding_targets_are_where_the_named_disc_is():
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory):
-    """Twenty episodes of the walking point, as `python evaluate.py record` writes them, the last of which is held out."""
+    """Twenty episodes of the walking point, as `python evaluate.py record` writes them, the last of
+    which is held out."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
     out = tmp_path_factory.mktemp("line") / "set"
     record.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
@@ -148,7 +150,8 @@ def web_of(path, folder, **card):
     (["observation.images.front"], ["observation.images.front", "observation.images.side"]),
 )
 def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras):
-    """The light is at the labelled place of the picture, be it framed in black or one of two; trained-on and held-out episodes differ."""
+    """The light is at the labelled place of the picture, be it framed in black or one of two;
+    trained-on and held-out episodes differ."""
     web, held = web_of(line, tmp_path, mapping={"cameras": cameras})
     assert web.targets == ("object x", "object y", "walked") and (
         len(web.videos),
@@ -197,7 +200,8 @@ def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
 
 
 def test_labels_reach_no_policy(line):
-    """The column is neither state nor action nor in any window, and the widths of a network do not count it."""
+    """The column is neither state nor action nor in any window, and the widths of a network do not
+    count it."""
     pyramid = data.Pyramid(line, name="sim")
     reader = pyramid.opened[0].reader
     assert (reader.state_key, reader.action_key, reader.widths) == (
@@ -216,14 +220,15 @@ def test_labels_reach_no_policy(line):
 
 
 def test_backbones_need_labels_and_held_out_episodes(line, card, tmp_path):
-    """A dataset of a real robot has no labels, one without held-out episodes no figures: both are told what to do."""
+    """A dataset of a real robot has no labels, one without held-out episodes no figures: both are
+    told what to do."""
     with pytest.raises(ValueError, match=r"has the labels \[\].*record the dataset"):
         pretrain.CardWeb(data.Pyramid(card, (6,)), 2, 0)
     with pytest.raises(ValueError, match="no episode is held out"):
         web_of(line, tmp_path, held_out=0)
 
 
-# -- one's own data ---------------------------------------------------------------------------------------------------------
+# -- one's own data -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +250,9 @@ def log(path) -> list[dict]:
 
 
 def test_a_run_from_a_card_knows_its_robot_and_is_sampled_in_its_units(card, tmp_path, capsys):
-    """Stage 3 on windows encoded beforehand: the checkpoint holds rates, camera, picture size, robot and ranges; the five modes run on
-    held-out episodes; actions come out in the robot's own range; the report was printed."""
+    """Stage 3 on windows encoded beforehand: the checkpoint holds rates, camera, picture size,
+    robot and ranges; the five modes run on held-out episodes; actions come out in the robot's own
+    range; the report was printed."""
     train.main(
         [
             "--stage",
@@ -310,7 +316,8 @@ def test_a_run_from_a_card_knows_its_robot_and_is_sampled_in_its_units(card, tmp
 
 
 def test_two_robots_train_together_and_each_acts_in_its_own_numbers(card, tmp_path):
-    """Four-dimensional arm and three-dimensional gripper in one stage 3: the checkpoint knows both, and acts as the one that is named."""
+    """Four-dimensional arm and three-dimensional gripper in one stage 3: the checkpoint knows both,
+    and acts as the one that is named."""
     stored = json.loads(card.read_text())
     for source in stored["sources"]:
         source |= {
@@ -379,7 +386,8 @@ def test_two_robots_train_together_and_each_acts_in_its_own_numbers(card, tmp_pa
 
 
 def test_windows_encoded_when_needed_resume_to_the_sample(card, tmp_path):
-    """windows=0: four steps at once, and two and two more, write the same log; the wait for data is measured."""
+    """windows=0: four steps at once, and two and two more, write the same log; the wait for data is
+    measured."""
     argv = ["--stage", "3", "--data", str(card), "--steps", "4"]
     settings = ["--set", "batch=4", "windows=0", "log_every=1", "save_every=2"]
     train.main([*argv, "--run", str(tmp_path / "whole"), *settings])
@@ -405,7 +413,8 @@ def test_windows_encoded_when_needed_resume_to_the_sample(card, tmp_path):
 
 
 def test_a_cache_of_a_card_trains_as_the_card_does(card, tmp_path):
-    """`data.py cache --data` and then `--cache` gives the same losses; a cache of another stage is refused."""
+    """`data.py cache --data` and then `--cache` gives the same losses; a cache of another stage is
+    refused."""
     file = tmp_path / "windows.safetensors"
     data.main(["cache", "--data", str(card), "--stage", "3", "--windows", "8", "--out", str(file)])
     for name, source in (("card", ["--data", str(card)]), ("cache", ["--cache", str(file)])):
@@ -434,8 +443,8 @@ def test_a_cache_of_a_card_trains_as_the_card_does(card, tmp_path):
 
 
 def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
-    """`--cache FILE --data CARD` trains as the windows encoded under that card's weights would be mixed; a run does not go on with other
-    weights, and a card of other sources is refused."""
+    """`--cache FILE --data CARD` trains as the windows encoded under that card's weights would be
+    mixed; a run does not go on with other weights, and a card of other sources is refused."""
     file, other, fewer = (
         tmp_path / "windows.safetensors",
         card.parent / "other.json",
@@ -477,7 +486,8 @@ def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
 
 
 def write_latents(folder, lengths, interval=3, skipped=()):
-    """What `latent_action.py encode` leaves: row i is 100 e + i in all of its 14 columns, with mean 10 and std 2; the last are unknown."""
+    """What `latent_action.py encode` leaves: row i is 100 e + i in all of its 14 columns, with mean
+    10 and std 2; the last are unknown."""
     for e, length in enumerate(lengths):
         rows = torch.arange(length - 1, dtype=torch.float32)[:, None].repeat(1, 14) + 100 * e
         (folder / "latent_action_dim14").mkdir(parents=True, exist_ok=True)
@@ -494,7 +504,8 @@ def write_latents(folder, lengths, interval=3, skipped=()):
 
 
 def test_stages_1_and_2_train_from_a_card(card, tmp_path):
-    """Video of several robots; then on latent actions, once they are there. The checkpoint knows all robots."""
+    """Video of several robots; then on latent actions, once they are there. The checkpoint knows
+    all robots."""
     shutil.copytree(card.parent, tmp_path / "toy")
     ours, settings = (
         tmp_path / "toy/card.json",
@@ -538,7 +549,8 @@ def test_stages_1_and_2_train_from_a_card(card, tmp_path):
 
 
 def test_latent_actions_of_a_dataset_are_standardised_and_masked(card, tmp_path):
-    """Rows s, s + 3, ..., less the mean, by the std; unknown past the end and in skipped episodes; another interval is refused."""
+    """Rows s, s + 3, ..., less the mean, by the std; unknown past the end and in skipped episodes;
+    another interval is refused."""
     shutil.copytree(card.parent, tmp_path / "toy")
     pyramid, config = (
         data.Pyramid(tmp_path / "toy", (2,)),
@@ -591,7 +603,8 @@ def test_inspect_says_what_is_used_and_writes_a_card_with_every_choice(card, tmp
 
 
 def test_check_names_every_fault_and_convert_copies(card, tmp_path, capsys):
-    """A sound dataset passes, also after conversion to v2.1; two damaged files are two named faults."""
+    """A sound dataset passes, also after conversion to v2.1; two damaged files are two named
+    faults."""
     data.main(
         [
             "convert",

@@ -69,7 +69,8 @@ def differences(ours, theirs, size):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("config, size", [(TINY, (64, 64)), (TINY, (96, 160)), (THIN, (256, 256))])
 def test_latents_and_pictures_equal_diffusers(config, size, train):
-    """Both directions agree to 1e-5 of the scale, in eval and train mode, at sizes where both forms of attention run."""
+    """Both directions agree to 1e-5 of the scale, in eval and train mode, at sizes where both forms
+    of attention run."""
     theirs, ours = diffusers_model(config), DCAE(config)
     ours.load_state_dict(canonical(theirs.state_dict()))
     theirs.train(train), ours.train(train)
@@ -89,7 +90,8 @@ def test_latents_and_pictures_equal_diffusers(config, size, train):
 
 
 def test_the_full_model_makes_four_tokens_of_512():
-    """1,120,682,252 parameters; a 256 x 256 picture becomes 2 x 2 x 512 and comes back (shapes only, no memory)."""
+    """1,120,682,252 parameters; a 256 x 256 picture becomes 2 x 2 x 512 and comes back (shapes
+    only, no memory)."""
     with torch.device("meta"):
         model = DCAE(FULL)
         latent = model.encode(torch.empty(1, 3, 256, 256))
@@ -108,7 +110,8 @@ def test_the_tiny_model_makes_four_tokens_too():
 
 
 def test_tables_list_exactly_what_each_format_holds():
-    """The diffusers table is AutoencoderDC's state dict; diffusers' own converter turns the original table into it."""
+    """The diffusers table is AutoencoderDC's state dict; diffusers' own converter turns the
+    original table into it."""
     with torch.device("meta"):
         theirs, ours = diffusers_model(FULL), DCAE(FULL)
         files = {
@@ -133,7 +136,8 @@ def test_tables_list_exactly_what_each_format_holds():
 
 
 def test_both_formats_load_from_files_to_the_same_model(tmp_path):
-    """434 original tensors and the 474 that diffusers makes of them fill every parameter with the same values."""
+    """434 original tensors and the 474 that diffusers makes of them fill every parameter with the
+    same values."""
     convert = pytest.importorskip(
         "diffusers.loaders.single_file_utils"
     ).convert_autoencoder_dc_checkpoint_to_diffusers
@@ -188,7 +192,8 @@ def test_the_two_forms_of_attention_are_one_function():
 
 
 def test_gradients_pass_through_a_frozen_decoder_and_leave_it_alone():
-    """In eval mode the decoded picture teaches what is before the decoder, and the batch statistics stay."""
+    """In eval mode the decoded picture teaches what is before the decoder, and the batch statistics
+    stay."""
     model = DCAE(TINY).eval().requires_grad_(False)
     before = {name: value.clone() for name, value in model.named_buffers()}
     latent = torch.randn(1, 64, 2, 2, requires_grad=True)

@@ -1,4 +1,5 @@
-"""DPFlow against the original implementation, its published names, and the flow estimators' interface."""
+"""DPFlow against the original implementation, its published names, and the flow estimators'
+interface."""
 
 import importlib.util
 import sys
@@ -29,7 +30,8 @@ THIN = DPFlowConfig(stem=(16, 24), width=32, depth=1)
 
 
 class OracleBase(torch.nn.Module):
-    """The few lines of the original's base class that inference touches: shift, flip BGR to RGB, pad, crop."""
+    """The few lines of the original's base class that inference touches: shift, flip BGR to RGB,
+    pad, crop."""
 
     def __init__(self, loss_fn=None, output_stride=None):
         super().__init__()
@@ -52,7 +54,8 @@ class OracleBase(torch.nn.Module):
 
 @contextmanager
 def stubbed_ptlflow():
-    """ptlflow imports half of the video world; give its dpflow folder only what it uses, and take the stubs away afterwards."""
+    """ptlflow imports half of the video world; give its dpflow folder only what it uses, and take
+    the stubs away afterwards."""
     root = importlib.util.find_spec("ptlflow")
     if root is None:
         pytest.skip("ptlflow is not installed (pip install --no-deps ptlflow)")
@@ -90,7 +93,8 @@ def stubbed_ptlflow():
 
 
 def make_oracle(oracle, **sizes):
-    """An original model with layer_scale enlarged: its initial 0.01 would hide an error inside any block."""
+    """An original model with layer_scale enlarged: its initial 0.01 would hide an error inside any
+    block."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = oracle(**sizes).eval()
@@ -121,7 +125,8 @@ def frames(height, width, batch=1, seed=1):
 
 @torch.no_grad()
 def difference(config, oracle, a, b):
-    """Largest difference in pixels between our flow and the original's, with the original's weights."""
+    """Largest difference in pixels between our flow and the original's, with the original's
+    weights."""
     ours = DPFlow(config).eval()
     ours.load_state_dict({rename(key): value for key, value in oracle.state_dict().items()})
     wanted = oracle({"images": torch.stack([a, b], dim=1).flip(-3)})["flows"][:, 0]
@@ -197,7 +202,8 @@ def test_rows_of_a_batch_do_not_mix(thin):
 
 
 def test_half_precision_keeps_the_flow_in_fp32(thin):
-    """In bf16 coordinates beyond 256 would fall on even numbers; flow and look-up stay in fp32 whatever the weights are."""
+    """In bf16 coordinates beyond 256 would fall on even numbers; flow and look-up stay in fp32
+    whatever the weights are."""
     half = DPFlow(THIN).eval()
     half.load_state_dict(thin.state_dict())
     a, b = frames(64, 96)
@@ -207,7 +213,8 @@ def test_half_precision_keeps_the_flow_in_fp32(thin):
 
 
 def test_convex_upsampling_of_one_sided_weights_is_a_copy():
-    """With all weight on the middle of the 3 x 3 neighbours, each coarse value fills its 8 x 8 square."""
+    """With all weight on the middle of the 3 x 3 neighbours, each coarse value fills its 8 x 8
+    square."""
     flow = torch.randn(1, 2, 2, 3)
     mask = torch.full((1, 9, 64, 2, 3), -1e4)
     mask[:, 4] = 0
@@ -218,7 +225,8 @@ def test_convex_upsampling_of_one_sided_weights_is_a_copy():
 
 
 def test_every_published_tensor_has_a_place():
-    """The committed table is the original's state dict, and the names map one to one onto our 10,021,508 parameters."""
+    """The committed table is the original's state dict, and the names map one to one onto our
+    10,021,508 parameters."""
     table = expected("dpflow")
     with torch.device("meta"):
         ours = {name: tuple(value.shape) for name, value in DPFlow().state_dict().items()}
@@ -233,7 +241,8 @@ def test_every_published_tensor_has_a_place():
 
 
 def publish(model, path, **extra):
-    """Write a Lightning file as the published ones are: original names under 'state_dict', other things beside it."""
+    """Write a Lightning file as the published ones are: original names under 'state_dict', other
+    things beside it."""
     with torch.device("meta"):
         names = {rename(name): name for name in expected("dpflow")}
     tensors = {names.get(name, name): value for name, value in model.state_dict().items()}
@@ -257,7 +266,8 @@ def test_a_published_checkpoint_loads_whole_or_not_at_all(tmp_path, thin):
 
 
 def test_fetching_weights_prints_their_licence(tmp_path, monkeypatch, capsys):
-    """The notice appears before any byte of the research-only weights arrives, also when they lie there already."""
+    """The notice appears before any byte of the research-only weights arrives, also when they lie
+    there already."""
     asked = []
     monkeypatch.setattr(
         torch.hub,
@@ -278,7 +288,8 @@ def test_fetching_weights_prints_their_licence(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("upscale", [1, 4])
 def test_dis_measures_a_known_shift_in_pixels(upscale):
-    """A texture moved 3 pixels right and 2 down gives (3, 2), in pixels of the frames whatever the enlargement."""
+    """A texture moved 3 pixels right and 2 down gives (3, 2), in pixels of the frames whatever the
+    enlargement."""
     pytest.importorskip("cv2")
     picture = F.interpolate(
         torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(0)),
@@ -299,7 +310,8 @@ def test_dis_without_opencv_says_what_to_install(monkeypatch):
 
 
 def test_frames_that_are_not_frames_are_refused(thin):
-    """Bytes, single pictures, unequal batches and frames too small for DIS end in an error that says what to give."""
+    """Bytes, single pictures, unequal batches and frames too small for DIS end in an error that
+    says what to give."""
     good = torch.rand(1, 3, 32, 32)
     for a, b in ((good, good[:, :, :30]), (good[0], good[0]), (good[:, :1], good[:, :1])):
         with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):

@@ -1,4 +1,5 @@
-"""The closed loop: honest intervals, worlds that depend on seeds alone, and a loop that asks only where something is left to do."""
+"""The closed loop: honest intervals, worlds that depend on seeds alone, and a loop that asks only
+where something is left to do."""
 
 import json
 
@@ -28,7 +29,8 @@ from worlds.tabletop import Tabletop
 
 
 class Scripted:
-    """The expert of the world as a policy: chunks of the expert's present action, and a record of how often it was asked."""
+    """The expert of the world as a policy: chunks of the expert's present action, and a record of
+    how often it was asked."""
 
     mode, generator = "scripted", torch.Generator()
 
@@ -44,7 +46,8 @@ class Scripted:
 
 
 def test_wilson_intervals_have_their_textbook_values():
-    """5 of 10 is 0.237 to 0.763; none of 10 reaches 0.278 and starts at 0; all of 10 mirrors it; 50 of 100 is narrower."""
+    """5 of 10 is 0.237 to 0.763; none of 10 reaches 0.278 and starts at 0; all of 10 mirrors it; 50
+    of 100 is narrower."""
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
@@ -54,7 +57,8 @@ def test_wilson_intervals_have_their_textbook_values():
 
 
 def test_a_summary_counts_over_all_and_per_skill():
-    """Two of three places and none of one push; steps are of the solved worlds; a skill nobody was asked for has no rate."""
+    """Two of three places and none of one push; steps are of the solved worlds; a skill nobody was
+    asked for has no rate."""
     found = summary(
         np.array([True, True, False, False]), np.array([0, 0, 0, 1]), np.array([10, 20, 100, 100])
     )
@@ -69,7 +73,8 @@ def test_a_summary_counts_over_all_and_per_skill():
 
 
 def test_the_expert_solves_the_worlds_and_solved_worlds_ask_no_more():
-    """Replanned at every step the expert solves nearly all; each round asks only for what is unsolved, and the loop ends early."""
+    """Replanned at every step the expert solves nearly all; each round asks only for what is
+    unsolved, and the loop ends early."""
     world = Tabletop(12, split="eval")
     policy = Scripted(world)
     done = rollout(policy, world, world_seeds(0, 12), execute=1)
@@ -84,7 +89,8 @@ def test_the_expert_solves_the_worlds_and_solved_worlds_ask_no_more():
 
 
 def test_a_chunk_is_carried_out_as_far_as_asked():
-    """11 steps with 3 actions of each chunk are four rounds; the whole chunk of 4 makes three; outside 1..4 is an error."""
+    """11 steps with 3 actions of each chunk are four rounds; the whole chunk of 4 makes three;
+    outside 1..4 is an error."""
     world = Tabletop(2, split="eval")
     for execute, rounds in ((3, 4), (None, 3)):
         policy = Scripted(world)
@@ -104,7 +110,8 @@ def test_actions_that_are_not_finite_are_refused():
 
 
 def test_a_rollout_depends_on_its_seeds_alone():
-    """The same seeds give the same successes and steps, noise on the actions included; the first worlds of more are the same worlds."""
+    """The same seeds give the same successes and steps, noise on the actions included; the first
+    worlds of more are the same worlds."""
 
     def run(noise_seed_count: int) -> tuple:
         world, policy = Tabletop(noise_seed_count, split="eval"), RandomPolicy(chunk=6, dim=3)
@@ -118,7 +125,8 @@ def test_a_rollout_depends_on_its_seeds_alone():
 
 
 def test_films_show_each_look_and_what_was_imagined(tmp_path):
-    """Two chunks of 4 with a picture every 2 steps: 3 pictures each, the real one beside the imagined; without imagination, alone."""
+    """Two chunks of 4 with a picture every 2 steps: 3 pictures each, the real one beside the
+    imagined; without imagination, alone."""
     for video, columns in ((True, 2), (False, 1)):
         world = Tabletop(1, split="eval")
         done = rollout(Scripted(world, video=video), world, [3], max_steps=8, rate=2)
@@ -196,12 +204,13 @@ def test_options_outside_what_is_allowed_are_refused(option, message):
         evaluate.main(["--ckpt", "no/such/run", *option])
 
 
-# -- simulators -------------------------------------------------------------------------------------------------------------
+# -- simulators -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """Four episodes of each task of the walking point, half of them disturbed; its second expert fails in every second scene."""
+    """Four episodes of each task of the walking point, half of them disturbed; its second expert
+    fails in every second scene."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
     out = tmp_path_factory.mktemp("recorded") / "line"
     evaluate.main(
@@ -229,7 +238,8 @@ def recorded(tmp_path_factory):
 
 
 def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
-    """It opens as LeRobot v3.0 without a fault; rows are what the expert saw and would have done; scenes that it failed are left out."""
+    """It opens as LeRobot v3.0 without a fault; rows are what the expert saw and would have done;
+    scenes that it failed are left out."""
     card, dataset = (
         read_card(recorded),
         LeRobotDataset.open(recorded, {"constant": True}, verify=True, quiet=True),
@@ -270,7 +280,8 @@ def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
 
 
 def test_the_last_of_each_task_are_recorded_last(tmp_path):
-    """So that what a card holds out has all tasks: of twenty episodes of two tasks the last two are one of each."""
+    """So that what a card holds out has all tasks: of twenty episodes of two tasks the last two are
+    one of each."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
     card = record.record(
         Order("fake_world", settings=(("size", 16),), after=1),
@@ -287,7 +298,8 @@ def test_the_last_of_each_task_are_recorded_last(tmp_path):
 
 
 class Reader:
-    """A policy that has only what a policy has: it finds the light in the picture and its own place in the state."""
+    """A policy that has only what a policy has: it finds the light in the picture and its own place
+    in the state."""
 
     mode, generator = "reader", torch.Generator()
 
@@ -299,7 +311,8 @@ class Reader:
 
 @pytest.mark.parametrize("workers", (1, 2))
 def test_a_policy_that_reads_pictures_acts_in_a_simulator(recorded, tmp_path, workers):
-    """Recorded, then acted in: in unseen scenes of the recorded settings it walks to the light in chunks, and is filmed on the way."""
+    """Recorded, then acted in: in unseen scenes of the recorded settings it walks to the light in
+    chunks, and is filmed on the way."""
     card, seeds = read_card(recorded), world_seeds(0, 3)
     with Fleet(card["sim"], "stumble", 3, view, card["settings"], workers) as fleet:
         done = rollout(Reader(), fleet, seeds, fleet.max_steps, execute=3, rate=2)
@@ -315,7 +328,8 @@ def test_a_policy_that_reads_pictures_acts_in_a_simulator(recorded, tmp_path, wo
 
 
 def test_the_command_acts_in_a_simulator(recorded, tmp_path, capsys):
-    """Expert and random policy on the tasks of a recording: a rate per task and over all, pooled over seeds; the expert's is its own."""
+    """Expert and random policy on the tasks of a recording: a rate per task and over all, pooled
+    over seeds; the expert's is its own."""
     evaluate.main(
         [
             "--sim",
@@ -430,7 +444,8 @@ def test_an_expert_that_hardly_succeeds_ends_the_recording(tmp_path, monkeypatch
 
 
 def test_the_picture_of_a_policy_is_made_of_cameras():
-    """Side by side in the order asked for, or the official T, fitted to a size; what is not there is an error that says what is."""
+    """Side by side in the order asked for, or the official T, fitted to a size; what is not there
+    is an error that says what is."""
     rng = np.random.default_rng(0)
     images = {
         name: rng.integers(0, 255, (24, 32, 3), np.uint8) for name in ("head", "left", "right")

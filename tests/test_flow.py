@@ -1,4 +1,5 @@
-"""Two clocks: the official times, means that leave out what does not exist, and an Euler loop that is exact where the path is straight."""
+"""Two clocks: the official times, means that leave out what does not exist, and an Euler loop that
+is exact where the path is straight."""
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ import flow
 
 
 def test_the_table_has_the_official_values():
-    """Row i of the shift-5 table is 5 s / (1 + 4 s) with s = 1 - i / 1000; its mean and median lie far on the noisy side."""
+    """Row i of the shift-5 table is 5 s / (1 + 4 s) with s = 1 - i / 1000; its mean and median lie
+    far on the noisy side."""
     table = flow.official_table()
     published = {
         0: 1.0,
@@ -45,7 +47,8 @@ def test_logit_normal_times_are_what_the_paper_states():
 
 
 def test_sampling_times_run_from_noise_to_data():
-    """Ten uniform steps are tenths; a shift moves the inner times towards noise and leaves the ends."""
+    """Ten uniform steps are tenths; a shift moves the inner times towards noise and leaves the
+    ends."""
     assert torch.allclose(flow.sampling_times(10), torch.arange(10, -1, -1) / 10)
     moved = flow.sampling_times(10, shift=5.0)
     assert moved[0] == 1 and moved[-1] == 0 and (moved[1:-1] > flow.sampling_times(10)[1:-1]).all()
@@ -70,7 +73,8 @@ def test_masked_means_leave_out_what_does_not_exist():
 
 
 def test_the_observation_carries_no_loss_but_counts_in_the_mean():
-    """With an error of 1 everywhere, three latent frames give 2/3; without the padded last one, 1/2."""
+    """With an error of 1 everywhere, three latent frames give 2/3; without the padded last one,
+    1/2."""
     velocity, target = torch.ones(2, 4, 3, 2, 2), torch.zeros(2, 4, 3, 2, 2)
     assert flow.video_loss(velocity, target).tolist() == pytest.approx([2 / 3] * 2)
     mask = torch.tensor([[True, True, True], [True, True, False]])
@@ -103,7 +107,8 @@ def test_euler_is_exact_on_straight_paths(steps):
 
 
 def test_the_observation_is_put_back_after_every_step():
-    """Every evaluation sees the clean observation as the first latent frame, whatever velocity it is given, and so does the result."""
+    """Every evaluation sees the clean observation as the first latent frame, whatever velocity it
+    is given, and so does the result."""
     observation, seen = torch.randn(2, 3, 1, 2, 2), []
 
     def velocity(video, action, t_video, t_action):
@@ -127,7 +132,8 @@ def test_an_unknown_mode_names_the_modes_there_are():
 
 
 def test_a_given_modality_is_at_time_zero_and_never_both():
-    """In the asked share of the samples one modality is at t = 0, either equally often; the other keeps its time."""
+    """In the asked share of the samples one modality is at t = 0, either equally often; the other
+    keeps its time."""
     t_video, t_action = torch.full((4000,), 0.3), torch.full((4000,), 0.6)
     video, action = flow.give(t_video, t_action, 0.4, torch.Generator().manual_seed(0))
     assert not ((video == 0) & (action == 0)).any()

@@ -1,8 +1,9 @@
 """The official code is the oracle: its outputs at tiny sizes, in fp32, must come out of ours.
 
-Cases are found by file name in the folder named by MOTUS_GOLDEN (default tests/golden; its README.md describes the files), so anyone can
-check this implementation against fixtures of their own. Every size is read from the case's own json; foreign names go through
-backbones/weights.py, which accounts for every key.
+Cases are found by file name in the folder named by MOTUS_GOLDEN (default tests/golden; its
+README.md describes the files), so anyone can check this implementation against fixtures of their
+own. Every size is read from the case's own json; foreign names go through backbones/weights.py,
+which accounts for every key.
 """
 
 import json

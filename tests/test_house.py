@@ -82,7 +82,7 @@ def functions(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree(path)) if isinstance(node, kinds)]
 
 
-# -- where things lie -------------------------------------------------------------------------------
+# -- where things lie -----------------------------------------------------------------------------
 
 
 def test_the_root_holds_the_seven_files_of_the_lesson_and_no_other():
@@ -106,7 +106,7 @@ def test_every_file_begins_with_what_it_is():
         assert doc and len(doc) > 20, f"{path} needs a docstring"
 
 
-# -- imports ----------------------------------------------------------------------------------------
+# -- imports --------------------------------------------------------------------------------------
 
 
 def imported(path: Path) -> list[str]:
@@ -186,7 +186,7 @@ def test_nobody_asks_whether_it_is_the_toy():
         assert not [name for name in names if "toy" in name.lower()], path
 
 
-# -- size and density -------------------------------------------------------------------------------
+# -- size and density -----------------------------------------------------------------------------
 
 
 def test_the_lesson_fits_an_evening():
@@ -262,7 +262,7 @@ def test_no_comprehension_goes_over_two_levels():
                 assert len(node.generators) <= 2, f"{path}:{node.lineno}"
 
 
-# -- words ------------------------------------------------------------------------------------------
+# -- words ----------------------------------------------------------------------------------------
 
 
 def test_docstrings_say_what_a_thing_is():

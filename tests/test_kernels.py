@@ -1,6 +1,8 @@
-"""The Triton kernels against the plain functions, in the interpreter (on a GPU if there is one), and what the compiler makes of them.
+"""The Triton kernels against the plain functions, in the interpreter (on a GPU if there is one),
+and what the compiler makes of them.
 
-`python tests/test_kernels.py` compiles every shipped configuration ahead of time, without a GPU, and writes docs/kernels.md.
+`python tests/test_kernels.py` compiles every shipped configuration ahead of time, without a GPU,
+and writes docs/kernels.md.
 """
 
 import json
@@ -36,8 +38,8 @@ from motus import Motus, draw  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 
-# Relative to the largest value. In fp32 the sums run in another order. In bf16 outputs and gradients are rounded (2^-9), and on a GPU also
-# what goes into the second products.
+# Relative to the largest value. In fp32 the sums run in another order. In bf16 outputs and
+# gradients are rounded (2^-9), and on a GPU also what goes into the second products.
 TOLERANCE = (
     {torch.float32: 1e-5, torch.bfloat16: 1e-2}
     if DEVICE == "cpu"
@@ -74,7 +76,8 @@ def plain(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch):
-    """The interpreter cuts bf16 off, which is biased and twice as wrong; here it rounds to the nearest, as a GPU does."""
+    """The interpreter cuts bf16 off, which is biased and twice as wrong; here it rounds to the
+    nearest, as a GPU does."""
     from triton.runtime import interpreter
 
     cast = interpreter._convert_float
@@ -88,7 +91,7 @@ def rounding(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
 
 
-# -- attention --------------------------------------------------------------------------------------------------------------
+# -- attention ------------------------------------------------------------------------------------
 
 
 def segments(
@@ -134,8 +137,9 @@ def plain_gradients(
     bias: list[Tensor | None],
     scale: float | None,
 ) -> list[Tensor]:
-    """Of q, k, v. Like any attention that saves its output, the kernels take delta = sum(o * do) of an o in bf16: that shifts the gradient
-    of a query's logits by p times the rounding error of delta, as if the log-sum-exp had a gradient too. In fp32 nothing is rounded."""
+    """Of q, k, v. Like any attention that saves its output, the kernels take delta = sum(o * do) of
+    an o in bf16: that shifts the gradient of a query's logits by p times the rounding error of
+    delta, as if the log-sum-exp had a gradient too. In fp32 nothing is rounded."""
     wide_q, wide_k, wide_v = ([x.float() for x in group] for group in (q, k, v))
     out = plain_segments(wide_q, wide_k, wide_v, bias, scale)
     row = torch.cat(
@@ -159,7 +163,8 @@ def plain_gradients(
 
 
 def random_case(rng: random.Random, seed: int) -> None:
-    """One draw: video always has keys; the others may be empty, padded, wholly padded, or carry log counts."""
+    """One draw: video always has keys; the others may be empty, padded, wholly padded, or carry log
+    counts."""
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16])
     size, heads, batch = (
         rng.choice([16, 24, 32, 32, 48, 64, 80, 128]),
@@ -194,7 +199,8 @@ def random_case(rng: random.Random, seed: int) -> None:
 
 @pytest.mark.parametrize("group", range(4))
 def test_attention_equals_the_plain_one_on_random_segments(group):
-    """Forward and all nine gradients, over ragged tails, empty segments, wholly padded segments, length 1, log counts."""
+    """Forward and all nine gradients, over ragged tails, empty segments, wholly padded segments,
+    length 1, log counts."""
     for i in range(6):
         random_case(random.Random(100 * group + i), i)
 
@@ -209,7 +215,8 @@ def test_attention_equals_the_plain_one_on_two_hundred_more(group):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_attention_equals_the_plain_one_behind_the_same_call(dtype):
-    """`kernels.joint_attention` takes what `attention.joint_attention` takes; rotated queries and keys may be fp32."""
+    """`kernels.joint_attention` takes what `attention.joint_attention` takes; rotated queries and
+    keys may be fp32."""
     q, k, v = segments((20, 5, 9), 2, 32, dtype, batch=2)
     bias = attention.key_bias(
         torch.arange(9, device=DEVICE)[None] < torch.tensor([[9], [0]], device=DEVICE)
@@ -243,7 +250,8 @@ def test_a_key_with_log_count_bias_stands_for_its_copies():
 
 
 def test_a_query_that_sees_no_key_gets_zeros_and_gives_zero_gradients():
-    """All keys of one sample are padded: no NaN forward or backward, and the other sample is not touched."""
+    """All keys of one sample are padded: no NaN forward or backward, and the other sample is not
+    touched."""
     q, k, v = segments((18,), 1, 16, torch.float32, batch=2)
     bias = attention.key_bias(torch.tensor([[True], [False]], device=DEVICE).expand(2, 18))
     out = kernels.attention.attend(q, k, v, [bias])
@@ -268,7 +276,8 @@ def test_attention_is_deterministic_and_saves_the_log_sum_exp():
 
 @pytest.mark.long
 def test_offsets_reach_beyond_two_to_the_31():
-    """A batch stride of more than 2^31 elements: the second sample is read where it is. (8.6 GB are reserved, hardly any is touched.)"""
+    """A batch stride of more than 2^31 elements: the second sample is read where it is. (8.6 GB are
+    reserved, hardly any is touched.)"""
     stride = 2**31 + 64
     room = torch.empty(2 * stride, dtype=torch.bfloat16, device=DEVICE)
     q, k, v = (room.as_strided((2, 5, 1, 16), (stride, 16, 16, 1), 80 * i) for i in range(3))
@@ -283,7 +292,8 @@ def test_offsets_reach_beyond_two_to_the_31():
 
 @pytest.mark.long
 def test_a_layer_of_the_full_model():
-    """24 heads of 128 over 360 video, 53 action and 130 understanding tokens, in the tiles of a GPU."""
+    """24 heads of 128 over 360 video, 53 action and 130 understanding tokens, in the tiles of a
+    GPU."""
     q, k, v = segments((360, 53, 130), 24, 128, torch.float32)
     bias = [None, None, attention.key_bias(torch.arange(130, device=DEVICE)[None] < 101)]
     inputs = [*q, *k, *v]
@@ -308,12 +318,13 @@ ROW_CASES = [
 ]
 
 
-# -- row kernels ------------------------------------------------------------------------------------------------------------
+# -- row kernels ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype, seed", ROW_CASES)
 def test_norm_and_rotation_equal_the_plain_ones(seed, dtype):
-    """RMS norm over all heads, rotation of video only, from slices of one projection; gradients of inputs and of both weights."""
+    """RMS norm over all heads, rotation of video only, from slices of one projection; gradients of
+    inputs and of both weights."""
     rng = random.Random(seed)
     batch, length, heads, size = (
         rng.choice([1, 2]),
@@ -340,7 +351,8 @@ def test_norm_and_rotation_equal_the_plain_ones(seed, dtype):
 
 @pytest.mark.parametrize("dtype, seed", ROW_CASES)
 def test_modulation_and_gated_residual_equal_the_plain_ones(seed, dtype):
-    """One modulation for all, per sample or per token, out of the six of a block; fp32 stream, projections in `dtype`."""
+    """One modulation for all, per sample or per token, out of the six of a block; fp32 stream,
+    projections in `dtype`."""
     rng = random.Random(seed)
     batch, length, width = rng.choice([1, 2]), rng.choice([1, 5, 35]), rng.choice([6, 64, 130])
     torch.manual_seed(seed)
@@ -367,7 +379,7 @@ def test_modulation_and_gated_residual_equal_the_plain_ones(seed, dtype):
     close(gradients(found, [x, y, mods]), gradients(expected, [x, y, mods]), dtype)
 
 
-# -- with the rest of torch -------------------------------------------------------------------------------------------------
+# -- with the rest of torch -----------------------------------------------------------------------
 
 
 def leaf(*shape: int) -> Tensor:
@@ -399,7 +411,8 @@ SLOW = [
 
 @pytest.mark.parametrize("name", ["attention", *SLOW])
 def test_operations_pass_opcheck(name):
-    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the operation does."""
+    """Schema, fake tensors, autograd registration and ahead-of-time dispatch agree with what the
+    operation does."""
     op, arguments = op_arguments()[name]
     assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 
@@ -411,7 +424,8 @@ def layer(x: Tensor, weight: Tensor, mod: Tensor) -> Tensor:
 
 
 def test_a_layer_of_kernels_compiles_in_one_graph_and_checkpoints():
-    """torch.compile(fullgraph=True) and activation checkpointing change no bit of the output or the gradients."""
+    """torch.compile(fullgraph=True) and activation checkpointing change no bit of the output or the
+    gradients."""
     torch.manual_seed(0)
     inputs = [leaf(1, 6, 32), leaf(32), leaf(1, 1, 32)]
     expected = layer(*inputs)
@@ -426,7 +440,8 @@ def test_a_layer_of_kernels_compiles_in_one_graph_and_checkpoints():
 
 
 def test_choice_says_why_and_the_environment_overrules_it(monkeypatch):
-    """SDPA where there is no CUDA, whatever MOTUS_ATTENTION says if it is set, and a plain refusal of other names."""
+    """SDPA where there is no CUDA, whatever MOTUS_ATTENTION says if it is set, and a plain refusal
+    of other names."""
     monkeypatch.delenv("MOTUS_ATTENTION", raising=False)
     assert attention.choose("cpu") == ("sdpa", "the device is cpu, not cuda")
     for sm, chosen in ((90, "triton"), (75, "sdpa")):
@@ -442,7 +457,8 @@ def test_choice_says_why_and_the_environment_overrules_it(monkeypatch):
 
 
 def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch):
-    """Head sizes over 128; a CPU without the interpreter; and without Triton the file imports, and a kernel is refused when asked for."""
+    """Head sizes over 128; a CPU without the interpreter; and without Triton the file imports, and
+    a kernel is refused when asked for."""
     x = torch.zeros(1, 2, 1, 130)
     with pytest.raises(ValueError, match="head size 130"):
         kernels.attention(x, x, x)
@@ -459,7 +475,7 @@ def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch):
     assert "Triton is not installed: pip install" in run.stderr.splitlines()[-1]
 
 
-# -- the whole model --------------------------------------------------------------------------------------------------------
+# -- the whole model ------------------------------------------------------------------------------
 
 ALL_KERNELS = {
     name + suffix
@@ -503,7 +519,8 @@ def loss_and_gradients(model: Motus, **change) -> list[Tensor]:
 def test_the_losses_and_gradients_of_a_whole_model_equal_the_plain_ones(
     case, launched, monkeypatch
 ):
-    """Through joint attention, prologue, adaLN and gates of three experts, with padded actions and understanding; in stage 1; in bf16."""
+    """Through joint attention, prologue, adaLN and gates of three experts, with padded actions and
+    understanding; in stage 1; in bf16."""
     model = test_motus.model_of().to(DEVICE, torch.bfloat16 if case == "bf16" else torch.float32)
     change = (
         dict(actions=None, und=None, und_mask=None)
@@ -565,7 +582,8 @@ def test_the_official_joint_sample_holds_with_the_kernels(launched, monkeypatch)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_the_kernels_take_what_they_are_compiled_for_and_sdpa_the_rest(dtype, monkeypatch):
-    """Head sizes 32, 64 and 128 in the two dtypes of `TILES`; not the toy's 16, the wide head of the video VAE, or biases of pairs."""
+    """Head sizes 32, 64 and 128 in the two dtypes of `TILES`; not the toy's 16, the wide head of
+    the video VAE, or biases of pairs."""
     monkeypatch.setenv("MOTUS_ATTENTION", "triton")
     taken, keys = set(), torch.zeros(1, 1, 1, 3, dtype=dtype)
     monkeypatch.setattr(
@@ -598,12 +616,13 @@ def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
     assert launched == {"add_gated"}
 
 
-# -- bytes moved ------------------------------------------------------------------------------------------------------------
+# -- bytes moved ----------------------------------------------------------------------------------
 
 
 class Traffic:
-    """Runs an operation and counts what the interpreter's programs load and store: bytes at distinct addresses (each crosses the memory
-    bus once, if what is read again comes from the L2 cache), and how often each element was read. Nothing may be stored twice."""
+    """Runs an operation and counts what the interpreter's programs load and store: bytes at
+    distinct addresses (each crosses the memory bus once, if what is read again comes from the L2
+    cache), and how often each element was read. Nothing may be stored twice."""
 
     def __init__(self, operation, *arguments):
         from triton.runtime.interpreter import InterpreterBuilder as Builder
@@ -641,7 +660,8 @@ def size_of(*tensors: Tensor) -> int:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
 def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
-    """Bytes of a forward and a backward pass against inputs + outputs; the other side's tensors are read again once per tile."""
+    """Bytes of a forward and a backward pass against inputs + outputs; the other side's tensors are
+    read again once per tile."""
     q, k, v = (
         [x.detach().contiguous() for x in group]
         for group in segments((20, 5, 9), 1, 32, torch.bfloat16)
@@ -665,7 +685,8 @@ def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the accesses of the interpreter")
 def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
-    """Every row is read once; the excess is the parts of gradients that sum over rows, written and read again by torch's sum."""
+    """Every row is read once; the excess is the parts of gradients that sum over rows, written and
+    read again by torch's sum."""
 
     def bf16(*shape: int) -> Tensor:
         return torch.randn(shape).bfloat16()
@@ -696,7 +717,7 @@ def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
         assert all(run.times_read(x) == 1 for x in rows), operation
 
 
-# -- ahead of time ----------------------------------------------------------------------------------------------------------
+# -- ahead of time --------------------------------------------------------------------------------
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one block may use
@@ -710,8 +731,8 @@ WIDTHS = (3072, 1024)  # of rows: the full model's video and action experts
 def launches(
     dtype: torch.dtype, size: int | None, lengths: tuple[int, ...] = (360, 53, 130)
 ) -> list[tuple]:
-    """What would be launched on a GPU: (name, kernel, arguments, options) of the attention at a head size, or of the row kernels (None)
-    at each of WIDTHS."""
+    """What would be launched on a GPU: (name, kernel, arguments, options) of the attention at a
+    head size, or of the row kernels (None) at each of WIDTHS."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -760,7 +781,8 @@ class NoDevice:
 
 
 def compiled(kernel, args: tuple, options: dict, sm: int):
-    """Compiles one launch for `sm` as Triton's launcher would, short of running it; finds what is compiled already."""
+    """Compiles one launch for `sm` as Triton's launcher would, short of running it; finds what is
+    compiled already."""
     import triton
 
     triton.runtime.driver.set_active(NoDevice(sm))
@@ -904,7 +926,8 @@ def agrees(found: dict[str, dict]) -> None:
 
 
 def test_committed_figures_show_no_spill_and_fit_every_card():
-    """On five architectures and in both dtypes: three attention kernels at each head size that is taken, six row kernels at two widths."""
+    """On five architectures and in both dtypes: three attention kernels at each head size that is
+    taken, six row kernels at two widths."""
     rows = committed()
     shapes = {
         f"{name} K={size}" for name in kernels.attention.KERNELS for size in attention.HEAD_SIZES

@@ -1,4 +1,5 @@
-"""Latent actions: an exact colour code, a loss whose parts do what they say, and an export that never writes a silent row."""
+"""Latent actions: an exact colour code, a loss whose parts do what they say, and an export that
+never writes a silent row."""
 
 import math
 from dataclasses import replace
@@ -41,7 +42,8 @@ def unknown(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_colour_and_back_is_exact_up_to_the_radius():
-    """The round trip errs below 1e-5 of the radius in float and below 1 % of it after rounding to 8 bits, in every direction."""
+    """The round trip errs below 1e-5 of the radius in float and below 1 % of it after rounding to 8
+    bits, in every direction."""
     for radius in (5.0, 16.0, 32.0):
         flow = directions(radius)
         pictures = flow_to_colour(flow, radius)
@@ -51,7 +53,8 @@ def test_colour_and_back_is_exact_up_to_the_radius():
 
 
 def test_colours_are_those_of_the_wheel():
-    """Right is red, 55/4 steps on (down) is nearly yellow, left is cyan to blue, rest is white; 55 steps of the published table agree."""
+    """Right is red, 55/4 steps on (down) is nearly yellow, left is cyan to blue, rest is white; 55
+    steps of the published table agree."""
     ramps = [
         (15, 0, 1, 1),
         (6, 1, 0, -1),
@@ -75,7 +78,8 @@ def test_colours_are_those_of_the_wheel():
 
 
 def test_colour_has_no_seam_and_keeps_magnitude():
-    """Directions just above and just below rightward have one colour, and twice the speed is twice the saturation in any company."""
+    """Directions just above and just below rightward have one colour, and twice the speed is twice
+    the saturation in any company."""
     pair = torch.tensor([[1.0, 1e-6], [1.0, -1e-6]])[None, None]
     colours = flow_to_colour(pair, 1.0)[0, :, 0]
     assert (colours[:, 0] - colours[:, 1]).abs().max() < 1e-4
@@ -86,7 +90,8 @@ def test_colour_has_no_seam_and_keeps_magnitude():
 
 
 def test_too_fast_motion_keeps_its_direction_and_is_counted():
-    """Flow beyond the radius comes back at the radius, and over_range says how much of the moving part that was."""
+    """Flow beyond the radius comes back at the radius, and over_range says how much of the moving
+    part that was."""
     flow = torch.zeros(1, 2, 2, 2)
     flow[0, 0, 0], flow[0, 1, 1] = torch.tensor([30.0, 40.0]), torch.tensor([3.0, 0.0])
     back = colour_to_flow(flow_to_colour(flow, 10.0), 10.0)
@@ -103,7 +108,8 @@ def test_resizing_scales_the_vectors():
 
 
 def test_camera_motion_is_found_under_a_moving_thing():
-    """An affine camera motion is recovered although a fifth of the picture moves otherwise; a still camera has none."""
+    """An affine camera motion is recovered although a fifth of the picture moves otherwise; a still
+    camera has none."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
     camera = torch.stack([2 + x, -1 + 0.5 * y - 0.3 * x], dim=-1)[None]
     flow = camera.clone()
@@ -113,7 +119,8 @@ def test_camera_motion_is_found_under_a_moving_thing():
 
 
 def test_planes_and_back_are_exact_and_opposite_motions_are_opposite_numbers():
-    """The linear code returns flow up to the radius, keeps the direction of what is faster, and changes sign with the motion."""
+    """The linear code returns flow up to the radius, keeps the direction of what is faster, and
+    changes sign with the motion."""
     flow = directions(5.0)
     assert (latent_action.planes_to_flow(latent_action.flow_to_planes(flow, 5.0), 5.0) - flow).norm(
         dim=-1
@@ -136,7 +143,8 @@ def test_planes_and_back_are_exact_and_opposite_motions_are_opposite_numbers():
 
 
 def test_presets_give_four_tokens():
-    """The full size has the paper's 4 x 512 features, the small one four tokens too; the toy has nine of 32, at the size of its world."""
+    """The full size has the paper's 4 x 512 features, the small one four tokens too; the toy has
+    nine of 32, at the size of its world."""
     for name, positions, features in (("toy", 9, 288), ("small", 4, 512), ("full", 4, 2048)):
         with torch.device("meta"):
             model = LatentActionModel(latent_action.PRESETS[name])
@@ -161,7 +169,8 @@ def test_shapes_of_the_way_there_and_back():
 
 
 def test_loss_equals_its_definition():
-    """With noise of almost no size the three terms are those of the docstring, and total is their weighted sum."""
+    """With noise of almost no size the three terms are those of the docstring, and total is their
+    weighted sum."""
     model = model_of(lambda_action=0.5, beta=0.01)
     torch.nn.init.constant_(model.encoder[-1].bias[14:], -40.0)  # clamped to -12
     tokens = torch.randn(4, 288, generator=torch.Generator().manual_seed(1))
@@ -182,7 +191,8 @@ def test_loss_equals_its_definition():
 
 
 def test_unlabelled_rows_feel_no_alignment():
-    """Masked labels, NaN included, change neither loss nor gradient; a batch without labels has alignment 0."""
+    """Masked labels, NaN included, change neither loss nor gradient; a batch without labels has
+    alignment 0."""
     model, tokens = model_of(), torch.randn(4, 288)
     actions, mask = unknown(4)
     mask[0] = True
@@ -197,7 +207,8 @@ def test_unlabelled_rows_feel_no_alignment():
 
 
 def test_dcae_is_frozen_unless_asked():
-    """By default no gradient reaches the DC-AE and its batch statistics stay; with finetune_dcae the picture loss trains it."""
+    """By default no gradient reaches the DC-AE and its batch statistics stay; with finetune_dcae
+    the picture loss trains it."""
     frozen, flow = model_of(), random_flow(2)
     frozen.train().loss(flow, *unknown(2))["total"].backward()
     assert all(p.grad is None for p in frozen.dcae.parameters()) and not frozen.dcae.training
@@ -222,7 +233,8 @@ def test_paper_form_reaches_the_encoder_through_the_frozen_decoder():
 
 
 def test_bad_labels_and_flow_are_refused():
-    """Labels of another length, NaN where the mask says known, flow that is not finite or of another shape: one clear error each."""
+    """Labels of another length, NaN where the mask says known, flow that is not finite or of
+    another shape: one clear error each."""
     model, tokens = model_of(), torch.randn(4, 288)
     actions, mask = unknown(4)
     with pytest.raises(ValueError, match=r"\(3, 3\)"):
@@ -239,7 +251,8 @@ def test_bad_labels_and_flow_are_refused():
 
 
 def test_save_and_load_give_the_same_latents_and_refuse_another_configuration(tmp_path):
-    """A file brings weights, statistics and configuration; asking for another interval or radius names the field."""
+    """A file brings weights, statistics and configuration; asking for another interval or radius
+    names the field."""
     model, flow = model_of(), random_flow(5)
     tokens = model.tokens(flow)
     model.fit_whitening(tokens)
@@ -269,7 +282,8 @@ def test_save_and_load_give_the_same_latents_and_refuse_another_configuration(tm
 
 
 def test_sampler_draws_a_tenth_labelled_and_resumes_anywhere():
-    """After n steps the labelled rows number n * share within 1; over seeds they average to it; a batch depends on seed and step only."""
+    """After n steps the labelled rows number n * share within 1; over seeds they average to it; a
+    batch depends on seed and step only."""
     labelled = torch.arange(100) < 20
     sampler = MixedSampler(labelled, batch=16, fraction=0.1, seed=3)
     counts = [labelled[sampler(step)].sum().item() for step in range(200)]
@@ -282,7 +296,8 @@ def test_sampler_draws_a_tenth_labelled_and_resumes_anywhere():
 
 
 def test_other_bodies_keep_the_motion():
-    """Shifted and thickened flow has the vectors of the original and no others, in at least as many places."""
+    """Shifted and thickened flow has the vectors of the original and no others, in at least as many
+    places."""
     flow = torch.zeros(6, 32, 32, 2)
     flow[:, 14:17, 14:17] = torch.tensor([2.0, -1.0])
     made = latent_action.other_bodies(flow, torch.Generator().manual_seed(0))
@@ -291,7 +306,8 @@ def test_other_bodies_keep_the_motion():
 
 
 def test_toy_labels_are_true_motion_and_only_some_may_be_used():
-    """A label is the motion over the interval by the most that the interval allows; hand, arm and gantry are unlabelled."""
+    """A label is the motion over the interval by the most that the interval allows; hand, arm and
+    gantry are unlabelled."""
     episodes = [record(level, 1, 0)[0] for level in (2, 4, 5, 6)]
     pairs = motions.toy_pairs(episodes, 3)
     row = (pairs.index == torch.tensor([3, 7])).all(dim=1).nonzero()[0, 0]
@@ -311,8 +327,8 @@ def test_toy_labels_are_true_motion_and_only_some_may_be_used():
 
 
 def test_alignment_makes_the_first_latents_the_motion():
-    """On toy features that hold the motion linearly, a short training recovers labels on unlabelled rows directly, without a probe; with
-    lambda 0 it does not."""
+    """On toy features that hold the motion linearly, a short training recovers labels on unlabelled
+    rows directly, without a probe; with lambda 0 it does not."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.rand(600, 3, generator=generator) * 2 - 1
     tokens = torch.cat([labels, torch.randn(600, 5, generator=generator)], dim=1) @ torch.randn(
@@ -333,7 +349,8 @@ def test_alignment_makes_the_first_latents_the_motion():
 
 
 def test_mirrors_turn_flow_and_labels_together():
-    """In a mirror a motion to the right is one to the left, of the mirrored pixel; the opening stays. All four mirrors occur."""
+    """In a mirror a motion to the right is one to the left, of the mirrored pixel; the opening
+    stays. All four mirrors occur."""
     flow, labels = torch.zeros(1, 8, 8, 2), torch.tensor([[0.3, -0.2, 0.5]])
     flow[0, 1, 2] = torch.tensor([3.0, -2.0])
     seen = set()
@@ -352,7 +369,8 @@ def test_mirrors_turn_flow_and_labels_together():
 
 @pytest.mark.parametrize("finetune", [False, True])
 def test_training_on_flow_tunes_the_dcae_only_if_asked(finetune):
-    """`fit` takes flow if pictures are reconstructed; the DC-AE changes with finetune_dcae alone, and statistics fit the final tokens."""
+    """`fit` takes flow if pictures are reconstructed; the DC-AE changes with finetune_dcae alone,
+    and statistics fit the final tokens."""
     model, flow = (
         model_of(finetune_dcae=finetune, reconstruct="picture", moving=10.0),
         random_flow(12),
@@ -368,7 +386,8 @@ def test_training_on_flow_tunes_the_dcae_only_if_asked(finetune):
 
 
 def test_toy_rows_begin_with_the_pairs_and_repeat_what_is_labelled():
-    """Rows 0 to N are the pairs; those after are labelled, the rare motions of the gripper among them more often."""
+    """Rows 0 to N are the pairs; those after are labelled, the rare motions of the gripper among
+    them more often."""
     pairs = motions.toy_pairs(
         [record(level, 1, 0, pictures=False)[0] for level in (2, 6)], 3, every=4
     )
@@ -386,7 +405,8 @@ def test_toy_rows_begin_with_the_pairs_and_repeat_what_is_labelled():
 
 
 def test_pretraining_lowers_the_picture_loss():
-    """A few steps of DC-AE training on toy flow beat the untrained DC-AE, and leave it frozen and in eval mode."""
+    """A few steps of DC-AE training on toy flow beat the untrained DC-AE, and leave it frozen and
+    in eval mode."""
     flow = motions.toy_pairs(record(6, 2, 0), 3).flow
     model, before = model_of(), model_of()
     pretrain.pretrain_dcae(model, flow, steps=20, batch=8)
@@ -402,7 +422,8 @@ def test_pretraining_lowers_the_picture_loss():
 
 
 def test_encoded_episodes_are_dense_and_follow_the_interval():
-    """One row per step; rows equal the model on the true flow of i to i + 3; another interval is refused."""
+    """One row per step; rows equal the model on the true flow of i to i + 3; another interval is
+    refused."""
     model, episodes = model_of(), record(6, 2, 0)
     latents = motions.encode_episodes(model, episodes, 3, standardise=False)
     assert [len(z) for z in latents] == [len(e.motion) - 1 for e in episodes]
@@ -413,7 +434,8 @@ def test_encoded_episodes_are_dense_and_follow_the_interval():
 
 
 def test_camera_compensation_takes_the_camera_off():
-    """A clip seen by a moving camera encodes, compensated, as the clip of a still one, and the figures say how much was the camera's."""
+    """A clip seen by a moving camera encodes, compensated, as the clip of a still one, and the
+    figures say how much was the camera's."""
     model, flow = model_of(), torch.zeros(2, 32, 32, 2)
     flow[:, 10:16, 10:16, 0] = 3.0
     valid = torch.ones(2, dtype=torch.bool)

@@ -1,4 +1,5 @@
-"""Videos to latent actions: an export that never writes a silent row, tokens to train on, and a LeRobot column."""
+"""Videos to latent actions: an export that never writes a silent row, tokens to train on, and a
+LeRobot column."""
 
 import json
 
@@ -27,7 +28,8 @@ def model_of(seed: int = 0) -> latent_action.LatentActionModel:
 
 
 class Shifts:
-    """A flow estimator that knows the answer: every pixel moves by the difference of the first pixels' red, in units of 1/10."""
+    """A flow estimator that knows the answer: every pixel moves by the difference of the first
+    pixels' red, in units of 1/10."""
 
     name = "shifts"
 
@@ -49,7 +51,8 @@ def film(n: int, blank: int | None = None) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("composed", [False, True])
 def test_measured_rows_do_not_depend_on_chunks_and_mark_what_is_not_real(composed):
-    """Row i is the motion from frame i to i + 3, over any chunk size, direct or composed; the last two rows end early and are not valid."""
+    """Row i is the motion from frame i to i + 3, over any chunk size, direct or composed; the last
+    two rows end early and are not valid."""
     results = []
     for chunk in (4, 5, 100):
         parts = list(latents.measured_flows(iter(film(12)), Shifts(), 3, composed, chunk))
@@ -71,7 +74,8 @@ def encode(*args) -> None:
 
 
 def test_export_of_the_toy_writes_resumes_and_refuses_a_mixture(tmp_path, capsys):
-    """Official folder and keys, statistics and summary; a second run keeps the files, and another way of measuring is refused."""
+    """Official folder and keys, statistics and summary; a second run keeps the files, and another
+    way of measuring is refused."""
     model_of().save(tmp_path / "m.safetensors", {"step": "0"})
     args = (
         "--weights",
@@ -120,7 +124,8 @@ def write_video(path, frames: np.ndarray) -> None:
 
 
 def test_bad_videos_are_skipped_with_a_reason_each(tmp_path):
-    """Of a good, a corrupt, a cut, a one-frame and a one-colour video the good one is encoded and the others are named in the summary."""
+    """Of a good, a corrupt, a cut, a one-frame and a one-colour video the good one is encoded and
+    the others are named in the summary."""
     pytest.importorskip("cv2")
     frames = record(6, 1, 0)[0].frames[:8].repeat(2, axis=1).repeat(2, axis=2)
     videos = tmp_path / "videos"
@@ -167,7 +172,8 @@ def clip(flow: torch.Tensor, labels: torch.Tensor | None = None) -> latents.Clip
 
 
 def test_flow_that_is_not_finite_is_a_skip_and_flow_too_fast_is_counted(tmp_path):
-    """A clip whose estimator failed is named with its reason; of another the share beyond the colour range is in the summary."""
+    """A clip whose estimator failed is named with its reason; of another the share beyond the
+    colour range is in the summary."""
     good, bad = torch.zeros(5, 48, 48, 2), torch.full((5, 48, 48, 2), float("nan"))
     good[:, 10:20, 10:20, 0], good[:, 20:30, 20:30, 1] = 5.0, 50.0
     summary = latents.export(model_of(), {"good": clip(good), "bad": clip(bad)}, tmp_path, {})
@@ -182,7 +188,8 @@ def test_flow_that_is_not_finite_is_a_skip_and_flow_too_fast_is_counted(tmp_path
 
 
 def test_labels_that_do_not_fit_are_a_skip(tmp_path):
-    """Labels of another length, or NaN in a dimension that is known, skip the clip; a dimension that is NaN throughout is one it lacks."""
+    """Labels of another length, or NaN in a dimension that is known, skip the clip; a dimension
+    that is NaN throughout is one it lacks."""
     flow, labels = torch.zeros(5, 48, 48, 2), torch.zeros(5, 3)
     flow[:, 5:9, 5:9] = 2.0
     lacks, holes = labels.clone(), labels.clone()
@@ -211,7 +218,8 @@ def test_labels_that_do_not_fit_are_a_skip(tmp_path):
 
 
 def test_tokens_of_videos_train_the_encoder(tmp_path, capsys):
-    """pretrain, tokens and train.py --stage latent --cache in turn, on the toy as on videos: the encoder's file has the DC-AE it used."""
+    """pretrain, tokens and train.py --stage latent --cache in turn, on the toy as on videos: the
+    encoder's file has the DC-AE it used."""
     toy = ("--data", "toy", "--flow", "true", "--labelled", "--level", "4,5", "--episodes", "1")
     latents.main(
         [
@@ -272,7 +280,8 @@ def test_tokens_of_videos_train_the_encoder(tmp_path, capsys):
 
 @pytest.mark.parametrize("version", ["v3.0", "v2.1"])
 def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
-    """The copy is a faultless dataset whose rows hold the exported latents; the last row and a broken episode are marked not valid."""
+    """The copy is a faultless dataset whose rows hold the exported latents; the last row and a
+    broken episode are marked not valid."""
     pytest.importorskip("cv2"), pytest.importorskip("av")
     pq = pytest.importorskip("pyarrow.parquet")
     films = [e.frames[:9].repeat(2, axis=1).repeat(2, axis=2) for e in record(6, 2, 0)]
@@ -342,7 +351,8 @@ def test_a_lerobot_dataset_gets_a_column(tmp_path, version):
 
 
 def test_a_share_of_the_clips_keeps_its_labels(tmp_path):
-    """Every second of four, and those files are of no other share; where all are labelled, stage latent says what to do."""
+    """Every second of four, and those files are of no other share; where all are labelled, stage
+    latent says what to do."""
     some = (
         "tokens",
         "--data",
@@ -382,7 +392,8 @@ def test_a_share_of_the_clips_keeps_its_labels(tmp_path):
 
 
 def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
-    """A label is state[i + interval] - state[i] by its root mean square; a slot of -1 or a state that never moves is masked."""
+    """A label is state[i + interval] - state[i] by its root mean square; a slot of -1 or a state
+    that never moves is masked."""
     pytest.importorskip("av")
     states = np.stack([np.arange(8.0) ** 2, np.ones(8), np.arange(8.0)], axis=1)
     films = [np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)]
@@ -401,7 +412,8 @@ def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
 
 
 def test_dpflow_by_name_fetches_its_weights_and_says_their_licence(tmp_path, monkeypatch, capsys):
-    """`--flow things` asks for the named file, and the licence is printed wherever the weights come from."""
+    """`--flow things` asks for the named file, and the licence is printed wherever the weights come
+    from."""
     loaded = []
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, hash_prefix: None)

@@ -19,7 +19,8 @@ def script(name: str):
 
 
 def test_demonstrations_needed_are_read_from_the_curve():
-    """Half-way in log n between 10 and 40 is 20; beyond the curve its ends count; a curve at half the counts saves 2."""
+    """Half-way in log n between 10 and 40 is 20; beyond the curve its ends count; a curve at half
+    the counts saves 2."""
     downstream, counts = script("downstream"), np.array([10, 20, 40, 80])
     rates = np.array([0.2, 0.4, 0.6, 0.8])
     assert math.isclose(downstream.needed(np.array([10, 40]), np.array([0.2, 0.6]), 0.4), 20)
@@ -48,7 +49,8 @@ def test_demonstrations_needed_are_read_from_the_curve():
 
 @pytest.mark.long
 def test_the_downstream_experiment_runs_stops_and_goes_on(tmp_path, capsys):
-    """All cells of one seed at the smallest size; a second run trains nothing, and other settings are refused."""
+    """All cells of one seed at the smallest size; a second run trains nothing, and other settings
+    are refused."""
     downstream = script("downstream")
     args = [
         "--run",
@@ -98,7 +100,8 @@ def test_the_downstream_experiment_runs_stops_and_goes_on(tmp_path, capsys):
 
 @pytest.mark.long
 def test_the_evidence_is_one_command(tmp_path):
-    """Every variant, body and baseline has its row, with the command and the numbers in json and a picture beside."""
+    """Every variant, body and baseline has its row, with the command and the numbers in json and a
+    picture beside."""
     script("evidence").main(
         ["--out", str(tmp_path), "--seeds", "1", "--episodes", "4", "--steps", "3"]
     )

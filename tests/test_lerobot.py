@@ -78,12 +78,13 @@ def whole(tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-# -- what is written is read back -------------------------------------------------------------------------------------------
+# -- what is written is read back -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["v3.0", "v2.1", "v3.0-images", "v2.1-images"])
 def test_what_is_written_is_read_back(whole, kind):
-    """Actions, states and tasks are equal to the last bit, and every picture is the one of its row, in any order of access."""
+    """Actions, states and tasks are equal to the last bit, and every picture is the one of its row,
+    in any order of access."""
     dataset, order = opened(whole[kind]), np.random.default_rng(0)
     assert (
         dataset.check() == []
@@ -109,7 +110,8 @@ def test_what_is_written_is_read_back(whole, kind):
     [(("g", "2"),), (("g", "30"),), (("g", "12"), ("bf", "3")), (("g", "250"), ("bf", "2"))],
 )
 def test_pictures_are_exact_with_any_key_frames_and_with_b_frames(tmp_path, options):
-    """One mp4 holds three episodes; forwards, backwards and in leaps, each time gives its own picture."""
+    """One mp4 holds three episodes; forwards, backwards and in leaps, each time gives its own
+    picture."""
     write_v3(tmp_path / "d", episodes((40, 30, 50), ("one",)), 29.97, Storage(options=options))
     dataset, rng = opened(tmp_path / "d"), np.random.default_rng(1)
     for e, n in enumerate((40, 30, 50)):
@@ -135,8 +137,8 @@ def test_a_lossless_codec_returns_the_same_pictures(tmp_path):
 
 @pytest.mark.parametrize("version", WRITERS)
 def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, version):
-    """Labels come back under their names and change nothing else; numbers that are not finite, or too few of them, are refused, and so are
-    names that do not fit."""
+    """Labels come back under their names and change nothing else; numbers that are not finite, or
+    too few of them, are refused, and so are names that do not fit."""
     plain = list(episodes(cameras=("one",)))
     labels = [
         {"cup x": np.arange(len(states)) / 8, "cup y": np.zeros(len(states))}
@@ -170,7 +172,8 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, versio
 
 
 def test_v3_files_roll_over_and_number_on(tmp_path):
-    """With tiny limits every episode has its own files, in folders of two; data and video roll by themselves."""
+    """With tiny limits every episode has its own files, in folders of two; data and video roll by
+    themselves."""
     write_v3(
         tmp_path / "d",
         episodes(cameras=("one",)),
@@ -189,7 +192,8 @@ def test_v3_files_roll_over_and_number_on(tmp_path):
 
 
 def test_times_become_the_nearest_rows_and_the_rest_is_masked(whole):
-    """At 10 rows per second from 0.5 s on: exact times, times between rows, times before the start and past the end."""
+    """At 10 rows per second from 0.5 s on: exact times, times between rows, times before the start
+    and past the end."""
     seen = opened(whole["v3.0"]).window(
         1, 0.5, [0, 0.1, 0.34, -0.6, 0.8, 0.9], [0, 0.26, 0.8, 0.9, 5]
     )
@@ -234,11 +238,12 @@ def test_windows_decoded_by_threads_equal_windows_alone(whole):
         ) and np.array_equal(a.actions, b.actions)
 
 
-# -- choices, layouts, the hub ----------------------------------------------------------------------------------------------
+# -- choices, layouts, the hub --------------------------------------------------------------------
 
 
 def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
-    """In a process of its own, for it used to crash there: comparing keys, and the end of an item, let other threads in halfway."""
+    """In a process of its own, for it used to crash there: comparing keys, and the end of an item,
+    let other threads in halfway."""
     code = """if True:
         import sys, threading
         from pathlib import Path
@@ -271,7 +276,8 @@ def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
 
 
 def test_the_t_layout_has_the_official_sizes():
-    """240 x 320 with halved wrists is 360 x 320, centred on 384 x 320 with 12 black rows; three 480 x 640 cameras give the same."""
+    """240 x 320 with halved wrists is 360 x 320, centred on 384 x 320 with 12 black rows; three 480
+    x 640 cameras give the same."""
 
     def flat(value, *size):
         return np.full((*size, 3), value, np.uint8)
@@ -312,7 +318,8 @@ def test_resizing_agrees_with_opencv():
 
 
 def test_defaults_are_chosen_and_printed(whole, capsys):
-    """State, action and all cameras without being asked; the T-layout finds its three by name; a prefix stands before the task."""
+    """State, action and all cameras without being asked; the T-layout finds its three by name; a
+    prefix stands before the task."""
     dataset = LeRobotDataset.open(whole["v2.1"])
     assert (dataset.state_key, dataset.action_key, dataset.cameras) == (
         "observation.state",
@@ -358,13 +365,15 @@ def test_defaults_are_chosen_and_printed(whole, capsys):
     ],
 )
 def test_a_mapping_that_does_not_fit_is_refused(whole, mapping, named):
-    """Misspelt fields, columns that are not there or of the wrong kind, cameras twice, too few or left for right."""
+    """Misspelt fields, columns that are not there or of the wrong kind, cameras twice, too few or
+    left for right."""
     with pytest.raises(ValueError, match=named):
         opened(whole["v3.0"], mapping)
 
 
 def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
-    """USER/NAME@REVISION is asked of the hub, snapshots may link to their blobs, and a missing package is said plainly."""
+    """USER/NAME@REVISION is asked of the hub, snapshots may link to their blobs, and a missing
+    package is said plainly."""
     asked = []
     hub = types.SimpleNamespace(
         snapshot_download=lambda *a, **k: asked.append((a, k["revision"])) or str(whole["v3.0"])
@@ -386,7 +395,8 @@ def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
 
 
 def test_a_hub_snapshot_may_link_to_its_blobs_and_nowhere_else(whole, tmp_path):
-    """The cache keeps every file under blobs/ and links to it; the same link is refused anywhere else."""
+    """The cache keeps every file under blobs/ and links to it; the same link is refused anywhere
+    else."""
     root, blobs = tmp_path / "datasets--u--n/snapshots/abc", tmp_path / "datasets--u--n/blobs"
     shutil.copytree(whole["v3.0"], root)
     blobs.mkdir()
@@ -399,7 +409,7 @@ def test_a_hub_snapshot_may_link_to_its_blobs_and_nowhere_else(whole, tmp_path):
         opened(tmp_path / "elsewhere/snap")
 
 
-# -- writing refuses --------------------------------------------------------------------------------------------------------
+# -- writing refuses ------------------------------------------------------------------------------
 
 
 GOOD = list(episodes((4,), ("one",)))[0]
@@ -430,9 +440,10 @@ def test_bad_episodes_are_not_written(tmp_path, version, bad, named):
         WRITERS[version](tmp_path / "d", [GOOD], FPS)
 
 
-# -- the lerobot package itself ---------------------------------------------------------------------------------------------
+# -- the lerobot package itself -------------------------------------------------------------------
 
-# Run by a Python that has lerobot (0.4.4 for v3.0, 0.3.2 for v2.1). Videos are decoded by PyAV, so that torchcodec is not needed.
+# Run by a Python that has lerobot (0.4.4 for v3.0, 0.3.2 for v2.1). Videos are decoded by PyAV, so
+# that torchcodec is not needed.
 ORACLE = """
 import sys
 import av, numpy as np, torch
@@ -454,8 +465,9 @@ np.savez(sys.argv[2], **{k: np.stack([np.asarray(row[k]) for row in rows]) for k
 
 @pytest.mark.parametrize("kind", ["v3.0", "v2.1", "v3.0-images", "v2.1-images"])
 def test_the_lerobot_package_reads_the_same(whole, tmp_path, kind):
-    """What is written here opens there, and gives the same state, chunks, padding, task and pixels. LEROBOT_V30 and LEROBOT_V21 in
-    the environment are paths of Pythons that import those lerobots."""
+    """What is written here opens there, and gives the same state, chunks, padding, task and pixels.
+    LEROBOT_V30 and LEROBOT_V21 in the environment are paths of Pythons that import those lerobots.
+    """
     python = os.environ.get("LEROBOT_" + kind[:4].upper().replace(".", ""))
     if not python:
         pytest.skip("no lerobot at hand")
@@ -482,7 +494,7 @@ def test_the_lerobot_package_reads_the_same(whole, tmp_path, kind):
             )
 
 
-# -- mutants: what is broken is named ---------------------------------------------------------------------------------------
+# -- mutants: what is broken is named -------------------------------------------------------------
 
 
 def edit_info(**changes):
@@ -1129,7 +1141,8 @@ SEEN_BY_CHECK_ALONE = {"a dimension that never moves", "an episode twice", "two 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_dataset_is_refused_by_name(whole, tmp_path, mutant):
-    """Each fault ends in a ValueError that names dataset, episode, field and remedy, within two seconds and 200 MB."""
+    """Each fault ends in a ValueError that names dataset, episode, field and remedy, within two
+    seconds and 200 MB."""
     kind, mutate, named = MUTANTS[mutant]
     root = tmp_path / "mutant"
     shutil.copytree(whole[kind], root)

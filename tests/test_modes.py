@@ -1,4 +1,5 @@
-"""The five modes, by information flow through the real network and by truth on a problem whose answers are known in closed form."""
+"""The five modes, by information flow through the real network and by truth on a problem whose
+answers are known in closed form."""
 
 import math
 from dataclasses import replace
@@ -12,12 +13,13 @@ from motus import Inputs, Motus, preset
 
 MODES = tuple(flow.MODES)
 
-# -- information flow -------------------------------------------------------------------------------------------------------
+# -- information flow -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def model() -> Motus:
-    """Two layers with random weights everywhere, the heads included, so that everything reaches everything."""
+    """Two layers with random weights everywhere, the heads included, so that everything reaches
+    everything."""
     torch.manual_seed(0)
     toy = preset("toy")
     return Motus(replace(toy, video=replace(toy.video, layers=2))).eval()
@@ -59,7 +61,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_pinned_stays_bit_identical_through_the_loop(model, monkeypatch, mode):
-    """Every evaluation sees the same noise at t = 1, or the same given data at t = 0, while what is denoised goes down the clock."""
+    """Every evaluation sees the same noise at t = 1, or the same given data at t = 0, while what is
+    denoised goes down the clock."""
     calls, row, inputs, noise = [], flow.MODES[mode], given(model), noises(model)
     euler = flow.sample
     monkeypatch.setattr(
@@ -98,7 +101,8 @@ def test_a_mode_returns_what_it_denoises_and_nothing_else(model, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_given_moves_the_output_and_what_is_not_given_cannot(model, mode):
-    """Another future moves the output exactly where the mode is given the video, another action where it is given the actions."""
+    """Another future moves the output exactly where the mode is given the video, another action
+    where it is given the actions."""
     inputs, noise, row = given(model), noises(model), flow.MODES[mode]
     before = outcome(model, mode, inputs, noise)
     future = inputs.latents.clone()
@@ -113,7 +117,8 @@ def test_what_is_given_moves_the_output_and_what_is_not_given_cannot(model, mode
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_noise_of_a_pinned_modality_enters_and_that_of_a_given_one_does_not(model, mode):
-    """Noise moves the output unless the modality is given; a modality at t = 1 enters through its noise alone."""
+    """Noise moves the output unless the modality is given; a modality at t = 1 enters through its
+    noise alone."""
     inputs, noise, row = given(model), noises(model), flow.MODES[mode]
     before = outcome(model, mode, inputs, noise)
     for name, what in (("video_noise", row.video), ("action_noise", row.action)):
@@ -169,8 +174,8 @@ def counting(model: Motus, monkeypatch) -> dict[str, int]:
 def test_action_first_evaluates_the_whole_network_in_its_joint_steps_alone(
     model, monkeypatch, mode, joint, expected
 ):
-    """k joint steps, then the action expert alone; k = 0 takes one look of the video without the actions. An unfinished video is not
-    returned, and with all steps joint nothing changes."""
+    """k joint steps, then the action expert alone; k = 0 takes one look of the video without the
+    actions. An unfinished video is not returned, and with all steps joint nothing changes."""
     inputs, noise = given(model), noises(model)
     plain = model.sample(inputs, mode, 4, **noise)
     calls = counting(model, monkeypatch)
@@ -218,8 +223,8 @@ def test_padding_to_buckets_changes_nothing(model):
 
 
 def test_one_graph_without_breaks_serves_all_five_modes(model, monkeypatch):
-    """The compiler's counters: one graph for all modes and lengths of a bucket, a second and third for action-first, no break, no second
-    compilation; and the samples are those of eager."""
+    """The compiler's counters: one graph for all modes and lengths of a bucket, a second and third
+    for action-first, no break, no second compilation; and the samples are those of eager."""
     from torch._dynamo.utils import counters
 
     inputs, noise = given(model), noises(model)
@@ -263,7 +268,7 @@ def test_a_mode_that_lacks_what_it_is_given_says_so(model):
         model.sample(replace(inputs, latents=inputs.latents[:, :, :1]), "idm", 1)
 
 
-# -- truth ------------------------------------------------------------------------------------------------------------------
+# -- truth ----------------------------------------------------------------------------------------
 # (observation, future, actions) are jointly Gaussian, two numbers each. Given the observation, z = (future, actions) ~ N(m, S), and with
 # x = D z + N e, D = diag(1 - t), N = diag(t), e standard normal, the exact velocity is linear in x:
 #
@@ -293,7 +298,8 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def exact_velocity(video, action, t_video, t_action):
-    """The velocity a perfect network would predict; video (B, 2, 2, 1, 1) with the observation in frame 0, action (B, 2, 1)."""
+    """The velocity a perfect network would predict; video (B, 2, 2, 1, 1) with the observation in
+    frame 0, action (B, 2, 1)."""
     _, mean, covariance = problem()
     x = torch.cat([video[:, :, 1, 0, 0], action[:, :, 0]], dim=1)
     t = torch.stack([t_video[0], t_video[0], t_action[0], t_action[0]]).double()
@@ -332,10 +338,11 @@ TRUTH = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_with_the_exact_velocity_each_mode_samples_its_conditional(mode):
-    """Joint, p(v, a | o); VLA and VGM marginalise what stays noise; world model and IDM condition on what is given: 3 percent at 200 steps.
+    """Joint, p(v, a | o); VLA and VGM marginalise what stays noise; world model and IDM condition
+    on what is given: 3 percent at 200 steps.
 
-    The sampler is affine in the noise here, so eight points with mean 0 and covariance 1 give the mean and covariance of its output
-    as infinitely many draws would."""
+    The sampler is affine in the noise here, so eight points with mean 0 and covariance 1 give the
+    mean and covariance of its output as infinitely many draws would."""
     points, row = (
         torch.cat([2 * torch.eye(4), -2 * torch.eye(4)]).double(),
         flow.MODES[mode]._asdict(),

@@ -90,7 +90,8 @@ def test_padded_understanding_tokens_change_nothing():
 
 
 def test_padded_text_rows_collapse_into_one_key_exactly():
-    """Padding the text to its official length with zeros, as the official code does, gives the same velocities."""
+    """Padding the text to its official length with zeros, as the official code does, gives the same
+    velocities."""
     model, inputs = model_of(), inputs_of()
     padded = torch.cat(
         [inputs.context, torch.zeros(2, TINY.video.text_len - 4, TINY.video.text_dim)], dim=1
@@ -155,7 +156,8 @@ def test_cached_text_keys_equal_those_made_in_the_layer():
 
 
 def test_what_is_given_carries_no_loss():
-    """A sample whose video is given enters the mean of the action loss alone, and the other way round."""
+    """A sample whose video is given enters the mean of the action loss alone, and the other way
+    round."""
     losses = Losses(
         torch.tensor([100.0, 2.0, 4.0]),
         torch.tensor([1.0, 100.0, 3.0]),
@@ -180,7 +182,8 @@ def test_without_actions_the_video_expert_runs_alone_and_equals_wan():
 
 @pytest.mark.parametrize("attention", ["plain", "sdpa"])
 def test_bf16_weights_keep_their_fp32_islands(attention, monkeypatch):
-    """bf16 weights give an fp32 video velocity and a bf16 action velocity within bf16 rounding of the fp32 run."""
+    """bf16 weights give an fp32 video velocity and a bf16 action velocity within bf16 rounding of
+    the fp32 run."""
     monkeypatch.setenv("MOTUS_ATTENTION", attention)
     model, inputs = model_of(), inputs_of()
     exact = velocity(model, inputs)

@@ -1,4 +1,5 @@
-"""Official Motus folders: read as the official code reads them, converted both ways, and refused by name where broken."""
+"""Official Motus folders: read as the official code reads them, converted both ways, and refused by
+name where broken."""
 
 import json
 import os
@@ -88,12 +89,13 @@ def card(where: Path, **source) -> Path:
     return where / "card.json"
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 def test_robotwin_windows_are_those_of_the_official_code(whole, tmp_path):
-    """Official indices, written out: action i is qpos[c + 3 (i + 1)], clamped to the last; frame j is at action (j + 1) 2 - 1; the state
-    is qpos[c]; no normalisation. What they repeat past the end is masked here."""
+    """Official indices, written out: action i is qpos[c + 3 (i + 1)], clamped to the last; frame j
+    is at action (j + 1) 2 - 1; the state is qpos[c]; no normalisation. What they repeat past the
+    end is masked here."""
     pyramid = Pyramid(card(tmp_path, path=str(whole["robotwin"]), normalise="none"), name="full")
     files = [(str(leaf), name) for leaf, name in pyramid.opened[0].reader.files]
     for episode, c in (
@@ -126,7 +128,8 @@ def test_robotwin_windows_are_those_of_the_official_code(whole, tmp_path):
 
 
 def test_robotwin_tasks_are_drawn_alike_and_wordings_vary(whole):
-    """Clean and randomized episodes of a task are one pool; windows of an episode meet each of its wordings."""
+    """Clean and randomized episodes of a task are one pool; windows of an episode meet each of its
+    wordings."""
     pyramid = Pyramid(whole["robotwin"], name="full")
     rows = pyramid.draw(600, 0, 0)
     doors = [e for e in range(4) if pyramid.opened[0].reader.group(e) == "open_door"]
@@ -176,7 +179,7 @@ def test_latent_actions_are_taken_at_the_video_rate(whole, tmp_path):
     )
 
 
-# -- converting -------------------------------------------------------------------------------------------------------------
+# -- converting -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["robotwin", "ac_one"])
@@ -252,7 +255,7 @@ def test_three_cameras_are_written_as_the_t_layout(tmp_path):
     assert reader.texts(0) == [ROBOTWIN_SCENE + "fold it"] and is_official(tmp_path / "out")
 
 
-# -- mutants ----------------------------------------------------------------------------------------------------------------
+# -- mutants --------------------------------------------------------------------------------------
 
 LEAF = "clean/lift_cup"
 

@@ -1,4 +1,5 @@
-"""The plan: what it says of memory and FLOPs is what a traced training step needs, and what does not fit is refused with a remedy."""
+"""The plan: what it says of memory and FLOPs is what a traced training step needs, and what does
+not fit is refused with a remedy."""
 
 import math
 import re
@@ -27,7 +28,8 @@ QUICK = [
 
 
 class Alive(TorchDispatchMode):
-    """The slow, obvious meter: after every operation, the sum over all storages that are alive, at the size they have now."""
+    """The slow, obvious meter: after every operation, the sum over all storages that are alive, at
+    the size they have now."""
 
     def __init__(self, existing):
         super().__init__()
@@ -54,7 +56,8 @@ class Alive(TorchDispatchMode):
 
 @pytest.fixture
 def ranks():
-    """A mesh of as many ranks as asked for, of which only this one exists: collectives have shapes and no effect."""
+    """A mesh of as many ranks as asked for, of which only this one exists: collectives have shapes
+    and no effect."""
 
     def mesh(world: int):
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -65,7 +68,8 @@ def ranks():
 
 
 def traced(name: str, mesh, micro: int, checkpointing: str) -> float:
-    """Bytes of one rank at the worst moment of a training step under FSDP2, with what AdamW and the EMA hold."""
+    """Bytes of one rank at the worst moment of a training step under FSDP2, with what AdamW and the
+    EMA hold."""
     stage = STAGES["3"]
     with plan.fake_model(motus.preset(name), "fp32") as model:
         inputs, noise = plan.fake_inputs(model.config, SAMPLES[name], micro, acting=True)
@@ -92,7 +96,8 @@ def deep(monkeypatch, name: str, layers: int) -> str:
 
 
 def test_stages_are_those_that_train():
-    """The plan's table of stages and that of train.py agree on what is trained and on the form of the network."""
+    """The plan's table of stages and that of train.py agree on what is trained and on the form of
+    the network."""
     for key, stage in train.STAGES.items():
         assert (
             STAGES[key].experts == stage.experts and STAGES[key].form["finetune"] == stage.finetune
@@ -101,7 +106,8 @@ def test_stages_are_those_that_train():
 
 @pytest.mark.parametrize("checkpointing", QUICK)
 def test_four_small_steps_give_any_size(monkeypatch, checkpointing):
-    """Saved bytes and FLOPs of 6 layers and 7 samples follow exactly from 4 and 5 layers, 2 and 64 samples; the worst moment nearly."""
+    """Saved bytes and FLOPs of 6 layers and 7 samples follow exactly from 4 and 5 layers, 2 and 64
+    samples; the worst moment nearly."""
     config, stage = motus.preset(deep(monkeypatch, "toy", 6)), STAGES["3"]
     direct = plan.measure(config, stage, SAMPLES["toy"], 7, checkpointing)
     curve = plan.curve("toy", "3", checkpointing, "fp32").at(6, 7)
@@ -157,7 +163,8 @@ def test_the_step_of_preset_small_needs_what_is_planned(ranks, checkpointing, mi
 def test_the_full_step_on_eight_ranks_needs_what_is_planned(
     monkeypatch, ranks, checkpointing, micro
 ):
-    """Within 5 %: layers of full width are traced at two depths under FSDP2 on eight ranks, and continued to thirty."""
+    """Within 5 %: layers of full width are traced at two depths under FSDP2 on eight ranks, and
+    continued to thirty."""
     mesh = ranks(8)
     four, five = (
         traced(deep(monkeypatch, "full", layers), mesh, micro, checkpointing) for layers in (4, 5)
@@ -217,7 +224,8 @@ def test_too_little_memory_is_refused_with_what_would_fit(policies):
 
 
 def test_the_report_says_all_that_it_promises(policies, capsys):
-    """Parameters, bytes, policies with micro-batch and samples/s, stages with GPU-hours; weights are halved on twice the ranks."""
+    """Parameters, bytes, policies with micro-batch and samples/s, stages with GPU-hours; weights
+    are halved on twice the ranks."""
     train.main(["--plan", "--preset", "toy", "--gpus", "2", "--memory", "1"])
     said = capsys.readouterr().out
     video = sum(p.numel() for p in plan.meta_model("toy", "3").video.parameters())

@@ -1,4 +1,5 @@
-"""Published weights in the model: every layout and stage, the frozen backbones, prepared text, caches, memory, and what is refused."""
+"""Published weights in the model: every layout and stage, the frozen backbones, prepared text,
+caches, memory, and what is refused."""
 
 import json
 import shutil
@@ -88,12 +89,13 @@ def edit(folder: Path, change) -> Path:
     return folder
 
 
-# -- the model --------------------------------------------------------------------------------------------------------------
+# -- the model ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", FORMS)
 def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
-    """Our checkpoint, its official export, that converted to one file, and that file in a folder are one model of one stage."""
+    """Our checkpoint, its official export, that converted to one file, and that file in a folder
+    are one model of one stage."""
     model, own = checkpoint(tmp_path / "run" / "step_000001", stage)
     layouts.export(own / "ema.safetensors", tmp_path / "official", dtype=torch.float32)
     layouts.convert(tmp_path / "official", tmp_path / "converted" / "motus.safetensors")
@@ -114,7 +116,8 @@ def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
 
 
 def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
-    """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; `dtype` decides otherwise."""
+    """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; `dtype`
+    decides otherwise."""
     layouts.export(
         checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors", tmp_path / "official"
     )
@@ -131,7 +134,8 @@ def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
 def test_files_of_the_official_code_load_with_the_config_that_its_trainer_writes(
     tmp_path, name, stage
 ):
-    """Sizes come from shapes and from the five sections of the official config.json, with 1e-5 left as text by a yaml reader."""
+    """Sizes come from shapes and from the five sections of the official config.json, with 1e-5 left
+    as text by a yaml reader."""
     size = json.loads((GOLDEN / f"{name}.json").read_text())
     shutil.copy(
         GOLDEN / f"{name}.mp_rank_00_model_states.pt", tmp_path / "mp_rank_00_model_states.pt"
@@ -193,7 +197,8 @@ def test_files_of_the_official_code_load_with_the_config_that_its_trainer_writes
 
 
 def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Path]]:
-    """One random video expert as published: one file, shards, the diffusers layout, a .pt of Motus' stage 1, and converted."""
+    """One random video expert as published: one file, shards, the diffusers layout, a .pt of Motus'
+    stage 1, and converted."""
     torch.manual_seed(0)
     model = WanModel(config)
     model.init_weights()
@@ -254,7 +259,8 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
 def test_a_video_expert_loads_from_every_layout_and_the_rest_starts_fresh_and_says_so(
     tmp_path, capsys
 ):
-    """Original, sharded, diffusers, converted and `dit.` files give one video expert; the others are real, initialised, and named."""
+    """Original, sharded, diffusers, converted and `dit.` files give one video expert; the others
+    are real, initialised, and named."""
     config = replace(TINY.video, text_len=512)
     wan, paths = wan_folders(tmp_path, config)
     g = torch.Generator().manual_seed(1)
@@ -355,7 +361,8 @@ def official(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_whatever_is_wrong_with_published_weights_is_one_clear_error(official, tmp_path, wrong):
-    """Missing fields, sizes that contradict the tensors, parts that are not there: one ValueError that names them."""
+    """Missing fields, sizes that contradict the tensors, parts that are not there: one ValueError
+    that names them."""
     break_it, message = WRONG[wrong]
     break_it(shutil.copytree(official, tmp_path / "copy"))
     with pytest.raises(ValueError, match=message):
@@ -363,7 +370,8 @@ def test_whatever_is_wrong_with_published_weights_is_one_clear_error(official, t
 
 
 def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
-    """No tensor of Wan shows its heads; only the published sizes may go without a config. Text encoders make no model."""
+    """No tensor of Wan shows its heads; only the published sizes may go without a config. Text
+    encoders make no model."""
     _, paths = wan_folders(tmp_path, TINY.video)
     for change, message in (
         (lambda c: c.pop("num_heads"), "num_heads or num_attention_heads is missing"),
@@ -380,7 +388,8 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
 
 
 def test_our_own_card_is_checked_by_itself(tmp_path):
-    """Bad json, missing keys, unknown keys and values of the wrong kind: a ValueError that names the file."""
+    """Bad json, missing keys, unknown keys and values of the wrong kind: a ValueError that names
+    the file."""
     good = json.loads(Card(TINY, "3").as_json())
     changed = [
         json.dumps(good | {"motus": good["motus"] | change})
@@ -400,7 +409,8 @@ def test_our_own_card_is_checked_by_itself(tmp_path):
 
 
 def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
-    """A key of HUB or its repository leads to the folder weights/KEY; what lies there complete is not fetched again."""
+    """A key of HUB or its repository leads to the folder weights/KEY; what lies there complete is
+    not fetched again."""
     calls = []
     monkeypatch.chdir(tmp_path)
     hub = type(
@@ -425,7 +435,7 @@ def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
         Motus.from_pretrained("motus-robotics/Unknown")
 
 
-# -- the frozen backbones ---------------------------------------------------------------------------------------------------
+# -- the frozen backbones -------------------------------------------------------------------------
 
 SENTENCES = ["put the red disc at the top", "push the blue disc to the left"]
 VAE = WanVAEConfig(
@@ -543,7 +553,8 @@ def frames() -> torch.Tensor:
 
 
 def test_published_backbones_compute_what_ours_do(houses):
-    """VAE, UMT5 and Qwen3-VL in the published layout: the same inputs, bit for bit; the decoder is bf16, and pictures differ by that."""
+    """VAE, UMT5 and Qwen3-VL in the published layout: the same inputs, bit for bit; the decoder is
+    bf16, and pictures differ by that."""
     ours, theirs = (Backbones.load(folder, 16) for folder in houses)
     a, b = (backbones.inputs(frames(), SENTENCES) for backbones in (ours, theirs))
     for name in ("latents", "context", "context_len", "und", "und_mask"):
@@ -556,7 +567,8 @@ def test_published_backbones_compute_what_ours_do(houses):
 
 
 def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
-    """Then the Qwen3-VL folder needs configs and a tokenizer only; a policy of a folder without a VLM takes that of Qwen3-VL."""
+    """Then the Qwen3-VL folder needs configs and a tokenizer only; a policy of a folder without a
+    VLM takes that of Qwen3-VL."""
     model, own = checkpoint(tmp_path / "step_000001", "3")
     vlm = Backbones.load(houses[0], 16, ("vlm",)).vlm
     tensors = model.state_dict() | {
@@ -587,7 +599,8 @@ def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
 
 
 def test_a_backbone_that_says_too_little_is_refused(houses, tmp_path):
-    """Statistics of latents that are not Wan2.2's, taps and rotary sections of a VLM, files and tokenizers that are not there."""
+    """Statistics of latents that are not Wan2.2's, taps and rotary sections of a VLM, files and
+    tokenizers that are not there."""
     for name, message in (
         ("wan/config.json", "latents_mean is missing(.|\n)*latents_std is missing"),
         ("wan/Wan2.2_VAE.pth", "has none of Wan2.2_VAE"),
@@ -602,7 +615,8 @@ def test_a_backbone_that_says_too_little_is_refused(houses, tmp_path):
 
 
 def test_the_published_configs_are_the_defaults_of_ours():
-    """From the tables of the published files alone, without any config.json, come the sizes that this repository has as defaults."""
+    """From the tables of the published files alone, without any config.json, come the sizes that
+    this repository has as defaults."""
     assert published.text_config(Path("x"), layouts.expected("umt5")) == UMT5Config()
     assert published.vae_config(Path("x"), layouts.expected("wan-vae"), {}) == WanVAEConfig()
     assert (
@@ -624,8 +638,9 @@ def test_the_published_configs_are_the_defaults_of_ours():
 
 
 def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
-    """Text prepared beforehand: the three experts and the VLM in bf16, the VAE's encoder in fp32 and its decoder in bf16. With all of the
-    VAE in fp32 it would be 18.9 GB (17.6 GiB); without the decoder, which acting does not need, it is 16.6 GB."""
+    """Text prepared beforehand: the three experts and the VLM in bf16, the VAE's encoder in fp32
+    and its decoder in bf16. With all of the VAE in fp32 it would be 18.9 GB (17.6 GiB); without the
+    decoder, which acting does not need, it is 16.6 GB."""
     with torch.device("meta"):
         model, vlm, vae = (
             Motus(preset("full")).bfloat16(),
@@ -640,11 +655,12 @@ def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
     assert round((experts + size(vae.encoder) + size(vae.conv1)) / 1e9, 1) == 16.6
 
 
-# -- prepared text ----------------------------------------------------------------------------------------------------------
+# -- prepared text --------------------------------------------------------------------------------
 
 
 def test_prepared_text_stands_in_for_the_text_encoder(houses, tmp_path, monkeypatch, capsys):
-    """`sample.py --encode-text` writes states; backbones without a text encoder read them, and name an instruction they lack."""
+    """`sample.py --encode-text` writes states; backbones without a text encoder read them, and name
+    an instruction they lack."""
     monkeypatch.setitem(frozen.BACKBONES, "full", houses[1])
     monkeypatch.setitem(motus.PRESETS, "full", TINY)
     file, config = tmp_path / "states.safetensors", preset("full")
@@ -684,7 +700,8 @@ def test_text_states_of_another_encoder_are_refused(houses, tmp_path):
 
 
 def test_an_official_model_acts_without_a_text_encoder(houses, tmp_path, monkeypatch):
-    """Official folder, published backbones, prepared text: images, states and words in, actions in robot units out."""
+    """Official folder, published backbones, prepared text: images, states and words in, actions in
+    robot units out."""
     monkeypatch.setitem(frozen.BACKBONES, "full", houses[1])
     _, own = checkpoint(tmp_path / "step_000001", "3")
     layouts.export(own / "ema.safetensors", tmp_path / "official")
@@ -702,7 +719,7 @@ def test_an_official_model_acts_without_a_text_encoder(houses, tmp_path, monkeyp
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
 
 
-# -- caches -----------------------------------------------------------------------------------------------------------------
+# -- caches ---------------------------------------------------------------------------------------
 
 WINDOWS = replace(TINY, frames=4, ratio=3, state_dim=3, video=replace(TINY.video, text_len=16))
 
@@ -732,7 +749,8 @@ def test_a_cache_gives_the_batches_that_it_was_made_of(pool, tmp_path):
 
 
 def test_a_stale_or_foreign_cache_is_refused_by_name(pool, houses, tmp_path):
-    """Another VAE, other text states, another chunk, a latent-action encoder that is not there; a file that is no cache."""
+    """Another VAE, other text states, another chunk, a latent-action encoder that is not there; a
+    file that is no cache."""
     pool, backbones, _ = pool
     path, prints = tmp_path / "pool.safetensors", backbones.fingerprint()
     pool.save(path, prints | {"latent": "0123"}, WINDOWS)
@@ -754,7 +772,8 @@ def test_a_stale_or_foreign_cache_is_refused_by_name(pool, houses, tmp_path):
 
 
 def test_the_cache_command_writes_what_training_reads(houses, tmp_path, monkeypatch, capsys):
-    """Level 6 with actions and state; levels before it without, and without understanding, so the VLM does not matter."""
+    """Level 6 with actions and state; levels before it without, and without understanding, so the
+    VLM does not matter."""
     monkeypatch.setitem(frozen.BACKBONES, "toy", houses[0])
     real = data.toy_episodes
     monkeypatch.setattr(

@@ -51,12 +51,13 @@ def changed(card: Path, where: Path, **changes) -> Path:
     return where / "card.json"
 
 
-# -- windows ----------------------------------------------------------------------------------------------------------------
+# -- windows --------------------------------------------------------------------------------------
 
 
 def test_windows_of_a_recorded_dataset_are_those_of_the_toy(card):
-    """Pixels, words, masks to the last bit; numbers after both are back in the robot's units. The frame after the last action is not
-    in a dataset, so windows that need it differ there and nowhere else."""
+    """Pixels, words, masks to the last bit; numbers after both are back in the robot's units. The
+    frame after the last action is not in a dataset, so windows that need it differ there and
+    nowhere else."""
     episodes, pyramid = data.toy_episodes((6,), 4, seed=3), Pyramid(card, (6,))
     stats, robots = data.statistics(episodes), pyramid.robots(acting=True)
     starts = [
@@ -87,7 +88,8 @@ def test_windows_of_a_recorded_dataset_are_those_of_the_toy(card):
 
 
 def test_level_6_is_recorded_for_each_robot_that_is_named(tmp_path):
-    """As many demonstrations of each, the target robot's as if it were alone; a hand, whose actions nobody has, cannot demonstrate."""
+    """As many demonstrations of each, the target robot's as if it were alone; a hand, whose actions
+    nobody has, cannot demonstrate."""
     two = Pyramid(data.record(tmp_path / "two", (6,), 2, 1, 3, robots=("gripper", "arm")), (6,))
     one = Pyramid(data.record(tmp_path / "one", (6,), 2, 1, 3), (6,))
     assert [
@@ -124,7 +126,8 @@ def test_compressed_video_shows_the_same_but_for_the_codec(tmp_path):
     ],
 )
 def test_windows_take_the_rows_nearest_to_the_configured_rates(tmp_path, fps, hz, rows):
-    """Whatever a dataset's own fps: 5 Hz video and 10 Hz actions from 20 fps, and from 12 fps rows at most half a row away."""
+    """Whatever a dataset's own fps: 5 Hz video and 10 Hz actions from 20 fps, and from 12 fps rows
+    at most half a row away."""
     numbers = np.arange(40, dtype=np.float32)[:, None] + [0, 0.5]
     write_v3(
         tmp_path / "set",
@@ -152,7 +155,8 @@ def test_windows_take_the_rows_nearest_to_the_configured_rates(tmp_path, fps, hz
 
 
 def test_actions_may_be_later_positions(card, tmp_path):
-    """With `ahead` action i is the number one action period after time i: what official Motus trains on, from the state column."""
+    """With `ahead` action i is the number one action period after time i: what official Motus
+    trains on, from the state column."""
     plain = Pyramid(changed(card, tmp_path, _3={"mapping": {"action": "observation.state"}}), (6,))
     (tmp_path / "b").mkdir()
     ahead = Pyramid(
@@ -170,7 +174,8 @@ def test_actions_may_be_later_positions(card, tmp_path):
 
 
 def test_robots_of_different_width_and_none_share_a_batch(card, tmp_path):
-    """Numbers are padded with zeros and masked; a source without actions is masked altogether; each robot has its own units."""
+    """Numbers are padded with zeros and masked; a source without actions is masked altogether; each
+    robot has its own units."""
     wide = changed(card, tmp_path, _0={"level": 6}, _1={"level": 6}, _2={"level": 6})
     pyramid = Pyramid(wide, (6,))
     config, robots = pyramid.config(CONFIG), pyramid.robots(acting=True)
@@ -217,7 +222,8 @@ def three_cameras(root: Path, names=("cam_high", "cam_left_wrist", "cam_right_wr
 
 
 def test_three_cameras_become_the_t_layout_unless_others_are_chosen(tmp_path):
-    """Head above two wrists at half its size, by the cameras' names; otherwise the first camera, or those chosen side by side."""
+    """Head above two wrists at half its size, by the cameras' names; otherwise the first camera, or
+    those chosen side by side."""
     picture = Pyramid(three_cameras(tmp_path / "a")).window((0, 0, 0), "none")[1][0, :, :, 0]
     assert [int(picture[16, 24]), int(picture[40, 8]), int(picture[40, 40])] == [60, 120, 180]
     other = Pyramid(three_cameras(tmp_path / "b", ("x", "y", "z")))
@@ -240,11 +246,12 @@ def test_three_cameras_become_the_t_layout_unless_others_are_chosen(tmp_path):
     assert [int(picture[4]), int(picture[-4])] == [120, 180]
 
 
-# -- the mix ----------------------------------------------------------------------------------------------------------------
+# -- the mix --------------------------------------------------------------------------------------
 
 
 def test_a_stage_picks_its_levels_and_mixes_by_weight(card, tmp_path):
-    """Within one of its share in every batch; the same for any number of ranks, which take turns with the rows; no held-out episode."""
+    """Within one of its share in every batch; the same for any number of ranks, which take turns
+    with the rows; no held-out episode."""
     pyramid = Pyramid(changed(card, tmp_path, _0={"weight": 3}), (2, 5))
     assert [o.source.embodiment for o in pyramid.opened] == ["hand", "arm", "gantry"]
     total = Counter()
@@ -266,7 +273,8 @@ def test_a_stage_picks_its_levels_and_mixes_by_weight(card, tmp_path):
 
 
 def test_shares_are_exact_for_equal_weights_and_fair_for_others():
-    """Three sources in a batch of nine: three each. A weight of a thousandth is drawn once in a thousand."""
+    """Three sources in a batch of nine: three each. A weight of a thousandth is drawn once in a
+    thousand."""
     assert Counter(shares(np.ones(3), 9, np.random.default_rng(0)).tolist()) == {0: 3, 1: 3, 2: 3}
     drawn = Counter(
         i
@@ -292,8 +300,9 @@ def test_tasks_can_be_drawn_alike(tmp_path):
 
 
 def test_a_stream_resumes_to_the_sample_and_never_holds_more_than_it_may(card):
-    """Batches from step 3 on are those of the uninterrupted run, for one thread and for three, whole or in the halves of two ranks, one
-    by one or every other; what is decoded ahead is bounded."""
+    """Batches from step 3 on are those of the uninterrupted run, for one thread and for three,
+    whole or in the halves of two ranks, one by one or every other; what is decoded ahead is
+    bounded."""
     pyramid = Pyramid(card, (6,))
     robots = pyramid.robots(acting=True)
 
@@ -325,7 +334,8 @@ def test_a_stream_resumes_to_the_sample_and_never_holds_more_than_it_may(card):
 
 
 def test_only_the_next_batches_are_decoded_ahead(card):
-    """Step by step each window is decoded once; a loader process that sees every other step looks that far ahead."""
+    """Step by step each window is decoded once; a loader process that sees every other step looks
+    that far ahead."""
     pyramid, asked = Pyramid(card, (6,)), []
     stream = data.Stream(pyramid, None, CONFIG, "none", ahead=2)
     real, rows = pyramid.window, lambda step: stream.rows(4, 5, step).tolist()
@@ -352,7 +362,7 @@ def test_the_report_says_what_is_used(card):
     assert "observation.state (4), chosen automatically" in text
 
 
-# -- statistics -------------------------------------------------------------------------------------------------------------
+# -- statistics -----------------------------------------------------------------------------------
 
 
 def test_moments_of_parts_add_up_to_those_of_the_whole():
@@ -367,7 +377,8 @@ def test_moments_of_parts_add_up_to_those_of_the_whole():
 
 
 def test_quantiles_are_exact_for_few_rows_and_near_for_many(monkeypatch):
-    """Up to MOST rows numpy's own; beyond, a sample whose rank is off by less than half a percent; the order of merging does not matter."""
+    """Up to MOST rows numpy's own; beyond, a sample whose rank is off by less than half a percent;
+    the order of merging does not matter."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(3000, 2))
     found = Normaliser.fit(rows)
@@ -384,7 +395,8 @@ def test_quantiles_are_exact_for_few_rows_and_near_for_many(monkeypatch):
     [("min_max", 0, 1), ("quantile", -1.2, 1.2), ("none", -40, 40), ("mean_std", -4, 4)],
 )
 def test_every_normalisation_inverts(kind, low, high):
-    """Official min-max gives [0, 1], quantiles [-1, 1] but for the outermost; a still dimension stays finite."""
+    """Official min-max gives [0, 1], quantiles [-1, 1] but for the outermost; a still dimension
+    stays finite."""
     rows = np.concatenate(
         [np.random.default_rng(0).uniform(-40, 40, (500, 2)), np.full((500, 1), 7.0)], axis=1
     )
@@ -413,7 +425,7 @@ def test_statistics_are_the_same_for_any_number_of_ranks(card, monkeypatch, worl
     assert all(blocks) and sum(map(len, blocks)) == len(set.union(*blocks)) == 16
 
 
-# -- cards that are refused -------------------------------------------------------------------------------------------------
+# -- cards that are refused -----------------------------------------------------------------------
 
 
 def drop(**names):

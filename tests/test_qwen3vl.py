@@ -100,7 +100,8 @@ CONFIGS = {
 
 
 def oracle(config):
-    """The same sizes in transformers, eager attention, all parameters drawn away from zero and identity."""
+    """The same sizes in transformers, eager attention, all parameters drawn away from zero and
+    identity."""
     transformers = pytest.importorskip("transformers")
     c = config
     ids = dict(
@@ -154,7 +155,8 @@ def oracle(config):
 
 
 def inputs(config, grids, images_of):
-    """Random prompts of different lengths around the images, padded on the right, and random patches."""
+    """Random prompts of different lengths around the images, padded on the right, and random
+    patches."""
     generator = torch.Generator().manual_seed(1)
     prompts = []
     for row, images in enumerate(images_of):
@@ -203,7 +205,8 @@ def build(config, model):
 
 
 def test_the_full_model_has_the_published_parameters():
-    """2,127,532,032 parameters in 625 tensors, 406,957,056 of them in the vision tower, counted on the meta device."""
+    """2,127,532,032 parameters in 625 tensors, 406,957,056 of them in the vision tower, counted on
+    the meta device."""
     with torch.device("meta"):
         model = Qwen3VL(PRESETS["qwen3-vl-2b"])
     assert sum(p.numel() for p in model.parameters()) == 2_127_532_032
@@ -220,7 +223,8 @@ def test_the_full_model_has_the_published_parameters():
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_hidden_states_equal_transformers_in_fp32(case):
-    """The difference is below 1e-5 of the scale of the hidden states, at every token that is not padding."""
+    """The difference is below 1e-5 of the scale of the hidden states, at every token that is not
+    padding."""
     config, grids, images_of = CONFIGS[case]
     model, batch = oracle(config), inputs(config, grids, images_of)
     expected = run_oracle(model, *batch)
@@ -256,7 +260,8 @@ def test_grouped_encoding_equals_encoding_one_image_at_a_time():
 
 
 def test_padding_and_neighbours_leave_a_prompt_alone():
-    """The hidden states of a prompt do not depend on the other prompts of its batch nor on how far it is padded."""
+    """The hidden states of a prompt do not depend on the other prompts of its batch nor on how far
+    it is padded."""
     config, grids, images_of = CONFIGS["toy: square images of one grid"]
     torch.manual_seed(0)
     model = Qwen3VL(config)
@@ -281,7 +286,8 @@ def test_positions_of_an_image_follow_its_rows_and_columns():
 
 
 def test_every_parameter_is_trainable():
-    """A loss on the hidden states reaches every parameter, the position table and the DeepStack mergers included."""
+    """A loss on the hidden states reaches every parameter, the position table and the DeepStack
+    mergers included."""
     config, grids, images_of = CONFIGS["toy: square images of one grid"]
     torch.manual_seed(0)
     model = Qwen3VL(config)
@@ -307,7 +313,7 @@ def test_wrong_inputs_are_refused_with_what_was_found():
         Qwen3VLConfig(mrope=(16, 16, 16))
 
 
-# -- images -----------------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------
 
 
 def picture(height, width):
@@ -333,7 +339,8 @@ def image_processor(config):
 
 @pytest.mark.parametrize("size", [(384, 320), (240, 320), (128, 128), (100, 333), (300, 37)])
 def test_prepared_images_equal_the_processor(size):
-    """Same grid, same patches within one grey level (2/255 after scaling), for sizes that fit, grow and are rounded."""
+    """Same grid, same patches within one grey level (2/255 after scaling), for sizes that fit, grow
+    and are rounded."""
     config = PRESETS["qwen3-vl-2b"]
     image = picture(*size)
     expected = image_processor(config)(
@@ -359,7 +366,8 @@ def test_too_large_images_shrink_as_the_processor_shrinks_them():
 
 
 def test_the_training_form_resamples_twice():
-    """Official training resamples 384 x 320 to 392 x 308 and back; deployment shows the very pixels."""
+    """Official training resamples 384 x 320 to 392 x 308 and back; deployment shows the very
+    pixels."""
     from PIL import Image
 
     config, image = PRESETS["qwen3-vl-2b"], picture(384, 320)
@@ -375,7 +383,7 @@ def test_the_training_form_resamples_twice():
     assert 0.001 < (trained[0] - deployed[0]).abs().mean() < 0.2
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------------
+# -- prompts --------------------------------------------------------------------------------------
 
 CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>
@@ -384,7 +392,8 @@ CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def byte_tokenizer():
-    """A byte-level BPE of the Qwen kind, trained on a few sentences, with the special tokens behind it."""
+    """A byte-level BPE of the Qwen kind, trained on a few sentences, with the special tokens behind
+    it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -404,7 +413,8 @@ def byte_tokenizer():
 @pytest.mark.parametrize("form", ["training", "deployment"])
 @pytest.mark.parametrize("sizes", [[(256, 256)], [(256, 320), (320, 256)]])
 def test_prompts_equal_the_processor(form, sizes):
-    """Training shows image then text and opens the answer; deployment shows text then image and does not."""
+    """Training shows image then text and opens the answer; deployment shows text then image and
+    does not."""
     transformers = pytest.importorskip("transformers")
     config, tokenizer, text = (
         PRESETS["qwen3-vl-2b"],

@@ -33,7 +33,7 @@ def blocks_of(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-# -- figures and generated parts --------------------------------------------------------------------
+# -- figures and generated parts ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["docs/motus.svg", "docs/pyramid.svg"])
@@ -131,7 +131,7 @@ def test_what_the_demo_is_said_to_print_follows_from_presets_and_settings():
         assert rest == [str(value) for value in wanted]
 
 
-# -- links ------------------------------------------------------------------------------------------
+# -- links ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/details.md"])
@@ -173,7 +173,7 @@ def test_every_local_link_and_picture_exists(page):
             assert ((ROOT / page).parent / target.split("#")[0]).exists(), target
 
 
-# -- commands ---------------------------------------------------------------------------------------
+# -- commands -------------------------------------------------------------------------------------
 
 
 class Parsed(Exception):
@@ -339,7 +339,7 @@ def test_the_commands_that_make_runs_exist(target, monkeypatch):
         check_python(["python", *shlex.split(line)], monkeypatch)
 
 
-# -- examples ---------------------------------------------------------------------------------------
+# -- examples -------------------------------------------------------------------------------------
 
 
 def test_the_acting_example_runs(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""Sampling a checkpoint: figures that are right on examples a reader can check, pictures that are small, and errors that say what to do."""
+"""Sampling a checkpoint: figures that are right on examples a reader can check, pictures that are
+small, and errors that say what to do."""
 
 import json
 import math
@@ -68,11 +69,12 @@ def views(n: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]
     )
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------------
+# -- figures --------------------------------------------------------------------------------------
 
 
 def test_psnr_of_an_error_of_one_grey_level_is_48_decibels():
-    """10 log10(255^2) = 48.13 dB, everywhere or only where the region says; no error at all is infinite."""
+    """10 log10(255^2) = 48.13 dB, everywhere or only where the region says; no error at all is
+    infinite."""
     truth = torch.full((1, 2, 12, 12, 3), 100, dtype=torch.uint8)
     video, region = truth.clone(), torch.zeros(1, 2, 12, 12, dtype=torch.bool)
     video[:, :, :6] += 1
@@ -83,7 +85,8 @@ def test_psnr_of_an_error_of_one_grey_level_is_48_decibels():
 
 
 def test_ssim_is_one_for_equal_pictures_and_the_luminance_term_for_flat_ones():
-    """Flat pictures have no contrast: SSIM is (2ab + c) / (a^2 + b^2 + c). Noise has no structure in common with other noise."""
+    """Flat pictures have no contrast: SSIM is (2ab + c) / (a^2 + b^2 + c). Noise has no structure
+    in common with other noise."""
     noise = torch.randint(
         0, 256, (1, 2, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
@@ -112,7 +115,8 @@ def test_the_moving_region_is_what_changes_and_two_pixels_around():
 
 
 def test_copying_the_observation_is_the_baseline_of_the_video():
-    """A prediction that repeats the observation scores exactly as the baseline does, and the truth scores better than both."""
+    """A prediction that repeats the observation scores exactly as the baseline does, and the truth
+    scores better than both."""
     frames = torch.from_numpy(data.toy_episodes([6], 1, 0, "eval")[0].frames[None, 0:15:3])
     figures = video_figures(frames[:, :1].expand_as(frames), frames, frames)
     for figure in figures.values():
@@ -130,11 +134,12 @@ def test_predicting_the_mean_is_the_baseline_of_the_actions():
     }
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------------
+# -- pictures -------------------------------------------------------------------------------------
 
 
 def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path):
-    """Even of pure noise, a long film fits: fewer colours, then fewer frames. Its pixels are enlarged four times."""
+    """Even of pure noise, a long film fits: fewer colours, then fewer frames. Its pixels are
+    enlarged four times."""
     videos = np.random.default_rng(0).integers(0, 256, (2, 9, 48, 48, 3), np.uint8)
     film(
         tmp_path / "a.gif",
@@ -166,11 +171,12 @@ def test_a_sheet_has_a_dark_ground_of_its_own(tmp_path):
     )
 
 
-# -- the policy -------------------------------------------------------------------------------------------------------------
+# -- the policy -----------------------------------------------------------------------------------
 
 
 def test_a_policy_acts_in_robot_units_and_repeats_itself_from_a_seed(policy):
-    """Actions are the normalised ones times std plus mean; the same seed gives the same actions, the next call others."""
+    """Actions are the normalised ones times std plus mean; the same seed gives the same actions,
+    the next call others."""
     images, states, texts = views()
     policy.generator.manual_seed(4)
     first, second = policy.act(images, states, texts), policy.act(images, states, texts)
@@ -227,11 +233,12 @@ def test_a_policy_refuses_what_it_cannot_read(policy, images, states, texts, mes
         policy.act(images, states, texts)
 
 
-# -- checkpoints and modes --------------------------------------------------------------------------------------------------
+# -- checkpoints and modes ------------------------------------------------------------------------
 
 
 def test_stage_1_samples_video_without_the_action_and_understanding_experts(runs):
-    """The video expert runs alone: with the other two experts broken, mode vgm still gives finite video."""
+    """The video expert runs alone: with the other two experts broken, mode vgm still gives finite
+    video."""
     policy = Policy.load(runs["1"], "vgm", steps=2)
     for expert in (policy.model.action, policy.model.und):
         for parameter in expert.parameters():
@@ -258,7 +265,8 @@ def test_a_mode_that_a_checkpoint_lacks_is_refused(runs, stage, mode, message):
 
 
 def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
-    """A missing folder, a foreign config.json, broken json, a stage nobody knows, a stage 3 without statistics."""
+    """A missing folder, a foreign config.json, broken json, a stage nobody knows, a stage 3 without
+    statistics."""
     with pytest.raises(ValueError, match="holds no checkpoint"):
         Policy.load(tmp_path / "nowhere")
     for text in ('{"stage": "3"}', "not json", "[1]"):
@@ -273,7 +281,7 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
         Policy.load(runs["2"], "joint").act(*views())
 
 
-# -- the command ------------------------------------------------------------------------------------------------------------
+# -- the command ----------------------------------------------------------------------------------
 
 
 def test_windows_lie_inside_held_out_episodes(policy):
@@ -291,7 +299,8 @@ def test_windows_lie_inside_held_out_episodes(policy):
 
 
 def test_the_command_writes_figures_and_pictures_of_all_modes(runs, tmp_path, capsys):
-    """Films where video is predicted, a sheet for every mode, figures as json and as text; a film is below 300 kB."""
+    """Films where video is predicted, a sheet for every mode, figures as json and as text; a film
+    is below 300 kB."""
     sample.main(
         [
             "--ckpt",
@@ -328,7 +337,8 @@ def test_the_command_writes_figures_and_pictures_of_all_modes(runs, tmp_path, ca
 
 @pytest.mark.parametrize("stage, modes", [("1", {"vgm"}), ("2", {"joint", "vgm"})])
 def test_earlier_stages_are_sampled_in_the_modes_they_have(runs, tmp_path, stage, modes):
-    """Stage 1 in vgm; stage 2 in joint and vgm, where its latent actions are not compared with anything."""
+    """Stage 1 in vgm; stage 2 in joint and vgm, where its latent actions are not compared with
+    anything."""
     sample.main(
         [
             "--ckpt",

@@ -1,4 +1,5 @@
-"""Many ranks: the same numbers as one process, checkpoints that survive anything, misconfigured launches. Two processes over gloo."""
+"""Many ranks: the same numbers as one process, checkpoints that survive anything, misconfigured
+launches. Two processes over gloo."""
 
 import csv
 import hashlib
@@ -54,7 +55,8 @@ TINY = replace(
 
 
 def perform(job: dict) -> str:
-    """One command of a rank, with what it is to do wrong before; returns the error it ends in, or the digest of what comes next."""
+    """One command of a rank, with what it is to do wrong before; returns the error it ends in, or
+    the digest of what comes next."""
     motus.PRESETS["tiny"], frozen.BACKBONES["tiny"] = TINY, frozen.BACKBONES["toy"]
     rank, steps, first = os.environ["RANK"], [], train.Steps.__init__
     os.environ.update(
@@ -106,7 +108,8 @@ def free_port() -> int:
 
 
 def begin(folder: Path, jobs: list[dict], ranks: int = 2, **options) -> list[subprocess.Popen]:
-    """Starts the processes of both ranks; each does all jobs in turn (a job of world 1 is rank 0's alone)."""
+    """Starts the processes of both ranks; each does all jobs in turn (a job of world 1 is rank 0's
+    alone)."""
     for job in jobs:
         job["port"] = free_port()
     file = folder / f"jobs{len(list(folder.glob('jobs*')))}"
@@ -139,7 +142,7 @@ def together(folder: Path, jobs: list[dict], ranks: int = 2) -> list[list[str]]:
     return finish(begin(folder, jobs, ranks))
 
 
-# -- the same numbers -------------------------------------------------------------------------------------------------------
+# -- the same numbers -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,8 @@ def caches(tmp_path_factory) -> Path:
 
 
 def cache(folder: Path, stage: str) -> list[str]:
-    """The arguments that name 48 encoded windows of a stage, made when they are first asked for, and the encoder of the latent actions."""
+    """The arguments that name 48 encoded windows of a stage, made when they are first asked for,
+    and the encoder of the latent actions."""
     file, latent = folder / f"cache{stage}.safetensors", folder / "latent"
     if not file.exists():
         levels = ",".join(map(str, train.STAGES[stage].levels))
@@ -229,7 +233,8 @@ VARIANTS = {
 }
 
 
-# What AdamW is given has at most norm 1, on each rank and in all; the norm in the log is that before.
+# What AdamW is given has at most norm 1, on each rank and in all; the norm in the log is that
+# before.
 CLIPPED = (
     "step = torch.optim.AdamW.step\n"
     "def check(adam):\n"
@@ -243,8 +248,9 @@ CLIPPED = (
 def compare(
     caches: Path, folder: Path, stages: str, steps: int, variants: dict, *common: str
 ) -> dict[str, float]:
-    """Trains each stage on one process and, in each variant, on two, all with the `common` settings; how far the losses are apart.
-    Gradients that need it are clipped, on all ranks together."""
+    """Trains each stage on one process and, in each variant, on two, all with the `common`
+    settings; how far the losses are apart. Gradients that need it are clipped, on all ranks
+    together."""
     jobs = []
     for stage in stages:
         jobs.append(job(caches, folder / stage / "one", stage, 1, steps, *common))
@@ -273,7 +279,8 @@ def compare(
 
 
 def test_two_ranks_train_like_one_process(caches, tmp_path):
-    """The same global batch gives the same losses, divided between ranks and passes (stage 3, four steps)."""
+    """The same global batch gives the same losses, divided between ranks and passes (stage 3, four
+    steps)."""
     assert max(compare(caches, tmp_path, "3", 4, dict(list(VARIANTS.items())[:2])).values()) < 1e-6
 
 
@@ -297,7 +304,7 @@ def test_two_ranks_train_like_one_process_for_fifty_steps_of_every_stage(caches,
     )
 
 
-# -- resume -----------------------------------------------------------------------------------------------------------------
+# -- resume ---------------------------------------------------------------------------------------
 
 STOP = (
     "update = train.EMA.update\n"
@@ -376,7 +383,8 @@ def resumes(caches: Path, folder: Path, stages: str, steps: int) -> None:
 
 @pytest.mark.long
 def test_a_run_stopped_by_sigterm_goes_on_as_if_nothing_had_happened(caches, tmp_path):
-    """Bit for bit on as many ranks (weights, optimizer, EMA), within 1e-6 on another number of ranks; batches are prepared by workers."""
+    """Bit for bit on as many ranks (weights, optimizer, EMA), within 1e-6 on another number of
+    ranks; batches are prepared by workers."""
     resumes(caches, tmp_path, "3", 4)
 
 
@@ -386,12 +394,13 @@ def test_a_hundred_steps_are_fifty_and_fifty_in_every_stage(caches, tmp_path):
     resumes(caches, tmp_path, "123", 100)
 
 
-# -- checkpoints that survive anything --------------------------------------------------------------------------------------
+# -- checkpoints that survive anything ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def fork():
-    """Runs a function of savers.py in `world` processes, as (rank, world, store, *args); returns the processes."""
+    """Runs a function of savers.py in `world` processes, as (rank, world, store, *args); returns
+    the processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["savers"])
     with pytest.MonkeyPatch.context() as patch:
@@ -434,7 +443,8 @@ def check_newest(run: Path) -> int:
 
 
 def kill_at_random(fork, tmp_path: Path, world: int, times: int) -> int:
-    """Processes that save without pause are killed `times` times, one of them first; what lies there is checked, then they go on."""
+    """Processes that save without pause are killed `times` times, one of them first; what lies
+    there is checked, then they go on."""
     run, chance, reached = tmp_path / "run", random.Random(world), 0
     run.mkdir()
     for trial in range(times):
@@ -466,7 +476,8 @@ def kill_at_random(fork, tmp_path: Path, world: int, times: int) -> int:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_kill_at_any_moment_leaves_a_newest_checkpoint_that_is_whole(fork, tmp_path, world):
-    """SIGKILL at random moments while saving: what `newest_step` finds is complete and of one step, and saving goes on."""
+    """SIGKILL at random moments while saving: what `newest_step` finds is complete and of one step,
+    and saving goes on."""
     kill_at_random(fork, tmp_path, world, 20)
 
 
@@ -509,7 +520,8 @@ def disk(tmp_path):
     [("full", "No space left on device"), ("read-only", "Read-only file system")],
 )
 def test_a_disk_that_takes_no_more_is_one_clear_error(fork, tmp_path, disk, world, trouble, words):
-    """The same on every rank. The older checkpoint stays as it was and nothing is left of the new one."""
+    """The same on every rank. The older checkpoint stays as it was and nothing is left of the new
+    one."""
     run = disk / "run"
     run.mkdir()
     savers.save_once(ranks.Ranks(), run, 1, 512)
@@ -534,7 +546,8 @@ def test_a_disk_that_takes_no_more_is_one_clear_error(fork, tmp_path, disk, worl
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_ends_training_on_every_rank(caches, tmp_path, disk):
-    """The log of rank 0 or the next checkpoint finds no room: one error, the same on both ranks, and the run can be resumed."""
+    """The log of rank 0 or the next checkpoint finds no room: one error, the same on both ranks,
+    and the run can be resumed."""
     fill_up = (
         "update = train.EMA.update\n"
         "def fill(ema, model, step):\n    update(ema, model, step)\n"
@@ -567,11 +580,12 @@ def test_a_disk_that_fills_up_ends_training_on_every_rank(caches, tmp_path, disk
     assert all(end[1].startswith("next") for end in said) and newest_step(run).name == "step_000004"
 
 
-# -- launches that cannot work ----------------------------------------------------------------------------------------------
+# -- launches that cannot work --------------------------------------------------------------------
 
 
 def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
-    """One error that names what is wrong and where, the same on both ranks, before anything is trained."""
+    """One error that names what is wrong and where, the same on both ranks, before anything is
+    trained."""
     run, good = tmp_path / "run", tmp_path / "good"
     start = lambda *settings, **more: job(caches, run, "3", 2, 1, *settings, **more)
     again = lambda *settings, **more: job(
@@ -628,7 +642,8 @@ def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
 
 @pytest.mark.long
 def test_a_rank_that_stalls_is_named_and_ends_the_run(caches, tmp_path):
-    """Rank 1 sleeps in its data: both processes end, neither hangs; the first to end says who it was, the other may find itself alone."""
+    """Rank 1 sleeps in its data: both processes end, neither hangs; the first to end says who it
+    was, the other may find itself alone."""
     sleep = (
         "get = train.Steps.__getitem__\n"
         "patch.setattr(train.Steps, '__getitem__', lambda steps, i: (time.sleep(600) if i == 2 else None, get(steps, i))[1])"
@@ -651,7 +666,8 @@ def test_a_rank_that_never_came_is_missed(caches, tmp_path):
 
 
 def test_torchrun_passes_our_arguments_on():
-    """`--` is needed before train.py: without it torchrun takes `--run` for an abbreviation of an option of its own."""
+    """`--` is needed before train.py: without it torchrun takes `--run` for an abbreviation of an
+    option of its own."""
     ours = ["--full", "--stage", "3", "--run", "runs/x", "--set", "steps=2"]
     args = torchrun.parse_args(["--nproc-per-node", "8", "--", "train.py", *ours])
     assert (args.training_script, args.training_script_args) == ("train.py", ours)
@@ -659,11 +675,12 @@ def test_torchrun_passes_our_arguments_on():
         torchrun.parse_args(["--nproc-per-node", "8", "train.py", *ours])
 
 
-# -- what is computed -------------------------------------------------------------------------------------------------------
+# -- what is computed -----------------------------------------------------------------------------
 
 
 def example(config: motus.MotusConfig, size: int) -> tuple[Inputs, dict[str, torch.Tensor]]:
-    """A batch of stage 3 at the sizes of a configuration, with three camera rows of latents at full size."""
+    """A batch of stage 3 at the sizes of a configuration, with three camera rows of latents at full
+    size."""
     video, acts, side = (
         config.video,
         (size, config.chunk, config.action_dim),
@@ -693,7 +710,8 @@ def example(config: motus.MotusConfig, size: int) -> tuple[Inputs, dict[str, tor
     ["none", *(pytest.param(x, marks=pytest.mark.long) for x in ("selective", "full"))],
 )
 def test_a_compiled_layer_has_no_graph_break(checkpointing, monkeypatch):
-    """`fullgraph` makes a break an error; the gradients are those of the plain layer, and few graphs serve all layers."""
+    """`fullgraph` makes a break an error; the gradients are those of the plain layer, and few
+    graphs serve all layers."""
     graphs = []
 
     def backend(graph, inputs):
@@ -759,7 +777,8 @@ def bytes_read() -> int:
 
 @pytest.mark.parametrize("way", ["load_into", "fill"])
 def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way):
-    """Bytes that come from the disk: those of one rank of eight are an eighth, and what the kernel reads ahead."""
+    """Bytes that come from the disk: those of one rank of eight are an eighth, and what the kernel
+    reads ahead."""
     config = replace(motus.PRESETS["small"], video=replace(motus.PRESETS["small"].video, layers=1))
     whole, sharded = (motus.Motus(config) for _ in range(2))
     sharding.parallelize(sharded, train.EXPERTS, one_of_eight)
@@ -788,7 +807,8 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way
 
 @pytest.mark.parametrize("stage", "123")
 def test_a_rank_starts_from_its_part_of_published_files(one_of_eight, tmp_path, stage):
-    """Stages 1 and 2 from Wan2.2 as original and as a `dit.` file, stage 3 from official Motus: a part of what one process starts from."""
+    """Stages 1 and 2 from Wan2.2 as original and as a `dit.` file, stage 3 from official Motus: a
+    part of what one process starts from."""
     earlier = motus.Motus(replace(TINY, finetune=False, ratio=1, action_dim=14)).init_weights()
     video = earlier.video.state_dict()
     if stage == "3":
@@ -864,7 +884,8 @@ def trace(config: motus.MotusConfig, world: int, experts: tuple[str, ...] = trai
             per_layer = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
             step = sharding.parallelize(model, experts, mesh, "full", precision="bf16")
             inputs, noise = example(config, 2)
-            # How many rows of text a batch needs is read from its values, which a fake tensor has not.
+            # How many rows of text a batch needs is read from its values, which a fake tensor has
+            # not.
             model.video.embed_text = lambda context, lengths: TextStates(
                 model.video.text_embedding(context), None
             )
@@ -920,7 +941,8 @@ def check_trace(found: dict, world: int, layers: int) -> None:
     even = 4 * found["numbers"] / world
     assert even <= weights < 1.001 * even + 4096 and average == weights
     assert gradients <= weights and moments == 2 * gradients  # what no loss reaches has no gradient
-    # Forward: the root and every layer are gathered once. Backward: each layer again, and one reduction per group.
+    # Forward: the root and every layer are gathered once. Backward: each layer again, and one
+    # reduction per group.
     assert len(found["forward"]["gather"]) == layers + 1 and not found["forward"]["reduce"]
     assert (
         len(found["step"]["gather"]) == 2 * layers + 1
@@ -933,7 +955,8 @@ def check_trace(found: dict, world: int, layers: int) -> None:
 
 
 def test_a_traced_step_sends_and_holds_what_is_planned():
-    """Eight fake ranks: an eighth of everything at rest, each layer gathered twice and reduced once."""
+    """Eight fake ranks: an eighth of everything at rest, each layer gathered twice and reduced
+    once."""
     check_trace(
         trace(
             replace(motus.PRESETS["small"], video=replace(motus.PRESETS["small"].video, layers=2)),

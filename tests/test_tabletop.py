@@ -1,4 +1,5 @@
-"""The toy world: worlds that depend on their seed alone, experts that succeed, pixels and flow that agree."""
+"""The toy world: worlds that depend on their seed alone, experts that succeed, pixels and flow that
+agree."""
 
 import time
 
@@ -32,7 +33,8 @@ def rollout(world: Tabletop, seeds, steps: int = 100, noise: float = 0.01) -> np
 
 
 def scene(skill: str, side: str, body: str = "gripper") -> Tabletop:
-    """A world whose only instruction is one skill towards one side, with whichever colour its seed draws."""
+    """A world whose only instruction is one skill towards one side, with whichever colour its seed
+    draws."""
     world = Tabletop(1, body)
     world.tasks = [(skill, colour, side) for colour in COLOURS]
     world.reset([5])
@@ -107,7 +109,8 @@ def test_a_random_policy_solves_nothing():
 
 
 def test_held_out_combinations_are_never_trained_on():
-    """32 combinations; train and eval share 28 of them, held_out has the others, and each word is still heard in training."""
+    """32 combinations; train and eval share 28 of them, held_out has the others, and each word is
+    still heard in training."""
     train, held = instructions("train"), instructions("held_out")
     assert (
         len(train) == 28
@@ -144,7 +147,8 @@ def test_no_layout_starts_solved_or_overlapping():
 
 @pytest.mark.parametrize("body", BODIES)
 def test_action_conventions_invert(body):
-    """from_action(to_action(target)) is the target within reach of one step, and states lie in [-1, 1]."""
+    """from_action(to_action(target)) is the target within reach of one step, and states lie in [-1,
+    1]."""
     rng, e = np.random.default_rng(0), EMBODIMENTS[body]
     xy = rng.uniform(0.02, 0.98, (200, 2))
     target = np.clip(xy + rng.uniform(-0.03, 0.03, xy.shape), 0.02, 0.98)
@@ -203,7 +207,8 @@ def test_an_open_gripper_touches_nothing_and_a_closed_one_pushes():
 
 
 def test_a_push_does_not_count_when_the_disc_was_grasped():
-    """Carrying the disc in the right direction is not pushing it; pushing it into the band is not placing it."""
+    """Carrying the disc in the right direction is not pushing it; pushing it into the band is not
+    placing it."""
     for grasped in (False, True):
         world = scene("push", "right")
         world.grasped[0, world.named[0]] = grasped
@@ -218,7 +223,8 @@ def test_a_push_does_not_count_when_the_disc_was_grasped():
 
 @pytest.mark.parametrize("body", BODIES)
 def test_true_flow_carries_the_next_frame_back_to_this_one(body):
-    """On moving pixels, warping frame t+3 by the true flow explains frame t far better than no warp."""
+    """On moving pixels, warping frame t+3 by the true flow explains frame t far better than no
+    warp."""
     episode = record(2, 3, seed=4, embodiment=body, noise=0.0)[0]
     t = np.arange(2, len(episode.frames) - 9, 3)
     motion = episode.flow(t, t + 3)
@@ -236,7 +242,8 @@ def test_true_flow_carries_the_next_frame_back_to_this_one(body):
 
 
 def test_flow_is_zero_where_nothing_moves_and_equals_the_motion_of_a_pushed_disc():
-    """Numbers to check by hand: the disc's pixels move by its displacement times IMAGE, the table does not move."""
+    """Numbers to check by hand: the disc's pixels move by its displacement times IMAGE, the table
+    does not move."""
     world = scene("place", "top")
     before = world.snapshot()
     assert not world.flow(before, before).any()
@@ -290,7 +297,8 @@ def test_bad_arguments_are_named():
 
 
 def test_episodes_have_one_frame_more_than_actions_and_the_levels_differ_as_the_pyramid_says():
-    """Level 2 hides its actions, 4 has no instruction, 6 succeeds and ends a few still steps after success."""
+    """Level 2 hides its actions, 4 has no instruction, 6 succeeds and ends a few still steps after
+    success."""
     for level in (2, 3, 4, 5, 6):
         for e in record(level, 2, seed=0):
             t = len(e.frames) - 1
@@ -326,7 +334,8 @@ def test_the_wanderer_grasps_and_pushes():
 
 
 def test_the_expert_recovers_from_every_mistake_that_a_demonstration_begins_with():
-    """Half of the astray worlds begin with the gripper closed on nothing and touching nothing; the expert solves them all the same."""
+    """Half of the astray worlds begin with the gripper closed on nothing and touching nothing; the
+    expert solves them all the same."""
     world = Tabletop(64, astray=1.0)
     world.reset(range(64))
     gaps = np.linalg.norm(world.discs - world.effector[:, None], axis=-1).min(axis=1)
@@ -357,7 +366,8 @@ def test_positions_name_the_disc_of_the_instruction():
 
 
 def test_the_single_world_env_follows_gymnasium():
-    """reset -> (obs, info); step -> (obs, reward, terminated, truncated, info); the time limit truncates."""
+    """reset -> (obs, info); step -> (obs, reward, terminated, truncated, info); the time limit
+    truncates."""
     env = TabletopEnv(max_steps=3)
     obs, info = env.reset(seed=4)
     assert (
@@ -385,7 +395,8 @@ def test_rendering_speed_is_printed(body):
 
 
 def test_an_opening_gripper_moves_its_fingers_apart():
-    """The true flow gives each finger its own displacement: the left one goes left by 0.068 of the table, the right one right."""
+    """The true flow gives each finger its own displacement: the left one goes left by 0.068 of the
+    table, the right one right."""
     world = Tabletop(1)
     world.reset([3])
     before = world.snapshot()
@@ -405,7 +416,8 @@ def test_an_opening_gripper_moves_its_fingers_apart():
 
 
 def test_recording_without_pictures_is_the_same_motion():
-    """Snapshots, states and actions are those of the recording with pictures; the frames have their number and no pixels."""
+    """Snapshots, states and actions are those of the recording with pictures; the frames have their
+    number and no pixels."""
     seen, blind = (record(5, 2, 0, pictures=pictures) for pictures in (True, False))
     for a, b in zip(seen, blind):
         assert (

@@ -84,7 +84,8 @@ def test_stage_1_trains_the_video_expert_alone(runs):
 
 
 def test_stage_3_carries_the_blocks_over_and_starts_encoders_fresh(runs, tmp_path):
-    """After no step at all, blocks are those of stage 2; the action encoder has the robot's dimensions."""
+    """After no step at all, blocks are those of stage 2; the action encoder has the robot's
+    dimensions."""
     s2 = weights(runs / "s2")
     model = Motus(train.preset("toy"))
     train.initialise(model, runs / "s2", train.STAGES["3"], "3")
@@ -121,7 +122,8 @@ def test_every_stage_leaves_a_log_a_curve_and_a_card(runs):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, tmp_path, monkeypatch):
-    """Stop after 2 of 4 steps, go on: the same weights, the same EMA, the same optimizer, the same log."""
+    """Stop after 2 of 4 steps, go on: the same weights, the same EMA, the same optimizer, the same
+    log."""
     whole = runs / "s3"
     part = tmp_path / "part"
     argv = ["--stage", "3", "--init", str(runs / "s2"), "--run", str(part), "--steps", "4"]
@@ -287,7 +289,8 @@ def test_backbones_are_pretrained_by_one_command(tmp_path):
 
 
 def test_backbones_that_are_kept_are_those_of_the_repository(tmp_path):
-    """`--keep` copies parts and pre-trains the rest; it needs a folder of its own and knows the parts."""
+    """`--keep` copies parts and pre-trains the rest; it needs a folder of its own and knows the
+    parts."""
     keep = ["--stage", "backbones", "--steps", "2", "--set", "episodes=2", "--keep"]
     train.main([*keep, "vae,vlm,dcae", "--run", str(tmp_path / "new")])
     same = {
@@ -307,8 +310,9 @@ def test_backbones_that_are_kept_are_those_of_the_repository(tmp_path):
 
 
 def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypatch):
-    """Two steps of each on what `evaluate.py record` wrote; stage 3 of that preset then trains on the same recording with those of the
-    folder that MOTUS_BACKBONES names, and its checkpoint acts with no others."""
+    """Two steps of each on what `evaluate.py record` wrote; stage 3 of that preset then trains on
+    the same recording with those of the folder that MOTUS_BACKBONES names, and its checkpoint acts
+    with no others."""
     pytest.importorskip("pyarrow"), pytest.importorskip("av")
     monkeypatch.setenv("MOTUS_BACKBONES", str(tmp_path / "weights"))
     record.record(
@@ -354,11 +358,12 @@ def test_backbones_of_a_simulator_are_pretrained_from_a_card(tmp_path, monkeypat
             train.main(["--stage", "backbones", *arguments])
 
 
-# -- settings of large runs, each alone -------------------------------------------------------------------------------------
+# -- settings of large runs, each alone -----------------------------------------------------------
 
 
 def test_weight_decay_leaves_out_vectors_and_tables_unless_asked():
-    """By default matrices alone; `decay=all` is the official behaviour. Every trained parameter is in one group."""
+    """By default matrices alone; `decay=all` is the official behaviour. Every trained parameter is
+    in one group."""
     model = Motus(train.preset("toy"))
     for decay, wanted in (("matrices", False), ("all", True)):
         (optimizer,) = train.make_optimizers(model, train.Settings(decay=decay), train.EXPERTS)
@@ -374,7 +379,8 @@ def test_weight_decay_leaves_out_vectors_and_tables_unless_asked():
 
 
 def test_muon_takes_the_steps_of_torchs_own():
-    """Three steps on square, wide and tall matrices: what they add differs by the rounding of torch's bf16 iteration."""
+    """Three steps on square, wide and tall matrices: what they add differs by the rounding of
+    torch's bf16 iteration."""
     generator = torch.Generator().manual_seed(0)
     start = [
         torch.randn(shape, generator=generator) for shape in ((16, 16), (16, 16), (8, 24), (24, 8))
@@ -457,7 +463,8 @@ def test_parts_of_a_batch_add_up_to_its_loss():
 
 
 def test_weights_may_be_bf16_and_the_average_is_not(runs, tmp_path):
-    """`params=bf16` halves weights and moments; a resumed run goes on with them; the log has all its columns."""
+    """`params=bf16` halves weights and moments; a resumed run goes on with them; the log has all
+    its columns."""
     argv = ["--stage", "1", "--run", str(tmp_path / "bf16"), "--steps", "3"]
     settings = [
         *SMALL,

@@ -1,4 +1,5 @@
-"""The UMT5 encoder against the official code (golden tensors) and transformers, and the tokenizer around it."""
+"""The UMT5 encoder against the official code (golden tensors) and transformers, and the tokenizer
+around it."""
 
 import builtins
 import json
@@ -22,7 +23,8 @@ from weights.layouts import umt5_from_transformers
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UMT5Config(vocab=64, dim=32, dim_attn=48, dim_ffn=40, heads=4, layers=2)
 
-# heads, an odd head size, a bucket table that is not the default, and lengths beyond max_distance all occur.
+# heads, an odd head size, a bucket table that is not the default, and lengths beyond max_distance
+# all occur.
 CONFIGS = (
     UMT5Config(vocab=80, dim=32, dim_attn=32, dim_ffn=64, heads=4, layers=2),
     UMT5Config(
@@ -36,7 +38,8 @@ LENGTHS = ([11, 7, 1], [45, 30], [150])
 
 
 def oracle_and_ours(config: UMT5Config):
-    """A transformers encoder with random weights far from zero, and ours with the same weights through the key table."""
+    """A transformers encoder with random weights far from zero, and ours with the same weights
+    through the key table."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     oracle = transformers.UMT5EncoderModel(
@@ -80,7 +83,8 @@ def error(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def test_encoder_reproduces_the_official_code():
-    """The states of the official encoder come out of the official weights under their own names, within 1e-5."""
+    """The states of the official encoder come out of the official weights under their own names,
+    within 1e-5."""
     sizes = json.loads((GOLDEN / "umt5.json").read_text())
     assert (sizes["num_heads"], sizes["num_layers"], sizes["dim_attn"]) == (
         TINY.heads,
@@ -96,7 +100,8 @@ def test_encoder_reproduces_the_official_code():
 @pytest.mark.parametrize("config, lengths", list(zip(CONFIGS, LENGTHS)))
 @torch.no_grad()
 def test_encoder_equals_transformers_in_fp32_and_rounds_no_worse_in_bf16(config, lengths):
-    """fp32 within 1e-5 of transformers; in bf16 no further from its fp32 states than transformers' own bf16 run."""
+    """fp32 within 1e-5 of transformers; in bf16 no further from its fp32 states than transformers'
+    own bf16 run."""
     oracle, ours = oracle_and_ours(config)
     ids, mask = inputs(config, lengths)
     expected = oracle(ids, attention_mask=mask.long()).last_hidden_state[mask]
@@ -111,7 +116,8 @@ def test_encoder_equals_transformers_in_fp32_and_rounds_no_worse_in_bf16(config,
 
 @torch.no_grad()
 def test_padding_neither_changes_real_rows_nor_leaks_out():
-    """A text encoded alone equals its rows in a padded batch, and padded rows are exactly zero, also where nothing is real."""
+    """A text encoded alone equals its rows in a padded batch, and padded rows are exactly zero,
+    also where nothing is real."""
     torch.manual_seed(0)
     model = UMT5Encoder(TINY)
     ids, mask = inputs(TINY, [9, 4, 0])
@@ -151,7 +157,8 @@ def test_relative_buckets_match_control_values():
 
 
 def test_full_size_has_the_published_parameters_and_names():
-    """UMT5-XXL counts 5,680,910,336 parameters in 242 tensors, which are exactly the translated transformers names."""
+    """UMT5-XXL counts 5,680,910,336 parameters in 242 tensors, which are exactly the translated
+    transformers names."""
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         ours = UMT5Encoder(UMT5_PRESETS["umt5-xxl"])
@@ -193,7 +200,8 @@ def tokenizer_file(tmp_path) -> Path:
 
 
 def test_tokenizer_ends_truncates_and_pads(tokenizer_file):
-    """Every text ends in `</s>`, is cut so that `</s>` is the last of text_len, and padded to the longest."""
+    """Every text ends in `</s>`, is cut so that `</s>` is the last of text_len, and padded to the
+    longest."""
     ids, mask = T5Tokenizer(tokenizer_file, text_len=5).encode(
         ["pick up  the\nred cube", "red", ""]
     )
@@ -225,7 +233,8 @@ def test_encode_text_gives_zero_padded_context_and_lengths(tokenizer_file):
 
 
 def test_cleaning_repairs_text_and_resolves_entities():
-    """ftfy mends wrongly decoded letters and straightens quotes; entities written twice over are resolved."""
+    """ftfy mends wrongly decoded letters and straightens quotes; entities written twice over are
+    resolved."""
     pytest.importorskip("ftfy")
     assert (
         clean("&amp;lt; the cup\u2019s lid \u00e2\u20ac\u201d now") == "< the cup's lid \u2014 now"
@@ -233,7 +242,8 @@ def test_cleaning_repairs_text_and_resolves_entities():
 
 
 def test_cleaning_asks_for_ftfy_only_where_it_matters(monkeypatch):
-    """Whitespace collapses and plain ASCII stays; anything else needs ftfy, and a missing ftfy is named with the remedy."""
+    """Whitespace collapses and plain ASCII stays; anything else needs ftfy, and a missing ftfy is
+    named with the remedy."""
     assert clean("  put\t the  red\r\n cube  (slowly)! ") == "put the red cube (slowly)!"
     real_import = builtins.__import__
 

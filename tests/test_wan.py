@@ -1,4 +1,5 @@
-"""The video transformer against diffusers' WanTransformer3DModel, weights renamed by the loader's own table."""
+"""The video transformer against diffusers' WanTransformer3DModel, weights renamed by the loader's
+own table."""
 
 from dataclasses import replace
 
@@ -77,7 +78,8 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", range(3))
 @torch.no_grad()
 def test_velocity_equals_diffusers_with_padded_texts(case):
-    """Other head counts and odd grids; the oracle attends to every zero row, ours to one that stands for all of them."""
+    """Other head counts and odd grids; the oracle attends to every zero row, ours to one that
+    stands for all of them."""
     config = CONFIGS[case]
     ours, oracle = pair(config, case)
     latents, t, text, lengths = example(config, GRIDS[case], case)

@@ -1,4 +1,5 @@
-"""The video VAE against the official code (golden tensors) and diffusers, in one pass and in chunks."""
+"""The video VAE against the official code (golden tensors) and diffusers, in one pass and in
+chunks."""
 
 import json
 from pathlib import Path
@@ -22,10 +23,12 @@ def small(
 
 TOY = small(8, 8, 4, (1, 2, 4), 1, (True, True))
 
-# Two roundings of the same network are two random draws: their sizes agree to about a tenth, so bf16 is held to 1.2 of the oracle's.
+# Two roundings of the same network are two random draws: their sizes agree to about a tenth, so
+# bf16 is held to 1.2 of the oracle's.
 ROUNDING = 1.2
 
-# The published layout, three levels with odd latent sizes, and time halved at other levels; shapes are (B, F, H, W).
+# The published layout, three levels with odd latent sizes, and time halved at other levels; shapes
+# are (B, F, H, W).
 CONFIGS = [
     (small(8, 12, 4, (1, 2, 4, 4), 2, (False, True, True)), (1, 9, 32, 48)),
     (small(4, 6, 3, (1, 2, 2), 1, (True, True)), (2, 13, 24, 40)),
@@ -80,7 +83,8 @@ def rms(x: torch.Tensor, y: torch.Tensor) -> float:
 
 @torch.no_grad()
 def test_vae_reproduces_the_official_code():
-    """Latents and pictures of the official VAE come out of the official weights under their own names, in one pass and in chunks."""
+    """Latents and pictures of the official VAE come out of the official weights under their own
+    names, in one pass and in chunks."""
     sizes, golden = (
         json.loads((GOLDEN / "wan_vae.json").read_text()),
         load_file(GOLDEN / "wan_vae.safetensors"),
@@ -113,7 +117,8 @@ def test_vae_reproduces_the_official_code():
 @pytest.mark.parametrize("config, shape", CONFIGS)
 @torch.no_grad()
 def test_vae_equals_diffusers_in_fp32_and_rounds_no_worse_in_bf16(config, shape):
-    """fp32 within 1e-5 of diffusers; in bf16 no further from its fp32 tensors than diffusers' own bf16 run."""
+    """fp32 within 1e-5 of diffusers; in bf16 no further from its fp32 tensors than diffusers' own
+    bf16 run."""
     oracle, ours = randomise(oracle_of(config)), WanVAE(config)
     ours.load_state_dict(
         {
@@ -144,7 +149,8 @@ def test_vae_equals_diffusers_in_fp32_and_rounds_no_worse_in_bf16(config, shape)
 @pytest.mark.parametrize("config, shape", [*CONFIGS, (TOY, (2, 9, 16, 24))])
 @torch.no_grad()
 def test_chunks_give_the_same_numbers_as_one_pass(config, shape):
-    """What the layers remember makes chunks of one or two latent frames equal to the whole clip, both ways."""
+    """What the layers remember makes chunks of one or two latent frames equal to the whole clip,
+    both ways."""
     model, video = randomise(WanVAE(config)), clip(*shape)
     latents = model.encode(video)
     assert error(model.encode(video, chunked=True), latents) < 1e-5
@@ -158,7 +164,8 @@ def test_chunks_give_the_same_numbers_as_one_pass(config, shape):
 
 @torch.no_grad()
 def test_frame_by_frame_decoding_holds_one_latent_frame_at_a_time():
-    """`decode_frames` is lazy: the first picture costs one pass over one latent frame, and no layer sees more than a chunk."""
+    """`decode_frames` is lazy: the first picture costs one pass over one latent frame, and no layer
+    sees more than a chunk."""
     model = randomise(WanVAE(TOY))
     seen = []
     model.decoder.head[0].register_forward_hook(
@@ -172,7 +179,8 @@ def test_frame_by_frame_decoding_holds_one_latent_frame_at_a_time():
 @pytest.mark.parametrize("config", [CONFIGS[0][0], TOY])
 @torch.no_grad()
 def test_a_latent_frame_depends_on_no_later_picture(config):
-    """Encoding frame 0 alone gives frame 0 of the nine-frame latents, and changing the last pictures changes only the last latent."""
+    """Encoding frame 0 alone gives frame 0 of the nine-frame latents, and changing the last
+    pictures changes only the last latent."""
     model, video = randomise(WanVAE(config)), clip(1, 9, 32, 32)
     latents = model.encode(video)
     assert error(model.encode(video[:, :, :1]), latents[:, :, :1]) < 1e-5
@@ -182,7 +190,8 @@ def test_a_latent_frame_depends_on_no_later_picture(config):
 
 
 def test_training_path_is_differentiable_and_only_the_clamp_is_missing():
-    """posterior -> decode(clamp=False) gives every parameter a gradient; decode alone clamps the same pictures to [-1, 1]."""
+    """posterior -> decode(clamp=False) gives every parameter a gradient; decode alone clamps the
+    same pictures to [-1, 1]."""
     torch.manual_seed(0)
     model, video = WanVAE(TOY), clip(1, 5, 16, 16)
     mean, logvar = model.posterior(video)
@@ -196,7 +205,8 @@ def test_training_path_is_differentiable_and_only_the_clamp_is_missing():
 
 
 def test_full_size_has_the_published_parameters_names_and_statistics():
-    """Wan2.2's VAE counts 704,688,668 parameters in 196 tensors, the translated diffusers names; strides 4 and 16; 48 means and stds."""
+    """Wan2.2's VAE counts 704,688,668 parameters in 196 tensors, the translated diffusers names;
+    strides 4 and 16; 48 means and stds."""
     config = WAN_VAE_PRESETS["wan2.2"]
     with torch.device("meta"):
         ours, oracle = WanVAE(config), oracle_of(config)
@@ -219,7 +229,8 @@ def test_full_size_has_the_published_parameters_names_and_statistics():
 
 
 def test_wrong_sizes_are_named():
-    """Clips of other than 1 + 4n frames or of odd sizes, foreign latents and inconsistent configurations are refused by name."""
+    """Clips of other than 1 + 4n frames or of odd sizes, foreign latents and inconsistent
+    configurations are refused by name."""
     model = WanVAE(TOY)
     for shape in ((1, 3, 4, 16, 16), (1, 3, 5, 16, 12), (1, 4, 5, 16, 16)):
         with pytest.raises(ValueError, match=r"needs \(B, 3, 1 \+ 4n, 8h, 8w\)"):

@@ -1,4 +1,5 @@
-"""Weights: accounting, memory, hostile files, round trips with the official layout, and the published tables at full size."""
+"""Weights: accounting, memory, hostile files, round trips with the official layout, and the
+published tables at full size."""
 
 import importlib
 import json
@@ -45,11 +46,12 @@ def shapes_of(source: files.TensorSource, rename=str) -> dict[str, tuple[int, ..
     return {rename(name): source.shape(name) for name in source.names() if rename(name)}
 
 
-# -- accounting ----------------------------------------------------------------------------------------------------------------------
+# -- accounting -----------------------------------------------------------------------------------
 
 
 def test_every_tensor_reaches_its_place_and_none_stays_on_meta(tmp_path):
-    """Loading a file into a meta module gives the file's values under the file's names, in the module's dtype."""
+    """Loading a file into a meta module gives the file's values under the file's names, in the
+    module's dtype."""
     tensors = {
         "a.weight": torch.randn(3, 4),
         "a.bias": torch.randn(4),
@@ -78,7 +80,8 @@ def test_a_real_module_is_filled_in_place_and_keeps_requires_grad(tmp_path):
 
 
 def test_all_misfits_are_named_in_one_error_and_nothing_is_loaded(tmp_path):
-    """Missing, unexpected, wrong shape and wrong dtype are reported together; the list shows ten and the count."""
+    """Missing, unexpected, wrong shape and wrong dtype are reported together; the list shows ten
+    and the count."""
     files.save_safetensors(
         tmp_path / "x.safetensors",
         {
@@ -118,7 +121,8 @@ def test_two_names_in_a_file_for_one_place_are_refused(tmp_path):
 
 
 def test_fresh_tensors_keep_their_values_and_must_be_real(tmp_path):
-    """`fresh` may be absent from the file, `ignore` may be in it; a fresh tensor on meta would be random data and is refused."""
+    """`fresh` may be absent from the file, `ignore` may be in it; a fresh tensor on meta would be
+    random data and is refused."""
     files.save_safetensors(
         tmp_path / "x.safetensors", {"body": torch.ones(2), "head.weight": torch.ones(9)}
     )
@@ -175,11 +179,12 @@ def test_shards_load_as_one_file(tmp_path):
     assert source.names() == ["t0", "t1", "t2"] and source.read("t2").tolist() == [2, 2]
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 
 def test_our_files_are_read_by_the_safetensors_library_and_back(tmp_path):
-    """Writer and reader agree with the reference library for every dtype, scalars and empty tensors."""
+    """Writer and reader agree with the reference library for every dtype, scalars and empty
+    tensors."""
     library = pytest.importorskip("safetensors.torch")
     tensors = {
         name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in files.DTYPES.items()
@@ -222,7 +227,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     ]
 
 
-# -- published names -------------------------------------------------------------------------------------------------------------------
+# -- published names ------------------------------------------------------------------------------
 
 TOTALS = {
     "wan": (825, 4_999_787_712),
@@ -261,7 +266,8 @@ def test_diffusers_names_map_one_to_one(table, rename):
     [("dcae_original", "dcae"), ("dcae_diffusers", "dcae-diffusers"), ("dpflow", "dpflow")],
 )
 def test_the_networks_under_the_latent_actions_are_recognised(table, kind):
-    """DC-AE in both layouts and DPFlow by their telltale tensors; what they rename to is what those modules want."""
+    """DC-AE in both layouts and DPFlow by their telltale tensors; what they rename to is what those
+    modules want."""
     names = list(layouts.expected(table))
     renamed = {layouts.renaming(names)(name) for name in names}
     assert (
@@ -272,7 +278,8 @@ def test_the_networks_under_the_latent_actions_are_recognised(table, kind):
 
 
 def test_a_text_encoder_of_transformers_is_recognised_and_its_tied_name_dropped(tmp_path):
-    """shared.weight and encoder.embed_tokens.weight are one tensor; converted, the file has Wan's names."""
+    """shared.weight and encoder.embed_tokens.weight are one tensor; converted, the file has Wan's
+    names."""
     names = {
         f"encoder.block.0.layer.{place}.weight"
         for place in (
@@ -319,7 +326,8 @@ def test_a_digest_changes_with_any_byte_name_and_dtype():
 
 
 def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path):
-    """The resampler comes after a level's residual blocks, however many there are; convert counts them."""
+    """The resampler comes after a level's residual blocks, however many there are; convert counts
+    them."""
     names = {
         "encoder.down_blocks.0.resnets.0.conv1.weight": "encoder.downsamples.0.downsamples.0.residual.2.weight",
         "encoder.down_blocks.0.downsampler.resample.1.bias": "encoder.downsamples.0.downsamples.1.resample.1.bias",
@@ -377,7 +385,8 @@ def test_our_networks_want_exactly_the_published_tensors(table):
 
 
 def test_our_motus_wants_exactly_the_published_tensors():
-    """Video, action and understanding experts at full size equal the stage 3 file without its frozen vision-language model."""
+    """Video, action and understanding experts at full size equal the stage 3 file without its
+    frozen vision-language model."""
     wanted = {
         name: tuple(t.shape)
         for name, t in full_size("motus", "Motus", "MotusConfig").state_dict().items()
@@ -442,12 +451,13 @@ def test_tables_equal_the_library_at_full_size(table):
     assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == layouts.expected(table)
 
 
-# -- official Motus files ------------------------------------------------------------------------------------------------------------
+# -- official Motus files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, stage", [(OFFICIAL[0], 3), (OFFICIAL[1], 2)])
 def test_an_official_file_loads_completely_into_its_own_names(name, stage):
-    """Every tensor of the official file is loaded once or knowingly dropped, and the stage is recognised."""
+    """Every tensor of the official file is loaded once or knowingly dropped, and the stage is
+    recognised."""
     source = files.open_source(official(name))
     assert layouts.identify(source.names()) == ("motus", stage)
     module = module_of(shapes_of(source, layouts.own_name))
@@ -464,7 +474,8 @@ def test_an_official_file_loads_completely_into_its_own_names(name, stage):
 
 
 def test_stage_2_weights_start_stage_3():
-    """Blocks carry over; encoders, decoder and registers start fresh though the stage 2 file holds some of them."""
+    """Blocks carry over; encoders, decoder and registers start fresh though the stage 2 file holds
+    some of them."""
     fresh = ("action.input_encoder.", "action.decoder.", "action.registers")
     stage3 = files.open_source(official("motus_finetune"))
     module = module_of(shapes_of(stage3, layouts.own_name), device="cpu")
@@ -501,7 +512,8 @@ def test_a_copy_that_differs_from_its_original_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_to_ours_and_back_keeps_every_byte(tmp_path, name):
-    """convert then export gives the official file again: same names, same bf16 bytes, copies sharing one storage."""
+    """convert then export gives the official file again: same names, same bf16 bytes, copies
+    sharing one storage."""
     saved = torch.load(official(name), weights_only=True)["module"]
     half = {t.data_ptr(): t.bfloat16() for t in saved.values()}
     before = {key: half[t.data_ptr()] for key, t in saved.items()}
@@ -538,7 +550,8 @@ def test_official_to_ours_and_back_keeps_every_byte(tmp_path, name):
 
 
 def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
-    """Our own file notes its MotusConfig, which gives the rows of the position table; without it the command asks for them."""
+    """Our own file notes its MotusConfig, which gives the rows of the position table; without it
+    the command asks for them."""
     with files.open_source(official("motus_finetune")) as source:
         ours = {
             layouts.own_name(name): source.read(name)
@@ -561,7 +574,8 @@ def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
 
 
 def test_bookkeeping_beside_the_weights_does_not_matter(tmp_path):
-    """What a trainer saves beside the weights (sets, sizes, counters, devices) is read and left aside."""
+    """What a trainer saves beside the weights (sets, sizes, counters, devices) is read and left
+    aside."""
     beside = {
         "names": {"a", "b"},
         "shapes": torch.Size([2, 3]),
@@ -613,7 +627,7 @@ def test_download_says_what_it_fetches_before_it_needs_the_hub(capsys, monkeypat
         __main__.main(["download", "nonsense"])
 
 
-# -- hostile files -------------------------------------------------------------------------------------------------------------------
+# -- hostile files --------------------------------------------------------------------------------
 
 
 def raw(header, data: bytes = b"", length: int | None = None) -> bytes:
@@ -831,7 +845,8 @@ def hostile(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, monkeypatch):
-    """Each hostile file ends in one ValueError that names the file, within a second, without large allocations; no code runs."""
+    """Each hostile file ends in one ValueError that names the file, within a second, without large
+    allocations; no code runs."""
     monkeypatch.chdir(tmp_path)
     assert len(hostile) >= 60
     for name, path in hostile.items():
@@ -855,7 +870,7 @@ def test_hostile_files_are_refused_quickly_in_little_memory(hostile, tmp_path, m
     assert os.listdir(tmp_path) == []
 
 
-# -- memory and rate -----------------------------------------------------------------------------------------------------------------
+# -- memory and rate ------------------------------------------------------------------------------
 
 
 def status(field: str) -> int:
@@ -870,7 +885,8 @@ def status(field: str) -> int:
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
 )
 def test_a_load_needs_one_tensor_above_the_module(tmp_path):
-    """2.2 GB in four shards into a bf16 module: the peak above the module is at most 1.05 largest tensors + 100 MB. The rate is printed."""
+    """2.2 GB in four shards into a bf16 module: the peak above the module is at most 1.05 largest
+    tensors + 100 MB. The rate is printed."""
     rows, index = 8192, {}
     for shard in range(4):
         tensors = {f"w{2 * shard + i}": torch.rand(1024, rows).repeat(8, 1) for i in range(2)}

@@ -1,4 +1,5 @@
-"""Simulators: worlds that depend on seed and actions alone, fleets that equal single worlds, experts whose own actions are stored."""
+"""Simulators: worlds that depend on seed and actions alone, fleets that equal single worlds,
+experts whose own actions are stored."""
 
 import importlib.util
 import os
@@ -88,12 +89,13 @@ def solved(world: World, seeds: range) -> int:
     return count
 
 
-# -- the interface ----------------------------------------------------------------------------------------------------------
+# -- the interface --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", toy.TASKS)
 def test_the_toy_keeps_the_promises_of_a_world(task):
-    """Same seed and actions, same pictures, states and success; the expert solves it; its instruction is of the task."""
+    """Same seed and actions, same pictures, states and success; the expert solves it; its
+    instruction is of the task."""
     actions = np.random.default_rng(0).uniform(-1, 1, (4, 3))
     conforms(toy.make(task), toy.make(task), actions)
     assert solved(world := toy.make(task), range(4)) >= 3 and world.instruction.startswith(
@@ -128,12 +130,13 @@ def test_scenes_to_record_are_not_scenes_to_be_tried_on():
     assert not set(episode_seeds(0, RECORDED, 500)) & set(episode_seeds(0, EVALUATED, 500))
 
 
-# -- processes --------------------------------------------------------------------------------------------------------------
+# -- processes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", (1, 2))
 def test_a_fleet_is_as_many_single_worlds(workers):
-    """Three worlds in one process or two see, bit for bit, what three worlds by themselves do; a solved one stays as it is."""
+    """Three worlds in one process or two see, bit for bit, what three worlds by themselves do; a
+    solved one stays as it is."""
     alone = [fake_world.make("walk", size=12) for _ in range(3)]
     seeds = [5, 60, 7]
     with Fleet("fake_world", "walk", 4, front, {"size": 12}, workers) as ships:
@@ -176,7 +179,8 @@ def test_what_fails_in_a_process_is_told():
 
 
 def test_the_stored_action_is_the_experts_whatever_is_done():
-    """With noise and shoves the executed actions move the point elsewhere; each row holds what the expert would do where it then is."""
+    """With noise and shoves the executed actions move the point elsewhere; each row holds what the
+    expert would do where it then is."""
     plain = attempt(order := Order("fake_world", "walk", seed=8, after=2))
     noisy = attempt(replace(order, noise=0.5, recovery=1.0, disturbed=1.0))
     assert plain.success and not plain.disturbed and noisy.disturbed
@@ -195,7 +199,8 @@ def test_the_stored_action_is_the_experts_whatever_is_done():
 
 
 def test_attempts_come_in_order_and_a_failure_holds_no_pictures():
-    """The stumbling expert stands still in every second scene; what two processes make equals what one makes."""
+    """The stumbling expert stands still in every second scene; what two processes make equals what
+    one makes."""
     orders = [Order("fake_world", "stumble", seed=seed, noise=0.3) for seed in range(5)]
     found = list(attempts(orders, 2))
     assert [r.seed for r in found] == list(range(5)) and [r.success for r in found] == [
@@ -210,7 +215,7 @@ def test_attempts_come_in_order_and_a_failure_holds_no_pictures():
     assert fleet.opened.cache_info().currsize == 1
 
 
-# -- the simulators ---------------------------------------------------------------------------------------------------------
+# -- the simulators -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mujoco") is not None, reason="MetaWorld is installed")
@@ -228,7 +233,8 @@ def meta():
 
 @pytest.mark.parametrize("task", ("drawer-open", "reach"))
 def test_metaworld_keeps_the_promises_of_a_world(meta, task):
-    """Exact seeds, in any order, the first picture included; the expert at a quarter of the rate solves it; the state is the hand's."""
+    """Exact seeds, in any order, the first picture included; the expert at a quarter of the rate
+    solves it; the state is the hand's."""
     worlds = [meta(task, size=32, cameras="corner4") for _ in range(2)]
     conforms(*worlds, np.random.default_rng(0).uniform(-1, 1, (2, 4)))
     blind = meta(task, cameras="")
@@ -241,7 +247,8 @@ def test_metaworld_keeps_the_promises_of_a_world(meta, task):
 
 
 def test_only_the_instruction_tells_opening_from_closing(meta):
-    """Both faucet tasks start, for one seed, with the same pixels and the same state, where the object now is and not where it was."""
+    """Both faucet tasks start, for one seed, with the same pixels and the same state, where the
+    object now is and not where it was."""
     ways = [meta(f"faucet-{way}", size=64) for way in ("open", "close")]
     for seed in (1, 2):
         a, b = (world.reset(seed) for world in ways)
@@ -255,8 +262,9 @@ def test_only_the_instruction_tells_opening_from_closing(meta):
 
 
 def test_labels_say_where_the_pixels_of_a_thing_are(meta):
-    """The red button is red where the label says that the named object is, in the upright picture of the first camera; a policy's
-    observation has no labels, and the two ways of one faucet have different goals."""
+    """The red button is red where the label says that the named object is, in the upright picture
+    of the first camera; a policy's observation has no labels, and the two ways of one faucet have
+    different goals."""
     world = meta("button-press-topdown", size=96, cameras="corner4")
     for seed in (1, 2, 3):
         picture, labels = world.reset(seed)["images"]["corner4"].astype(int), world.labels()
@@ -281,7 +289,8 @@ def test_labels_say_where_the_pixels_of_a_thing_are(meta):
 
 
 def test_a_world_that_goes_leaves_the_others_their_pictures(meta):
-    """A renderer that is thrown away while another lives takes none of its textures along; nor do two tasks recorded in one process."""
+    """A renderer that is thrown away while another lives takes none of its textures along; nor do
+    two tasks recorded in one process."""
     settings = (("size", 32), ("cameras", "corner4"))
     alone = attempt(Order("metaworld", "faucet-open", settings, 3)).frames["corner4"]
     world = meta("faucet-open", size=32, cameras="corner4")
@@ -310,7 +319,8 @@ def test_metaworld_takes_no_other_settings(meta):
 
 
 def test_two_arms_hand_the_cube_over_and_gym_aloha_agrees():
-    """The planned expert succeeds; the same actions in gym-aloha's own environment move the arms alike and earn its highest reward."""
+    """The planned expert succeeds; the same actions in gym-aloha's own environment move the arms
+    alike and earn its highest reward."""
     pytest.importorskip("gym_aloha"), pytest.importorskip("mujoco")
     conforms(
         *(aloha.make(size=32, cameras="head") for _ in range(2)),
@@ -337,8 +347,9 @@ def test_two_arms_hand_the_cube_over_and_gym_aloha_agrees():
 
 
 def test_two_arms_run_at_the_rate_of_the_other_robot_and_their_labels_lie_on_the_cube():
-    """hold=2.5 is 20 Hz, the rate of MetaWorld: half an action per command, as long an episode, and the expert succeeds; the label of the
-    cube is on its red pixels of a picture wider than high, in both corners of the table."""
+    """hold=2.5 is 20 Hz, the rate of MetaWorld: half an action per command, as long an episode, and
+    the expert succeeds; the label of the cube is on its red pixels of a picture wider than high, in
+    both corners of the table."""
     pytest.importorskip("gym_aloha"), pytest.importorskip("mujoco")
     world = aloha.make(cameras="", hold=2.5)
     assert (world.fps, world.max_steps, world.commands) == (20, 160, 5) and solved(
@@ -405,8 +416,9 @@ class click_bell:
 
 
 def test_robotwin_is_asked_as_its_own_evaluation_asks(tmp_path, monkeypatch):
-    """Against a stand-in: unstable scenes and those that the planner fails are passed over, each scene is set up for the planner and again
-    for the policy, the instruction is of the unseen kind, success ends at what RoboTwin calls success."""
+    """Against a stand-in: unstable scenes and those that the planner fails are passed over, each
+    scene is set up for the planner and again for the policy, the instruction is of the unseen kind,
+    success ends at what RoboTwin calls success."""
     pytest.importorskip("yaml")
     for name, text in STAND_IN.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,9 @@ class Card:
     latent_interval: int | None = None  # action steps that one latent action spans, stage 2
     step: int = 0
     backbones: dict | None = (
-        None  # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small presets
+        # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small
+        # presets
+        None
     )
 
     def as_json(self) -> str:

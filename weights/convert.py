@@ -24,7 +24,8 @@ from weights.load import _plan
 
 
 def convert(src: str | Path, dst: str | Path) -> None:
-    """A published file or folder to one safetensors file of ours: our names, second names dropped, config.json kept as metadata."""
+    """A published file or folder to one safetensors file of ours: our names, second names dropped,
+    config.json kept as metadata."""
     with open_source(src) as source:
         kind, stage = identify(source.names())
         if kind not in KINDS:
@@ -48,7 +49,8 @@ def convert(src: str | Path, dst: str | Path) -> None:
 
 
 def position_table(rows: int, width: int) -> Tensor:
-    """The action expert's fixed sine and cosine table (1, rows, width), float32, computed in float64 as officially."""
+    """The action expert's fixed sine and cosine table (1, rows, width), float32, computed in
+    float64 as officially."""
     angle = torch.arange(rows, dtype=torch.float64)[:, None] * 10000.0 ** (
         -torch.arange(width // 2, dtype=torch.float64) / (width // 2)
     )
@@ -58,10 +60,12 @@ def position_table(rows: int, width: int) -> Tensor:
 def export(
     src: str | Path, dst: str | Path, rows: int | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Our Motus weights to the official layout: DST/mp_rank_00_model_states.pt, second names sharing storage, plus config.json if known.
+    """Our Motus weights to the official layout: DST/mp_rank_00_model_states.pt, second names
+    sharing storage, plus config.json if known.
 
-    SRC is a converted file, or the weights of a checkpoint of ours, whose config.json beside it gives the fields of MotusConfig.
-    `rows` of the position table are chunk + 2 + registers for fine-tuning and chunk for pre-training; the default is what is known.
+    SRC is a converted file, or the weights of a checkpoint of ours, whose config.json beside it
+    gives the fields of MotusConfig. `rows` of the position table are chunk + 2 + registers for
+    fine-tuning and chunk for pre-training; the default is what is known.
     """
     with open_source(src) as source:
         config = config_beside(source)
@@ -103,8 +107,8 @@ def export(
 
 
 def official_config(own: Mapping) -> dict:
-    """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for readers of ours, holds what neither the
-    official file nor a shape says of the video expert."""
+    """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for
+    readers of ours, holds what neither the official file nor a shape says of the video expert."""
     config: dict = (
         {"wan": {field: own["video"][field] for field in ("eps", "text_len")}}
         if "video" in own

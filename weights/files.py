@@ -47,7 +47,7 @@ CASTABLE = {
 }  # any of these may be loaded as any other
 
 
-# -- reading -------------------------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
 
 
 def refuse(path: Path, what: str, problems: list[str]) -> None:
@@ -98,7 +98,8 @@ def _whole(value) -> bool:
 
 
 def _header(path: Path) -> tuple[list[tuple], dict[str, str], int]:
-    """Checked header of a safetensors file: rows (begin, end, name, dtype, shape) in file order, metadata, where data start."""
+    """Checked header of a safetensors file: rows (begin, end, name, dtype, shape) in file order,
+    metadata, where data start."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
@@ -166,7 +167,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Shards named by an index json. They must lie beside it; a link may only lead there or to the blobs of a hub cache."""
+    """Shards named by an index json. They must lie beside it; a link may only lead there or to the
+    blobs of a hub cache."""
     listed = read_json(path).get("weight_map")
     if (
         not isinstance(listed, dict)
@@ -209,7 +211,8 @@ def _open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-# What a weight file's pickle may name. Torch allows more, among it ways to ask for memory that the file does not hold.
+# What a weight file's pickle may name. Torch allows more, among it ways to ask for memory that the
+# file does not hold.
 PICKLE_NAMES = re.compile(
     r"collections (OrderedDict|Counter)|(builtins|__builtin__) set|_codecs encode"
     r"|torch\._utils _rebuild_(tensor_v2|parameter)|torch (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
@@ -217,7 +220,8 @@ PICKLE_NAMES = re.compile(
 
 
 def _check_torch_zip(path: Path) -> Counter[int]:
-    """Check a torch zip file before torch opens it; returns how many storage records there are of each size."""
+    """Check a torch zip file before torch opens it; returns how many storage records there are of
+    each size."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
@@ -286,7 +290,8 @@ def _check_torch_zip(path: Path) -> Counter[int]:
 
 
 def read_torch(path: Path) -> tuple[object, Counter]:
-    """What a .pt or .pth file holds, its tensors mapped, and how many records of each size it has. Nothing in it is run."""
+    """What a .pt or .pth file holds, its tensors mapped, and how many records of each size it has.
+    Nothing in it is run."""
     records = _check_torch_zip(path)
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True), records
@@ -297,7 +302,8 @@ def read_torch(path: Path) -> tuple[object, Counter]:
 
 
 def _open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a .pt or .pth file, mapped; the state dict may lie under 'module', 'model' or 'state_dict'."""
+    """Tensors of a .pt or .pth file, mapped; the state dict may lie under 'module', 'model' or
+    'state_dict'."""
     content, records = read_torch(path)
     if isinstance(content, dict):
         content = next(
@@ -336,7 +342,8 @@ def _open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass
 class TensorSource:
-    """The tensors of a file, mapped from disk and not yet read. Treat what `read` gives as read-only."""
+    """The tensors of a file, mapped from disk and not yet read. Treat what `read` gives as
+    read-only."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -360,7 +367,8 @@ class TensorSource:
         return self.tensors[name]
 
     def describe(self) -> str:
-        """What the file is: kind, stage, parts with parameter counts, dtypes, names that are dropped."""
+        """What the file is: kind, stage, parts with parameter counts, dtypes, names that are
+        dropped."""
         kind, stage = identify(self.tensors)
         rename = renaming(self.tensors)
         kept = {
@@ -402,7 +410,8 @@ WEIGHT_FILES = (
 
 
 def _find(folder: Path) -> Path:
-    """The weight file of a folder: the first pattern of WEIGHT_FILES that something fits must fit one file."""
+    """The weight file of a folder: the first pattern of WEIGHT_FILES that something fits must fit
+    one file."""
     found = next((found for pattern in WEIGHT_FILES if (found := sorted(folder.glob(pattern)))), [])
     if len(found) != 1:
         raise ValueError(
@@ -413,7 +422,8 @@ def _find(folder: Path) -> Path:
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Open a weight file (.safetensors, .safetensors.index.json, torch zip file) or folder. ValueError naming the file if not sound."""
+    """Open a weight file (.safetensors, .safetensors.index.json, torch zip file) or folder.
+    ValueError naming the file if not sound."""
     path = _find(Path(path)) if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(
@@ -442,11 +452,12 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return _header(Path(path))[1]
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, flush it to disk, rename it. On any failure the old file stays and the new one goes."""
+    """Write a file under a temporary name, flush it to disk, rename it. On any failure the old file
+    stays and the new one goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -465,8 +476,8 @@ def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[bytes, dict[str, int], int]:
-    """The beginning of a safetensors file with tensors of these dtypes and shapes, the byte of the file at which each of them begins, in
-    file order, and the size of the file."""
+    """The beginning of a safetensors file with tensors of these dtypes and shapes, the byte of the
+    file at which each of them begins, in file order, and the size of the file."""
     order = sorted(
         tensors, key=lambda name: (-tensors[name][0].itemsize, name)
     )  # widest first keeps every tensor aligned
@@ -492,7 +503,8 @@ def safetensors_header(
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype the format has no name for here."""
+    """Write tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype the
+    format has no name for here."""
     path = Path(path)
     refuse(
         path,
@@ -517,7 +529,8 @@ def save_safetensors(
 
 
 def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
-    """Sixteen hexadecimal digits that change with any name, dtype, shape or byte of the tensors, or with `about`."""
+    """Sixteen hexadecimal digits that change with any name, dtype, shape or byte of the tensors, or
+    with `about`."""
     state = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
         value = tensors[name].detach()
@@ -527,7 +540,8 @@ def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
 
 
 def config_beside(source: TensorSource) -> dict:
-    """The config.json of a weight file: kept in the metadata by `convert`, else in its folder, else, for folders of DeepSpeed, above it."""
+    """The config.json of a weight file: kept in the metadata by `convert`, else in its folder,
+    else, for folders of DeepSpeed, above it."""
     if "official_config" in source.metadata:
         return _json(source.path, source.metadata["official_config"].encode())
     for folder in (
@@ -551,7 +565,8 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Runs a command line; what the user, the data or the disk got wrong ends it in one line on stderr and status 2."""
+    """Runs a command line; what the user, the data or the disk got wrong ends it in one line on
+    stderr and status 2."""
     try:
         main()
     except (ValueError, OSError, ImportError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-# -- the hub and the command line ------------------------------------------------------------------------------------------------
+# -- the hub and the command line -----------------------------------------------------------------
 
 
 # Published folders: repository, revision, files, gigabytes, licence.
@@ -36,7 +36,8 @@ COMPLETE = ".complete"  # lies in a folder whose download has ended
 
 
 def fetched(path: str | Path) -> Path:
-    """A path as it is. A key of HUB, or the repository in its row, where no such path exists: the folder weights/KEY, downloaded once."""
+    """A path as it is. A key of HUB, or the repository in its row, where no such path exists: the
+    folder weights/KEY, downloaded once."""
     name = next((name for name, row in HUB.items() if str(path) in (name, row[0])), None)
     if name is None or Path(path).exists():
         return Path(path)
@@ -47,7 +48,8 @@ def fetched(path: str | Path) -> Path:
 
 
 def download(name: str, folder: str | Path) -> None:
-    """Fetch a published folder; a broken download goes on where it stopped. ValueError if the name or huggingface_hub is missing."""
+    """Fetch a published folder; a broken download goes on where it stopped. ValueError if the name
+    or huggingface_hub is missing."""
     if name not in HUB:
         raise ValueError(f"download: {name!r} is not known, allowed {', '.join(HUB)}")
     repository, revision, files, gigabytes, licence = HUB[name]
@@ -74,7 +76,8 @@ LICENCE_NOTICE = (
     "For other uses choose another FlowEstimator, such as DISFlow."
 )
 RELEASES = "https://github.com/hmorimitsu/ptlflow/releases/download/weights1/"
-# Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a benchmark: take it for robots.
+# Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a
+# benchmark: take it for robots.
 CHECKPOINTS = {
     "chairs": "dpflow-chairs-f94e717a.ckpt",
     "things": "dpflow-things-2012b5d6.ckpt",
@@ -85,7 +88,8 @@ CHECKPOINTS = {
 
 
 def fetch(name: str, folder: str | Path) -> Path:
-    """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints the weights' licence on stderr."""
+    """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints
+    the weights' licence on stderr."""
     if name not in CHECKPOINTS:
         raise ValueError(
             f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}"

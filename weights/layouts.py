@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-# -- names: from every published layout to the one our modules use ---------------------------------------------------------------
+# -- names: from every published layout to the one our modules use --------------------------------
 
 MOTUS_PARTS = {
     "video.": "video expert",
@@ -109,7 +109,8 @@ def _substitute(name: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def wan_original(name: str) -> str:
-    """Name in our video expert of a tensor in an original Wan file; stage 1 files of Motus may carry the prefix `dit.`."""
+    """Name in our video expert of a tensor in an original Wan file; stage 1 files of Motus may
+    carry the prefix `dit.`."""
     return name.removeprefix("dit.")
 
 
@@ -119,7 +120,8 @@ def wan_from_diffusers(name: str) -> str:
 
 
 def vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
-    """Original name of a tensor of the diffusers VAE, which does not count a level's resampler among its residual blocks."""
+    """Original name of a tensor of the diffusers VAE, which does not count a level's resampler
+    among its residual blocks."""
     resamplers = (
         (r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{num_res_blocks}."),
         (r"up_blocks\.(\d+)\.upsampler\.", rf"upsamples.\1.upsamples.{num_res_blocks + 1}."),
@@ -138,7 +140,8 @@ def umt5_from_transformers(name: str) -> str:
 
 
 def alias_of(name: str) -> str | None:
-    """The tensor of which `name` is a second name: a wrapper's copy, a tied output head or a tied token embedding; else None."""
+    """The tensor of which `name` is a second name: a wrapper's copy, a tied output head or a tied
+    token embedding; else None."""
     if name == "encoder.embed_tokens.weight":
         return "shared.weight"
     if name.endswith("lm_head.weight"):
@@ -158,22 +161,26 @@ def alias_of(name: str) -> str | None:
 
 
 def motus_canonical(name: str) -> str | None:
-    """The one official name of a tensor in an official Motus file; None for second names and for the fixed position table."""
+    """The one official name of a tensor in an official Motus file; None for second names and for
+    the fixed position table."""
     return None if alias_of(name) or name == POSITIONS else name
 
 
 def own_name(name: str) -> str | None:
-    """Name in our modules of a tensor of an official Motus file: video. action. und. vlm.; None as for `motus_canonical`."""
+    """Name in our modules of a tensor of an official Motus file: video. action. und. vlm.; None as
+    for `motus_canonical`."""
     return motus_canonical(name) and _substitute(name, OWN_NAMES)
 
 
 def official_name(name: str) -> str:
-    """The way back: und.blocks.0.qkv -> und_expert.blocks.0.wan_und_qkv. Official names stay as they are."""
+    """The way back: und.blocks.0.qkv -> und_expert.blocks.0.wan_und_qkv. Official names stay as
+    they are."""
     return _substitute(name, OFFICIAL_NAMES)
 
 
 def qwen_own(name: str) -> str | None:
-    """Name in our vision-language model; None for the output head, which is tied to the embedding and not used."""
+    """Name in our vision-language model; None for the output head, which is tied to the embedding
+    and not used."""
     return None if alias_of(name) else name.removeprefix("model.")
 
 
@@ -198,9 +205,11 @@ DCAE_ORIGINAL = [
 
 
 def dcae_own(name: str) -> str:
-    """Name of a tensor in a published file -> its name here. Those of the diffusers format are ours already.
+    """Name of a tensor in a published file -> its name here. Those of the diffusers format are ours
+    already.
 
-    One kind of tensor has no single counterpart: the original's attn.qkv.weight is our to_q, to_k and to_v below each other.
+    One kind of tensor has no single counterpart: the original's attn.qkv.weight is our to_q, to_k
+    and to_v below each other.
     """
     if re.search(r"\.(stages|project_in|project_out)\.", name):
         for pattern, new in DCAE_ORIGINAL:
@@ -209,9 +218,11 @@ def dcae_own(name: str) -> str:
 
 
 def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a published file, 434 in the original or 474 in the diffusers format -> the same under our names, in our shapes.
+    """Tensors of a published file, 434 in the original or 474 in the diffusers format -> the same
+    under our names, in our shapes.
 
-    All are views, so tensors mapped from a file stay unread. What does not belong keeps its name, for the loader to complain about.
+    All are views, so tensors mapped from a file stay unread. What does not belong keeps its name,
+    for the loader to complain about.
     """
     ours = {}
     for name, tensor in tensors.items():
@@ -257,7 +268,8 @@ DPFLOW_ORIGINAL = [
 
 
 def dpflow_own(key: str) -> str:
-    """Name of a tensor in a published .ckpt -> its name here. One to one: all 498 tensors have a place and every place a tensor."""
+    """Name of a tensor in a published .ckpt -> its name here. One to one: all 498 tensors have a
+    place and every place a tensor."""
     for pattern, new in DPFLOW_ORIGINAL:
         key = pattern.sub(new, key)
     return key
@@ -285,7 +297,8 @@ KINDS: dict[str, tuple[str, Callable[[str], str | None]]] = {
 
 
 def identify(names: Iterable[str]) -> tuple[str, int | None]:
-    """(kind, stage) of a set of names: a key of KINDS or "unknown", and the stage 1, 2 or 3 if it is part of the Motus story."""
+    """(kind, stage) of a set of names: a key of KINDS or "unknown", and the stage 1, 2 or 3 if it
+    is part of the Motus story."""
     names = {wan_original(name) for name in names}
     kind = next((kind for kind, (telltale, _) in KINDS.items() if telltale in names), "unknown")
     if kind.startswith("motus"):
@@ -308,7 +321,7 @@ def renaming(names: Iterable[str]) -> Callable[[str], str | None]:
     return KINDS[kind][1] if kind in KINDS else str
 
 
-# -- the tables of expected tensors -----------------------------------------------------------------------------------------------
+# -- the tables of expected tensors ---------------------------------------------------------------
 
 
 def _expand(pattern: str) -> list[str]:
@@ -326,7 +339,8 @@ def _expand(pattern: str) -> list[str]:
 
 
 def expected(table: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the published file `table` holds (keys/TABLE.txt, where the source is stated)."""
+    """Names and shapes that the published file `table` holds (keys/TABLE.txt, where the source is
+    stated)."""
     shapes: dict[str, tuple[int, ...]] = {}
     for line in (Path(__file__).parent / "keys" / f"{table}.txt").read_text().splitlines():
         pattern, *rest = line.split()

@@ -1,4 +1,5 @@
-"""Reading and writing weights: the published files of Wan2.2, UMT5, Qwen3-VL and Motus, and our own checkpoints.
+"""Reading and writing weights: the published files of Wan2.2, UMT5, Qwen3-VL and Motus, and our own
+checkpoints.
 
     python -m backbones.weights inspect PATH         what a file is: kind, stage, parts, counts, dtypes
     python -m backbones.weights convert SRC DST      official folder or .pt to one safetensors file
@@ -6,14 +7,17 @@
     python -m backbones.weights download NAME        from the hub, resumable; sizes and licences are printed first
     python -m backbones.weights tables [NAME]        the tensors that each published file must hold
 
-Three promises. (1) Accounting: every tensor a module wants is loaded exactly once, every tensor of a file is used or knowingly dropped;
-anything else is one ValueError that lists the first ten and the count. The official loader swallows such errors and goes on with random
-values. (2) Memory: a tensor goes from the mapped file to its place in the module, cast on the way, and its pages are given back, so the
-peak above the module itself is one tensor. (3) Hostile files: what a file claims is checked against its size before anything is allocated;
-pickles may name tensors and plain containers only, and are read with `weights_only=True`.
+Three promises. (1) Accounting: every tensor a module wants is loaded exactly once, every tensor of
+a file is used or knowingly dropped; anything else is one ValueError that lists the first ten and
+the count. The official loader swallows such errors and goes on with random values. (2) Memory: a
+tensor goes from the mapped file to its place in the module, cast on the way, and its pages are
+given back, so the peak above the module itself is one tensor. (3) Hostile files: what a file claims
+is checked against its size before anything is allocated; pickles may name tensors and plain
+containers only, and are read with `weights_only=True`.
 
-Official Motus files list every tensor up to three times, because wrapper modules refer to the same experts again; the copies are compared
-with the original and dropped. The fixed table `pos_embedding` is dropped too: it is a function of its shape.
+Official Motus files list every tensor up to three times, because wrapper modules refer to the same
+experts again; the copies are compared with the original and dropped. The fixed table
+`pos_embedding` is dropped too: it is a function of its shape.
 """
 
 from __future__ import annotations
@@ -40,12 +44,12 @@ from weights.files import (
 )
 from weights.layouts import alias_of
 
-# -- loading -------------------------------------------------------------------------------------------------------------------------
+# -- loading --------------------------------------------------------------------------------------
 
 
 def _advise(tensor: Tensor, advice: str) -> None:
-    """Tell the kernel how the pages under a tensor will be used: WILLNEED, DONTNEED (mapped files only: it forgets them), RANDOM (nothing
-    around them is wanted) or HUGEPAGE."""
+    """Tell the kernel how the pages under a tensor will be used: WILLNEED, DONTNEED (mapped files
+    only: it forgets them), RANDOM (nothing around them is wanted) or HUGEPAGE."""
     if (
         not tensor.is_contiguous() and tensor.stride(-1) == 1
     ):  # a part along an inner axis is many runs
@@ -73,7 +77,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _plan(
     source: TensorSource, rename: Callable[[str], str | None]
 ) -> tuple[dict[str, str], list[str]]:
-    """(our name -> name in the file, names knowingly dropped). Second names must equal the tensor they repeat."""
+    """(our name -> name in the file, names knowingly dropped). Second names must equal the tensor
+    they repeat."""
     plan, dropped, problems = {}, [], []
     for name in source.names():
         key, original = rename(name), alias_of(name)
@@ -93,7 +98,8 @@ def _plan(
 
 @dataclass(frozen=True)
 class Report:
-    """What a load did; `fresh` and `dropped` are names, `ignored` names of the file that the caller asked not to load."""
+    """What a load did; `fresh` and `dropped` are names, `ignored` names of the file that the caller
+    asked not to load."""
 
     path: Path
     loaded: int
@@ -111,8 +117,9 @@ class Report:
 
 
 def held(tensor: Tensor) -> tuple[Tensor, int, int]:
-    """What this process holds of a tensor that may be sharded over ranks (a DTensor, cut along one axis in equal parts of which the last
-    may be short or empty): its values, the axis, and where they begin there."""
+    """What this process holds of a tensor that may be sharded over ranks (a DTensor, cut along one
+    axis in equal parts of which the last may be short or empty): its values, the axis, and where
+    they begin there."""
     if not hasattr(tensor, "device_mesh"):
         return tensor, 0, 0
     mesh, cuts = (
@@ -136,7 +143,8 @@ def held(tensor: Tensor) -> tuple[Tensor, int, int]:
 
 
 def part(tensor: Tensor, value: Tensor) -> Tensor:
-    """Of `value`, the whole of what `tensor` is to be, a view of what this process holds; nothing is read."""
+    """Of `value`, the whole of what `tensor` is to be, a view of what this process holds; nothing
+    is read."""
     values, axis, start = held(tensor)
     return value.narrow(axis, start, values.shape[axis]) if values.dim() else value
 
@@ -147,9 +155,10 @@ def place(tensor: Tensor, value: Tensor) -> None:
 
 
 def parts(source: TensorSource, wanted: Sequence[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    """For each (name in the file, tensor it is for) what this process holds of it, one after another: fetched from disk while the one
-    before is in use, its pages given back afterwards. Of a tensor that is sharded, nothing but the part is fetched; the kernel would read
-    megabytes around it."""
+    """For each (name in the file, tensor it is for) what this process holds of it, one after
+    another: fetched from disk while the one before is in use, its pages given back afterwards. Of a
+    tensor that is sharded, nothing but the part is fetched; the kernel would read megabytes around
+    it."""
     views, mapped = [], lambda tensor: tensor.untyped_storage().data_ptr() in source.mapped
     for name, tensor in wanted:
         views.append(part(tensor, source.read(name)))
@@ -178,15 +187,16 @@ def load_into(
     fresh: Iterable[str] = (),
     device: str = "cpu",
 ) -> Report:
-    """Fill every parameter and saved buffer of `module` from `source`, one tensor at a time, replacing meta tensors by real ones. Of a
-    tensor that is sharded over ranks, each fetches and reads its own part; `nbytes` of the report counts that.
+    """Fill every parameter and saved buffer of `module` from `source`, one tensor at a time,
+    replacing meta tensors by real ones. Of a tensor that is sharded over ranks, each fetches and
+    reads its own part; `nbytes` of the report counts that.
 
     rename  name in the file -> name in the module, or None: knowingly dropped
     dtype   replaces the module's floating dtypes; None keeps each as it is
     ignore  prefixes, in the module's names, of tensors in the file that are not to be loaded
     fresh   prefixes of module tensors that the file may lack; they keep their initial values and must not be on meta
-    device  where meta tensors come to life
-    Raises one ValueError for all missing, unexpected and misfitting tensors, before anything is loaded.
+    device  where meta tensors come to life Raises one ValueError for all missing, unexpected and
+    misfitting tensors, before anything is loaded.
     """
     begun = time.perf_counter()
     ignore, fresh = tuple(ignore), tuple(fresh)
@@ -260,7 +270,8 @@ def load_into(
 
 
 def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
-    """Builds a network from its own file: config from the metadata, weights with every key accounted for."""
+    """Builds a network from its own file: config from the metadata, weights with every key
+    accounted for."""
     metadata = read_metadata(path)
     if "config" not in metadata:
         raise ValueError(

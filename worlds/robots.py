@@ -39,7 +39,8 @@ DIRECTIONS = np.array(
 
 
 def instructions(split: str = "train") -> list[tuple[str, str, str]]:
-    """The (skill, colour, side) combinations a split draws from; `eval` has those of `train` at layouts never trained on."""
+    """The (skill, colour, side) combinations a split draws from; `eval` has those of `train` at
+    layouts never trained on."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {SPLITS}")
     combinations = [
@@ -62,9 +63,11 @@ def sentence(skill: str, colour: str, side: str) -> str:
 
 @dataclass(frozen=True)
 class Embodiment:
-    """A robot: its place in the pyramid and the maps between its own numbers and the task space they share.
+    """A robot: its place in the pyramid and the maps between its own numbers and the task space
+    they share.
 
-    Task space: target position (n, 2) on the table, grip (n,) from -1 open to 1 closed, heading (n,) of the fingers in radians.
+    Task space: target position (n, 2) on the table, grip (n,) from -1 open to 1 closed, heading
+    (n,) of the fingers in radians.
     """
 
     name: str
@@ -110,7 +113,8 @@ def _delta_from_action(action, state):
     return xy, state[:, 2] + 2 * GRIP_SPEED * action[:, 2], np.zeros(len(action))
 
 
-# The arm: shoulder behind the top edge, two equal links, elbow always on the same side. The ranges hold every table position.
+# The arm: shoulder behind the top edge, two equal links, elbow always on the same side. The ranges
+# hold every table position.
 SHOULDER, LINK = np.array([0.5, -0.15]), 0.65
 JOINT_RANGE = np.array(
     [[-0.9, 1.7], [0.6, 2.95], [-4.8, -0.7]]

@@ -1,5 +1,6 @@
-"""RoboTwin 2.0: two arms, fifty tasks, in SAPIEN (a clone of RoboTwin with its assets, and a GPU). Written from its public interface,
-that of its script/eval_policy.py, and tried against a stand-in of it only: the simulator itself has not been run with this file.
+"""RoboTwin 2.0: two arms, fifty tasks, in SAPIEN (a clone of RoboTwin with its assets, and a GPU).
+Written from its public interface, that of its script/eval_policy.py, and tried against a stand-in
+of it only: the simulator itself has not been run with this file.
 
     python evaluate.py --sim robotwin --tasks click_bell --set root=/path/to/RoboTwin config=demo_randomized \\
         --cameras head_camera,left_camera,right_camera --t-layout --workers 1 --batch 1 --ckpt ...
@@ -8,9 +9,11 @@ that of its script/eval_policy.py, and tried against a stand-in of it only: the 
     state      14, the same
     pictures   head_camera, left_camera, right_camera: the order of the official T-layout
 
-- As in the official evaluation a scene counts only if RoboTwin's own planner solves it; else the next seed is taken. The instruction is
-  one that describes this very scene, by default of the kind `unseen`.
-- Each action is executed to its end by RoboTwin's own trajectory planner, so the rate of 10 Hz is nominal.
+- As in the official evaluation a scene counts only if RoboTwin's own planner solves it; else the
+  next seed is taken. The instruction is one that describes this very scene, by default of the kind
+  `unseen`.
+- Each action is executed to its end by RoboTwin's own trajectory planner, so the rate of 10 Hz is
+  nominal.
 """
 
 import importlib
@@ -38,7 +41,8 @@ TRIES = 100  # seeds in a row of which the planner must solve one
 
 
 class RoboTwin(World):
-    """`root` is RoboTwin's folder, which becomes the working folder; `config` a file of its task_config; `instructions` seen or unseen."""
+    """`root` is RoboTwin's folder, which becomes the working folder; `config` a file of its
+    task_config; `instructions` seen or unseen."""
 
     robot, action_dim, fps = "aloha-agilex", 14, 10
 

@@ -1,20 +1,26 @@
-r"""The toy world: a tabletop seen from above, three discs, and robots that look and act differently but move alike.
+r"""The toy world: a tabletop seen from above, three discs, and robots that look and act differently
+but move alike.
 
-It stands in for the paper's six-level data pyramid at a size at which a small policy learns in CPU minutes:
-level 2 a hand without recorded actions, 3 the target robot in randomised scenes, 4 the target robot without a task, 5 two
-other robots, 6 the target robot with demonstrations.
+It stands in for the paper's six-level data pyramid at a size at which a small policy learns in CPU
+minutes: level 2 a hand without recorded actions, 3 the target robot in randomised scenes, 4 the
+target robot without a task, 5 two other robots, 6 the target robot with demonstrations.
 
     seed -> layout, task, look           what is where, what to do, textures and light
     action -> from_action -> (x, y, grip, heading) -> one task-space physics -> to_state -> state
                                                                        \-> parts -> render (pixels) and flow (true motion)
 
-- Coordinates are in [0, 1], x to the right and y down; the camera sees exactly the table, 48 x 48 pixels.
-- Every body is a list of parts, every part a capsule (a disc is a capsule of no length). The renderer paints the parts in
-  order; the true optical flow asks the same parts where each pixel goes, so pixels and flow cannot disagree.
-- An open gripper hovers and touches nothing. Closing it near a disc grasps the disc; a closed, empty one pushes discs.
-- Everything random comes from generators keyed by the world's own seed, so a world does not depend on its neighbours.
+- Coordinates are in [0, 1], x to the right and y down; the camera sees exactly the table, 48 x 48
+  pixels.
+- Every body is a list of parts, every part a capsule (a disc is a capsule of no length). The
+  renderer paints the parts in order; the true optical flow asks the same parts where each pixel
+  goes, so pixels and flow cannot disagree.
+- An open gripper hovers and touches nothing. Closing it near a disc grasps the disc; a closed,
+  empty one pushes discs.
+- Everything random comes from generators keyed by the world's own seed, so a world does not depend
+  on its neighbours.
 
-Shapes: n worlds, A action dim, P state dim, T steps of an episode, K pixels of a part's window, D = 3 discs.
+Shapes: n worlds, A action dim, P state dim, T steps of an episode, K pixels of a part's window, D =
+3 discs.
 """
 
 from dataclasses import dataclass, field
@@ -55,7 +61,8 @@ def _room(xy: np.ndarray, toward: np.ndarray) -> np.ndarray:
 def _layout(
     rng: np.random.Generator, skill: str | None, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Discs (D, 2), the first of them named by the task, and the effector (2,): feasible, apart, and not yet solved."""
+    """Discs (D, 2), the first of them named by the task, and the effector (2,): feasible, apart,
+    and not yet solved."""
     toward = DIRECTIONS[side]
     while True:
         points = rng.uniform(0.1, 0.9, (64, DISCS + 1, 2))
@@ -70,7 +77,8 @@ def _layout(
                 good &= (
                     _distance(_goal(skill, named, side)[:, None], others) > 2 * RADIUS + 0.03
                 ).all(axis=1)
-            else:  # free ground behind the disc, where the gripper closes, and ahead, where the disc goes
+            # free ground behind the disc, where the gripper closes, and ahead, where the disc goes
+            else:
                 good &= (room > RADIUS + PUSH + 0.1) & (room < 0.78)
                 for step in (-0.15, 0.07, 0.14, 0.22):
                     good &= (
@@ -129,9 +137,11 @@ class Tabletop:
         )
 
     def reset(self, seeds) -> dict:
-        """Start the worlds of `seeds` (n non-negative ints). The same seed is the same world, bit for bit, whatever n is.
+        """Start the worlds of `seeds` (n non-negative ints). The same seed is the same world, bit
+        for bit, whatever n is.
 
-        Returns image (n, 48, 48, 3) uint8, state (n, P) float32 in [-1, 1], instruction, a list of n strings.
+        Returns image (n, 48, 48, 3) uint8, state (n, P) float32 in [-1, 1], instruction, a list of
+        n strings.
         """
         seeds = [int(s) for s in seeds]
         if len(seeds) != self.n or min(seeds) < 0:
@@ -185,7 +195,8 @@ class Tabletop:
 
     @staticmethod
     def _stray(rng: np.random.Generator, discs: np.ndarray, named: int) -> tuple[np.ndarray, float]:
-        """Where an effector may find itself after a mistake (2,), and its opening; a closed one touches no disc."""
+        """Where an effector may find itself after a mistake (2,), and its opening; a closed one
+        touches no disc."""
         near, anywhere = (
             discs[named] + 0.12 * rng.standard_normal((64, 2)),
             rng.uniform(0.05, 0.95, (64, 2)),
@@ -213,7 +224,8 @@ class Tabletop:
         return self.embodiment.to_state(self.effector, self.opening, self.heading)
 
     def step(self, actions) -> tuple[dict, np.ndarray]:
-        """One action step of every world: actions (n, A), clipped to [-1, 1] -> observation, success (n,) bool, latched."""
+        """One action step of every world: actions (n, A), clipped to [-1, 1] -> observation,
+        success (n,) bool, latched."""
         actions = self._check(actions)
         self.advance(actions)
         return self.observe(), self.success.copy()
@@ -292,14 +304,16 @@ class Tabletop:
 
     @staticmethod
     def _apart(offset, least, active):
-        """How far to move along `offset` (..., 2), where `active`, for its length to be at least `least`."""
+        """How far to move along `offset` (..., 2), where `active`, for its length to be at least
+        `least`."""
         length = np.maximum(np.sqrt((offset**2).sum(axis=-1)), 1e-9)
         return offset * (np.where(active, np.maximum(least - length, 0), 0) / length)[..., None]
 
     @classmethod
     def _driven(cls, offset, least, active, move):
-        """How far discs at `offset` (n, D, 2) from a closed gripper that came by `move` (n, 1, 2) go, for it to be at least `least`: with
-        the gripper if it comes from behind, within 60 degrees (its face is flat and discs do not roll off), else out of its way."""
+        """How far discs at `offset` (n, D, 2) from a closed gripper that came by `move` (n, 1, 2)
+        go, for it to be at least `least`: with the gripper if it comes from behind, within 60
+        degrees (its face is flat and discs do not roll off), else out of its way."""
         speed = np.sqrt((move**2).sum(axis=-1))
         ahead = (offset * move).sum(axis=-1) / np.maximum(speed, 1e-9)
         length = np.sqrt((offset**2).sum(axis=-1))
@@ -314,8 +328,9 @@ class Tabletop:
     def expert(self, noise: float = 0.0, slip: np.ndarray | bool = False) -> np.ndarray:
         """What the expert does now, as actions (n, A) in the embodiment's convention.
 
-        With noise (table units, 0.01 is plenty) the target drifts smoothly about the one that was meant; each call draws
-        anew. Where `slip` (n,) the grip does the opposite. Execute such actions and record the clean ones: the data teach how to recover.
+        With noise (table units, 0.01 is plenty) the target drifts smoothly about the one that was
+        meant; each call draws anew. Where `slip` (n,) the grip does the opposite. Execute such
+        actions and record the clean ones: the data teach how to recover.
         """
         if self._intention is None:
             self._intention = self._wander() if self.task_agnostic else self._intend()
@@ -334,16 +349,19 @@ class Tabletop:
         return way * np.minimum(1, np.minimum(0.35 * length + 0.006, top) / length)
 
     def _intend(self) -> tuple[np.ndarray, np.ndarray]:
-        """Next position (n, 2) and grip (n,); a function of what can be seen now, so that it can be imitated."""
+        """Next position (n, 2) and grip (n,); a function of what can be seen now, so that it can be
+        imitated."""
         rows = np.arange(self.n)
         disc, toward = self.discs[rows, self.named], DIRECTIONS[self.side]
-        # Place: go to the disc, close, go to the goal, open. A grip that has begun to move tolerates more than one at rest.
+        # Place: go to the disc, close, go to the goal, open. A grip that has begun to move
+        # tolerates more than one at rest.
         holding, resting = self.held == self.named, np.abs(self.opening - 0.5) > 0.45
         way = np.where(holding[:, None], self.goal - disc, disc - self.effector)
         arrived = np.sqrt((way**2).sum(axis=1)) < np.where(resting, 0.028, 0.055)
         place_step = self._ease(way)
         place_closes = np.where(holding, ~arrived, arrived & (self.opening > 0.25))
-        # Push: go behind the disc with the gripper open, close there, then drive on while staying behind the centre.
+        # Push: go behind the disc with the gripper open, close there, then drive on while staying
+        # behind the centre.
         away = self.effector - disc
         along = (away * toward).sum(axis=1)
         aside = away - along[:, None] * toward
@@ -367,7 +385,8 @@ class Tabletop:
         return self.effector + step, np.where(closes, 1.0, -1.0)
 
     def _wander(self) -> tuple[np.ndarray, np.ndarray]:
-        """Task-agnostic motion: waypoints, more often than not on a disc, with a grip that changes at random there."""
+        """Task-agnostic motion: waypoints, more often than not on a disc, with a grip that changes
+        at random there."""
         near = _distance(self.waypoint, self.effector) < 0.02
         for i in np.flatnonzero(near):
             rng = self.rngs[i]
@@ -391,10 +410,11 @@ class Tabletop:
         return Snapshot(*(p.copy() for p in parts))
 
     def positions(self) -> dict[str, np.ndarray]:
-        """Ground truth for pre-training a vision tower; colour, skill and side are indices into the module's tuples.
+        """Ground truth for pre-training a vision tower; colour, skill and side are indices into the
+        module's tuples.
 
-        discs (n, 4, 2) per colour, present (n, 4) bool, effector (n, 2), opening (n,), named, skill, side (n,) int, goal (n, 2).
-        In a task-agnostic world the last four mean nothing.
+        discs (n, 4, 2) per colour, present (n, 4) bool, effector (n, 2), opening (n,), named,
+        skill, side (n,) int, goal (n, 2). In a task-agnostic world the last four mean nothing.
         """
         discs, present, rows = (
             np.zeros((self.n, len(COLOURS), 2)),
@@ -414,12 +434,14 @@ class Tabletop:
         return np.ascontiguousarray(np.moveaxis(canvas[:, :, PAD:-PAD, PAD:-PAD], 0, -1))
 
     def flow(self, before: Snapshot, after: Snapshot) -> np.ndarray:
-        """True optical flow (n, 48, 48, 2) float32 in pixels from one snapshot to another; see `flow`."""
+        """True optical flow (n, 48, 48, 2) float32 in pixels from one snapshot to another; see
+        `flow`."""
         return flow(self.embodiment.name, before, after)
 
 
 class TabletopEnv:
-    """One world behind the methods of a Gymnasium environment (which it does not import); reward 1 once the task is done."""
+    """One world behind the methods of a Gymnasium environment (which it does not import); reward 1
+    once the task is done."""
 
     def __init__(
         self,
@@ -483,13 +505,15 @@ class Episode:
     motion: np.ndarray = field(repr=False)  # (T+1, 3) float32: true x, y, opening in [0, 1]
 
     def flow(self, before, after) -> np.ndarray:
-        """True optical flow (k, 48, 48, 2) between the frames numbered `before` (k,) and those numbered `after` (k,)."""
+        """True optical flow (k, 48, 48, 2) between the frames numbered `before` (k,) and those
+        numbered `after` (k,)."""
         return flow(
             self.embodiment, self.snapshots[np.asarray(before)], self.snapshots[np.asarray(after)]
         )
 
 
-# What each level of the pyramid records; level 1, web data, is what a pre-trained backbone has seen already.
+# What each level of the pyramid records; level 1, web data, is what a pre-trained backbone has seen
+# already.
 LEVELS = {
     2: dict(bodies=("hand",)),
     3: dict(bodies=("gripper",), randomized=True),
@@ -516,11 +540,13 @@ def record(
     pictures: bool = True,
     disturbed: bool = True,
 ) -> list[Episode]:
-    """Record the expert. Deterministic in its arguments; the first k of more episodes are the same k episodes.
+    """Record the expert. Deterministic in its arguments; the first k of more episodes are the same
+    k episodes.
 
-    A level with several bodies takes them in turn unless `embodiment` names one. `noise` disturbs what is executed, not what
-    is recorded (see `Tabletop.expert`); on level 6 the grip also slips now and then, for a few steps. Each episode ends a few steps
-    after success. Without `pictures` its frames have no pixels, for those who need the motion alone and sooner. Undisturbed, the
+    A level with several bodies takes them in turn unless `embodiment` names one. `noise` disturbs
+    what is executed, not what is recorded (see `Tabletop.expert`); on level 6 the grip also slips
+    now and then, for a few steps. Each episode ends a few steps after success. Without `pictures`
+    its frames have no pixels, for those who need the motion alone and sooner. Undisturbed, the
     expert starts where a policy does, and what is recorded is what is executed.
     """
     if level not in LEVELS:

@@ -11,7 +11,8 @@ TASKS = {"place": "put the ... disc at the ...", "push": "push the ... disc to t
 
 
 class Toy(World):
-    """One tabletop whose instructions are of one skill; colour and side come with the seed. `split` and `randomized` as in `Tabletop`."""
+    """One tabletop whose instructions are of one skill; colour and side come with the seed. `split`
+    and `randomized` as in `Tabletop`."""
 
     fps, max_steps = 10, 100
 

@@ -97,7 +97,7 @@ def logit_normal_times(
 TIMES = {"official": official_times, "logit_normal": logit_normal_times}
 
 
-def give(
+def pin_modality(
     t_video: Tensor, t_action: Tensor, share: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """In `share` of the samples one modality, either with equal chance, is given: its time becomes
@@ -117,7 +117,7 @@ def sampling_times(steps: int, shift: float = 1.0) -> Tensor:
     return shifted(torch.linspace(1, 0, steps + 1), shift)
 
 
-def times_of(what: str, times: Tensor) -> Tensor:
+def pinned_times(what: str, times: Tensor) -> Tensor:
     """The times of a modality while sampling: those of the clock, or where it is pinned."""
     return times if what == DENOISE else torch.full_like(times, {NOISE: 1.0, GIVEN: 0.0}[what])
 
@@ -193,7 +193,7 @@ def sample(
         video = keep_observation(video, observation)
     times = sampling_times(steps, shift)
     t_video, t_action = (
-        times_of(what, times).to(video.device)[:, None].expand(-1, len(video)) for what in row
+        pinned_times(what, times).to(video.device)[:, None].expand(-1, len(video)) for what in row
     )
     for i, (t, t_next) in enumerate(zip(times.tolist(), times[1:].tolist())):
         v_video, v_action = velocity(video, action, t_video[i], t_action[i])

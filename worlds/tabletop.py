@@ -27,7 +27,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from worlds.render import CANVAS, PAD, Snapshot, _distance, _paint, _parts, _scenery, flow
+from worlds.render import (
+    CANVAS,
+    PAD,
+    Snapshot,
+    distance as _distance,
+    paint as _paint,
+    capsules as _parts,
+    scenery as _scenery,
+    flow,
+)
 from worlds.robots import (
     BAND,
     COLOURS,
@@ -154,7 +163,7 @@ class Tabletop:
         self.skill, self.side, self.goal = np.zeros(n, int), np.zeros(n, int), np.zeros((n, 2))
         self.opening, self.heading, self.held = np.ones(n), np.zeros(n), np.full(n, -1)
         self.background = np.zeros((3, n, CANVAS, CANVAS), np.uint8)
-        self.tint, self.slope = np.ones((n, 3), np.float32), np.zeros((n, 2), np.float32)
+        self.tint, self.light = np.ones((n, 3), np.float32), np.zeros((n, CANVAS, CANVAS))
         self.instruction, self.rngs = [], []
         for i, seed in enumerate(seeds):
             layout, look, play = (
@@ -174,7 +183,7 @@ class Tabletop:
             self.goal[i] = _goal(skill, discs[:1], SIDES.index(side))[0]
             if self.embodiment.name == "arm":
                 self.heading[i] = layout.uniform(-0.8, 0.8)
-            picture, self.tint[i], self.slope[i] = _scenery(
+            picture, self.tint[i], self.light[i] = _scenery(
                 look, self.split, self.randomized, discs
             )
             self.background[:, i] = np.moveaxis(picture, -1, 0)
@@ -430,7 +439,7 @@ class Tabletop:
         """The camera's pictures (n, 48, 48, 3) uint8."""
         canvas = self.background.copy()
         for part in _parts(self.embodiment.name, self.snapshot(), self.held):
-            _paint(canvas, part, self.tint, self.slope)
+            _paint(canvas, part, self.tint, self.light)
         return np.ascontiguousarray(np.moveaxis(canvas[:, :, PAD:-PAD, PAD:-PAD], 0, -1))
 
     def flow(self, before: Snapshot, after: Snapshot) -> np.ndarray:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
 
 from worlds.robots import DISCS, IMAGE, RADIUS, SHOULDER, SPLITS, arm_joints, arm_points, columns
 
@@ -26,12 +27,12 @@ TEXTURE = 160  # side of a table's texture, pixels
 class Snapshot:
     """All that moves in n worlds, or in one world at T + 1 times; slice it like an array."""
 
-    effector: np.ndarray  # (n, 2)
-    opening: np.ndarray  # (n,) 0 closed, 1 open
-    heading: np.ndarray  # (n,) radians
-    discs: np.ndarray  # (n, D, 2)
-    held: np.ndarray  # (n,) index of the grasped disc, -1 for none
-    colours: np.ndarray  # (n, D) index into COLOURS
+    effector: ndarray  # (n, 2)
+    opening: ndarray  # (n,) 0 closed, 1 open
+    heading: ndarray  # (n,) radians
+    discs: ndarray  # (n, D, 2)
+    held: ndarray  # (n,) index of the grasped disc, -1 for none
+    colours: ndarray  # (n, D) index into COLOURS
 
     def __getitem__(self, index) -> "Snapshot":
         return Snapshot(*(array[index] for array in vars(self).values()))
@@ -43,7 +44,7 @@ class Snapshot:
         return Snapshot(*map(np.stack, arrays))
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def distance(a: ndarray, b: ndarray) -> ndarray:
     """Of points (..., 2)."""
     return np.linalg.norm(a - b, axis=-1)
 
@@ -64,18 +65,18 @@ SHADE = np.array([0.018, 0.024])  # where shadows fall
 class Capsule(NamedTuple):
     """All points nearer than `radius` to the line from `a` to `b`; `a is b` makes it a disc."""
 
-    a: np.ndarray  # (n, 2)
-    b: np.ndarray  # (n, 2)
+    a: ndarray  # (n, 2)
+    b: ndarray  # (n, 2)
     radius: float
-    colour: np.ndarray | tuple = (0, 0, 0)  # (3,) or (n, 3), 0..255
+    colour: ndarray | tuple = (0, 0, 0)  # (3,) or (n, 3), 0..255
     inner: float = 0.0  # radius of a hole
     contrast: float = 0.15  # strength of the speckles that are fixed to it
-    grain: np.ndarray | int = 0  # where on the tile of speckles they start, or (n, 1, 1) of it
+    grain: ndarray | int = 0  # where on the tile of speckles they start, or (n, 1, 1) of it
     soft: float = 1.0  # width of the edge, in pixels
     shadow: float = 0.0  # how much a shadow darkens; it is no body: no rim, no flow
 
 
-def fingers(s: Snapshot, colour: np.ndarray, turn: float = 0.0) -> Iterator[Capsule]:
+def fingers(s: Snapshot, colour: ndarray, turn: float = 0.0) -> Iterator[Capsule]:
     """Two parallel fingers, left and right of the effector, whose gap is the opening."""
     heading = s.heading + turn
     cos = np.cos(heading)
@@ -145,7 +146,7 @@ def gantry(s: Snapshot) -> Iterator[Capsule]:
 BODIES = {"gripper": gripper, "hand": hand, "arm": arm, "gantry": gantry}
 
 
-def capsules(embodiment: str, s: Snapshot, held: np.ndarray) -> Iterator[Capsule]:
+def capsules(embodiment: str, s: Snapshot, held: ndarray) -> Iterator[Capsule]:
     """All of n worlds from the table up. A held disc lies above the others, so `held` (n,) decides
     the order of the discs."""
     rows = np.arange(len(held))
@@ -163,18 +164,21 @@ def capsules(embodiment: str, s: Snapshot, held: np.ndarray) -> Iterator[Capsule
 # -- pixels ---------------------------------------------------------------------------------------
 
 
-def speckles(rng: np.random.Generator, side: int, channels: int, sigma: float) -> np.ndarray:
+def speckles(rng: np.random.Generator, side: int, channels: int, sigma: float) -> ndarray:
     """Noise (side, side, channels) of unit variance, periodically blurred by a Gaussian."""
     noise = rng.standard_normal((side, side, channels))
     squares = np.fft.fftfreq(side) ** 2
-    gain = np.exp(-2 * (np.pi * sigma) ** 2 * (squares[:, None] + squares))
-    blurred = np.fft.fft2(noise, axes=(0, 1)) * gain[..., None]
-    smooth = np.fft.ifft2(blurred, axes=(0, 1)).real
-    return (smooth - smooth.mean(axis=(0, 1))) / smooth.std()
+    frequency = squares[:, None] + squares
+    gain = np.exp(-2 * (np.pi * sigma) ** 2 * frequency)
+    plane = (0, 1)
+    waves = np.fft.fft2(noise, axes=plane)
+    smooth = np.fft.ifft2(waves * gain[..., None], axes=plane).real
+    centred = smooth - smooth.mean(axis=plane)
+    return centred / smooth.std()
 
 
 @lru_cache
-def tile() -> np.ndarray:
+def tile() -> ndarray:
     """The speckles that capsules carry: (TILE * TILE,) float32 within [-1, 1], mostly soft blobs of
     about two pixels."""
     noise = speckles(np.random.default_rng(7), TILE, 1, 3.0)
@@ -182,7 +186,7 @@ def tile() -> np.ndarray:
 
 
 @lru_cache
-def textures(split: str, randomized: bool) -> np.ndarray:
+def textures(split: str, randomized: bool) -> ndarray:
     """Tables (count, TEXTURE, TEXTURE, 3) float32 in 0..255: a smooth field of colour plus middle
     and fine noise."""
     rng = np.random.default_rng([11, SPLITS.index(split), randomized])
@@ -202,52 +206,56 @@ def textures(split: str, randomized: bool) -> np.ndarray:
     return np.clip(np.stack(made), 0, 255).astype(np.float32)
 
 
-def band(a: np.ndarray, b: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels x, y across the whole image within `half` of the lines from a to b (n, 2), counted
-    along the shorter axis of a line."""
-    run, rise = np.abs(b - a).T
+def band(a: ndarray, span: ndarray, half: int) -> tuple[ndarray, ndarray]:
+    """Pixels x, y across the whole image within `half` of lines from a along `span` (n, 2), counted
+    along the shorter axis of each line."""
+    run, rise = np.abs(span).T
     flat = run > rise
-    start, end = (np.where(flat, p.T, p.T[::-1])[:, :, None, None] for p in (a, b))
-    span = end - start
-    major = np.arange(IMAGE, dtype=np.int32)[:, None]
-    line = start[1] + span[1] / span[0] * (major + 0.5 - start[0])
-    minor = np.floor(line).astype(np.int32) + np.arange(-half, half + 1)
+    start, way = (np.where(flat, v.T, v.T[::-1])[:, :, None, None] for v in (a, span))
+    major = np.arange(IMAGE)[:, None]
+    line = start[1] + way[1] / way[0] * (major + 0.5 - start[0])
+    reach = np.arange(-half, half + 1)
+    minor = np.floor(line).astype(np.int32) + reach
     minor = np.clip(minor, -PAD, IMAGE + PAD - 1)
     flat = flat[:, None, None]
-    return np.where(flat, major, minor), np.where(flat, minor, major)
+    x = np.where(flat, major, minor)
+    y = np.where(flat, minor, major)
+    return x, y
 
 
-def cover(c: Capsule) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def cover(c: Capsule) -> tuple[ndarray, ...]:
     """The pixels about a capsule, in windows of equal size for all worlds.
 
     Returns their indices (n, k, k') into n flattened canvases, the distance of their centres to the
     capsule's core, and their offset dx, dy from `a`, all in pixels.
     """
-    a = np.asarray(c.a * IMAGE, np.float32)
-    b = np.asarray(c.b * IMAGE, np.float32)
+    a, b = (np.float32(end * IMAGE) for end in (c.a, c.b))
+    span = b - a
     thick = 2 * c.radius * IMAGE + c.soft
-    side = int(np.abs(b - a).max() + thick) + 3
+    side = int(np.abs(span).max() + thick) + 3
     if side < IMAGE // 2:
-        corner = np.floor((a + b) / 2 - side / 2 + 0.5).astype(np.int32)
-        x, y = corner.T[:, :, None, None]
+        corner = np.floor((a + b) / 2 - side / 2 + 0.5)
+        x, y = corner.astype(np.int32).T[:, :, None, None]
         steps = np.arange(side)
-        x, y = x + steps, y + steps[:, None]
+        x = x + steps
+        y = y + steps[:, None]
     else:
-        x, y = band(a, b, int(0.71 * thick + 1.5))
+        x, y = band(a, span, int(0.71 * thick + 1.5))
     world = np.arange(len(a))[:, None, None]
     pixel = (world * CANVAS + y + PAD) * CANVAS + x + PAD
     ax, ay = a.T[:, :, None, None]
     dx = x + 0.5 - ax
     dy = y + 0.5 - ay
     if c.a is c.b:
-        return pixel, np.sqrt(dx * dx + dy * dy), dx, dy
-    ux, uy = (b - a).T[:, :, None, None]
-    along = np.clip((dx * ux + dy * uy) / (ux * ux + uy * uy), 0, 1)
-    far = np.sqrt((dx - along * ux) ** 2 + (dy - along * uy) ** 2)
+        return pixel, np.hypot(dx, dy), dx, dy
+    ux, uy = span.T[:, :, None, None]
+    along = (dx * ux + dy * uy) / (ux * ux + uy * uy)
+    along = np.clip(along, 0, 1)
+    far = np.hypot(dx - along * ux, dy - along * uy)
     return pixel, far, dx, dy
 
 
-def axis(c: Capsule) -> np.ndarray:
+def axis(c: Capsule) -> ndarray:
     """Unit vectors (2, n, 1, 1) along a capsule; a disc (2,) does not turn."""
     if c.a is c.b:
         return np.array([1.0, 0.0])
@@ -256,7 +264,7 @@ def axis(c: Capsule) -> np.ndarray:
     return (span / length).T[:, :, None, None]
 
 
-def coverage(c: Capsule, far: np.ndarray) -> np.ndarray:
+def coverage(c: Capsule, far: ndarray) -> ndarray:
     """How much of pixels at a distance from the core is covered, 0..1; edges are anti-aliased."""
     edge = np.float32(c.radius * IMAGE) - far
     outer = np.clip(edge / c.soft + 0.5, 0, 1)
@@ -266,7 +274,7 @@ def coverage(c: Capsule, far: np.ndarray) -> np.ndarray:
     return np.minimum(outer, np.clip(hole + 0.5, 0, 1))
 
 
-def paint(canvas: np.ndarray, c: Capsule, tint: np.ndarray, light: np.ndarray) -> None:
+def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:
     """Blend a capsule into canvases (3, n, CANVAS, CANVAS) uint8, in place, under the colour `tint`
     (n, 3) and the brightness `light` (n, CANVAS, CANVAS)."""
     pixel, far, dx, dy = cover(c)
@@ -297,14 +305,14 @@ CLUTTER = ((128, 128, 132), (140, 70, 150), (120, 84, 60), (205, 150, 180), (60,
 Y, X = np.mgrid[-PAD : IMAGE + PAD, -PAD : IMAGE + PAD]  # the pixels of a canvas
 
 
-def slanted(slope: np.ndarray, centre: float) -> np.ndarray:
+def slanted(slope: ndarray, centre: float) -> ndarray:
     """Brightness (CANVAS, CANVAS) of a light that changes by `slope` (2,) across the table."""
     across = (X + centre) / IMAGE - 0.5
     down = (Y + centre) / IMAGE - 0.5
     return 1 + slope[0] * across + slope[1] * down
 
 
-def clutter(rng: np.random.Generator, picture: np.ndarray, discs: np.ndarray) -> np.ndarray:
+def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarray:
     """A picture with one to three squares and triangles that nothing touches, far from the discs."""
     for _ in range(rng.integers(1, 4)):
         spots = rng.uniform(0.08, 0.92, (16, 2))
@@ -314,7 +322,8 @@ def clutter(rng: np.random.Generator, picture: np.ndarray, discs: np.ndarray) ->
         size = rng.uniform(3.0, 5.5)
         angle = rng.uniform(0, 2 * np.pi)
         sides = rng.integers(3, 5)
-        dx, dy = (X + 0.5, Y + 0.5) - spot[:, None, None] * IMAGE
+        dx = X + 0.5 - spot[0] * IMAGE
+        dy = Y + 0.5 - spot[1] * IMAGE
         normals = angle + 2 * np.pi * np.arange(sides) / sides
         depth = np.max([dx * np.cos(t) + dy * np.sin(t) for t in normals], axis=0)
         reach = size * (0.62 if sides == 3 else 0.9)
@@ -326,8 +335,8 @@ def clutter(rng: np.random.Generator, picture: np.ndarray, discs: np.ndarray) ->
 
 
 def scenery(
-    rng: np.random.Generator, split: str, randomized: bool, discs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng: np.random.Generator, split: str, randomized: bool, discs: ndarray
+) -> tuple[ndarray, ...]:
     """One world's still background (CANVAS, CANVAS, 3) uint8, and the light on what stands on it:
     `tint` (3,) and brightness (CANVAS, CANVAS)."""
     library = textures(split, randomized)
@@ -338,14 +347,15 @@ def scenery(
     slope = np.zeros(2, np.float32)
     if randomized:
         picture = clutter(rng, picture, discs)
-        tint = rng.uniform(0.78, 1.15) * rng.uniform(0.92, 1.08, 3)
-        slope = rng.uniform(-0.35, 0.35, 2)
-        tint, slope = (v.astype(np.float32) for v in (tint, slope))
+        brightness = rng.uniform(0.78, 1.15)
+        tint = np.float32(brightness * rng.uniform(0.92, 1.08, 3))
+        slope = np.float32(rng.uniform(-0.35, 0.35, 2))
         picture = picture * tint * slanted(slope, 0.5)[..., None]
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8), tint, slanted(slope, 0.0)
+    picture = np.clip(picture + 0.5, 0, 255)
+    return picture.astype(np.uint8), tint, slanted(slope, 0.0)
 
 
-def flow(embodiment: str, before: Snapshot, after: Snapshot) -> np.ndarray:
+def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:
     """True optical flow (n, 48, 48, 2) float32, (dx, dy) in pixels, defined on the pixels of
     `before`.
 
@@ -363,9 +373,10 @@ def flow(embodiment: str, before: Snapshot, after: Snapshot) -> np.ndarray:
         nx, ny = axis(new)
         cos = ox * nx + oy * ny  # from the old axis to the new
         sin = ox * ny - oy * nx
-        turn = columns(cos * dx - sin * dy - dx, sin * dx + cos * dy - dy)
+        turned_x = cos * dx - sin * dy
+        turned_y = sin * dx + cos * dy
         shift = IMAGE * (new.a - old.a)
-        motion = shift[:, None, None] + turn
+        motion = shift[:, None, None] + columns(turned_x - dx, turned_y - dy)
         inside = coverage(old, far) >= 0.5
         motions[pixel[inside]] = motion[inside]
     motions = motions.reshape(n, CANVAS, CANVAS, 2)

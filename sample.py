@@ -39,7 +39,7 @@ from backbones.published import holds_vlm
 from formats.cards import widened
 from formats.recordings import fit
 from formats.statistics import Normaliser, Statistics
-from motus import STAGES, Inputs, Motus, Prediction, gaussian, preset
+from motus import STAGES, Inputs, Motus, Prediction, preset
 from weights.card import Card, newest_step
 
 # -- a checkpoint, ready to run -------------------------------------------------------------------

@@ -66,7 +66,7 @@ from motus import (
     MotusConfig,
     Stage,
     UndExpert,
-    draw,
+    draw_noise,
     preset,
 )
 from scale import plan, sharding
@@ -157,7 +157,7 @@ CHOICES = {
 
 def settings_for(preset_name: str, stage: str, changes: list[str]) -> Settings:
     """The defaults with `key=value` changes. An unknown key is an error that names the nearest one."""
-    settings = Settings(**PRESETS[preset_name].quick.get(stage, {}))
+    settings = Settings(**PRESETS[preset_name].settings(stage))
     kinds = {f.name: f.type for f in fields(Settings)}
     for change in changes:
         key, eq, value = change.partition("=")

@@ -38,7 +38,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from attention import LayerNorm, Linear, RMSNorm, attention, key_bias, rotate_half
+from attention import LayerNorm, Linear, RMSNorm, attention, key_bias
 
 
 @dataclass(frozen=True)
@@ -353,6 +353,13 @@ class VisionTower(nn.Module):
 
 
 # -- language model -------------------------------------------------------------------------------
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + K/2]), in the dtype of x. x (..., L, N, K); cos, sin (..., L, K/2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class TextAttention(nn.Module):

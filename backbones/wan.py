@@ -37,6 +37,7 @@ from attention import (
     norm_modulate,
     norm_rotate,
     text_bias,
+    xavier,
 )
 
 # -- the video expert -----------------------------------------------------------------------------
@@ -77,10 +78,13 @@ class Modulation(NamedTuple):
     gate: Tensor | None = None
 
 
-def modulation(table: Tensor, time: Tensor) -> list[Tensor]:
-    """Adds a learned table (1, n, D) to the time projection (B, 1 or L, n, D) in fp32 and returns
-    its n parts (B, 1 or L, D)."""
-    return list((table.float() + time.float()).unbind(dim=2))
+def modulations(table: Tensor, time: Tensor) -> list[Modulation]:
+    """Adds a learned table (1, n, D) to the time projection (B, 1 or L, n or 1, D) in fp32. n = 6 are
+    (shift, scale, gate) of the attention and of the FFN, n = 2 (shift, scale) of a head."""
+    parts = (table.float() + time.float()).unbind(dim=2)  # n of (B, 1 or L, D)
+    if len(parts) == 2:
+        return [Modulation(*parts)]
+    return [Modulation(*parts[:3]), Modulation(*parts[3:])]
 
 
 def time_sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -164,9 +168,12 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> q, k (normed, rotated), v, each (B, L, N, K)."""
         attn = self.self_attn
-        h = norm_modulate(x, self.norm1, mod.shift, mod.scale, self.modulation.dtype)
+        h = norm_modulate(x, mod.shift, mod.scale, self.norm1.eps, self.modulation.dtype)
+        q, k = attn.q(h), attn.k(h)
         v = rearrange(attn.v(h), "b l (n k) -> b l n k", n=attn.heads)
-        return *norm_rotate(attn.q(h), attn.k(h), attn.norm_q, attn.norm_k, v.shape[-1], rope), v
+        weights = attn.norm_q.weight, attn.norm_k.weight
+        q, k = norm_rotate(q, k, *weights, attn.norm_q.eps, v.shape[-1], rope)
+        return q, k, v
 
     def text_kv(self, text: TextStates) -> TextKV:
         return TextKV(*self.cross_attn.keys_values(text.states), text.bias)
@@ -185,7 +192,7 @@ class WanBlock(nn.Module):
         text = text if isinstance(text, TextKV) else self.text_kv(text)
         y = attention(self.cross_attn.queries(self.norm3(x)), text.k, text.v, text.bias)
         x = x + self.cross_attn.o(rearrange(y, "b l n k -> b l (n k)")).float()
-        h = norm_modulate(x, self.norm2, ffn_mod.shift, ffn_mod.scale, self.modulation.dtype)
+        h = norm_modulate(x, ffn_mod.shift, ffn_mod.scale, self.norm2.eps, self.modulation.dtype)
         return add_gated(x, self.ffn(h), ffn_mod.gate)
 
 
@@ -198,7 +205,8 @@ class WanHead(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:  # x (B, L, D), e (B, 1 or L, D)
-        return self.head(norm_modulate(x, self.norm, *modulation(self.modulation, e.unsqueeze(2))))
+        (mod,) = modulations(self.modulation, e.unsqueeze(2))
+        return self.head(norm_modulate(x, mod.shift, mod.scale, self.norm.eps))
 
 
 class WanModel(nn.Module):
@@ -220,11 +228,7 @@ class WanModel(nn.Module):
     def init_weights(self) -> None:
         """The official initialisation: Xavier linear maps, std 0.02 for text and time embeddings, a
         zero head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         for module in (*self.text_embedding, *self.time_embedding):
             if isinstance(module, nn.Linear):
@@ -278,8 +282,7 @@ class WanModel(nn.Module):
         rope = rope_3d(grid, self.config.head_dim, x.device)
         text = self.embed_text(context, lengths)
         for block in self.blocks:
-            parts = modulation(block.modulation, e0)
-            mod, ffn_mod = Modulation(*parts[:3]), Modulation(*parts[3:])
+            mod, ffn_mod = modulations(block.modulation, e0)
             q, k, v = block.pre_attention(x, mod, rope)
             attended = rearrange(attention(q, k, v), "b l n k -> b l (n k)")
             x = block.post_attention(x, attended, mod, ffn_mod, text)

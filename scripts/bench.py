@@ -52,7 +52,7 @@ from attention import RMSNorm, joint_attention, quantise, rotate_interleaved
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.wan import rope_3d
 from backbones.wan_vae import WanVAE, WanVAEConfig
-from motus import Inputs, Motus, MotusConfig, draw, gaussian, preset
+from motus import Inputs, Motus, MotusConfig, preset
 from sample import Placement, Policy, held_out_windows
 from scale.sharding import parallelize
 from scripts import evaluate
@@ -478,7 +478,7 @@ def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
 
         def step() -> float:
             with attention(name):
-                loss = compute(inputs, draw(inputs, torch.Generator().manual_seed(0))).total()
+                loss = compute(inputs, draw_noise(inputs, torch.Generator().manual_seed(0))).total()
                 model.zero_grad(set_to_none=True)
                 loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -768,7 +768,7 @@ def int8_drift(ckpt: str, episodes: int, seed: int = 0) -> str:
     for mode, row in flow.MODES.items():
         found = []
         for t in flow.sampling_times(10)[:-1].expand(len(inputs), -1).T:
-            times = [flow.times_of(what, t) for what in row]
+            times = [flow.pinned_times(what, t) for what in row]
             video, action = (
                 flow.mix(data, *rest)
                 for data, *rest in zip((inputs.latents, inputs.actions), noise, times)

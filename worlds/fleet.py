@@ -82,10 +82,8 @@ class Fleet:
     ):
         if min(n, workers) < 1:
             raise ValueError(f"{n} worlds in {workers} processes; at least one of each is due")
-        self.view, shares = (
-            view,
-            [len(part) for part in np.array_split(np.arange(n), min(n, workers))],
-        )
+        self.view, self.task = view, task
+        shares = [len(part) for part in np.array_split(np.arange(n), min(n, workers))]
         self.edges, self.pipes, self.processes = np.cumsum(shares)[:-1], [], []
         for share in shares:
             ours, theirs = PROCESSES.Pipe()
@@ -126,7 +124,7 @@ class Fleet:
         """One world for each seed, at most `size`."""
         if not 1 <= len(seeds) <= self.size:
             raise ValueError(f"{len(seeds)} seeds for {self.size} worlds")
-        self.n, self.skill = len(seeds), np.zeros(len(seeds), int)
+        self.n, self.group = len(seeds), [self.task] * len(seeds)
         self.seen = self.call("reset", [(seed,) for seed in seeds])
 
     def observe(self) -> dict:

@@ -20,15 +20,16 @@ Shapes: n worlds, H W pixels, S actions of a chunk, A action dimensions, F predi
 
 import argparse
 import inspect
-import itertools
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product, repeat
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ from motus import PRESETS
 from sample import ACTING, Policy, film
 from weights.card import newest_step
 from weights.files import run_command
-from worlds import EVALUATED, episode_seeds, simulator
+from worlds import EVALUATED, choice, episode_seeds, simulator
 from worlds.fleet import PROCESSES, Fleet
 
 
@@ -51,17 +52,14 @@ class RandomPolicy:
 
     def __init__(self, chunk: int, dim: int):
         self.mode = "random"
-        self.chunk = chunk
-        self.dim = dim
+        self.size = (chunk, dim)
         self.generator = torch.Generator()
 
-    def predict(
-        self, images: ndarray, states: ndarray, instructions: Sequence[str], video: bool = True
-    ) -> tuple[ndarray, None]:
-        """-> actions (n, S, A), and no imagined video; a policy that has one returns (n, 1 + F, H,
-        W, 3) uint8."""
-        size = (len(images), self.chunk, self.dim)
-        return 2 * torch.rand(size, generator=self.generator).numpy() - 1, None
+    def predict(self, images: ndarray, *_, video: bool = True) -> tuple[ndarray, None]:
+        """What `Policy.predict` is given -> actions (n, S, A), and no imagined video; a policy that
+        has one returns (n, 1 + F, H, W, 3) uint8."""
+        draws = torch.rand(len(images), *self.size, generator=self.generator)
+        return 2 * draws.numpy() - 1, None
 
 
 class Expert:
@@ -72,9 +70,7 @@ class Expert:
         self.worlds = worlds
         self.generator = torch.Generator()
 
-    def predict(
-        self, images: ndarray, states: ndarray, instructions: Sequence[str], video: bool = True
-    ) -> tuple[ndarray, None]:
+    def predict(self, *_, video: bool = True) -> tuple[ndarray, None]:
         return self.worlds.expert()[:, None], None
 
 
@@ -90,8 +86,8 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     spread = z * z / trials
     middle = rate + spread / 2
     half = z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
-    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    return max(0.0, low), min(1.0, high)
+    bounds = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return max(0.0, bounds[0]), min(1.0, bounds[1])
 
 
 def rated(successes: int, episodes: int) -> dict:
@@ -100,12 +96,12 @@ def rated(successes: int, episodes: int) -> dict:
     return {"successes": successes, "episodes": episodes, "rate": rate, "interval": interval}
 
 
-def summary(success: ndarray, group: Sequence[str], steps: ndarray, groups: Sequence[str]) -> dict:
+def summary(success: ndarray, group: ndarray, steps: ndarray, groups: Sequence[str]) -> dict:
     """success (n,) bool, the group of each, steps (n,) -> rates with their intervals, over all and
     per group; a group without episodes has none."""
     rates = {"all": rated(int(success.sum()), len(success))}
     for name in groups:
-        chosen = success[np.array(group) == name]
+        chosen = success[group == name]
         if len(chosen):
             rates[name] = rated(int(chosen.sum()), len(chosen))
     return rates | {"mean_steps": float(steps[success].mean()) if success.any() else None}
@@ -145,7 +141,7 @@ class Rollouts:
     they were asked for."""
 
     success: ndarray  # (n,) bool
-    group: list[str]  # the task of each
+    group: ndarray  # (n,) names: the task of each
     steps: ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
     films: list[list[tuple[ndarray, ndarray | None]]] = field(default_factory=list)
@@ -157,15 +153,13 @@ def rollout(
     seeds: Sequence[int],
     max_steps: int = 100,
     execute: int | None = None,
-    noise: float = 0.0,
     rate: int = 0,
 ) -> Rollouts:
     """Acts in all worlds of `seeds` at once; only unsolved ones ask the policy. `execute` actions
-    of each chunk are carried out (None: all), disturbed by Gaussian noise of that std. With `rate`,
-    the action steps per video frame, every world is filmed."""
+    of each chunk are carried out (None: all). With `rate`, the action steps per video frame, every
+    world is filmed."""
     worlds.reset(seeds)
     n, done = worlds.n, 0
-    rng = np.random.default_rng(list(seeds))
     steps = np.full(n, max_steps)
     films = [[] for _ in range(n)] if rate else []
     while done < max_steps and not worlds.success.all():
@@ -193,12 +187,11 @@ def rollout(
             unsolved = ~worlds.success
             action = np.zeros((n, actions.shape[2]))  # of a solved world it counts no more
             action[asking] = actions[:, k]
-            worlds.advance(action + noise * rng.standard_normal(action.shape))
+            worlds.advance(action)
             done += 1
             steps[unsolved & worlds.success] = done
-    return Rollouts(
-        worlds.success.copy(), list(worlds.group), steps, list(worlds.instruction), films
-    )
+    success, group = worlds.success.copy(), np.array(worlds.group)
+    return Rollouts(success, group, steps, list(worlds.instruction), films)
 
 
 def world_seeds(seed: int, episodes: int) -> list[int]:
@@ -226,24 +219,23 @@ CARD = "meta/sim.json"  # of a recording: simulator, settings, and task and seed
 
 def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
     """A list with commas, each one allowed."""
-    chosen = text.split(",")
-    for name in chosen:
-        if name not in allowed:
-            raise ValueError(f"{option} has {name!r}; expected of {', '.join(allowed)}")
-    return chosen
+    return [choice(name, tuple(allowed), option) for name in text.split(",")]
 
 
-def settings_of(module: ModuleType, changes: Sequence[str]) -> dict[str, list]:
-    """`key=value,value` of --set: values as json has them, or text; the keys are arguments of the
-    simulator's `make`."""
-    allowed = list(inspect.signature(module.make).parameters)[1:]
+def keys_of(sim: str) -> list[str]:
+    """Settings of a simulator: the arguments of its `make`, but the task."""
+    return list(inspect.signature(simulator(sim).make).parameters)[1:]
+
+
+def settings_of(sim: str, changes: Sequence[str]) -> dict[str, list]:
+    """`key=value,value` of --set; values are read as json, or are text."""
+    allowed = keys_of(sim)
     found = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals or key not in allowed:
             raise ValueError(
-                f"--set has {change!r}; expected key=value with a key of simulator "
-                f"{module.__name__}: {', '.join(allowed)}"
+                f"--set has {change!r}; expected key=value, keys of {sim}: {', '.join(allowed)}"
             )
         try:
             found[key] = json.loads(f"[{text}]") or [""]
@@ -256,12 +248,8 @@ def read_card(dataset: str | Path) -> dict:
     """The card that `record` left in a dataset."""
     path = Path(dataset) / CARD
     if not path.is_file():
-        raise ValueError(f"{dataset} has no {CARD}; --like expected a dataset of `scripts.record`")
-    card = json.loads(path.read_text())
-    for key in ("sim", "settings", "tasks", "fps", "episodes"):
-        if key not in card:
-            raise ValueError(f"{path} lacks {key!r}; record the dataset again")
-    return card
+        raise ValueError(f"{dataset} has no {CARD}; expected a dataset of `scripts.record`")
+    return json.loads(path.read_text())
 
 
 def view(
@@ -288,52 +276,48 @@ def view(
     return fit(picture, *size) if size else picture
 
 
-@dataclass
-class Plan:
-    """Where to act: a simulator, its tasks, and its settings, some of which are varied."""
+class Arena(NamedTuple):
+    """A simulator, some of its tasks, its settings, and the picture that a policy sees of it."""
 
     sim: str
-    module: ModuleType
     tasks: list[str]
     settings: dict
-    varied: dict[str, list]
     look: Callable[[dict], ndarray]
 
     @classmethod
-    def of(cls, args: argparse.Namespace, policy: Policy | None) -> "Plan":
-        like = read_card(args.like) if args.like else {"settings": {}, "episodes": []}
-        preset = PRESETS[policy.card.preset].world if policy else None
-        sim = args.sim or like.get("sim") or preset
-        if sim is None:
-            raise ValueError("no simulator is named; give --sim or --like")
-        if sim != like.get("sim", sim):
-            raise ValueError(f"{args.like} was recorded in {like['sim']}, --sim is {sim}")
-        recorded = {episode["seed"] for episode in like["episodes"]}
-        scenes = itertools.chain(*(world_seeds(seed, args.episodes) for seed in args.seed))
-        if known := recorded.intersection(scenes):
+    def of(cls, args: argparse.Namespace, policy: Policy | None) -> "Arena":
+        like = {"sim": args.sim, "settings": {}, "tasks": (), "episodes": ()}
+        if args.like:
+            like = read_card(args.like)
+        sim = like["sim"] or policy and PRESETS[policy.card.preset].world
+        if not sim or args.sim not in (None, sim):
+            raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
+        tried = {scene for seed in args.seed for scene in world_seeds(seed, args.episodes)}
+        if known := tried.intersection(episode["seed"] for episode in like["episodes"]):
             raise ValueError(
                 f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; "
                 "choose another --seed"
             )
         module = simulator(sim)
-        tasks = names(
-            args.tasks or ",".join(like.get("tasks", module.TASKS)), module.TASKS, "--tasks"
-        )
-        settings, varied = dict(like["settings"]), settings_of(module, args.set)
-        known = policy.statistics.as_json() if policy else {}
-        if policy and "embodiment" in inspect.signature(module.make).parameters:
-            settings.setdefault("embodiment", known["embodiment"])
-        look = partial(view, **{key: known.get(key, ()) for key in ("cameras", "t_layout", "size")})
-        return cls(sim, module, tasks, settings, varied, look)
+        tasks = list(like["tasks"] or module.TASKS)
+        if args.tasks:
+            tasks = names(args.tasks, module.TASKS, "--tasks")
+        if policy is None:
+            return cls(sim, tasks, like["settings"], view)
+        robot = policy.statistics
+        look = partial(view, cameras=robot.cameras, t_layout=robot.t_layout, size=robot.size)
+        body = {"embodiment": robot.embodiment} if "embodiment" in keys_of(sim) else {}
+        return cls(sim, tasks, body | like["settings"], look)
 
     def worlds(self, settings: dict, args: argparse.Namespace) -> Iterator[tuple[str, Fleet]]:
         """A fleet for each task; or all tasks at once, where a simulator can hold many worlds."""
         settings = self.settings | settings
-        if many := getattr(self.module, "many", None):
-            yield "", many(self.tasks, args.episodes, **settings)
+        module = simulator(self.sim)
+        if hasattr(module, "many"):
+            yield "", module.many(self.tasks, args.episodes, **settings)
             return
+        n = min(args.batch, args.episodes)
         for task in tqdm(self.tasks, desc="tasks", unit="task"):
-            n = min(args.batch, args.episodes)
             with Fleet(self.sim, task, n, self.look, settings, args.workers) as fleet:
                 yield task, fleet
 
@@ -362,7 +346,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=10, help="Euler steps")
     add("--execute", type=int, help="actions before the next look (default: the whole chunk)")
     add("--max-steps", type=int, help="actions per episode (default: the simulator's)")
-    add("--noise", type=float, default=0.0, help="std of noise on the actions, in robot units")
     add("--gif", type=int, default=0, metavar="K", help="film K worlds per row and task")
     add("--batch", type=int, default=10, help="worlds at once")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -377,75 +360,78 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def actor_named(
+    name: str, policy: Policy | None, worlds: Fleet, args: argparse.Namespace
+) -> Policy | RandomPolicy | Expert:
+    if name == "expert":
+        return Expert(worlds)
+    if name == "random":
+        chunk = policy.model.config.chunk if policy else args.execute or 8
+        return RandomPolicy(chunk, worlds.action_dim)
+    policy.mode = name
+    return policy
+
+
 def play(
     actor: Policy | RandomPolicy | Expert,
     worlds: Fleet,
-    seeds: Sequence[int],
+    seed: int,
+    episodes: int,
     args: argparse.Namespace,
     rate: int = 0,
 ) -> Iterator[Rollouts]:
-    """The worlds of these seeds, as many at once as there is room for."""
+    """The worlds of a seed, as many at once as there is room for."""
     steps = args.max_steps or worlds.max_steps
     execute = None if actor.mode == "expert" else args.execute
-    for start in range(0, len(seeds), worlds.size):
-        chosen = seeds[start : start + worlds.size]
-        yield rollout(actor, worlds, chosen, steps, execute, args.noise, rate)
+    actor.generator.manual_seed(seed)
+    seeds = world_seeds(seed, episodes)
+    for start in range(0, episodes, worlds.size):
+        yield rollout(actor, worlds, seeds[start : start + worlds.size], steps, execute, rate)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     modes = names(args.modes, ACTING, "--modes") if args.ckpt else []
-    if not (args.ckpt or args.random or args.expert):
+    actors = modes + [name for name in ("random", "expert") if getattr(args, name)]
+    if not actors:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
-    policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if args.ckpt else None
-    plan = Plan.of(args, policy)
-    out = newest_step(args.ckpt) / "evaluation" if args.ckpt else Path("runs/evaluation")
+    policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
+    hz, rate = (policy.statistics.action_hz, policy.rate) if policy else (0, 1)
+    arena = Arena.of(args, policy)
+    varied = settings_of(arena.sim, args.set)
+    out = newest_step(args.ckpt) / "evaluation" if modes else "runs/evaluation"
     out = Path(args.out or out)
     out.mkdir(parents=True, exist_ok=True)
-    hz = policy.statistics.action_hz if policy else 0
-    chunk = policy.model.config.chunk if policy else args.execute or 8
-    rate = policy.rate if policy else 1
-    found: dict[tuple, list] = {}  # policy and settings -> seeds with their rollouts
-    for values in itertools.product(*plan.varied.values()):
-        for task, worlds in plan.worlds(dict(zip(plan.varied, values)), args):
+    # Who acts under which settings -> seed, task, success and steps of each episode.
+    found: dict[tuple, list[tuple]] = defaultdict(list)
+    for values in product(*varied.values()):
+        for task, worlds in arena.worlds(dict(zip(varied, values)), args):
             if hz not in (0, worlds.fps):
                 raise ValueError(
                     f"{args.ckpt} acts {hz:g} times a second, the simulator {worlds.fps:g} times; "
                     "change its rate with --set"
                 )
-            actors = dict.fromkeys(modes, policy)
-            if args.random:
-                actors["random"] = RandomPolicy(chunk, worlds.action_dim)
-            if args.expert:
-                actors["expert"] = Expert(worlds)
-            for name, actor in actors.items():
-                actor.mode = name
+            for name in actors:
+                actor = actor_named(name, policy, worlds, args)
                 for seed in args.seed:
-                    actor.generator.manual_seed(seed)
-                    seeds = world_seeds(seed, args.episodes)
-                    for done in play(actor, worlds, seeds, args):
-                        found.setdefault((name, values), []).append((seed, done))
-                if args.gif:
-                    actor.generator.manual_seed(args.seed[0])
-                    seeds = world_seeds(args.seed[0], min(args.gif, worlds.size))
-                    films = next(play(actor, worlds, seeds, args, rate))
-                    save_films(films, out, "_".join(filter(None, (name, *map(str, values), task))))
+                    for done in play(actor, worlds, seed, args.episodes, args):
+                        episodes = zip(repeat(seed), done.group, done.success, done.steps)
+                        found[name, values].extend(episodes)
+                if args.gif:  # apart, so that rates do not depend on it
+                    count = min(args.gif, worlds.size)
+                    films = next(play(actor, worlds, args.seed[0], count, args, rate))
+                    title = filter(None, (name, *map(str, values), task))
+                    save_films(films, out, "_".join(title))
     rows = []
-    for name in actors:
-        for values in itertools.product(*plan.varied.values()):
-            seeds, done = zip(*found[name, values])
-            success = np.concatenate([one.success for one in done])
-            steps = np.concatenate([one.steps for one in done])
-            group = list(itertools.chain(*(one.group for one in done)))
-            per_seed = dict.fromkeys(args.seed, 0)
-            for seed, one in zip(seeds, done):
-                per_seed[seed] += int(one.success.sum())
-            row = {"policy": name, "settings": dict(zip(plan.varied, values))}
-            row |= summary(success, group, steps, plan.tasks)
-            rows.append(row | {"successes_per_seed": per_seed})
-    record = vars(args) | {"sim": plan.sim, "tasks": plan.tasks, "settings": plan.settings}
-    (out / "evaluation.json").write_text(json.dumps(record | {"rows": rows}, indent=1))
-    print(table(rows, plan.tasks))
+    for name, values in product(actors, product(*varied.values())):
+        seeds, group, success, steps = map(np.array, zip(*found[name, values]))
+        row = {"policy": name, "settings": dict(zip(varied, values))}
+        row |= summary(success, group, steps, arena.tasks)
+        row["successes_per_seed"] = {one: int(success[seeds == one].sum()) for one in args.seed}
+        rows.append(row)
+    card = vars(args) | {"sim": arena.sim, "tasks": arena.tasks, "settings": arena.settings}
+    (out / "evaluation.json").write_text(json.dumps(card | {"rows": rows}, indent=1))
+    print(table(rows, arena.tasks))
     if args.steps == 1 and len(modes) == 2:
         print("At one Euler step joint and vla are the same computation: not two results, but one.")
     print(

@@ -136,8 +136,6 @@ def cell(args: argparse.Namespace, seed: int, n: int, arm: str, init: Path | Non
                 str(folder),
                 "--modes",
                 args.modes,
-                "--looks",
-                "clean",
                 "--episodes",
                 str(args.episodes),
                 "--seed",

@@ -4,8 +4,9 @@ same imports).
 
     action     7 in [-1, 1]: displacement of the hand, its rotation, gripper (-1 opens), at 20 Hz
     state      8: place of the hand, rotation vector, both fingers
-    pictures   agentview and robot0_eye_in_hand, mirrored: published policies turn robosuite's bottom-up pictures by 180 degrees, which
-               sets them upright with left and right exchanged
+    pictures   agentview and robot0_eye_in_hand, mirrored: published policies turn robosuite's
+               bottom-up pictures by 180 degrees, which sets them upright with left and right
+               exchanged
 
 - A task is a suite and a number, libero_goal/0 to libero_goal/9; instructions are the package's.
 - A seed picks one of the task's initial states (50, as published), so seeds repeat scenes; the
@@ -20,7 +21,7 @@ import os
 
 import numpy as np
 
-from worlds import World, checked, choice, eye  # noqa: F401   eye first: it says which renderer MuJoCo takes
+from worlds import World, checked, choice, eye  # noqa: F401   it says which renderer MuJoCo takes
 
 STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
 TASKS = {f"{suite}/{i}": "" for suite in STEPS for i in range(10)}

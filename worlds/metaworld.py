@@ -1,8 +1,10 @@
 """MetaWorld: a Sawyer arm at a table, fifty tasks, in MuJoCo with software rendering (pip install
 'motus[sim]'; apt: libosmesa6).
 
-    action     4 in [-1, 1]: the hand's target moves by 1 cm per unit and step of the simulator; the gripper closes at +1, opens at -1
-    state      4: the hand's place in metres, the opening of the gripper in 0..1. All else that the simulator tells is privileged.
+    action     4 in [-1, 1]: the hand's target moves by 1 cm per unit and step of the simulator;
+               the gripper closes at +1, opens at -1
+    state      4: the hand's place in metres, the opening of the gripper in 0..1. All else that the
+               simulator tells is privileged.
     pictures   of corner4, which shows the table, and gripperPOV, which the hand carries
 
 Where this departs from MetaWorld as it comes:
@@ -63,7 +65,10 @@ TASKS = {
 MARKED = ("reach", "push", "pick-place")
 ALIKE = {"faucet-close": "faucet-open"}  # starts where the other task starts
 CAMERAS = ("corner4", "gripperPOV", "topview", "corner", "corner2", "corner3", "behindGripper")
-MISSING = "MetaWorld is not installed: pip install 'motus[sim]', and apt-get install libosmesa6 (or libegl1, with MUJOCO_GL=egl)"
+MISSING = (
+    "MetaWorld is not installed: pip install 'motus[sim]', and apt-get install libosmesa6 (or "
+    "libegl1, with MUJOCO_GL=egl)"
+)
 
 
 class MetaWorld(World):
@@ -84,7 +89,7 @@ class MetaWorld(World):
         self.cameras = tuple(choice(name, CAMERAS, "camera") for name in cameras.split(",") if name)
         if not 16 <= size <= 512 or hold not in (1, 2, 4, 5, 8):
             raise ValueError(
-                f"size is {size}, hold is {hold}; allowed: 16 to 512, and 1, 2, 4, 5, 8"
+                f"size is {size}, hold is {hold}; expected 16 to 512, and 1, 2, 4, 5 or 8"
             )
         self.instruction, self.fps, self.max_steps, self.hold = (
             TASKS[choice(task, tuple(TASKS))],

@@ -7,7 +7,7 @@ target robot without a task, 5 two other robots, 6 the target robot with demonst
 
     seed -> layout, task, look           what is where, what to do, textures and light
     action -> from_action -> (x, y, grip, heading) -> one task-space physics -> to_state -> state
-                                                            \-> capsules -> render (pixels) and flow (true motion)
+                                                          \-> capsules -> pixels and true flow
 
 - Coordinates are in [0, 1], x to the right and y down; the camera sees exactly the table, 48 x 48
   pixels.

@@ -275,7 +275,7 @@ def test_a_checkpoint_acts_in_some_of_the_tasks(tmp_path):
 
 
 def test_recorded_scenes_are_refused(recorded, tmp_path):
-    """A recording whose scenes are those to be acted in would make the success rate mean nothing."""
+    """A success rate in the very scenes that were recorded would mean nothing."""
     copy = tmp_path / "copy" / "meta"
     copy.mkdir(parents=True)
     card = read_card(recorded)

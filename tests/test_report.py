@@ -39,7 +39,7 @@ def run(tmp_path):
 
 
 def test_the_table_holds_what_was_measured(run):
-    """Success with its interval, IDM against the mean, the world model against copying, the probe."""
+    """Success with its interval, IDM against the mean, world model against copying, the probe."""
     lines = dict(report.targets(run))
     assert lines["closed-loop success, joint, split=eval"] == "85.0 % [77, 90] of 100"
     assert lines["IDM action MSE / predict-the-mean"] == "0.200 / 1.000 = 0.20"

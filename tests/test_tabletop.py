@@ -43,7 +43,7 @@ def scene(skill: str, side: str, body: str = "gripper") -> Tabletop:
 
 
 def warp(image: np.ndarray, motion: np.ndarray) -> np.ndarray:
-    """Backward warp: bilinear samples of `image` (h, w, 3) at each pixel plus `motion` (h, w, 2)."""
+    """Backward warp: bilinear samples of image (h, w, 3) at each pixel plus motion (h, w, 2)."""
     y, x = np.mgrid[:IMAGE, :IMAGE]
     x, y = (np.clip(at, 0, IMAGE - 1.001) for at in (x + motion[..., 0], y + motion[..., 1]))
     j, i = x.astype(int), y.astype(int)
@@ -55,7 +55,7 @@ def warp(image: np.ndarray, motion: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("body", BODIES)
 def test_a_world_depends_on_its_seed_alone(body):
-    """The same seed gives the same pictures, states and noise, bit for bit, among any neighbours."""
+    """One seed gives the same pictures, states and noise, bit for bit, among any neighbours."""
     alone, together = Tabletop(1, body, randomized=True), Tabletop(5, body, randomized=True)
     one, many = alone.reset([7]), together.reset([3, 1, 7, 9, 2])
     for _ in range(12):
@@ -94,7 +94,7 @@ def test_the_expert_succeeds_with_and_without_noise(body):
     "kind", [dict(split="eval"), dict(split="held_out"), dict(randomized=True)]
 )
 def test_the_expert_succeeds_on_every_split(kind):
-    """Unseen layouts, unseen combinations and randomised scenes are as feasible as training ones."""
+    """Unseen layouts and combinations and randomised scenes are as feasible as training ones."""
     assert rollout(Tabletop(64, **kind), range(64)).mean() >= 0.98
 
 
@@ -182,7 +182,7 @@ def test_all_embodiments_move_alike():
 
 
 def test_closing_near_a_disc_grasps_it_and_opening_releases_it():
-    """The disc keeps its place relative to the effector while held, and stays where it is let go."""
+    """The disc keeps its place in the gripper while held, and stays where it is let go."""
     world = scene("place", "top")
     world.effector = world.discs[:, 0] + [0.04, 0.0]
     here = 2 * world.effector - 1

@@ -134,7 +134,7 @@ def test_a_file_of_thirty_lines_is_a_simulator():
 
 
 def test_what_is_no_simulator_is_refused():
-    """An unknown module, one without tasks, a world that lacks a method, a world without an expert."""
+    """An unknown module, one without tasks, a world without a method or without an expert."""
     with pytest.raises(ValueError, match="'nowhere' is not found"):
         simulator("nowhere")
     with pytest.raises(ValueError, match="json is no simulator; expected TASKS and make"):

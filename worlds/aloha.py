@@ -43,14 +43,6 @@ MEET = np.array([0, 0.5, 0.25])  # where the cube changes hands, metres
 ARMS = {"left": 0, "right": 8}  # first of the 6 joints and 2 fingers in qpos and ctrl
 
 
-def turn(axis: int, degrees: float) -> np.ndarray:
-    """Rotation matrix about one of the axes."""
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    matrix, (i, j) = np.eye(3), [(1, 2), (2, 0), (0, 1)][axis]
-    matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
-    return matrix
-
-
 def tip(data: object, hand: int) -> np.ndarray:
     """The point between the fingertips of a hand."""
     return data.xpos[hand] + 0.14 * data.xmat[hand].reshape(3, 3)[:, 0]
@@ -73,14 +65,16 @@ class TransferCube(World):
         if package is None or importlib.util.find_spec("mujoco") is None:
             raise ValueError(MISSING)
         import mujoco
+        from scipy.spatial.transform import Rotation
 
         if not 16 <= size <= 640 or size % 4 or hold not in (1, 2, 2.5, 5, 10):
             raise ValueError(
                 f"size is {size}, hold is {hold}; expected a multiple of 4 from 16 to 640, and 1, "
                 "2, 2.5, 5 or 10"
             )
-        self.mujoco, self.hold = mujoco, hold
-        self.fps, self.max_steps = round(50 / hold), round(400 / hold)
+        self.mujoco, self.Rotation, self.hold = mujoco, Rotation, hold
+        self.fps = round(50 / hold)
+        self.max_steps = round(400 / hold)
         names = [name for name in cameras.split(",") if name]
         self.cameras = [choice(name, tuple(CAMERAS), "camera") for name in names]
         folder = Path(package.submodule_search_locations[0])
@@ -105,7 +99,9 @@ class TransferCube(World):
         self.data.ctrl[:] = self.data.qpos[:16]
         self.mujoco.mj_forward(self.model, self.data)
         self.last = self.state().astype(float)
-        self.plan, self.done, self.success = None, 0, False
+        self.plan = None
+        self.done = 0
+        self.success = False
         return self.observe()
 
     def step(self, action: np.ndarray) -> None:
@@ -119,7 +115,8 @@ class TransferCube(World):
             touching = {frozenset(pair) for pair in self.data.contact.geom.tolist()}
             held = frozenset((self.cube, self.finger)) in touching
             self.success |= held and frozenset((self.cube, self.table)) not in touching
-        self.last, self.done = action, self.done + 1
+        self.last = action
+        self.done += 1
 
     def state(self) -> np.ndarray:
         numbers = []
@@ -154,10 +151,12 @@ class TransferCube(World):
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
         place = {arm: tip(ghost, hand) for arm, hand in self.hands.items()}
-        pose = {arm: ghost.xmat[hand].reshape(3, 3).copy() for arm, hand in self.hands.items()}
+        pose = {arm: self._turned(ghost, hand) for arm, hand in self.hands.items()}
         cube = np.array([*self.data.qpos[16:18], 0.02])
-        near, over, beside = MEET - [0.1, 0, 0.02], cube + [0, 0, 0.08], MEET + [0.1, 0, 0]
-        straight, down, side = np.eye(3), turn(1, -60), turn(0, 90)
+        near = MEET - [0.1, 0, 0.02]
+        over = cube + [0, 0, 0.08]
+        beside = MEET + [0.1, 0, 0]
+        straight, down, side = self.Rotation.from_euler("yx", [(0, 0), (-60, 0), (0, 90)], True)
         ways = {
             "left": [
                 (0, place["left"], straight, 0),
@@ -187,16 +186,17 @@ class TransferCube(World):
                 t1, place1, turn1, grip1 = way[i]
                 part = min(1.0, (now - t0) / (t1 - t0))
                 goal = place0 + part * (place1 - place0)
-                matrix = between(turn0, turn1, part) @ pose[arm]
-                self._solve(ghost, self.hands[arm], first, goal, matrix)
+                turn = turn0 * (turn0.inv() * turn1) ** part * pose[arm]
+                self._solve(ghost, self.hands[arm], first, goal, turn)
                 plan += [*ghost.qpos[first : first + 6], grip0 + part * (grip1 - grip0)]
         return np.reshape(plan, (-1, 14))
 
-    def _solve(
-        self, ghost: object, hand: int, first: int, place: np.ndarray, matrix: np.ndarray
-    ) -> None:
-        """Moves the six joints from `first` until the fingertips are at a place and the hand turned
-        as `matrix`: damped least squares."""
+    def _turned(self, data: object, hand: int) -> object:
+        return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
+
+    def _solve(self, ghost: object, hand: int, first: int, place: np.ndarray, turn: object) -> None:
+        """Moves the six joints from `first` until the fingertips are at a place and the hand has
+        the rotation `turn`: damped least squares."""
         joints = slice(first, first + 6)
         low, high = self.model.actuator_ctrlrange[joints].T
         jacobian = np.zeros((6, self.model.nv))
@@ -204,7 +204,7 @@ class TransferCube(World):
             self.mujoco.mj_kinematics(self.model, ghost)
             self.mujoco.mj_comPos(self.model, ghost)
             at = tip(ghost, hand)
-            spin = rotation_vector(matrix @ ghost.xmat[hand].reshape(3, 3).T)
+            spin = (turn * self._turned(ghost, hand).inv()).as_rotvec()
             miss = np.concatenate([place - at, spin])
             if np.abs(miss).max() < 1e-4:
                 return
@@ -212,25 +212,6 @@ class TransferCube(World):
             own = jacobian[:, joints]
             step = own.T @ np.linalg.solve(own @ own.T + 1e-4 * np.eye(6), miss)
             ghost.qpos[joints] = np.clip(ghost.qpos[joints] + step, low, high)
-
-
-def rotation_vector(matrix: np.ndarray) -> np.ndarray:
-    """Axis times angle of a rotation matrix, for angles under 180 degrees."""
-    skew = (matrix - matrix.T) / 2
-    vector = np.array([skew[2, 1], skew[0, 2], skew[1, 0]])
-    sine, cosine = np.linalg.norm(vector), (np.trace(matrix) - 1) / 2
-    return vector * (np.arctan2(sine, cosine) / sine) if sine > 1e-9 else vector
-
-
-def between(a: np.ndarray, b: np.ndarray, part: float) -> np.ndarray:
-    """The rotation matrix that is `part` of the way from a to b."""
-    vector = part * rotation_vector(a.T @ b)
-    angle = np.linalg.norm(vector)
-    if angle < 1e-9:
-        return a
-    x, y, z = vector / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return a @ (np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
 
 
 make = TransferCube

@@ -313,7 +313,7 @@ def slanted(slope: ndarray, centre: float) -> ndarray:
 
 
 def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarray:
-    """A picture with one to three squares and triangles that nothing touches, far from the discs."""
+    """A picture with squares and triangles, one to three, that nothing touches."""
     for _ in range(rng.integers(1, 4)):
         spots = rng.uniform(0.08, 0.92, (16, 2))
         gaps = distance(spots[:, None], discs)

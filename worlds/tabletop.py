@@ -68,7 +68,7 @@ def goal_of(skill: str, disc: ndarray, toward: ndarray) -> ndarray:
 
 
 def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
-    """Which of the layouts (n, D, 2), the named disc first, can be solved and are not: (n,) bool."""
+    """Which layouts (n, D, 2), the named disc first, can be solved and are not: (n,) bool."""
     named, others = discs[:, 0], discs[:, 1:]
     free = room(named, toward)
     if skill == "place":

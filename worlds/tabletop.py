@@ -82,10 +82,11 @@ def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
     return good
 
 
-def layout_of(rng: np.random.Generator, skill: str | None, side: str) -> tuple[ndarray, ndarray]:
+def layout_of(
+    rng: np.random.Generator, skill: str | None, toward: ndarray
+) -> tuple[ndarray, ndarray]:
     """Discs (D, 2), the first of them named by the task, and the effector (2,), all apart. Without
     a skill anything goes."""
-    toward = DIRECTIONS[SIDES.index(side)]
     while True:
         points = rng.uniform(0.1, 0.9, (64, DISCS + 1, 2))
         discs, effector = points[:, :DISCS], points[:, DISCS]
@@ -110,6 +111,23 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
 
 
 # -- the world ------------------------------------------------------------------------------------
+
+
+class Scene(NamedTuple):
+    """How a world begins; of n worlds, each array has n in front."""
+
+    discs: ndarray  # (D, 2)
+    colours: ndarray  # (D,) index into COLOURS
+    named: int  # the disc that the instruction is about
+    skill: int
+    toward: ndarray  # (2,) direction of the side
+    goal: ndarray  # (2,) where the disc should go
+    effector: ndarray  # (2,)
+    opening: float
+    heading: float
+    background: ndarray  # (CANVAS, CANVAS, 3) uint8
+    tint: ndarray  # (3,)
+    light: ndarray  # (CANVAS, CANVAS)
 
 
 class Tabletop:
@@ -160,56 +178,48 @@ class Tabletop:
             raise ValueError(
                 f"seeds are {seeds}; expected {n} non-negative integers, one per world"
             )
-        self.discs = np.zeros((n, DISCS, 2))
-        self.colours = np.zeros((n, DISCS), int)
-        self.named = np.zeros(n, int)  # the disc that the instruction is about
-        self.skill = np.zeros(n, int)
-        self.toward = np.zeros((n, 2))
-        self.goal = np.zeros((n, 2))
-        self.effector = np.zeros((n, 2))
-        self.opening = np.ones(n)
-        self.heading = np.zeros(n)
+        self.task, self.rngs = [], []
+        scenes = [self._scene(seed) for seed in seeds]
+        for name, rows in zip(Scene._fields, zip(*scenes)):
+            setattr(self, name, np.stack(rows))
+        self.instruction = ["" if self.task_agnostic else sentence(*task) for task in self.task]
+        self.start = self.disc
         self.held = np.full(n, -1)
         self.offset = np.zeros((n, 2))  # from the effector to the disc it holds
         self.grasped = np.zeros((n, DISCS), bool)
         self.success = np.zeros(n, bool)
-        self.background = np.zeros((3, n, CANVAS, CANVAS), np.uint8)
-        self.tint = np.ones((n, 3), np.float32)
-        self.light = np.ones((n, CANVAS, CANVAS))
-        self.task, self.instruction, self.rngs = [], [], []
-        for i, seed in enumerate(seeds):
-            self._reset(i, seed)
-        self.start = self.discs[np.arange(n), self.named].copy()
         self.waypoint = self.effector.copy()
         self.waypoint_grip = np.full(n, -1.0)
         self.drift = np.zeros((n, 2))
         self._intention = None
         return self.observe()
 
-    def _reset(self, i: int, seed: int) -> None:
+    def _scene(self, seed: int) -> Scene:
         split = SPLITS.index(self.split)
         layout, look, play = (np.random.default_rng([split, k, seed]) for k in range(3))
         skill, colour, side = task = self.tasks[layout.integers(len(self.tasks))]
+        self.task.append(task)
+        self.rngs.append(play)
+        toward = DIRECTIONS[SIDES.index(side)]
         first = COLOURS.index(colour)
         rest = [c for c in range(len(COLOURS)) if c != first]
         colours = np.array([first, *layout.permutation(rest)[: DISCS - 1]])
-        discs, self.effector[i] = layout_of(layout, None if self.task_agnostic else skill, side)
+        discs, effector = layout_of(layout, None if self.task_agnostic else skill, toward)
+        goal = goal_of(skill, discs[0], toward)
         order = layout.permutation(DISCS)  # the named disc may have any slot
-        self.discs[i] = discs[order]
-        self.colours[i] = colours[order]
-        self.named[i] = order.argmin()
-        self.skill[i] = SKILLS.index(skill)
-        self.toward[i] = DIRECTIONS[SIDES.index(side)]
-        self.goal[i] = goal_of(skill, discs[0], self.toward[i])
-        if self.embodiment.name == "arm":
-            self.heading[i] = layout.uniform(-0.8, 0.8)
-        picture, self.tint[i], self.light[i] = scenery(look, self.split, self.randomized, discs)
-        self.background[:, i] = np.moveaxis(picture, -1, 0)
-        self.task.append(task)
-        self.instruction.append("" if self.task_agnostic else sentence(*task))
-        self.rngs.append(play)
+        named = order.argmin()
+        heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
+        surroundings = scenery(look, self.split, self.randomized, discs)
+        discs, opening = discs[order], 1.0
         if self.astray and play.random() < self.astray:
-            self.effector[i], self.opening[i] = stray(play, self.discs[i], self.named[i])
+            effector, opening = stray(play, discs, named)
+        what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
+        return Scene(*what, effector, opening, heading, *surroundings)
+
+    @property
+    def disc(self) -> ndarray:
+        """The discs (n, 2) that the instructions are about."""
+        return self.discs[np.arange(self.n), self.named]
 
     def observe(self) -> dict:
         """What a policy sees now, as `reset` returns it."""
@@ -225,7 +235,7 @@ class Tabletop:
 
     def render(self) -> ndarray:
         """The camera's pictures (n, 48, 48, 3) uint8."""
-        canvas = self.background.copy()
+        canvas = np.moveaxis(self.background, -1, 0).copy()
         for capsule in capsules(self.embodiment.name, self.snapshot(), self.held):
             paint(canvas, capsule, self.tint, self.light)
         picture = np.moveaxis(canvas[:, :, PAD:-PAD, PAD:-PAD], 0, -1)
@@ -281,7 +291,7 @@ class Tabletop:
         opens = self.opening > 0.5
         again = np.flatnonzero(opens & (self.held == self.named) & (self.skill != PLACE))
         self.grasped[again, self.named[again]] = False
-        self.start[again] = self.discs[again, self.named[again]]
+        self.start[again] = self.disc[again]
         self.held = np.where(opens, -1, self.held)
 
     def _grasp(self, was_open: ndarray) -> None:
@@ -313,11 +323,10 @@ class Tabletop:
         self.discs = np.clip(self.discs, RADIUS, 1 - RADIUS)
 
     def _judge(self) -> None:
-        rows = np.arange(self.n)
-        disc = self.discs[rows, self.named]
-        touched = self.grasped[rows, self.named]
-        placed = touched & (self.held != self.named) & (room(disc, self.toward) < BAND)
-        way = ((disc - self.start) * self.toward).sum(axis=1)
+        touched = self.grasped[np.arange(self.n), self.named]
+        released = self.held != self.named
+        placed = touched & released & (room(self.disc, self.toward) < BAND)
+        way = ((self.disc - self.start) * self.toward).sum(axis=1)
         self.success |= np.where(self.skill == PLACE, placed, ~touched & (way >= PUSH))
 
     # -- the scripted expert ----------------------------------------------------------------------
@@ -353,9 +362,8 @@ class Tabletop:
 
     def _placing(self) -> tuple[ndarray, ndarray]:
         """Go to the disc, close, go to the goal, open: step (n, 2), whether to close (n,)."""
-        disc = self.discs[np.arange(self.n), self.named]
         holding = self.held == self.named
-        way = np.where(holding[:, None], self.goal - disc, disc - self.effector)
+        way = np.where(holding[:, None], self.goal - self.disc, self.disc - self.effector)
         # A grip that has begun to move tolerates more than one at rest.
         resting = np.abs(self.opening - 0.5) > 0.45
         arrived = np.linalg.norm(way, axis=1) < np.where(resting, 0.028, 0.055)
@@ -364,7 +372,7 @@ class Tabletop:
     def _pushing(self) -> tuple[ndarray, ndarray]:
         """Go behind the disc with the gripper open, close there, then drive on while staying behind
         its centre: step (n, 2), whether to close (n,)."""
-        away = self.effector - self.discs[np.arange(self.n), self.named]
+        away = self.effector - self.disc
         along = (away * self.toward).sum(axis=1)
         aside = away - along[:, None] * self.toward
         lateral = np.linalg.norm(aside, axis=1)
@@ -422,16 +430,17 @@ def eased(way: ndarray) -> ndarray:
     return way * np.minimum(1, np.minimum(0.35 * length + 0.006, 0.034) / length)
 
 
+LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
+
+
 def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
     """What there is to be seen, and what (skill, colour, side) asks for, at the T times of a world:
     name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
     skill, colour, side = task
-    x, y = shot.discs[shot.colours == COLOURS.index(colour)].T
-    right, down = DIRECTIONS[SIDES.index(side)]
-    hand_x, hand_y = shot.effector.T
-    found = {"object x": x, "object y": y, "hand x": hand_x, "hand y": hand_y}
-    found |= {"opening": shot.opening, "right": right, "down": down, "push": skill == "push"}
-    return {name: np.broadcast_to(value, len(x)) for name, value in found.items()}
+    disc = shot.discs[shot.colours == COLOURS.index(colour)]
+    toward = DIRECTIONS[SIDES.index(side)]
+    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
+    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
 
 
 # -- recording ------------------------------------------------------------------------------------
@@ -533,17 +542,14 @@ def record(
 def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool) -> list[Episode]:
     """Lets the expert act in worlds that were just reset."""
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
-    frames, states, shots, actions = [], [], [], []
+
+    def look() -> tuple[ndarray, ndarray, Snapshot]:
+        return world.render() if pictures else blank, world.state(), world.snapshot()
+
+    seen, actions = [look()], []
     slipping = np.zeros(world.n, int)
     since = np.zeros(world.n, int)  # steps after success
     length = np.zeros(world.n, int)
-
-    def look() -> None:
-        frames.append(world.render() if pictures else blank)
-        states.append(world.state())
-        shots.append(world.snapshot())
-
-    look()
     for _ in range(WANDER if world.task_agnostic else LIMIT):
         actions.append(world.expert().astype(np.float32))
         if slips:
@@ -551,11 +557,12 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
             begins = (slipping == 0) & (draws < slips) & ~world.success
             slipping = np.where(begins, SLIP, np.maximum(slipping - 1, 0))
         world.advance(world.expert(noise, slipping > 0))
-        look()
+        seen.append(look())
         length += since <= AFTER
         since += world.success
         if (since > AFTER).all():
             break
+    frames, states, shots = zip(*seen)
     frames, states, actions = (np.stack(rows) for rows in (frames, states, actions))
     shots = Snapshot.stack(shots)
     episodes = []

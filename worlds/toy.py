@@ -34,7 +34,7 @@ class Tabletops(Tabletop):
         self.tasks = [task for task in self.tasks if task[0] in tasks]
 
     def reset(self, seeds: list[int]) -> dict:
-        self.n = min(len(seeds), self.size)
+        self.n = len(seeds)
         return super().reset(seeds)
 
     @property

@@ -25,7 +25,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import product, repeat
 from pathlib import Path
@@ -56,8 +56,8 @@ class RandomPolicy:
         self.generator = torch.Generator()
 
     def predict(self, images: ndarray, *_, video: bool = True) -> tuple[ndarray, None]:
-        """What `Policy.predict` is given -> actions (n, S, A), and no imagined video; a policy that
-        has one returns (n, 1 + F, H, W, 3) uint8."""
+        """As `Policy.predict` -> actions (n, S, A), and no imagined video; a policy that has one
+        returns (n, 1 + F, H, W, 3) uint8."""
         draws = torch.rand(len(images), *self.size, generator=self.generator)
         return 2 * draws.numpy() - 1, None
 
@@ -144,7 +144,7 @@ class Rollouts:
     group: ndarray  # (n,) names: the task of each
     steps: ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
-    films: list[list[tuple[ndarray, ndarray | None]]] = field(default_factory=list)
+    films: list[list[tuple[ndarray, ndarray | None]]]
 
 
 def rollout(
@@ -159,7 +159,8 @@ def rollout(
     of each chunk are carried out (None: all). With `rate`, the action steps per video frame, every
     world is filmed."""
     worlds.reset(seeds)
-    n, done = worlds.n, 0
+    n = worlds.n
+    done = 0
     steps = np.full(n, max_steps)
     films = [[] for _ in range(n)] if rate else []
     while done < max_steps and not worlds.success.all():
@@ -190,7 +191,8 @@ def rollout(
             worlds.advance(action)
             done += 1
             steps[unsolved & worlds.success] = done
-    success, group = worlds.success.copy(), np.array(worlds.group)
+    success = worlds.success.copy()
+    group = np.array(worlds.group)
     return Rollouts(success, group, steps, list(worlds.instruction), films)
 
 

@@ -38,7 +38,9 @@ from types import ModuleType
 
 import numpy as np
 
-RECORDED, EVALUATED = 0, 1  # streams of seeds: what is recorded is never what a policy is tried on
+# Streams of seeds: no scene that is recorded is one that a policy is tried on.
+RECORDED = 0
+EVALUATED = 1
 
 
 class World(ABC):
@@ -71,7 +73,7 @@ class World(ABC):
         and switches."""
 
     def observe(self) -> dict:
-        """What a policy sees now: `images` as rendered, and `state`."""
+        """All that a policy sees now: `images` as rendered, and `state`."""
         return {"images": self.render(), "state": self.state()}
 
     def labels(self) -> dict[str, float]:

@@ -37,7 +37,9 @@ MISSING = (
     "gym-aloha is not installed: pip install 'motus[sim]', pip install --no-deps gym-aloha, "
     "apt-get install libosmesa6"
 )
-CLOSED, OPEN = 0.01844, 0.05800  # metres of a finger's joint
+# Metres of a finger's joint.
+CLOSED = 0.01844
+OPEN = 0.05800
 START = [0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239]  # of each arm and its fingers
 MEET = np.array([0, 0.5, 0.25])  # where the cube changes hands, metres
 ARMS = {"left": 0, "right": 8}  # first of the 6 joints and 2 fingers in qpos and ctrl
@@ -51,7 +53,9 @@ def tip(data: object, hand: int) -> np.ndarray:
 class TransferCube(World):
     """`size` is the width of the pictures in pixels, `hold` the simulator's steps per action."""
 
-    robot, action_dim, instruction = "aloha", 14, TASKS["transfer-cube"]
+    robot = "aloha"
+    action_dim = 14
+    instruction = TASKS["transfer-cube"]
 
     def __init__(
         self,
@@ -72,7 +76,9 @@ class TransferCube(World):
                 f"size is {size}, hold is {hold}; expected a multiple of 4 from 16 to 640, and 1, "
                 "2, 2.5, 5 or 10"
             )
-        self.mujoco, self.Rotation, self.hold = mujoco, Rotation, hold
+        self.mujoco = mujoco
+        self.Rotation = Rotation
+        self.hold = hold
         self.fps = round(50 / hold)
         self.max_steps = round(400 / hold)
         names = [name for name in cameras.split(",") if name]
@@ -133,7 +139,8 @@ class TransferCube(World):
         points = {"object": cube, "goal": MEET, "hand": tip(self.data, self.hands["right"])}
         seen = None
         if self.cameras:
-            camera, places = CAMERAS[self.cameras[0]], np.stack(list(points.values()))
+            camera = CAMERAS[self.cameras[0]]
+            places = np.stack(list(points.values()))
             seen = Eye.places(self.model, self.data, camera, places, 4 / 3)
         return as_labels(points, self.state()[13], seen)
 

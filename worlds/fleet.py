@@ -75,10 +75,13 @@ class Fleet:
     ):
         if min(n, workers) < 1:
             raise ValueError(f"{n} worlds in {workers} processes; expected at least one of each")
-        self.size, self.task, self.view = n, task, view
+        self.size = n
+        self.task = task
+        self.view = view
         shares = [len(share) for share in np.array_split(np.arange(n), min(n, workers))]
         self.edges = np.cumsum(shares)[:-1]
-        self.pipes, self.processes = [], []
+        self.pipes = []
+        self.processes = []
         for share in shares:
             ours, theirs = PROCESSES.Pipe()
             arguments = (theirs, sim, task, settings or {}, share)
@@ -187,9 +190,9 @@ class Recording:
 
 @dataclass(frozen=True)
 class Order:
-    """What to record: a share `disturbed` of the episodes is executed with `noise`, the std of what
-    is added to every action, and `recovery`, the std of shoves that last a moment, both in robot
-    units. Rows end `after` actions after success."""
+    """An episode to record: a share `disturbed` of the episodes is executed with `noise`, the std
+    of what is added to every action, and `recovery`, the std of shoves that last a moment, both in
+    robot units. Rows end `after` actions after success."""
 
     sim: str
     task: str = ""
@@ -209,7 +212,10 @@ def attempt(order: Order) -> Recording:
     rng = np.random.default_rng([order.seed, 2])
     disturbed = (order.noise > 0 or order.recovery > 0) and rng.random() < order.disturbed
     seen = world.reset(order.seed)
-    rows, left, shove, pushed = [], order.after, 0.0, 0
+    rows = []
+    left = order.after
+    shove = 0.0
+    pushed = 0
     while len(rows) < world.max_steps and left > 0:
         action = world.expert()
         rows.append((seen["images"], seen["state"], action, world.labels()))

@@ -32,7 +32,9 @@ IDLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 class Libero(World):
     """`size` of the square pictures in pixels."""
 
-    robot, action_dim, fps = "panda", 7, 20
+    robot = "panda"
+    action_dim = 7
+    fps = 20
 
     def __init__(self, task: str, size: int = 128, cameras: str = "agentview,robot0_eye_in_hand"):
         suite, number = choice(task, tuple(TASKS)).split("/")
@@ -52,20 +54,21 @@ class Libero(World):
             has_offscreen_renderer=False,
             hard_reset=False,
         )
-        self.instruction, self.max_steps = chosen.language, STEPS[suite]
+        self.instruction = chosen.language
+        self.max_steps = STEPS[suite]
         self.cameras = tuple(name for name in cameras.split(",") if name)
-        model, self.data = self.env.sim.model._model, self.env.sim.data._data
-        self.renderer, self.look = mujoco.Renderer(model, size, size), mujoco.MjvOption()
+        model = self.env.sim.model._model
+        self.data = self.env.sim.data._data
+        self.renderer = mujoco.Renderer(model, size, size)
+        self.look = mujoco.MjvOption()
         self.look.geomgroup[0] = 0  # shapes that only collide
 
     def reset(self, seed: int) -> dict:
         self.env.seed(0)  # it draws from numpy's one generator
         self.env.reset()
         self.env.robots[0].gripper.current_action = np.zeros(1)  # which a reset forgets
-        self.seen, self.success = (
-            self.env.set_init_state(self.starts[seed % len(self.starts)]),
-            False,
-        )
+        self.seen = self.env.set_init_state(self.starts[seed % len(self.starts)])
+        self.success = False
         for _ in range(10):
             self.seen = self.env.step(IDLE)[0]
         return self.observe()

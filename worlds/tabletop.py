@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from worlds.render import CANVAS, PAD, Snapshot, capsules, distance, flow, paint, scenery
+from worlds.render import PAD, Snapshot, capsules, distance, flow, paint, scenery
 from worlds.robots import (
     BAND,
     COLOURS,
@@ -69,14 +69,17 @@ def goal_of(skill: str, disc: ndarray, toward: ndarray) -> ndarray:
 
 def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
     """Which layouts (n, D, 2), the named disc first, can be solved and are not: (n,) bool."""
-    named, others = discs[:, 0], discs[:, 1:]
+    named = discs[:, 0]
+    others = discs[:, 1:]
     free = room(named, toward)
     if skill == "place":
         good = free > BAND + 0.12
-        spots, gap = [goal_of(skill, named, toward)], 0.03
+        spots = [goal_of(skill, named, toward)]
+        gap = 0.03
     else:  # ground behind the disc, where the gripper closes, and ahead, where the disc goes
         good = (free > RADIUS + PUSH + 0.1) & (free < 0.78)
-        spots, gap = [named + step * toward for step in (-0.15, 0.07, 0.14, 0.22)], 0.02
+        spots = [named + step * toward for step in (-0.15, 0.07, 0.14, 0.22)]
+        gap = 0.02
     for spot in spots:
         good &= (distance(spot[:, None], others) > 2 * RADIUS + gap).all(axis=1)
     return good
@@ -89,7 +92,8 @@ def layout_of(
     a skill anything goes."""
     while True:
         points = rng.uniform(0.1, 0.9, (64, DISCS + 1, 2))
-        discs, effector = points[:, :DISCS], points[:, DISCS]
+        discs = points[:, :DISCS]
+        effector = points[:, DISCS]
         good = (distance(discs, np.roll(discs, 1, axis=1)) > 2 * RADIUS + 0.04).all(axis=1)
         good &= (distance(discs, effector[:, None]) > RADIUS + 0.1).all(axis=1)
         if skill:
@@ -178,7 +182,8 @@ class Tabletop:
             raise ValueError(
                 f"seeds are {seeds}; expected {n} non-negative integers, one per world"
             )
-        self.task, self.rngs = [], []
+        self.task = []
+        self.rngs = []
         scenes = [self._scene(seed) for seed in seeds]
         for name, rows in zip(Scene._fields, zip(*scenes)):
             setattr(self, name, np.stack(rows))
@@ -210,7 +215,8 @@ class Tabletop:
         named = order.argmin()
         heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
         surroundings = scenery(look, self.split, self.randomized, discs)
-        discs, opening = discs[order], 1.0
+        discs = discs[order]
+        opening = 1.0
         if self.astray and play.random() < self.astray:
             effector, opening = stray(play, discs, named)
         what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
@@ -222,7 +228,7 @@ class Tabletop:
         return self.discs[np.arange(self.n), self.named]
 
     def observe(self) -> dict:
-        """What a policy sees now, as `reset` returns it."""
+        """All that a policy sees now, as `reset` returns it."""
         instruction = list(self.instruction)
         return {"image": self.render(), "state": self.state(), "instruction": instruction}
 
@@ -256,7 +262,8 @@ class Tabletop:
 
     def advance(self, actions: ndarray) -> None:
         """`step` without a picture."""
-        actions, shape = np.asarray(actions, float), (self.n, self.embodiment.action_dim)
+        actions = np.asarray(actions, float)
+        shape = (self.n, self.embodiment.action_dim)
         if actions.shape != shape:
             raise ValueError(
                 f"actions have shape {actions.shape}; {self.n} worlds of embodiment "
@@ -332,7 +339,7 @@ class Tabletop:
     # -- the scripted expert ----------------------------------------------------------------------
 
     def expert(self, noise: float = 0.0, slip: ndarray | bool = False) -> ndarray:
-        """What the expert does now, as actions (n, A) in the embodiment's convention.
+        """The expert's next step, as actions (n, A) in the embodiment's convention.
 
         With noise (table units, 0.01 is plenty) the target drifts smoothly about the one that was
         meant; each call draws anew. Where `slip` (n,) the grip does the opposite. Execute such
@@ -434,8 +441,8 @@ LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down"
 
 
 def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
-    """What there is to be seen, and what (skill, colour, side) asks for, at the T times of a world:
-    name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
+    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
+    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
     skill, colour, side = task
     disc = shot.discs[shot.colours == COLOURS.index(colour)]
     toward = DIRECTIONS[SIDES.index(side)]
@@ -469,7 +476,7 @@ class Episode:
 
 
 class Level(NamedTuple):
-    """What a level of the pyramid records; level 1, web data, is what a pre-trained backbone has
+    """The episodes of a level of the pyramid; level 1, web data, is what a pre-trained backbone has
     seen already."""
 
     bodies: tuple[str, ...]  # taken in turn
@@ -486,7 +493,8 @@ LEVELS = {
     5: Level(("arm", "gantry")),
     6: Level(("gripper",), astray=0.5, slips=0.06),
 }
-LIMIT, WANDER = 100, 48  # steps of an episode: at most, and without a task
+LIMIT = 100  # steps of an episode at most
+WANDER = 48  # steps of one without a task
 AFTER = 10  # steps kept after success
 SLIP = 4  # steps that a slip of the grip lasts
 AT_ONCE = 64  # worlds
@@ -522,7 +530,8 @@ def record(
         raise ValueError(f"episodes is {episodes}; expected at least one")
     kind = LEVELS[level]
     if not disturbed:
-        kind, noise = kind._replace(astray=0.0, slips=0.0), 0.0
+        kind = kind._replace(astray=0.0, slips=0.0)
+        noise = 0.0
     bodies = (embodiment,) if embodiment else kind.bodies
     seeds = np.random.SeedSequence([seed, level]).generate_state(episodes)
     recorded: list[Episode | None] = [None] * episodes
@@ -546,7 +555,8 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
     def look() -> tuple[ndarray, ndarray, Snapshot]:
         return world.render() if pictures else blank, world.state(), world.snapshot()
 
-    seen, actions = [look()], []
+    seen = [look()]
+    actions = []
     slipping = np.zeros(world.n, int)
     since = np.zeros(world.n, int)  # steps after success
     length = np.zeros(world.n, int)

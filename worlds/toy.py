@@ -11,14 +11,14 @@ from worlds.tabletop import Tabletop, labels, record
 __all__ = ["TASKS", "make", "many", "record"]
 
 TASKS = {"place": "put the ... disc at the ...", "push": "push the ... disc to the ..."}
-FPS, MAX_STEPS = 10, 100
 
 
 class Tabletops(Tabletop):
     """Up to n tabletops at once, behind the methods of a `Fleet`; each seed draws one of the tasks.
     `split`, `randomized` and `embodiment` as in `Tabletop`; nobody has trained on split `eval`."""
 
-    fps, max_steps = FPS, MAX_STEPS
+    fps = 10
+    max_steps = 100
 
     def __init__(
         self,
@@ -30,7 +30,8 @@ class Tabletops(Tabletop):
     ):
         super().__init__(n, embodiment, randomized, split)
         self.size = n
-        self.robot, self.action_dim = embodiment, self.embodiment.action_dim
+        self.robot = embodiment
+        self.action_dim = self.embodiment.action_dim
         self.tasks = [task for task in self.tasks if task[0] in tasks]
 
     def reset(self, seeds: list[int]) -> dict:
@@ -39,6 +40,7 @@ class Tabletops(Tabletop):
 
     @property
     def group(self) -> list[str]:
+        """The task of each world."""
         return [skill for skill, _, _ in self.task]
 
     def expert(self) -> np.ndarray:
@@ -49,17 +51,20 @@ class Tabletops(Tabletop):
 class Toy(World):
     """One tabletop whose instructions are of one skill; colour and side come with the seed."""
 
-    fps, max_steps = FPS, MAX_STEPS
+    fps = Tabletops.fps
+    max_steps = Tabletops.max_steps
 
     def __init__(
         self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"
     ):
         self.world = Tabletops([choice(task, tuple(TASKS))], 1, split, randomized, embodiment)
-        self.robot, self.action_dim = self.world.robot, self.world.action_dim
+        self.robot = self.world.robot
+        self.action_dim = self.world.action_dim
 
     def reset(self, seed: int) -> dict:
         self.world.reset([seed])
-        self.success, self.instruction = False, self.world.instruction[0]
+        self.success = False
+        self.instruction = self.world.instruction[0]
         return self.observe()
 
     def step(self, action: np.ndarray) -> None:
@@ -80,4 +85,5 @@ class Toy(World):
         return Tabletop.expert(self.world)[0]
 
 
-make, many = Toy, Tabletops
+make = Toy
+many = Tabletops

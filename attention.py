@@ -165,8 +165,8 @@ def norm_modulate(
 ) -> Tensor:
     """adaLN: shift + (1 + scale) * LN(x), in fp32, cast to `dtype`, that of the map which reads it.
     x (B, L, D); shift, scale (B, 1 or L, D); the norm has no weights of its own."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)  # rounded, as official
+    return torch.addcmul(shift, normed.float(), 1 + scale).to(dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ class Timesteps(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What does not depend on the noise, computed once per observation."""
+    """All that does not depend on the noise, computed once per observation."""
 
     text: list[TextStates | TextKV]  # per layer
     und: Tensor | None  # (B, Lu, Du) understanding tokens

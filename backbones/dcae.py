@@ -264,9 +264,10 @@ class Decoder(nn.Module):
         # Indexed by stage, like the encoder's, and run from last to first.
         self.up_blocks = nn.ModuleList([nn.Sequential()])
         for stage, depth in enumerate(config.decoder_depths, start=1):
-            blocks = stage_blocks(config, stage, depth, decoder=True)
+            blocks = []
             if stage < len(widths):
-                blocks.insert(0, Up(widths[stage], widths[stage - 1]))
+                blocks.append(Up(widths[stage], widths[stage - 1]))
+            blocks += stage_blocks(config, stage, depth, decoder=True)
             self.up_blocks.append(nn.Sequential(*blocks))
         self.norm_out = ChannelRMSNorm(widths[0])
         self.conv_out = Up(widths[0], 3, shortcut=False)

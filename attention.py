@@ -218,7 +218,16 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.float(), y.float(), gate)
 
 
-# -- rotary positions -----------------------------------------------------------------------------
+# -- positions -----------------------------------------------------------------------------
+
+
+def position_table(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
+    """Fixed positions (rows, dim): sines in the first half, cosines in the second, computed in
+    float64, returned in fp32."""
+    half = dim // 2
+    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), omega)
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -283,6 +292,15 @@ def mlp(
     for n_in, n_out in zip(widths, widths[1:]):
         layers += [linear(n_in, n_out), act(**act_options)]
     return nn.Sequential(*layers[:-1])
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier weights and zero biases for every linear map inside."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 # -- which implementation runs --------------------------------------------------------------------

@@ -250,6 +250,25 @@ def backbones_of(
     return backbones.load_text(text, config.video.text_dim) if text else backbones
 
 
+def stack(parts: Sequence[Inputs]) -> Inputs:
+    """Joins batches along B; text and understanding are padded to the longest."""
+
+    def join(values: Sequence[Tensor | None]) -> Tensor | None:
+        if values[0] is None:
+            return None
+        if values[0].dim() == 1:
+            return torch.cat(list(values))
+        longest = max(v.shape[1] for v in values)
+        return torch.cat([pad_rows(v, longest) for v in values])
+
+    return Inputs(**{k: join([getattr(part, k) for part in parts]) for k in vars(parts[0])})
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """(B, L, ...) with zeros up to (B, rows, ...)."""
+    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, rows - x.shape[1]))
+
+
 class Pool:
     """Windows that went through the frozen backbones once; batches are drawn from them by (seed,
     step)."""
@@ -303,9 +322,7 @@ class Pool:
     def of(cls, batches: "Iterable[Batch]", backbones: Backbones, und: bool = True) -> "Pool":
         """Encodes windows batch by batch."""
         parts = [(encode(batch, backbones, und).to("cpu"), batch.level) for batch in batches]
-        return cls(
-            Inputs.stack([inputs for inputs, _ in parts]), torch.cat([level for _, level in parts])
-        )
+        return cls(stack([inputs for inputs, _ in parts]), torch.cat([level for _, level in parts]))
 
     def save(
         self,

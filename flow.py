@@ -1,4 +1,4 @@
-"""Rectified flow with two clocks (paper Sec. 3.2, the "UniDiffuser-style scheduler").
+"""Rectified flow with two timesteps (paper Sec. 3.2, the "UniDiffuser-style scheduler").
 
 Video and action each have their own time t in [0, 1]: 1 is pure noise, 0 is data.
 
@@ -7,15 +7,8 @@ Video and action each have their own time t in [0, 1]: 1 is pure noise, 0 is dat
     loss = |v_video - (noise - data)|^2 + |v_action - (noise - data)|^2
 
 Because the two times are drawn independently in training, one network answers five questions, which
-differ only in what happens to the two times while sampling. They are a table (`MODES`), and one
-Euler loop (`sample`) reads a row of it:
-
-    mode          video           action          question
-    joint         denoise         denoise         what will happen, and what shall I do
-    vla           noise, t = 1    denoise         what shall I do
-    world_model   denoise         given, t = 0    what will happen if I do this
-    idm           given, t = 0    denoise         what was done between these frames
-    vgm           denoise         noise, t = 1    what will happen
+differ only in what happens to the two times while sampling: a table (`MODES`), and one Euler loop
+(`sample`) that reads a row of it.
 
 Conventions that bite: the first latent frame is the observation; it is kept clean, labelled with
 the same t as the others, carries no loss but counts in the mean (official), and is put back after
@@ -30,7 +23,7 @@ Shapes: B batch, C latent channels, T latent frames, h w latent grid, S actions 
 dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,25 +35,26 @@ DENOISE, NOISE, GIVEN = "denoise", "noise", "given"
 
 
 class Mode(NamedTuple):
-    """What happens to each modality while sampling: `denoise` from t = 1 to 0, stay `noise` at t =
-    1, or be `given` at t = 0."""
+    """A row: each modality is to `denoise` from t = 1 to 0, stay `noise` at t = 1 or be
+    `given` at t = 0; and the question that is answered."""
 
     video: str
     action: str
+    question: str
 
 
 MODES = {
-    "joint": Mode(DENOISE, DENOISE),
-    "vla": Mode(NOISE, DENOISE),
-    "world_model": Mode(DENOISE, GIVEN),
-    "idm": Mode(GIVEN, DENOISE),
-    "vgm": Mode(DENOISE, NOISE),
+    "joint": Mode(DENOISE, DENOISE, "what will happen, and what shall I do?"),
+    "vla": Mode(NOISE, DENOISE, "what shall I do?"),
+    "world_model": Mode(DENOISE, GIVEN, "what will happen if I do this?"),
+    "idm": Mode(GIVEN, DENOISE, "what was done between these frames?"),
+    "vgm": Mode(DENOISE, NOISE, "what will happen?"),
 }
 
 
 def mode_named(name: str) -> Mode:
     if name not in MODES:
-        raise ValueError(f"mode is {name!r}; allowed: {', '.join(MODES)}")
+        raise ValueError(f"mode is {name!r}; expected one of {', '.join(MODES)}")
     return MODES[name]
 
 
@@ -83,7 +77,7 @@ def official_table(shift: float = TRAIN_SHIFT) -> Tensor:
 def official_times(
     n: int, generator: torch.Generator | None = None, shift: float = TRAIN_SHIFT
 ) -> Tensor:
-    """n training times as the released code draws them: uniform over the rows of the shifted table."""
+    """n training times as the released code draws them: uniform over the shifted table."""
     return official_table(shift)[torch.randint(TABLE_SIZE, (n,), generator=generator)]
 
 
@@ -105,9 +99,9 @@ def pin_modality(
     the noise). Official training has share 0 and meets times below 0.05 once in a hundred draws:
     enough for a long training, too rare for a short one to learn to read what it is given."""
     chance = torch.rand(len(t_video), generator=generator).to(t_video.device)
-    return t_video.masked_fill(chance < share / 2, 0.0), t_action.masked_fill(
-        (chance >= share / 2) & (chance < share), 0.0
-    )
+    video_given = chance < share / 2
+    action_given = (chance >= share / 2) & (chance < share)
+    return t_video.masked_fill(video_given, 0.0), t_action.masked_fill(action_given, 0.0)
 
 
 def sampling_times(steps: int, shift: float = 1.0) -> Tensor:
@@ -118,8 +112,10 @@ def sampling_times(steps: int, shift: float = 1.0) -> Tensor:
 
 
 def pinned_times(what: str, times: Tensor) -> Tensor:
-    """The times of a modality while sampling: those of the clock, or where it is pinned."""
-    return times if what == DENOISE else torch.full_like(times, {NOISE: 1.0, GIVEN: 0.0}[what])
+    """The times of a modality while sampling: as they run, or where it is pinned."""
+    if what == DENOISE:
+        return times
+    return torch.ones_like(times) if what == NOISE else torch.zeros_like(times)
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -137,7 +133,7 @@ def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def keep_observation(latents: Tensor, observation: Tensor) -> Tensor:
-    """Puts the clean observation (B, C, 1, h, w) back as the first latent frame of (B, C, T, h, w)."""
+    """Puts the clean observation (B, C, 1, h, w) back as frame 0 of latents (B, C, T, h, w)."""
     return torch.cat([observation.to(latents.dtype), latents[:, :, 1:]], dim=2)
 
 
@@ -166,6 +162,81 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return (x * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
 
 
+class Losses(NamedTuple):
+    """Loss per sample, and the times it was measured at (for the loss per time bin)."""
+
+    video: Tensor  # (B,)
+    action: Tensor | None  # (B,), 0 for a sample without actions
+    t_video: Tensor  # (B,)
+    t_action: Tensor | None  # (B,)
+    has_action: Tensor | None  # (B,) bool
+
+    def total(self, videos: float | None = None, acting: float | None = None) -> Tensor:
+        """The sum of both means over the batch; a modality that a sample lacks, or is given, does
+        not enter its mean. For a part of a larger batch, where `videos` samples in all have a video
+        loss and `acting` an action loss, its share of those means."""
+        total = mean_where(self.video, self.t_video > 0, videos)
+        if self.action is None:
+            return total
+        return total + mean_where(self.action, self.has_action & (self.t_action > 0), acting)
+
+
+def mean_where(loss: Tensor, counts: Tensor, number: float | None) -> Tensor:
+    """Sum of `loss` (B,) where `counts` is True, over their number, or over the `number` given."""
+    number = counts.sum().clamp(min=1) if number is None else max(number, 1)
+    return (loss * counts).sum() / number
+
+
+def draw_noise(
+    inputs,
+    generator: torch.Generator,
+    times: str = "official",
+    given: float = 0.0,
+    size: int | None = None,
+    first: int = 0,
+) -> dict[str, Tensor]:
+    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a
+    whole batch of `size` (default: these inputs), of which `inputs` are the rows from `first` on;
+    order: video time, action time, what is given, video noise, action noise. In a share `given` of
+    the samples one modality is given (`pin_modality`)."""
+    size = len(inputs) if size is None else size
+    drawn = {"t_video": TIMES[times](size, generator)}
+    if inputs.actions is not None:
+        t_video, t_action = drawn["t_video"], TIMES[times](size, generator)
+        if given:
+            t_video, t_action = pin_modality(t_video, t_action, given, generator)
+        drawn = {"t_video": t_video, "t_action": t_action}
+    shape = inputs.latents.shape[1:]
+    drawn["video_noise"] = torch.randn(size, *shape, generator=generator)
+    if inputs.actions is not None:
+        drawn["action_noise"] = torch.randn(size, *inputs.actions.shape[1:], generator=generator)
+    mine, device = slice(first, first + len(inputs)), inputs.latents.device
+    return {name: value[mine].to(device) for name, value in drawn.items()}
+
+
+def gaussian(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise in fp32, on the CPU: so a seed means the same on every device."""
+    return torch.randn(*shape, generator=generator)
+
+
+def start(
+    what: str,
+    given: Tensor | None,
+    shape: tuple[int, ...],
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:
+    """A modality where sampling begins: the truth if the mode is given it, else noise of `shape`,
+    drawn unless it is there. ValueError if the truth is missing or of another shape."""
+    if what != GIVEN:
+        return gaussian(shape, generator).to(device) if noise is None else noise
+    if given is None or given.shape != shape:
+        found = None if given is None else tuple(given.shape)
+        raise ValueError(f"the mode is given this modality: expected {shape}, found {found}")
+    return given
+
+
 # -- sampling -------------------------------------------------------------------------------------
 
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
@@ -192,15 +263,17 @@ def sample(
     if observation is not None:
         video = keep_observation(video, observation)
     times = sampling_times(steps, shift)
-    t_video, t_action = (
-        pinned_times(what, times).to(video.device)[:, None].expand(-1, len(video)) for what in row
-    )
-    for i, (t, t_next) in enumerate(zip(times.tolist(), times[1:].tolist())):
-        v_video, v_action = velocity(video, action, t_video[i], t_action[i])
+    t_video = pinned_times(row.video, times).to(video.device)
+    t_action = pinned_times(row.action, times).to(video.device)
+    points = times.tolist()
+    for i in range(steps):
+        dt = points[i + 1] - points[i]  # negative: time runs from 1 to 0
+        at = t_video[i].expand(len(video)), t_action[i].expand(len(video))
+        v_video, v_action = velocity(video, action, *at)
         if row.video == DENOISE and v_video is not None:
-            video = video + (t_next - t) * v_video
+            video = video + dt * v_video
             if observation is not None:
                 video = keep_observation(video, observation)
         if row.action == DENOISE:
-            action = action + (t_next - t) * v_action
+            action = action + dt * v_action
     return video, action

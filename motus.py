@@ -1,32 +1,29 @@
-"""Motus, a unified latent action world model (arXiv 2512.13030), in one file: the three experts and
-the layer where they meet.
+"""Motus, a unified latent action world model (arXiv 2512.13030), in one file: three experts and the
+layer where they meet.
 
-    observation, instruction --> [ VLM, frozen ] --> und tokens      512 wide   ----.
-    video latents (frame 0 clean) --> patches    --> video tokens   3072 wide   ----+--> one joint attention per layer (Sec. 3.1),
-    state, noisy actions, registers              --> action tokens  1024 wide   ----'    everything else separate; 30 layers
-                                                                                    --> velocity of the video, velocity of the actions
+    observation, instruction --> VLM, frozen --> und tokens     512 wide --.
+    video latents (frame 0 clean) --> patches --> video tokens 3072 wide --+--> one joint attention
+    state, noisy actions, registers --> action tokens          1024 wide --'    per layer (Sec. 3.1)
+                                                                           --> two velocities
 
     sequence   [ video T*h*w | state 1, actions S, registers 4 | understanding Lu ]
-    full size      360               53 (S = 48)                    ~130
+    full size      360               53 (S = 48)                    ~130         30 layers
 
 Video and action tokens are modulated by their own timestep (adaLN: shift, scale, gate);
 understanding tokens by none. The video expert also reads the text states of the T5 encoder by cross
-attention. `flow.py` says how the two timesteps make five modes out of one network.
+attention. `flow.py` says how the two timesteps make five modes out of one network. With `finetune`
+there are a state token and registers (stage 3); without, the actions are latent (stages 1, 2).
 
-Forms: `finetune=True` has a state token and registers (stage 3); `finetune=False` has neither and
-predicts latent actions (stages 1, 2).
+Precision (weights may be bf16): residual streams of video and action, time paths, modulation tables
+and the video head are fp32; the understanding stream stays in the dtype of its weights; attention
+runs in the dtype of v.
 
-Precision (weights may be bf16): the residual streams of video and action, the time paths,
-modulation tables and the video head are fp32; the understanding stream stays in the dtype of its
-weights; attention runs in the dtype of v.
-
-Departures from the official code: padded understanding tokens and padded actions are masked as keys
-(no effect at batch size 1); everything that does not depend on the noise is computed once per
-observation; the last layer's understanding output, which nothing reads, is not computed; the
-position table is a function, not a buffer, so any chunk length loads. A fresh small expert starts
-with values of unit scale (the official one sqrt(K) smaller) and with Xavier maps in the
-understanding expert too (official: torch's default, whose biases drown what the VLM says): at toy
-size the action loss falls in half as many steps.
+Departures from the official code: padded understanding tokens and actions are masked as keys (no
+effect at batch size 1); what does not depend on the noise is computed once per observation; the
+last layer's understanding output, which nothing reads, is not computed; the position table is a
+function, so any chunk length loads. A fresh small expert starts with values of unit scale
+(official: sqrt(K) smaller), the understanding expert with Xavier maps (official: torch's default,
+whose biases drown what the VLM says): small networks then learn in half as many steps.
 
 Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action
 dimensions, P state dimensions, C latent channels, Lt text rows, Dt text width, Dv VLM width.
@@ -36,7 +33,7 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +55,8 @@ from attention import (
     mlp,
     norm_modulate,
     norm_rotate,
+    position_table,
+    xavier,
 )
 from backbones.published import open_weights
 from backbones.wan import (
@@ -98,19 +97,13 @@ class MotusConfig:
 
     def __post_init__(self):
         if self.frames % 4:
-            raise ValueError(
-                f"frames is {self.frames}; expected a multiple of 4: the video VAE packs 4 frames "
-                "into one latent frame"
-            )
+            raise ValueError(f"frames is {self.frames}; expected a multiple of 4, as the VAE packs")
         if self.action_width % 2:
-            raise ValueError(
-                f"action_width is {self.action_width}; the position table needs an even width"
-            )
+            raise ValueError(f"action_width is {self.action_width}; expected an even number")
 
     @classmethod
     def of(cls, stored: dict, source: object = "config.json") -> "MotusConfig":
-        """The configuration that a card stores. ValueError, naming `source`, for a key that this
-        version does not know."""
+        """The configuration that a card stores; ValueError, naming `source`, for an unknown key."""
         check_keys(stored, cls, source)
         check_keys(stored["video"], WanConfig, source)
         video = WanConfig(**stored["video"] | {"patch": tuple(stored["video"]["patch"])})
@@ -136,8 +129,7 @@ class MotusConfig:
 
 @dataclass
 class Inputs:
-    """A batch as the network sees it: outputs of the frozen backbones, clean actions and state,
-    and masks, which are False for padding."""
+    """A batch: outputs of the frozen backbones, clean actions, state; masks (False is padding)."""
 
     latents: Tensor  # (B, C, T, h, w), frame 0 is the observation; T may be 1 without a video
     context: Tensor  # (B, Lt, Dt) text states, zero from row `context_len` on
@@ -160,25 +152,6 @@ class Inputs:
 
     def rows(self, index: Tensor | slice) -> "Inputs":
         return self.map(lambda x: x[index])
-
-    @classmethod
-    def stack(cls, parts: "Sequence[Inputs]") -> "Inputs":
-        """Joins batches along B; text and understanding are padded to the longest."""
-
-        def join(values: Sequence[Tensor | None]) -> Tensor | None:
-            if values[0] is None:
-                return None
-            if values[0].dim() == 1:
-                return torch.cat(list(values))
-            longest = max(v.shape[1] for v in values)
-            return torch.cat([pad_rows(v, longest) for v in values])
-
-        return cls(**{k: join([getattr(part, k) for part in parts]) for k in vars(parts[0])})
-
-
-def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """(B, L, ...) with zeros up to (B, rows, ...)."""
-    return pad(x, (0, 0) * (x.dim() - 2) + (0, rows - x.shape[1]))
 
 
 class Streams(NamedTuple):
@@ -210,15 +183,6 @@ class Conditioning(NamedTuple):
 
 
 # -- the two small experts ------------------------------------------------------------------------
-
-
-def position_table(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """Fixed positions (rows, dim): sines in the first half, cosines in the second, computed in
-    float64, returned in fp32."""
-    half = dim // 2
-    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-    angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), omega)
-    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
 
 
 class ExpertBlock(nn.Module):
@@ -255,16 +219,6 @@ class ExpertBlock(nn.Module):
         q, k = norm_rotate(q, k, self.norm_q.weight, self.norm_k.weight, eps, v.shape[-1])
         return q, k, v
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The same without queries, (B, 0, N, K): for the last layer, where nothing reads what the
-        understanding would find."""
-        h = self.norm1(x).to(self.qkv.dtype)
-        weight = rearrange(self.qkv[1:], "two n d k -> (two n k) d")
-        k, v = linear(h, weight).chunk(2, dim=-1)
-        k = rearrange(self.norm_k(k), "b l (n k) -> b l n k", n=self.qkv.shape[1])
-        v = rearrange(v, "b l (n k) -> b l n k", n=self.qkv.shape[1])
-        return v[:, :0], k, v
-
     def post_attention(
         self,
         x: Tensor,
@@ -277,22 +231,12 @@ class ExpertBlock(nn.Module):
             x = x + self.o(attended)
             return x + self.ffn(self.norm2(x))
         x = add_gated(x, self.o(attended), attention_mod.gate)
-        h = self.norm(x, self.norm2, ffn_mod)
-        return add_gated(x, self.ffn(h), ffn_mod.gate)
+        return add_gated(x, self.ffn(self.norm(x, self.norm2, ffn_mod)), ffn_mod.gate)
 
 
 def expert_blocks(config: MotusConfig, *args, **kwargs) -> nn.ModuleList:
     """As many blocks as the video expert has."""
     return nn.ModuleList(ExpertBlock(config, *args, **kwargs) for _ in range(config.video.layers))
-
-
-def xavier(module: nn.Module) -> None:
-    """Xavier weights and zero biases for every linear map inside."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
 
 
 class InputEncoder(nn.Module):
@@ -334,10 +278,7 @@ class ActionExpert(nn.Module):
             self.registers = nn.Parameter(0.02 * torch.randn(1, config.registers, width))
         self.time_embedding = mlp(config.video.freq_dim, width, width, linear=LinearFP32)
         self.time_projection = nn.Sequential(nn.SiLU(), LinearFP32(width, 6 * width))
-        blocks = [
-            ExpertBlock(config, width, config.action_eps, True) for _ in range(layers(config))
-        ]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = expert_blocks(config, width, config.action_eps, modulated=True)
         self.decoder = ActionDecoder(config)
 
     def init_weights(self) -> None:
@@ -376,8 +317,7 @@ class ActionExpert(nn.Module):
 
 
 class UndExpert(nn.Module):
-    """Carries what the frozen VLM understood into the joint attention: an adapter and plain
-    pre-norm blocks."""
+    """Carries what the frozen VLM understood into the joint attention."""
 
     def __init__(self, config: MotusConfig):
         super().__init__()
@@ -393,24 +333,18 @@ class UndExpert(nn.Module):
 
 
 class Layer(nn.Module):
-    """Every expert normalises, projects and feeds forward alone; the attention is the only place
-    where they meet."""
+    """Every expert normalises, projects, feeds forward alone; only in the attention they meet."""
 
     def __init__(self, video: WanBlock, action: ExpertBlock, und: ExpertBlock, last: bool):
         super().__init__()
         self.video = video
         self.action = action
         self.und = und
-        self.last = last  # of the understanding only keys and values are read there
+        self.last = last  # nothing reads what the understanding would find there
 
     def forward(
-        self,
-        x: Streams,
-        time: Timesteps,
-        text: TextStates | TextKV,
-        shared: Conditioning,
+        self, x: Streams, time: Timesteps, text: TextStates | TextKV, shared: Conditioning
     ) -> Streams:
-        """The streams after one layer."""
         # Each expert projects its own tokens into the common heads.
         video_mod, video_ffn_mod = modulations(self.video.modulation, time.video)
         qkv = [self.video.pre_attention(x.video, video_mod, shared.rope)]
@@ -420,8 +354,8 @@ class Layer(nn.Module):
             qkv.append(self.action.pre_attention(x.action, action_mod))
             biases.append(shared.action_bias)
         if x.und is not None:
-            project = self.und.keys_values if self.last else self.und.pre_attention
-            qkv.append(project(x.und))
+            q, k, v = self.und.pre_attention(x.und)
+            qkv.append((q[:, :0] if self.last else q, k, v))
             biases.append(shared.und_bias)
 
         # One attention over the tokens of all three.
@@ -440,31 +374,6 @@ class Layer(nn.Module):
 # -- the model ------------------------------------------------------------------------------------
 
 
-class Losses(NamedTuple):
-    """Loss per sample, and the times it was measured at (for the loss per time bin)."""
-
-    video: Tensor  # (B,)
-    action: Tensor | None  # (B,), 0 for a sample without actions
-    t_video: Tensor  # (B,)
-    t_action: Tensor | None  # (B,)
-    has_action: Tensor | None  # (B,) bool
-
-    def total(self, videos: float | None = None, acting: float | None = None) -> Tensor:
-        """The sum of both means over the batch; a modality that a sample lacks, or is given, does
-        not enter its mean. For a part of a larger batch, where `videos` samples in all have a video
-        loss and `acting` an action loss, its share of those means."""
-        total = mean_where(self.video, self.t_video > 0, videos)
-        if self.action is None:
-            return total
-        return total + mean_where(self.action, self.has_action & (self.t_action > 0), acting)
-
-
-def mean_where(loss: Tensor, counts: Tensor, number: float | None) -> Tensor:
-    """Sum of `loss` (B,) where `counts` is True, over their number, or over the `number` given."""
-    number = counts.sum().clamp(min=1) if number is None else max(number, 1)
-    return (loss * counts).sum() / number
-
-
 class Prediction(NamedTuple):
     """The result of sampling; None for what the mode does not denoise."""
 
@@ -481,8 +390,7 @@ class Motus(nn.Module):
         self.video = WanModel(config.video)
         self.action = ActionExpert(config)
         self.und = UndExpert(config)
-        # A plain list: the experts own the blocks (and name them in the state dict); a layer only
-        # lines them up.
+        # A plain list: the experts own the blocks (and name them); a layer only lines them up.
         trios = list(zip(self.video.blocks, self.action.blocks, self.und.blocks))
         self.layers = [Layer(*trio, last=trio is trios[-1]) for trio in trios]
 
@@ -512,18 +420,17 @@ class Motus(nn.Module):
             model.und.load_state_dict(UndExpert(config).state_dict(), assign=True)
             model.action.init_weights()
         with source:
-            if dtype is None:
-                videos = [n for n in source.names() if (rename(n) or "").startswith("video.")]
-                dtype = source.dtype(videos[0]) if videos else None
+            videos = [n for n in source.names() if (rename(n) or "").startswith("video.")]
+            if dtype is None and videos:
+                dtype = source.dtype(videos[0])
             report = load_into(model, source, rename, dtype, ("vlm.",), fresh=fresh, device=device)
         if fresh:
             print(f"{report} ({', '.join(prefix + '*' for prefix in fresh)})", file=sys.stderr)
         return model.to(device, dtype).eval(), card
 
     def conditioning(self, inputs: Inputs, cache: bool = False) -> Conditioning:
-        """All that the steps of the sampler share. With `cache`, keys and values that every layer's
-        cross attention makes of the text too (in training they are made inside the layers, where
-        their weights are gathered)."""
+        """All that the steps of the sampler share; with `cache` the keys and values of the text in
+        every layer too (training makes them inside the layers, where weights are gathered)."""
         config = self.config
         states = self.video.embed_text(inputs.context, inputs.context_len)
         text = [states] * len(self.layers)
@@ -538,18 +445,12 @@ class Motus(nn.Module):
         rows += 1 + config.registers if config.finetune else 0
         device = inputs.latents.device
         positions = position_table(rows, config.action_width, device)
+        action_bias = self.action.key_bias(inputs.action_mask)
         sizes = (config.latent_frames, *inputs.latents.shape[3:])
         grid = [size // patch for size, patch in zip(sizes, config.video.patch)]
-        return Conditioning(
-            text,
-            und,
-            state,
-            inputs.action_mask,
-            self.action.key_bias(inputs.action_mask),
-            und_bias,
-            positions,
-            rope_3d(grid, config.video.head_dim, device),
-        )
+        rope = rope_3d(grid, config.video.head_dim, device)
+        masks = (inputs.action_mask, action_bias, und_bias)
+        return Conditioning(text, und, state, *masks, positions, rope)
 
     def forward(
         self,
@@ -588,8 +489,8 @@ class Motus(nn.Module):
         video_noise: Tensor,
         t_action: Tensor | None = None,
         action_noise: Tensor | None = None,
-    ) -> Losses:
-        """The training loss per sample at times (B,) and noise as `draw_noise` makes them. Without
+    ) -> flow.Losses:
+        """The training loss per sample at times (B,) and noise of `flow.draw_noise`. Without
         `inputs.actions` the video expert is trained alone (stage 1)."""
         latents, actions, mask = inputs.latents, inputs.actions, inputs.action_mask
         noisy_video = flow.mix(latents, video_noise, t_video)
@@ -599,12 +500,12 @@ class Motus(nn.Module):
         v_video, v_action = self(noisy_video, noisy_action, t_video, t_action, shared)
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
         if actions is None:
-            return Losses(video, None, t_video, None, None)
+            return flow.Losses(video, None, t_video, None, None)
         action = flow.action_loss(v_action.float(), action_noise - actions, mask)
         has_action = torch.ones_like(t_action, dtype=torch.bool)
         if mask is not None:
             has_action = mask.flatten(1).any(dim=1)
-        return Losses(video, action, t_video, t_action, has_action)
+        return flow.Losses(video, action, t_video, t_action, has_action)
 
     @torch.no_grad()
     def sample(
@@ -621,95 +522,24 @@ class Motus(nn.Module):
         future too in mode `idm`; `inputs.actions` is read in mode `world_model` only. Inputs with
         neither state nor understanding are of stage 1: the video expert runs alone. Noise is drawn
         from `generator` (CPU), video before action, unless given."""
-        row = flow.mode_named(mode)
+        config, row = self.config, flow.mode_named(mode)
+        if config.finetune and inputs.state is None:
+            raise ValueError("inputs.state is None; this model has a state token: expected (B, P)")
         alone = inputs.und is None and inputs.state is None
         observation = inputs.latents[:, :, :1]
-        video, action = self.start(inputs, mode, generator, video_noise, action_noise)
-        shared = self.conditioning(unmasked(inputs), cache=True)
+        shape = (len(inputs), config.video.latent, config.latent_frames, *observation.shape[3:])
+        chunk = (len(inputs), config.chunk, config.action_dim)
+        device = observation.device
+        video = flow.start(row.video, inputs.latents, shape, video_noise, generator, device)
+        action = flow.start(row.action, inputs.actions, chunk, action_noise, generator, device)
+        shared = self.conditioning(inputs, cache=True)
 
         def velocity(video: Tensor, action: Tensor, t_video: Tensor, t_action: Tensor):
             return self(video, None if alone else action, t_video, t_action, shared)
 
         video, action = flow.sample(velocity, video, action, observation, mode, steps, shift)
-        return Prediction(
-            video if row.video == flow.DENOISE else None,
-            action if row.action == flow.DENOISE else None,
-        )
-
-    def start(
-        self,
-        inputs: Inputs,
-        mode: str,
-        generator: torch.Generator | None,
-        video_noise: Tensor | None = None,
-        action_noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Where sampling begins: video (B, C, T, h, w) and action (B, S, A), noise or what is given.
-        ValueError for a mode whose given modality, or a model whose state, is missing."""
-        config, row = self.config, flow.mode_named(mode)
-        shape = (len(inputs), config.video.latent, config.latent_frames, *inputs.latents.shape[3:])
-        chunk = (len(inputs), config.chunk, config.action_dim)
-        video, action = video_noise, action_noise
-        if row.video == flow.GIVEN:
-            video = inputs.latents
-            if tuple(video.shape) != shape:
-                raise ValueError(
-                    f"mode {mode} is given the video: latents are {tuple(video.shape)}, expected "
-                    f"{shape}"
-                )
-        if row.action == flow.GIVEN:
-            action = inputs.actions
-            if action is None:
-                raise ValueError(
-                    f"mode {mode} is given the actions, but inputs.actions is None; expected {chunk}"
-                )
-        if config.finetune and inputs.state is None:
-            raise ValueError("inputs.state is None; this model has a state token: expected (B, P)")
-        if video is None:
-            video = gaussian(inputs.latents.new_empty(shape), generator)
-        if action is None:
-            action = gaussian(inputs.latents.new_empty(chunk), generator)
-        return video, action
-
-
-def unmasked(inputs: Inputs) -> Inputs:
-    """Without a mask of understanding that masks nothing: attention is faster without a bias."""
-    if inputs.und_mask is not None and inputs.und_mask.all():
-        return replace(inputs, und_mask=None)
-    return inputs
-
-
-def draw_noise(
-    inputs: Inputs,
-    generator: torch.Generator,
-    times: str = "official",
-    given: float = 0.0,
-    size: int | None = None,
-    first: int = 0,
-) -> dict[str, Tensor]:
-    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a
-    whole batch of `size` (default: these inputs), of which `inputs` are the rows from `first` on;
-    order: video time, action time, what is given, video noise, action noise. In a share `given` of
-    the samples one modality is given (`flow.pin_modality`)."""
-    size = len(inputs) if size is None else size
-    drawn = {"t_video": flow.TIMES[times](size, generator)}
-    if inputs.actions is not None:
-        t_video, t_action = drawn["t_video"], flow.TIMES[times](size, generator)
-        if given:
-            t_video, t_action = flow.pin_modality(t_video, t_action, given, generator)
-        drawn = {"t_video": t_video, "t_action": t_action}
-    shape = inputs.latents.shape[1:]
-    drawn["video_noise"] = torch.randn(size, *shape, generator=generator)
-    if inputs.actions is not None:
-        drawn["action_noise"] = torch.randn(size, *inputs.actions.shape[1:], generator=generator)
-    mine, device = slice(first, first + len(inputs)), inputs.latents.device
-    return {name: value[mine].to(device) for name, value in drawn.items()}
-
-
-def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise in fp32, drawn on the CPU so that a seed means the same on every
-    device."""
-    return torch.randn(like.shape, generator=generator).to(like.device)
+        video = video if row.video == flow.DENOISE else None
+        return Prediction(video, action if row.action == flow.DENOISE else None)
 
 
 # -- the stages, written once ---------------------------------------------------------------------
@@ -721,9 +551,7 @@ class Stage:
 
     levels: tuple[int, ...]  # of the data pyramid
     experts: tuple[str, ...]  # which are trained
-    # what actions are: "none", "latent" (14 numbers of a video) or "real" (the robot's, with its
-    # state)
-    actions: str
+    actions: str  # "none", "labels", "latent" (14 numbers) or "real" (the robot's, with its state)
     fresh: tuple[str, ...]  # names that start fresh, whatever the stage starts from
     modes: tuple[str, ...]  # modes that its checkpoints have
     before: str | None  # the stage it starts from
@@ -735,23 +563,19 @@ class Stage:
 
 
 EXPERTS = ("video", "action", "und")
+# Real actions have another meaning than latent ones.
+FRESH = ("action.input_encoder.", "action.decoder.", "action.registers")
 STAGES = {
     "1": Stage((2, 3, 5), ("video",), "none", ("action.", "und."), ("vgm",), None),
     "latent": Stage((2, 3, 4, 5, 6), (), "labels", (), (), None),
     "2": Stage((2, 3, 4, 5), EXPERTS, "latent", ("action.", "und."), ("joint", "vgm"), "1"),
-    "3": Stage(
-        (6,),
-        EXPERTS,
-        "real",
-        ("action.input_encoder.", "action.decoder.", "action.registers"),
-        tuple(flow.MODES),
-        "2",
-    ),
+    "3": Stage((6,), EXPERTS, "real", FRESH, tuple(flow.MODES), "2"),
 }
 
 # -- the presets: rows of presets.toml ------------------------------------------------------------
 
 HERE = Path(__file__).parent
+ROWS = tomllib.loads((HERE / "presets.toml").read_text())
 
 
 @dataclass(frozen=True)
@@ -768,11 +592,11 @@ class Preset:
 
     @classmethod
     def of(cls, row: dict) -> "Preset":
-        video = {k: tuple(v) if isinstance(v, list) else v for k, v in row.get("video", {}).items()}
+        video = {"patch": (1, 2, 2)} | row.get("video", {})
+        config = MotusConfig.of({"video": video} | row.get("motus", {}), "presets.toml")
         latent = row["latent"] | {"dcae": row.get("dcae", {})}
         backbones, data = (HERE / row[key] if key in row else None for key in ("backbones", "data"))
         recipes = {name: row.get(name, {}) for name in ("quick", "long")}
-        config = MotusConfig(WanConfig(**video), **row.get("motus", {}))
         size = tuple(row["size"])
         return cls(config, size, latent, backbones, data, row.get("world"), recipes)
 
@@ -780,20 +604,16 @@ class Preset:
         """Settings of a stage that differ from the defaults of train.py."""
         found = {}
         for name in ("quick", "long") if long else ("quick",):
-            recipe = self.recipes[name]
-            found |= {} if stage == "latent" else recipe.get("all", {})
-            found |= recipe.get(stage, {})
+            for key in (stage,) if stage == "latent" else ("all", stage):
+                found |= self.recipes[name].get(key, {})
         return found
 
 
-PRESETS = {
-    k: Preset.of(row) for k, row in tomllib.loads((HERE / "presets.toml").read_text()).items()
-}
+PRESETS = {name: Preset.of(row) for name, row in ROWS.items()}
 
 
 def preset(name: str, stage: str = "3", **changes) -> MotusConfig:
-    """The network of a row for a stage, with changes: before stage 3 actions are 14 latent numbers,
-    one per video frame."""
+    """The network of a row for a stage, with changes; before stage 3 actions are latent."""
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; expected one of {', '.join(PRESETS)}")
     form = {} if STAGES[stage].finetune else dict(finetune=False, ratio=1, action_dim=14)

@@ -37,6 +37,7 @@ from attention import (
     norm_modulate,
     norm_rotate,
     text_bias,
+    xavier,
 )
 
 # -- the video expert -----------------------------------------------------------------------------
@@ -227,11 +228,7 @@ class WanModel(nn.Module):
     def init_weights(self) -> None:
         """The official initialisation: Xavier linear maps, std 0.02 for text and time embeddings, a
         zero head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         for module in (*self.text_embedding, *self.time_embedding):
             if isinstance(module, nn.Linear):

@@ -52,7 +52,7 @@ from attention import RMSNorm, joint_attention, quantise, rotate_interleaved
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.wan import rope_3d
 from backbones.wan_vae import WanVAE, WanVAEConfig
-from motus import Inputs, Motus, MotusConfig, draw_noise, gaussian, preset
+from motus import Inputs, Motus, MotusConfig, preset
 from sample import Placement, Policy, held_out_windows
 from scale.sharding import parallelize
 from scripts import evaluate

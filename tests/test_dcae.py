@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from tables import expected
 from torch import nn
 
 from backbones.dcae import DCAE, DCAEConfig, LinearAttention, load_dcae
 from weights.files import save_safetensors
-from weights.layouts import canonical, dcae_own, expected
+from weights.layouts import canonical, dcae_own
 
 FULL = DCAEConfig()
 TINY = DCAEConfig((16, 32, 32, 64, 64), (1,) * 5, (1,) * 5, latent_channels=64, head_dim=16)

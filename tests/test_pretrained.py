@@ -204,7 +204,7 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight)
     tensors = model.state_dict()
-    theirs = {layouts.wan_from_diffusers(name): name for name in layouts.expected("wan-diffusers")}
+    theirs = {layouts.wan_from_diffusers(name): name for name in expected("wan-diffusers")}
     stated = {
         "_class_name": "WanModel",
         "dim": config.width,
@@ -382,7 +382,7 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
         with pytest.raises(ValueError, match=message):
             Motus.from_pretrained(copy)
         shutil.rmtree(copy)
-    assert published.wan_config(Path("x"), layouts.expected("wan"), {}) == WanConfig()
+    assert published.wan_config(Path("x"), expected("wan"), {}) == WanConfig()
     with pytest.raises(ValueError, match="holds umt5 weights"):
         Motus.from_pretrained(GOLDEN / "umt5.pth")
 
@@ -617,11 +617,11 @@ def test_a_backbone_that_says_too_little_is_refused(houses, tmp_path):
 def test_the_published_configs_are_the_defaults_of_ours():
     """From the tables of the published files alone, without any config.json, come the sizes that
     this repository has as defaults."""
-    assert published.text_config(Path("x"), layouts.expected("umt5")) == UMT5Config()
-    assert published.vae_config(Path("x"), layouts.expected("wan-vae"), {}) == WanVAEConfig()
+    assert published.text_config(Path("x"), expected("umt5")) == UMT5Config()
+    assert published.vae_config(Path("x"), expected("wan-vae"), {}) == WanVAEConfig()
     assert (
         published.vlm_config(
-            Path("x"), {layouts.qwen_own(k): v for k, v in layouts.expected("qwen3vl").items()}, {}
+            Path("x"), {layouts.qwen_own(k): v for k, v in expected("qwen3vl").items()}, {}
         )
         == Qwen3VLConfig()
     )
@@ -632,7 +632,7 @@ def test_the_published_configs_are_the_defaults_of_ours():
         "und_expert.norm_eps": 1e-5,
     }
     shapes = {
-        layouts.own_name(name): shape for name, shape in layouts.expected("motus-stage3").items()
+        layouts.own_name(name): shape for name, shape in expected("motus-stage3").items()
     }
     assert MotusConfig(**published.motus_fields(Path("x"), shapes, stated, (22,))) == preset("full")
 

@@ -21,8 +21,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expected(table: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the published file `table` holds (weights/keys/TABLE.txt, where the source is
-    stated)."""
+    """Names and shapes that the published file `table` holds (weights/keys/TABLE.txt, where the
+    source is stated)."""
     shapes: dict[str, tuple[int, ...]] = {}
     for line in (Path(layouts.__file__).parent / "keys" / f"{table}.txt").read_text().splitlines():
         pattern, *rest = line.split()

@@ -68,11 +68,12 @@ def export(
     with open_source(src) as source:
         config = config_beside(source)
         own = config.get("motus") or json.loads(source.metadata.get("config", "{}"))
-        known = int(source.metadata.get("pos_embedding_rows", 0))
-        if own and not known:
-            known = own["frames"] * own["ratio"] + (2 + own["registers"]) * own["finetune"]
-        rows = rows or known
-        if not identify(source.names())[0].startswith("motus") or not rows:
+        motus = identify(source.names())[0].startswith("motus")
+        rows = rows or int(source.metadata.get("pos_embedding_rows", 0))
+        if motus and own and not rows:
+            rows = own["frames"] * own["ratio"]
+            rows += 2 + own["registers"] if own["finetune"] else 0
+        if not motus or not rows:
             raise ValueError(
                 f"{source.path}: expected Motus weights and the rows of the position table (found"
                 f" {rows}); pass --rows CHUNK+6 for fine-tuned weights, --rows CHUNK for"

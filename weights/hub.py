@@ -55,8 +55,8 @@ def fetched(path: str | Path) -> Path:
 
 
 def download(name: str, folder: str | Path) -> None:
-    """Fetches a published folder; a broken download goes on where it stopped. ValueError if the name
-    or huggingface_hub is missing."""
+    """Fetches a published folder; a broken download goes on where it stopped. ValueError if the
+    name or huggingface_hub is missing."""
     if name not in HUB:
         raise ValueError(f"download: name is {name!r}, expected one of {', '.join(HUB)}")
     repository, revision, files, gigabytes, licence = HUB[name]

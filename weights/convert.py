@@ -103,7 +103,7 @@ def official_config(own: Mapping) -> dict:
     if "video" in own:
         config["wan"] = {field: own["video"][field] for field in ("eps", "text_len")}
     for field in MOTUS_FIELDS.keys() & own.keys():
-        *sections, key = MOTUS_FIELDS[field][0].split(".")
+        *sections, key = MOTUS_FIELDS[field].split(".")
         place = config
         for section in sections:
             place = place.setdefault(section, {})

@@ -94,16 +94,16 @@ UMT5_TRANSFORMERS = {
 }
 # Where the official config.json of Motus has a field of MotusConfig.
 MOTUS_FIELDS = {
-    "frames": ("common.num_video_frames",),
-    "ratio": ("common.video_action_freq_ratio",),
-    "action_dim": ("common.action_dim",),
-    "state_dim": ("common.state_dim",),
-    "action_width": ("action_expert.hidden_size",),
-    "action_eps": ("action_expert.norm_eps",),
-    "expert_ffn": ("action_expert.ffn_dim_multiplier",),
-    "und_width": ("und_expert.hidden_size",),
-    "und_eps": ("und_expert.norm_eps",),
-    "vlm_dim": ("und_expert.vlm.input_dim",),
+    "frames": "common.num_video_frames",
+    "ratio": "common.video_action_freq_ratio",
+    "action_dim": "common.action_dim",
+    "state_dim": "common.state_dim",
+    "action_width": "action_expert.hidden_size",
+    "action_eps": "action_expert.norm_eps",
+    "expert_ffn": "action_expert.ffn_dim_multiplier",
+    "und_width": "und_expert.hidden_size",
+    "und_eps": "und_expert.norm_eps",
+    "vlm_dim": "und_expert.vlm.input_dim",
 }
 
 

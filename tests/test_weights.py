@@ -257,9 +257,9 @@ def test_tables_have_the_published_counts(table):
 def test_diffusers_names_map_one_to_one(table, rename):
     """The diffusers file holds the tensors of the original file under other names, shape for shape."""
     theirs = expected(f"{table}-diffusers")
-    assert {rename(name): shape for name, shape in theirs.items()} == expected(
-        table
-    ) and len(theirs) == len(expected(table))
+    assert {rename(name): shape for name, shape in theirs.items()} == expected(table) and len(
+        theirs
+    ) == len(expected(table))
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,7 @@ def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path
 def test_a_fused_projection_of_dcae_becomes_three_when_converted(tmp_path):
     """The one tensor of a published file that has three places here: qkv of the original DC-AE."""
     qkv = torch.arange(12.0).view(6, 2, 1, 1)
-    name = next(
-        name for name in expected("dcae_original") if name.endswith("qkv.conv.weight")
-    )
+    name = next(name for name in expected("dcae_original") if name.endswith("qkv.conv.weight"))
     files.save_safetensors(
         tmp_path / "a.safetensors",
         {name: qkv, "encoder.project_in.conv.conv.weight": torch.ones(1)},
@@ -392,9 +390,7 @@ def test_our_motus_wants_exactly_the_published_tensors():
         name: tuple(t.shape)
         for name, t in full_size("motus", "Motus", "MotusConfig").state_dict().items()
     }
-    published = {
-        layouts.own_name(name): shape for name, shape in expected("motus-stage3").items()
-    }
+    published = {layouts.own_name(name): shape for name, shape in expected("motus-stage3").items()}
     assert wanted == {
         name: shape for name, shape in published.items() if not name.startswith("vlm.")
     }

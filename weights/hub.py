@@ -33,13 +33,13 @@ HUB = {
 COMPLETE = ".complete"  # lies in a folder whose download has ended
 
 
-def snapshot(repository: str, revision: str | None, files: list[str], **options: object) -> Path:
-    """Files of a repository on the hub, as huggingface_hub downloads them."""
+def snapshot(repository: str, revision: str | None, files: list[str], **options: object) -> str:
+    """The folder with files of a repository on the hub, downloaded by huggingface_hub."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ValueError("the hub needs huggingface_hub: pip install 'motus[hub]'") from error
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=files, **options))
+    return snapshot_download(repository, revision=revision, allow_patterns=files, **options)
 
 
 def fetched(path: str | Path) -> Path:

@@ -278,7 +278,7 @@ class Stream:
 
     def digest(self) -> str:
         """Changes with the card, the lengths of the episodes and what is known of the robots."""
-        lengths = [o.reader.lengths.tolist() for o in self.pyramid.opened]
+        lengths = [o.reader.lengths[: o.trained].tolist() for o in self.pyramid.opened]
         return digest({}, json.dumps([self.pyramid.card, lengths, as_stored(self.robots)]))
 
 

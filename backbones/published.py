@@ -132,9 +132,7 @@ class Evidence:
 
     def part(self, tensors: str, section: str) -> "Evidence":
         """Of the network whose tensors and keys begin so, under names without that."""
-        return replace(
-            self, shapes=below(self.shapes, tensors), stated=below(self.stated, section)
-        )
+        return replace(self, shapes=below(self.shapes, tensors), stated=below(self.stated, section))
 
     def sizes(self, **places: str) -> dict[str, int]:
         """Sizes by field, each from a place "tensor axis". One ValueError for all tensors that are

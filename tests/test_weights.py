@@ -255,7 +255,7 @@ def test_tables_have_the_published_counts(table):
     "table, rename", [("wan", layouts.wan_from_diffusers), ("wan-vae", layouts.vae_from_diffusers)]
 )
 def test_diffusers_names_map_one_to_one(table, rename):
-    """The diffusers file holds the tensors of the original file under other names, shape for shape."""
+    """The diffusers file holds the tensors of the original under other names, shape for shape."""
     theirs = expected(f"{table}-diffusers")
     assert {rename(name): shape for name, shape in theirs.items()} == expected(table) and len(
         theirs
@@ -329,11 +329,13 @@ def test_a_digest_changes_with_any_byte_name_and_dtype():
 def test_a_vae_with_other_numbers_of_blocks_is_renamed_by_its_own_count(tmp_path):
     """The resampler comes after a level's residual blocks, however many there are; convert counts
     them."""
+    down, up = "encoder.down_blocks.0.", "decoder.up_blocks.0."
+    own_down, own_up = "encoder.downsamples.0.downsamples.", "decoder.upsamples.0.upsamples."
     names = {
-        "encoder.down_blocks.0.resnets.0.conv1.weight": "encoder.downsamples.0.downsamples.0.residual.2.weight",
-        "encoder.down_blocks.0.downsampler.resample.1.bias": "encoder.downsamples.0.downsamples.1.resample.1.bias",
-        "decoder.up_blocks.0.resnets.1.norm2.gamma": "decoder.upsamples.0.upsamples.1.residual.3.gamma",
-        "decoder.up_blocks.0.upsampler.time_conv.bias": "decoder.upsamples.0.upsamples.2.time_conv.bias",
+        f"{down}resnets.0.conv1.weight": f"{own_down}0.residual.2.weight",
+        f"{down}downsampler.resample.1.bias": f"{own_down}1.resample.1.bias",
+        f"{up}resnets.1.norm2.gamma": f"{own_up}1.residual.3.gamma",
+        f"{up}upsampler.time_conv.bias": f"{own_up}2.time_conv.bias",
     }
     files.save_safetensors(tmp_path / "a.safetensors", {name: torch.ones(1) for name in names})
     convert.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
@@ -908,8 +910,8 @@ def test_a_load_needs_one_tensor_above_the_module(tmp_path):
             loads.append(total / load.load_into(module, source).seconds / 1e9)
         extra.append(status("VmHWM") - before - sum(p.nbytes for p in module.parameters()))
         del module
-    print(
-        f"\nload {max(loads):.2f} GB/s, plain reading of the same files {max(plain):.2f} GB/s: {max(loads) / max(plain):.0%}; "
-        f"peak above the module {max(extra) / 1e6:.0f} MB, largest tensor {rows * rows * 4 / 1e6:.0f} MB"
-    )
+    share = max(loads) / max(plain)
+    print(f"\nload {max(loads):.2f} GB/s, plain reading {max(plain):.2f} GB/s: {share:.0%}")
+    largest = rows * rows * 4
+    print(f"above the module {max(extra) / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB")
     assert max(extra) < 1.05 * rows * rows * 4 + 100e6

@@ -34,10 +34,14 @@ class Card:
             )
         stored = read_json(path)
         check_keys(stored, cls, path)
-        if not isinstance(stored.get("motus"), dict) or stored.get("stage") not in ("1", "2", "3"):
+        network = stored.get("motus")
+        sizes = dict(network) if isinstance(network, dict) else {}
+        video = sizes.pop("video", None)
+        sound = isinstance(video, dict) and all(isinstance(n, (int, float)) for n in sizes.values())
+        if not sound or stored.get("stage") not in ("1", "2", "3"):
             raise ValueError(
-                f"{path} is no checkpoint's, motus is {stored.get('motus')!r:.50} and stage is"
-                f" {stored.get('stage')!r:.50}, expected fields of a network and 1, 2 or 3; name a"
+                f"{path} is no checkpoint's: motus is {network!r:.100}, stage is"
+                f" {stored.get('stage')!r:.50}, expected sizes of a network and 1, 2 or 3; name a"
                 " folder that train.py wrote, or published weights"
             )
         return cls(**stored)

@@ -165,9 +165,8 @@ class LatentActionModel(nn.Module):
         flow (B, H, W, 2) --flow_to_tokens--> tokens (B, D) --tokens_to_latent--> mu, logvar (B, Z)
         flow              <--tokens_to_flow-- tokens        <--latent_to_tokens-- mu, or a sample
 
-    Flow that comes in may have any size, and is in pixels of that size; flow that comes out and
-    pictures have `image` pixels a side. The DC-AE stays in eval mode even when fine-tuned: its
-    batch statistics must not drift."""
+    Flow that comes in may have any size, and is in pixels of it; what comes out has that of a
+    picture. The DC-AE stays in eval mode even when fine-tuned: its statistics must not drift."""
 
     def __init__(self, config: LatentActionConfig):
         super().__init__()
@@ -356,8 +355,7 @@ def fit(
     if labelled.all() or not labelled.any():
         raise ValueError(
             f"{labelled.sum()} rows are labelled and {(~labelled).sum()} are not; both are drawn "
-            "from: give labels to a part of the clips "
-            "(python -m scripts.latents tokens --labelled 0.1)"
+            "from: label a part of the clips (python -m scripts.latents tokens --labelled 0.1)"
         )
     with torch.no_grad():
         if model.config.reconstruct == "tokens" and x.ndim == 4:
@@ -415,16 +413,17 @@ def probe(latents: Tensor, labels: Tensor, test_latents: Tensor, test_labels: Te
 def encode_flows(
     model: LatentActionModel, flows: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Of a clip's `flows`, flow (n, H, W, 2) and valid (n,) chunk after chunk: tokens (T, D),
-    latent_action (T, 14), not standardised, logvar (T, 14) and valid (T,). Row i spans frames i to
-    i + interval of T + 1; rows that end early or touch a frame of one colour are not valid. And
-    figures: rows, valid_rows, and `clipped`, the share of the moving pixels (faster than radius /
-    100) that are beyond the radius. ValueError if no row is valid."""
-    tokens, valid, moving, fast = [], [], 0, 0
+    """tokens (T, D), latent_action (T, 14), not standardised, logvar (T, 14) and valid (T,) of a
+    clip's `flows`: flow (n, H, W, 2) and valid (n,), chunk after chunk. Row i spans frames i to i +
+    interval of T + 1; those that end early are not valid. And figures: rows, valid_rows, `clipped`,
+    the share of moving pixels (faster than radius / 100) beyond the radius."""
+    tokens, valid = [], []
+    moving = fast = 0
     for flow, known in flows:
-        flow = resize_flow(flow.to(model.token_mean), model.config.image)
+        flow = torch.as_tensor(flow).to(model.token_mean)
+        flow = resize_flow(flow, model.config.image)
         tokens.append(model.flow_to_tokens(flow))
-        valid.append(known.cpu())
+        valid.append(torch.as_tensor(known).cpu())
         speed = flow.norm(dim=-1) / model.config.radius
         moving += (speed > 0.01).sum().item()
         fast += (speed > 1).sum().item()
@@ -433,7 +432,8 @@ def encode_flows(
             f"none of its {sum(map(len, valid))} rows is usable: that takes "
             f"{model.config.interval + 1} frames of more than one colour"
         )
-    tokens, valid = torch.cat(tokens), torch.cat(valid)
+    tokens = torch.cat(tokens)
+    valid = torch.cat(valid)
     mu, logvar = model.tokens_to_latent(tokens)
     tensors = {
         "tokens": tokens.cpu(),

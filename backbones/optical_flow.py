@@ -69,12 +69,12 @@ def other_bodies(
 
 
 def rarest_motions(labels: Tensor, mask: Tensor) -> Tensor:
-    """Which rows (N,) bool show the known motion that is seldom there: a gripper opens seldom and
-    moves few pixels, so training draws such rows more often."""
+    """Numbers of the rows that show the known motion that is seldom there: a gripper opens seldom
+    and moves few pixels, so training draws such rows more often."""
     moves = mask & (labels.abs() > 0.1)
     often = moves.float().mean(dim=0)
     often[often == 0] = 1.0  # never known, or never moving
-    return moves[:, often.argmin()]
+    return moves[:, often.argmin()].nonzero()[:, 0]
 
 
 def augmented(
@@ -86,8 +86,7 @@ def augmented(
     one."""
     generator = torch.Generator().manual_seed(seed)
     labelled = mask.any(dim=1).nonzero()[:, 0]
-    rare = rarest_motions(labels, mask).nonzero()[:, 0]
-    again = torch.cat([labelled, rare]).repeat(copies)
+    again = torch.cat([labelled, rarest_motions(labels, mask)]).repeat(copies)
     flows = [flow]
     made = [labels]
     for rows in again.split(64):

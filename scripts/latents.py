@@ -7,11 +7,10 @@
     python -m scripts.latents pretrain --preset small --data DATA --out dcae.safetensors
         a DC-AE, for sizes that have no published one
 
-DATA is a folder of mp4 files, a LeRobot or official folder, or a card; of a card with several
-sources each gets a folder of its own. Of several cameras the first is taken, as a square of 256
-pixels. Clips stream through flow, DC-AE and VAE, a chunk of frames at a time. Files that are there
-already are kept if they were made in the same way, and refused if not. A clip that cannot be used
-is skipped, counted and reported with its reason; no row of it is written.
+DATA is a folder of mp4 files, a LeRobot or official folder, or a card. Of several cameras the first
+is taken, as a square of 256 pixels. Clips stream through flow, DC-AE and VAE, a chunk of frames at
+a time. Files that are there already are kept if they were made in the same way, else refused. A
+clip that cannot be used is skipped, counted and reported with its reason; no row of it is written.
 
 Shapes: T rows of a clip, which has T + 1 frames; H W height and width, D token features, A aligned
 dimensions.
@@ -22,13 +21,16 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ from scripts.pretrain import pretrain_dcae
 from weights.files import read_metadata, run_command, same_config, save_safetensors
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDE = 256  # pixels at which flow is measured
 ROWS = 20_000  # of flow at most that a DC-AE is trained on; they are held in memory
 Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,), chunk after chunk
@@ -50,7 +53,7 @@ Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,), chu
 # -- flow of frames -------------------------------------------------------------------------------
 
 
-def estimator_of(name: str, device: str) -> FlowEstimator | None:
+def estimator_of(name: str) -> FlowEstimator | None:
     """dis, true (None), one of DPFlow's CHECKPOINTS, or a file with its weights."""
     if name == "true":
         return None
@@ -58,50 +61,35 @@ def estimator_of(name: str, device: str) -> FlowEstimator | None:
         return DISFlow()
     if Path(name).suffix:
         print(LICENCE_NOTICE, file=sys.stderr)
-        return load_dpflow(name).to(device)
-    return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(device)
+        return load_dpflow(name).to(DEVICE)
+    return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(DEVICE)
 
 
-def square(picture: np.ndarray, side: int = SIDE) -> Tensor:
-    """A picture (H, W, 3) uint8 -> (3, side, side) in [0, 1], padded with black to a square."""
-    pixels = rearrange(torch.from_numpy(picture), "h w c -> 1 c h w").float() / 255
-    scale = side / max(pixels.shape[2:])
-    height, width = (max(1, round(n * scale)) for n in pixels.shape[2:])
-    pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True)[0]
-    top, left = (side - height) // 2, (side - width) // 2
-    return F.pad(pixels.clamp(0, 1), (left, side - width - left, top, side - height - top))
-
-
-def measured_flows(
-    frames: Iterable[Tensor],
-    estimator: FlowEstimator,
-    interval: int,
-    chunk: int = 32,
-    device: str = "cpu",
-) -> Flows:
-    """Flow from frame i to i + interval of frames (3, H, W) in [0, 1], of which memory holds chunk +
-    interval. The last rows end at the last frame and are not valid, nor are rows that touch a frame
-    of one colour."""
-    window: list[Tensor] = []
-    for frame in frames:
-        window.append(frame)
-        if len(window) == chunk + interval:
-            yield measure(torch.stack(window).to(device), chunk, estimator, interval)
-            window = window[chunk:]
-    if len(window) > 1:
-        yield measure(torch.stack(window).to(device), len(window) - 1, estimator, interval)
+def square(picture: np.ndarray) -> Tensor:
+    """A picture (H, W, 3) uint8 -> (3, SIDE, SIDE) in [0, 1], padded with black to a square."""
+    padded = ImageOps.pad(Image.fromarray(picture), (SIDE, SIDE), Image.Resampling.BILINEAR)
+    return rearrange(torch.from_numpy(np.array(padded)), "h w c -> c h w") / 255
 
 
 @torch.no_grad()
-def measure(
-    frames: Tensor, count: int, estimator: FlowEstimator, interval: int
-) -> tuple[Tensor, Tensor]:
-    begin = torch.arange(count, device=frames.device)
-    end = (begin + interval).clamp(max=len(frames) - 1)
-    seen = frames.flatten(2).std(dim=-1).amax(dim=1) > 1 / 255
-    valid = (begin + interval < len(frames)) & seen[begin] & seen[end]
-    flow = estimator(frames[begin], frames[end])
-    return rearrange(flow, "b c h w -> b h w c"), valid
+def measured_flows(
+    frames: Iterable[Tensor], estimator: FlowEstimator, interval: int, chunk: int = 32
+) -> Flows:
+    """Flow from frame i to i + interval of frames (3, H, W) in [0, 1], at most chunk + interval of
+    them at a time. The last rows end at the last frame and are not valid, nor are rows that touch a
+    frame of one colour."""
+    frames = iter(frames)
+    window = list(islice(frames, chunk + interval))
+    while len(window) > 1:
+        last = len(window) - 1
+        seen = torch.stack(window).to(DEVICE)
+        begin = torch.arange(chunk if last + 1 == chunk + interval else last)
+        end = (begin + interval).clamp(max=last)
+        plain = (seen.flatten(2).std(dim=-1).amax(dim=1) <= 1 / 255).cpu()
+        flow = estimator(seen[begin], seen[end])
+        valid = (begin + interval <= last) & ~plain[begin] & ~plain[end]
+        yield rearrange(flow, "b c h w -> b h w c"), valid
+        window = [*window[len(begin) :], *islice(frames, len(begin))]
 
 
 # -- clips ----------------------------------------------------------------------------------------
@@ -118,9 +106,9 @@ class Videos(Recordings):
         self.widths = (0, 0)
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
-        return {"video": self.frames(self.paths[episode])}
+        return {"video": self.decoded(self.paths[episode])}
 
-    def frames(self, path: Path) -> Iterator[np.ndarray]:
+    def decoded(self, path: Path) -> Iterator[np.ndarray]:
         import av
 
         count = 0
@@ -136,37 +124,35 @@ class Videos(Recordings):
             raise ValueError(f"ends after {count} of {promised} frames")
 
 
-class StateChanges:
-    """Labels of episodes: the change of the measured state over exactly the interval, by its root
-    mean square over all episodes, not centred, so that no motion is 0. Dimensions that never change
-    are NaN, and so are those that the state lacks."""
+class Labels:
+    """Labels (T, A) of a source's episodes: its true motions where it knows them, else the change
+    of the measured state over exactly the interval, by its root mean square over all episodes, not
+    centred, so that no motion is 0. NaN in dimensions that never change or that the robot lacks."""
 
-    def __init__(self, reader: Recordings, episodes: Iterable[int], config: LatentActionConfig):
-        if not 0 < reader.widths[0] <= config.action_dim:
+    def __init__(self, reader: Recordings, config: LatentActionConfig):
+        self.reader, self.interval, self.width = reader, config.interval, config.action_dim
+        self.scale = np.ones(self.width)
+        if reader.motions(0, self.interval) is not None:
+            return
+        if not 0 < reader.widths[0] <= self.width:
             raise ValueError(
                 f"{reader.name}: its state has {reader.widths[0]} dimensions to take labels from; "
-                f"expected 1 to {config.action_dim} (action_dim): leave --labelled out"
+                f"expected 1 to {self.width} (action_dim): leave --labelled out"
             )
-        self.reader, self.config = reader, config
-        total, count = np.zeros(config.action_dim), 0
-        for episode in episodes:
-            try:
-                found = self.changes(episode)
-            except ValueError:  # the episode is skipped, and reported, later
-                continue
-            total += np.square(found).sum(axis=0)
-            count += len(found)
-        self.scale = np.sqrt(total / max(count, 1))
-        self.scale[self.scale < 1e-8] = np.nan
-
-    def changes(self, episode: int) -> np.ndarray:
-        state = self.reader.numbers(episode)[0].astype(np.float64)
-        end = np.arange(len(state) - 1) + self.config.interval
-        found = state[end.clip(max=len(state) - 1)] - state[:-1]
-        return np.pad(found, ((0, 0), (0, self.config.action_dim - found.shape[1])))
+        squares = []
+        for episode in range(len(reader.lengths)):
+            with suppress(ValueError):  # the episode is skipped, and reported, later
+                squares.append(np.square(self(episode)))
+        scale = np.sqrt(np.concatenate(squares).mean(axis=0))
+        self.scale = np.where(scale > 1e-8, scale, np.nan)
 
     def __call__(self, episode: int) -> np.ndarray:
-        return self.changes(episode) / self.scale
+        found = self.reader.motions(episode, self.interval)
+        if found is None:
+            state = self.reader.numbers(episode)[0].astype(np.float64)
+            last = len(state) - 1
+            found = state[(np.arange(last) + self.interval).clip(max=last)] - state[:-1]
+        return np.pad(found, ((0, 0), (0, self.width - found.shape[1]))) / self.scale
 
 
 @dataclass
@@ -177,17 +163,194 @@ class Clip:
     reader: Recordings
     episode: int
     estimator: FlowEstimator | None  # None: the source knows its flow
-    interval: int
-    device: str
-    changes: Callable[[int], np.ndarray] | None = None  # labels of an episode, where known
+    config: LatentActionConfig
+    known: Labels | None = None
 
     def flows(self) -> Flows:
         if self.estimator is None:
-            return self.reader.flows(self.episode, self.interval)
+            return self.reader.flows(self.episode, self.config.interval)
         views = self.reader.views(self.episode, range(self.reader.lengths[self.episode]))
         frames = map(square, next(iter(views.values())))
-        return measured_flows(frames, self.estimator, self.interval, device=self.device)
+        return measured_flows(frames, self.estimator, self.config.interval)
 
-    def labels(self) -> Tensor | None:
-        """(T, A), NaN in columns that the embodiment lacks."""
-        return None if self.changes is None else torch.from_numpy(self.changes(self.episode))
+    def labels(self, rows: int) -> Tensor:
+        """(T, A), NaN where unknown."""
+        shape = (rows, self.config.action_dim)
+        if self.known is None:
+            return torch.full(shape, math.nan)
+        labels = torch.from_numpy(self.known(self.episode)).float()
+        if labels.shape != shape:
+            raise ValueError(f"its labels have shape {tuple(labels.shape)}; expected {shape}")
+        return labels
+
+
+def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict[str, Clip], dict]:
+    """The episodes that the command line names, by name, and how their flow and labels are made. A
+    share `--labelled` of them, evenly spread, have labels, if the source is of the target robot."""
+    path = Path(args.data)
+    if list(path.glob("*.mp4")):
+        sources = [("", Videos(path), LABELLED[0])]
+    else:
+        opened = Pyramid(path, (2, 3, 4, 5, 6), 1, (SIDE, SIDE)).opened
+        sources = [(o.name, o.reader, o.source.level) for o in opened]
+    if args.command == "encode" and len(sources) > 1:
+        raise ValueError(
+            f"{path} has {len(sources)} sources; encode them one by one, by their paths"
+        )
+    estimator = estimator_of(args.flow)
+    made = {"interval": config.interval, "flow": args.flow, "side": SIDE, "labelled": args.labelled}
+    clips = {}
+    for source, reader, level in sources:
+        if estimator is None and reader.flows(0, config.interval) is None:
+            raise ValueError(f"{reader.name}: its flow is not known; expected --flow dis or DPFlow")
+        labels = None
+        if args.labelled and level in LABELLED:
+            labels = Labels(reader, config)
+            made[f"scale of {source}"] = np.nan_to_num(labels.scale).tolist()
+        for e in range(len(reader.lengths)):
+            name = reader.paths[e].stem if isinstance(reader, Videos) else f"episode_{e:06d}"
+            name = f"{source}_{name}" if len(sources) > 1 else name
+            chosen = int((e + 1) * args.labelled) > int(e * args.labelled)
+            clips[name] = Clip(reader, e, estimator, config, labels if chosen else None)
+    return clips, made
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) -> dict:
+    """Writes FOLDER/NAME.safetensors of each clip: tensors and figures, which `work(clip)` makes,
+    and how they were `made`. What is there already is kept if it was made in the same way. A clip
+    that cannot be used is skipped, with its reason in the summary, which is returned and written
+    beside the folder; ValueError if none can."""
+    skipped, figures = {}, []
+    for name, clip in tqdm(clips.items(), desc=folder.name, unit="clip"):
+        path = folder / f"{name}.safetensors"
+        if not path.exists():
+            try:
+                tensors, found = work(clip)
+            except ValueError as error:
+                skipped[name] = str(error)
+                continue
+            about = {"made": json.dumps(made), "figures": json.dumps(found)}
+            save_safetensors(path, tensors, about)
+        about = read_metadata(path)
+        same_config(path, json.loads(about["made"]), made)
+        figures.append(json.loads(about["figures"]))
+    if not figures:
+        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
+    summary = {
+        "clips": len(figures),
+        "skipped": skipped,
+        "rows": sum(figure["rows"] for figure in figures),
+        "valid_rows": sum(figure["valid_rows"] for figure in figures),
+        "clipped": sum(figure["clipped"] for figure in figures) / len(figures),
+    }
+    (folder.parent / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def latents_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
+    """latent_action (T, 14), not standardised, logvar (T, 14) and valid (T,); and figures."""
+    tensors, figures = encode_flows(model, clip.flows())
+    del tensors["tokens"]
+    return tensors, figures
+
+
+def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
+    """tokens (n, D) in half precision, labels (n, A) and mask (n, A) of the valid rows, for
+    `data.read_tokens`; and figures."""
+    found, figures = encode_flows(model, clip.flows())
+    valid = found["valid"]
+    labels = clip.labels(len(valid))
+    mask = ~labels.isnan().all(dim=0).expand_as(labels)
+    bad = (mask & ~labels.isfinite())[valid].nonzero().tolist()
+    if bad:
+        raise ValueError(f"its labels are not finite at (row, dimension) {bad[0]}; repair them")
+    tensors = {"tokens": found["tokens"].half(), "labels": labels, "mask": mask}
+    return {name: tensor[valid] for name, tensor in tensors.items()}, figures
+
+
+def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> dict:
+    """Trains the DC-AE on the flow of about ROWS rows, spread over the clips, and their labels."""
+    flows, labels, skipped = [], [], {}
+    for name, clip in tqdm(clips.items(), desc="flow", unit="clip"):
+        try:
+            flow, valid = map(torch.cat, zip(*clip.flows()))
+            rows = valid.nonzero()[:: 1 + len(valid) * len(clips) // ROWS, 0]
+            flows.append(resize_flow(flow[rows], model.config.image).half().cpu())
+            labels.append(clip.labels(len(valid))[rows.cpu()])
+        except ValueError as error:
+            skipped[name] = str(error)
+    if not flows:
+        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
+    flow, labels = torch.cat(flows), torch.cat(labels)
+    mask = ~labels.isnan()
+    losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps=steps)
+    means = {name: float(np.mean(values[-100:])) for name, values in losses.items()}
+    return {
+        "rows": len(flow),
+        "labelled": mask.any(dim=1).sum().item(),
+        **means,
+        "skipped": skipped,
+    }
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("encode", "tokens", "pretrain"):
+        add = commands.add_parser(command).add_argument
+        add("--data", required=True, help="folder of mp4 files, dataset or card")
+        add("--out", type=Path, required=True, help="file or folder; run again to go on")
+        add(
+            "--flow", default="dis", help=f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt"
+        )
+        if command == "encode":
+            add("--weights", type=Path, required=True, help="of python train.py --stage latent")
+            continue
+        add("--preset", default="toy", choices=PRESETS)
+        add(
+            "--labelled", type=float, default=0.0, help="share of the clips whose actions are known"
+        )
+        if command == "tokens":
+            add("--dcae", type=Path, required=True, help="published, or of the command pretrain")
+        else:
+            add("--steps", type=int, default=3000)
+    args = parser.parse_args(argv)
+    args.labelled = getattr(args, "labelled", 0.0)
+    if not 0 <= args.labelled <= 1:
+        raise ValueError(f"--labelled is {args.labelled:g}; expected a share from 0 to 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    if args.command == "encode":
+        model = LatentActionModel.load(args.weights)
+    else:
+        torch.manual_seed(0)
+        model = LatentActionModel(LatentActionConfig.of(PRESETS[args.preset].latent))
+    if args.command == "tokens":
+        model.load_dcae(args.dcae)
+    model.to(DEVICE)
+    clips, made = clips_of(args, model.config)
+    if args.command == "encode":
+        made["model"] = model.fingerprint()
+        folder = args.out / f"latent_action_dim{model.config.latent_dim}"
+        report = each_clip(clips, folder, made, partial(latents_of, model))
+        scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
+        (args.out / "statistics.json").write_text(json.dumps(scale | {"made": made}, indent=1))
+    elif args.command == "tokens":
+        made["dcae"] = model.dcae_fingerprint()
+        report = each_clip(clips, args.out / "tokens", made, partial(tokens_of, model))
+    else:
+        report = pretrain(model, clips, args.steps)
+        model.save_dcae(args.out)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    run_command(main)

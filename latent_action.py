@@ -420,10 +420,9 @@ def encode_flows(
     tokens, valid = [], []
     moving = fast = 0
     for flow, known in flows:
-        flow = torch.as_tensor(flow).to(model.token_mean)
-        flow = resize_flow(flow, model.config.image)
+        flow = resize_flow(flow.to(model.token_mean), model.config.image)
         tokens.append(model.flow_to_tokens(flow))
-        valid.append(torch.as_tensor(known).cpu())
+        valid.append(known.cpu())
         speed = flow.norm(dim=-1) / model.config.radius
         moving += (speed > 0.01).sum().item()
         fast += (speed > 1).sum().item()

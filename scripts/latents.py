@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from backbones.dpflow import DISFlow, FlowEstimator, load_dpflow
 from backbones.optical_flow import resize_flow
-from data import LABELLED
 from formats.cards import Pyramid
+from formats.motions import LABELLED
 from formats.recordings import Recordings
 from latent_action import LatentActionConfig, LatentActionModel, encode_flows
 from motus import PRESETS
@@ -129,8 +129,10 @@ class Labels:
     of the measured state over exactly the interval, by its root mean square over all episodes, not
     centred, so that no motion is 0. NaN in dimensions that never change or that the robot lacks."""
 
-    def __init__(self, reader: Recordings, config: LatentActionConfig):
-        self.reader, self.interval, self.width = reader, config.interval, config.action_dim
+    def __init__(self, reader: Recordings, config: LatentActionConfig, measured: bool = True):
+        """`measured`: flow is that of the recorded frames, whose last one begins no row."""
+        self.reader, self.measured = reader, measured
+        self.interval, self.width = config.interval, config.action_dim
         self.scale = np.ones(self.width)
         if reader.motions(0, self.interval) is not None:
             return
@@ -148,7 +150,9 @@ class Labels:
 
     def __call__(self, episode: int) -> np.ndarray:
         found = self.reader.motions(episode, self.interval)
-        if found is None:
+        if found is not None and self.measured:
+            found = found[:-1]
+        elif found is None:
             state = self.reader.numbers(episode)[0].astype(np.float64)
             last = len(state) - 1
             found = state[(np.arange(last) + self.interval).clip(max=last)] - state[:-1]
@@ -168,10 +172,12 @@ class Clip:
 
     def flows(self) -> Flows:
         if self.estimator is None:
-            return self.reader.flows(self.episode, self.config.interval)
+            for chunk in self.reader.flows(self.episode, self.config.interval):
+                yield tuple(map(torch.as_tensor, chunk))
+            return
         views = self.reader.views(self.episode, range(self.reader.lengths[self.episode]))
         frames = map(square, next(iter(views.values())))
-        return measured_flows(frames, self.estimator, self.config.interval)
+        yield from measured_flows(frames, self.estimator, self.config.interval)
 
     def labels(self, rows: int) -> Tensor:
         """(T, A), NaN where unknown."""
@@ -205,7 +211,7 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict
             raise ValueError(f"{reader.name}: its flow is not known; expected --flow dis or DPFlow")
         labels = None
         if args.labelled and level in LABELLED:
-            labels = Labels(reader, config)
+            labels = Labels(reader, config, measured=estimator is not None)
             made[f"scale of {source}"] = np.nan_to_num(labels.scale).tolist()
         for e in range(len(reader.lengths)):
             name = reader.paths[e].stem if isinstance(reader, Videos) else f"episode_{e:06d}"

@@ -299,7 +299,7 @@ def ground(
     pixels, grid = patchify(pictures, config)
     ids, mask = pad_prompts(
         [
-            prompt_ids(tokenizer, text, grid[i : i + 1], "deployment", config.merge)
+            prompt_ids(tokenizer, text, grid[i : i + 1], config.merge)
             for i, text in enumerate(texts)
         ]
     )

@@ -36,13 +36,14 @@ import data
 import latent_action
 import motus
 from attention import mlp
+from backbones.optical_flow import mirrored
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from data import RATE, toy_episodes
 from formats.cards import Pyramid, placed, tiled
 from formats.recordings import t_place
-from latent_action import LatentActionModel, mirrored
+from latent_action import LatentActionModel
 from motus import preset
 from train import settings_for
 from weights.load import load_part, save_part
@@ -103,7 +104,7 @@ def pretrain_dcae(
             labels[rows] if labels is not None else torch.zeros(len(rows), config.action_dim),
         )
         target, wanted = (x.to(device) for x in mirrored(target, wanted, generator))
-        tokens = dcae.encode(model.picture(target))
+        tokens = dcae.encode(model.flow_to_picture(target))
         reconstruction = model.picture_loss(dcae.decode(tokens), target, moving)
         known = (
             mask[rows].to(device)

@@ -7,7 +7,8 @@ import torch
 
 import motus
 from backbones.wan import WanConfig
-from motus import Inputs, Losses, Motus, MotusConfig, preset
+from flow import Losses
+from motus import Inputs, Motus, MotusConfig, preset
 
 TINY = MotusConfig(
     video=WanConfig(

@@ -8,12 +8,7 @@
     python train.py --stage 3 --init runs/stage2                all experts on the target robot's actions and state
     torchrun --nproc-per-node 8 train.py --full                 the same on eight GPUs; docs/scale.md for more
 
-    stage    pyramid levels   trained                       losses            actions
-    1        2, 3, 5          video                         video             none
-    2        2, 3, 4, 5       video, action, understanding  video + action    14-d latent actions
-    3        6                video, action, understanding  video + action    the robot's, with its state
-
-From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
+`motus.STAGES` is the table of them. From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
 VLM, VAE and text encoder are frozen throughout.
 
 One process or many run the same code (`scale`): each rank takes its rows of the batch, its share of
@@ -34,29 +29,30 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
 import flow
-import latent_action
 from attention import choose
 from formats.statistics import as_stored
+from latent_action import LatentActionConfig, LatentActionModel, augmented, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
 from scale import plan, sharding
-from scale.checkpoints import RunState, Saver, code_digest
+from scale.batches import batches, divide
+from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
+from scale.muon import Muon
 from scale.ranks import Ranks, Watchdog, launch
 from weights.card import Card, newest_step
 from weights.files import check_keys, digest, run_command
-from weights.load import local_shard, shard_of
 
 # -- settings -------------------------------------------------------------------------------------
 
@@ -69,17 +65,17 @@ class Settings:
     batch: int = 32
     lr: float = 1e-3
     video_lr: float = 6e-3  # learning rate of the video expert; 0 means lr
-    optimizer: str = "adamw"  # or "muon": Muon for the matrices of the blocks, AdamW for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # Muon is for the matrices of the blocks
     muon_lr: float = 0.04
     warmup: int = 50  # steps of linear warm-up
-    schedule: str = "cosine"  # or "linear", "constant": how lr falls
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # how lr falls
     horizon: int = 0  # steps until it has fallen; 0: all steps of the run
     floor: float = 0.1  # share of lr at which the schedule ends
     weight_decay: float = 0.01
-    decay: str = "matrices"  # not norms, biases, tables and registers; "all": those too (official)
+    decay: Literal["matrices", "all"] = "matrices"  # "all": vectors and tables too, as official
     clip: float = 1.0  # gradient norm
     ema: float = 0.995
-    times: str = "official"  # or "logit_normal": see flow.py
+    times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
     seed: int = 0
     episodes: int = 100  # of a source that is rendered
@@ -87,12 +83,13 @@ class Settings:
     save_every: int = 0  # steps between checkpoints; 0 saves the last only
     keep: int = 2  # newest checkpoints that are kept
     log_every: int = 10
-    log_to: str = ""  # "tensorboard" or "wandb" beside the csv
+    log_to: Literal["", "tensorboard", "wandb"] = ""  # beside the csv
     workers: int = 0  # processes that prepare batches ahead
     micro: int = 0  # samples per rank and pass, whose gradients add up to the batch; 0: all at once
-    precision: str = "fp32"  # or "bf16": autocast
-    params: str = "fp32"  # or "bf16": weights and moments in half the memory; small updates are lost
-    checkpointing: str = "none"  # or "selective", "full": what the backward pass computes again
+    precision: Literal["fp32", "bf16"] = "fp32"  # "bf16": autocast
+    params: Literal["fp32", "bf16"] = "fp32"  # "bf16": half the memory; small updates are lost
+    # What the backward pass computes again.
+    checkpointing: Literal[tuple(sharding.CHECKPOINTING)] = "none"
     compile: bool = False  # each layer by torch.compile
     shards: int = 0  # ranks that share one copy of the weights; 0: those of a node
     reshard: bool = True  # False: keep layers gathered between forward and backward pass
@@ -101,24 +98,14 @@ class Settings:
     minutes: float = 0.0  # save and end after so long; 0: never
 
     def __post_init__(self):
-        for key, allowed in CHOICES.items():
-            if getattr(self, key) not in allowed:
+        for f in fields(self):
+            allowed, found = get_args(f.type), getattr(self, f.name)
+            if allowed and found not in allowed:
                 raise ValueError(
-                    f"--set {key} is {getattr(self, key)!r}; expected one of "
-                    f"{', '.join(filter(None, allowed))}"
+                    f"--set {f.name} is {found!r}; expected one of {', '.join(map(repr, allowed))}"
                 )
 
 
-CHOICES = {
-    "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "linear", "constant"),
-    "decay": ("matrices", "all"),
-    "times": tuple(flow.TIMES),
-    "log_to": ("", "tensorboard", "wandb"),
-    "precision": ("fp32", "bf16"),
-    "params": ("fp32", "bf16"),
-    "checkpointing": tuple(sharding.CHECKPOINTING),
-}
 # What may change when a run is resumed: it changes how the numbers are computed, not what they are.
 FREE = """save_every keep log_every log_to workers micro checkpointing compile shards reshard peak
 timeout minutes""".split()
@@ -134,12 +121,11 @@ def changed(config, changes: Sequence[str]):
         if not equals:
             raise ValueError(f"--set is {change!r}; expected key=value")
         check_keys({key: text}, type(config), "--set")
+        kind = str if get_args(kinds[key]) else kinds[key]
         try:
-            values[key] = BOOLEANS[text.lower()] if kinds[key] is bool else kinds[key](text)
+            values[key] = BOOLEANS[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise ValueError(
-                f"--set {key} is {text!r}; expected {kinds[key].__name__}"
-            ) from None
+            raise ValueError(f"--set {key} is {text!r}; expected {kind.__name__}") from None
     return replace(config, **values)
 
 
@@ -151,48 +137,6 @@ def settings_for(
 
 
 # -- optimisation ---------------------------------------------------------------------------------
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum of matrices, made orthogonal before it is added, so that a step moves all directions
-    alike (github.com/KellerJordan/Muon). The same as torch.optim.Muon but for two things: matrices
-    of equal shape go through the iteration together and in fp32, in a third of its time on a CPU
-    (10 against 30 ms of a step of 120 ms of the smallest preset); and matrices that are sharded
-    over ranks are gathered for it."""
-
-    MOMENTUM, ITERATIONS = 0.95, ((3.4445, -4.7750, 2.0315),) * 5  # of x, x x' x and x x' x x' x
-
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float):
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
-
-    @classmethod
-    def orthogonal(cls, x: Tensor) -> Tensor:
-        """Matrices (n, rows, columns) with their singular values moved to between about 0.7 and
-        1.2."""
-        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-        for a, b, c in cls.ITERATIONS:
-            square = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-        return x
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            alike: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - self.MOMENTUM)
-                move = sharding.full_tensor(p.grad.lerp(momentum, self.MOMENTUM)).float()
-                alike.setdefault(p.shape, []).append((p, move))
-            for (rows, columns), pairs in alike.items():
-                moves = torch.stack([move for _, move in pairs])
-                moves = self.orthogonal(moves) if rows <= columns else self.orthogonal(moves.mT).mT
-                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-                for (p, _), move in zip(pairs, moves):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    local_shard(p)[0].add_(shard_of(p, move), alpha=-rate)
 
 
 def make_optimizers(
@@ -287,54 +231,6 @@ def open_card(args: argparse.Namespace, settings: Settings):
     return data.open_pyramid(args.data, args.stage, args.preset, *sizes, latent=latent)
 
 
-class Steps(Dataset):
-    """What this rank computes in each step: windows of a source with `batch(size, seed, step, rank,
-    world)`, times and noise for them, and how many have which loss. Noise is drawn for the whole
-    batch, so that it is the same for any number of ranks."""
-
-    def __init__(self, source, settings: Settings, ranks: Ranks):
-        self.source = source
-        self.settings = settings
-        self.ranks = ranks.rank, ranks.world
-
-    def __getitem__(self, step: int) -> tuple[dict, dict[str, Tensor], tuple[float, float]]:
-        settings, (rank, world) = self.settings, self.ranks
-        inputs = self.source.batch(settings.batch, settings.seed, step, rank, world)
-        state = np.random.SeedSequence([settings.seed, step, 1]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        times = settings.times, settings.given
-        first = rank * len(inputs)
-        noise = flow.draw_noise(inputs, generator, *times, settings.batch, first)
-        return vars(inputs), noise, counts(inputs, noise)
-
-
-def counts(inputs: Inputs, noise: dict[str, Tensor]) -> tuple[float, float]:
-    """Samples of a batch that have a video loss, and an action loss."""
-    videos = (noise["t_video"] > 0).sum().item()
-    if inputs.actions is None:
-        return videos, 0
-    acting = noise["t_action"] > 0
-    if inputs.action_mask is not None:
-        acting &= inputs.action_mask.flatten(1).any(dim=1)
-    return videos, acting.sum().item()
-
-
-def batches(source, settings: Settings, ranks: Ranks, start: int) -> Iterator[tuple]:
-    """Inputs, noise and counts of this rank from step `start` on, on its device, prepared ahead by
-    `workers` processes (a stream by its own threads): nothing but the step decides what they are."""
-    loader = DataLoader(
-        Steps(source, settings, ranks),
-        batch_size=None,
-        sampler=range(start, settings.steps),
-        collate_fn=lambda x: x,
-        num_workers=0 if isinstance(source, data.Stream) else settings.workers,
-        pin_memory=ranks.device.type == "cuda",
-    )
-    for inputs, noise, have in loader:
-        noise = {name: x.to(ranks.device, non_blocking=True) for name, x in noise.items()}
-        yield Inputs(**inputs).to(ranks.device), noise, have
-
-
 # -- the step -------------------------------------------------------------------------------------
 
 
@@ -375,7 +271,7 @@ def step(
         run.log.losses(losses)
     norm = nn.utils.clip_grad_norm_(run.trained, settings.clip)
     # The only place where the host waits for the device.
-    loss, norm = torch.stack([loss, sharding.full_tensor(norm)]).tolist()
+    loss, norm = torch.stack([loss, sharding.full_tensor(norm).float()]).tolist()
     (loss,) = run.ranks.sums(loss)
     if not math.isfinite(loss + norm):
         windows = run.source.rows(settings.batch, settings.seed, number).tolist()
@@ -421,9 +317,7 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     loss.to_empty(device=ranks.device)
     resumed = bool(args.resume) and any(args.out.glob("step_*"))
     if not resumed:
-        ranks.together(
-            lambda: sharding.initialise(model, args.init, args.stage, settings.seed)
-        )
+        ranks.together(lambda: sharding.initialise(model, args.init, args.stage, settings.seed))
     ema = EMA(model, settings.ema)
     optimizers = make_optimizers(model, settings, experts)
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)
@@ -457,21 +351,15 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
     done then."""
     settings, ranks, log, done = run.settings, run.ranks, run.log, start
     deadline = time.monotonic() + 60 * (settings.minutes or math.inf)
-    prepared = batches(run.source, settings, ranks, start)
-    bar = tqdm(
-        range(start, settings.steps),
-        desc=f"stage {run.state.card.stage}",
-        initial=start,
-        total=settings.steps,
-        mininterval=1,
-        disable=ranks.rank > 0,
-    )
+    bar = tqdm(range(settings.steps), f"stage {run.state.card.stage}", disable=ranks.rank > 0)
+    bar.update(start)
     flops = 0.0
-    with Watchdog(ranks, settings.timeout) as watchdog, saver:
-        for number in bar:
+    prepared = closing(batches(run.source, settings, ranks, start))
+    with Watchdog(ranks, settings.timeout) as watchdog, saver, prepared, bar:
+        for number in range(start, settings.steps):
             watchdog.beat(f"waiting for the data of step {number}")
             waited = time.perf_counter()
-            inputs, noise, have = next(prepared)
+            inputs, noise, have = next(prepared.thing)
             log.add("data_wait_s", time.perf_counter() - waited)
             watchdog.beat(f"computing step {number}")
             asked = watchdog.stopped or time.monotonic() > deadline
@@ -491,40 +379,23 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
             if last or failed or (settings.save_every and done % settings.save_every == 0):
                 watchdog.beat(f"writing the checkpoint of step {done}")
                 run.state.save(saver, done)
+            bar.update()
             if last:
                 break
-        prepared.close()
     return done
 
 
-def divide(settings: Settings, world: int) -> None:
-    """ValueError if a batch does not fall into equal parts."""
-    share = settings.batch // world
-    micro = settings.micro or share
-    if settings.batch % world or share % micro:
-        raise ValueError(
-            f"batch={settings.batch} does not divide into equal parts for {world} ranks, "
-            f"micro={micro} samples at a time; set batch to a multiple of "
-            f"{world * (settings.micro or 1)}"
-        )
+def backbones_folder(preset_name: str) -> Path:
+    return Path(os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones or "weights")
 
 
-def claim(run: Path, resume: str | None, make: bool = True) -> None:
-    """The run's folder: new for a new run, existing for a resumed one; `make` it, or only look."""
-    exists = run.exists() and any(run.glob("[!.]*"))
-    if exists and not resume:
-        raise ValueError(
-            f"run folder {run} exists; continue it with --resume, or name another with --out"
-        )
-    if resume and not exists:
-        raise ValueError(f"--resume: run folder {run} does not exist; start it without --resume")
-    if make:
-        run.mkdir(parents=True, exist_ok=True)
+def dcae_of(args: argparse.Namespace) -> Path:
+    return args.init or backbones_folder(args.preset) / "dcae.safetensors"
 
 
 def fingerprint(args: argparse.Namespace, config: MotusConfig) -> dict[str, str] | None:
     """Digests of frozen backbones of our own making; published ones do not change."""
-    if not holds_ours(args.preset):
+    if not (backbones_folder(args.preset) / "vae.safetensors").is_file():
         return None
     parts = ("vae", "text") if STAGES[args.stage].actions == "none" else ("vae", "text", "vlm")
     return data.backbones_of(args.preset, config, parts=parts).fingerprint()
@@ -533,6 +404,7 @@ def fingerprint(args: argparse.Namespace, config: MotusConfig) -> dict[str, str]
 # -- latent actions -------------------------------------------------------------------------------
 
 LATENT_FILE = "latent_action.safetensors"
+LATENT_FIELDS = {f.name for f in fields(LatentActionConfig) if f.type in (int, float, str, bool)}
 
 
 def train_latent(args: argparse.Namespace, settings: Settings) -> None:
@@ -541,8 +413,9 @@ def train_latent(args: argparse.Namespace, settings: Settings) -> None:
     where they are labelled, in a tenth of each batch. A frozen DC-AE (--init) sees each flow once;
     `--set` also takes fields of LatentActionConfig, as in `reconstruct=picture`."""
     torch.manual_seed(settings.seed)
-    config = latent_action.LatentActionConfig.of(PRESETS[args.preset].latent)
-    model = latent_action.LatentActionModel(changed(config, args.latent_changes))
+    config = LatentActionConfig.of(PRESETS[args.preset].latent)
+    config = changed(config, [text for text in args.set if is_latent(text)])
+    model = LatentActionModel(config)
     model.load_dcae(dcae_of(args))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     claim(args.out, args.resume)
@@ -550,40 +423,45 @@ def train_latent(args: argparse.Namespace, settings: Settings) -> None:
         rows = data.read_tokens([args.cache], model)
     else:
         pyramid = open_card(args, settings)
-        seen = data.motions(pyramid, model.config.interval)
-        motions = seen.flow, seen.labels, seen.mask
-        rows = latent_action.augmented(model, *motions, seed=settings.seed)
-    names = ("total", "reconstruction", "alignment", "kl")
-    with (args.out / "log.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *names])
+        seen = data.motions(pyramid, config.interval)
+        rows = augmented(model, seen.flow, seen.labels, seen.mask, seed=settings.seed)
+    curve = args.out / "log.csv"
+    with curve.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("step", "total", "reconstruction", "alignment", "kl"))
+        writer.writeheader()
 
         def log(number: int, losses: dict[str, float]) -> None:
             if number % settings.log_every == 0:
-                writer.writerow([number, *(f"{losses[name]:.6g}" for name in names)])
+                writer.writerow({"step": number} | losses)
 
-        latent_action.fit(model, rows, settings, log=log)
-    plot_curve(args.out / "log.csv", ("reconstruction", "alignment"))
-    figures = {} if args.cache else probe(model, seen, data.motions(pyramid, model.config.interval, held_out=True))
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
+        fit(model, rows, settings, log=log)
+    plot_curve(curve, ("reconstruction", "alignment"))
+    if not args.cache:
+        figures = probes(model, seen, data.motions(pyramid, config.interval, held_out=True))
+        (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
     model.save(args.out / LATENT_FILE)
     print(f"wrote {args.out / LATENT_FILE}")
 
 
+def is_latent(change: str) -> bool:
+    """Whether a `key=value` is of LatentActionConfig."""
+    return change.partition("=")[0] in LATENT_FIELDS
+
+
 @torch.no_grad()
-def probe(model, seen, held_out) -> dict[str, list[float]]:
+def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list[float]]]:
     """How much of the true motion the latents hold, per level of the pyramid: R2 of each label by
     the best linear map, on held-out episodes."""
-    latents = []
-    for motions in (seen, held_out):
-        parts = [model.flow_to_tokens(part.to(model.token_mean.device)) for part in motions.flow.split(256)]
-        latents.append(model.tokens_to_latent(torch.cat(parts))[0].cpu())
+    mu, test = (
+        model.tokens_to_latent(model.as_tokens(motions.flow))[0].cpu()
+        for motions in (seen, held_out)
+    )
     figures = {}
     for level in held_out.level.unique().tolist():
-        known, unseen = seen.level == level, held_out.level == level
-        scores = latent_action.probe(latents[0][known], seen.labels[known], latents[1][unseen], held_out.labels[unseen])
-        figures[f"level {level}"] = scores.tolist()
-        print(f"held-out episodes of level {level}: linear probe R2 of the motion " + " ".join(f"{value:.3f}" for value in figures[f"level {level}"]))
+        known, new = seen.level == level, held_out.level == level
+        r2 = probe(mu[known], seen.labels[known], test[new], held_out.labels[new])
+        figures[f"level {level}"] = r2.tolist()
+    print("linear probe of the motion, R2 on held-out episodes:", json.dumps(figures))
     return {"probe R2": figures}
 
 
@@ -591,7 +469,7 @@ def probe(model, seen, held_out) -> dict[str, list[float]]:
 
 
 def folder_of(stage: str) -> str:
-    return "latent" if stage == "latent" else f"stage{stage}"
+    return stage if stage == "latent" else f"stage{stage}"
 
 
 def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -600,20 +478,102 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
     if args.stage:
         args.out = args.out or Path("runs") / folder_of(args.stage)
         return [args]
-    for name in ("cache", "latent"):
-        if getattr(args, name):
-            raise ValueError(f"--{name} is of one stage; expected --stage 1, latent, 2 or 3 with it")
+    if args.cache or args.latent:
+        raise ValueError("--cache and --latent belong to one stage; name it with --stage")
     root = args.out or Path("runs") / args.preset
     jobs = []
     for stage, row in STAGES.items():
-        out = root / folder_of(stage)
-        init = root / folder_of(row.before) if row.before else None
-        tokens = out if (out / "tokens").is_dir() else None
-        job = dict(stage=stage, out=out, init=args.init if stage == "1" else init, cache=tokens)
-        job |= dict(latent=root / folder_of("latent"), resume=(args.resume or "same") if out.exists() else None)
-        job = argparse.Namespace(**vars(args) | job)
+        job = argparse.Namespace(**vars(args))
+        job.stage, job.out = stage, root / folder_of(stage)
+        job.latent = root / folder_of("latent")
+        if stage != "1":
+            job.init = root / folder_of(row.before) if row.before else None
+        elif not args.init and preset(args.preset).video == MotusConfig().video:
+            job.init = backbones_folder(args.preset) / "wan"  # the video expert as published
+        if (job.out / "tokens").is_dir():
+            job.cache = job.out
+        job.resume = (args.resume or "same") if job.out.exists() else None
         if finished(job):
-            print(f"stage {stage}: finished, {out}")
+            print(f"stage {stage} is finished: {job.out}")
         else:
             jobs.append(job)
     return jobs
+
+
+def finished(args: argparse.Namespace) -> bool:
+    if args.stage == "latent":
+        return (args.out / LATENT_FILE).is_file()
+    if not any(args.out.glob("step_*")):
+        return False
+    return Card.read(newest_step(args.out) / "config.json").step >= settings_of(args).steps
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    changes = [f"steps={args.steps}"] if args.steps else []
+    changes += [text for text in args.set if args.stage != "latent" or not is_latent(text)]
+    return settings_for(args.preset, args.stage, changes, args.long)
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """The needs of a stage that are not there, each with the command that gets it."""
+    found = []
+    if not (args.data or args.cache or PRESETS[args.preset].data):
+        card = "python data.py inspect DATASET --card card.json, then --data card.json"
+        found.append(f"a dataset card: {card}")
+    folder = backbones_folder(args.preset)
+    if args.stage == "latent":
+        if not dcae_of(args).exists():
+            get = "python -m weights download dcae, then --init weights/dcae"
+            found.append(f"DC-AE {dcae_of(args)}: {get}")
+    elif not (folder / "vae.safetensors").is_file():
+        for name in ("wan", "qwen3vl") if args.stage != "1" else ("wan",):
+            if not (folder / name).is_dir():
+                found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
+    return found
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--stage", choices=list(STAGES), help="default all in order; finished ones are skipped")
+    add("--preset", default="toy", help="row of presets.toml (default toy)")
+    add("--full", dest="preset", action="store_const", const="full", help="--preset full")
+    add("--out", type=Path, help="folder of the run (default runs/stageN, of all runs/PRESET)")
+    add("--init", type=Path, help="run or weights to start from; of stage latent its DC-AE")
+    add("--data", help="dataset card, folder or hub name (docs/data.md); default the preset's")
+    add("--cache", type=Path, help="windows of data.py cache, tokens of scripts.latents tokens")
+    add("--latent", type=Path, help="run of stage latent, read by stage 2")
+    add("--resume", action="store_const", const="same", help="go on from the newest checkpoint")
+    anyway = dict(dest="resume", action="store_const", const="anyway")
+    add("--resume-anyway", **anyway, help="the same, although the code has changed since")
+    add("--steps", type=int, help="short for --set steps=N")
+    add("--long", action="store_true", help="the preset's long recipe")
+    names = ", ".join(f.name for f in fields(Settings))
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    if "--plan" in (sys.argv[1:] if argv is None else argv):
+        plan.main(argv)
+        return
+    args = parse(argv)
+    preset(args.preset)
+    jobs = planned(args)
+    settings = [settings_of(job) for job in jobs]
+    needs = dict.fromkeys(need for job in jobs for need in missing(job))
+    if needs:
+        raise ValueError("\n  ".join(["missing, before anything is trained:", *needs]))
+    if not jobs:
+        return
+    with launch(settings[0].shards, settings[0].timeout) as ranks:
+        for job, chosen in zip(jobs, settings):
+            if job.stage == "latent":
+                ranks.together(lambda: None if ranks.rank else train_latent(job, chosen))
+            else:
+                train(job, chosen, ranks)
+
+
+if __name__ == "__main__":
+    run_command(main)

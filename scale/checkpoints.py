@@ -159,6 +159,12 @@ class Saver:
                 "another --out. Earlier checkpoints are intact"
             ) from error
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wait()
+
     def _by_first(self, work: Callable[[], None]) -> None:
         """Rank 0 works, all know how it ended."""
         self.ranks.together(lambda: None if self.ranks.rank else work(), self.ranks.writing)
@@ -199,6 +205,19 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
 
 
 # -- a run ----------------------------------------------------------------------------------------
+
+
+def claim(run: Path, resume: str | None, make: bool = True) -> None:
+    """The run's folder: new for a new run, existing for a resumed one; `make` it, or only look."""
+    exists = run.exists() and any(run.glob("[!.]*"))
+    if exists and not resume:
+        raise ValueError(
+            f"run folder {run} exists; continue it with --resume, or name another with --out"
+        )
+    if resume and not exists:
+        raise ValueError(f"--resume: run folder {run} does not exist; start it without --resume")
+    if make:
+        run.mkdir(parents=True, exist_ok=True)
 
 
 @dataclass

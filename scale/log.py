@@ -152,7 +152,9 @@ def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
     for axis, name in zip(axes, names):
         labels = {name: "all times"}
-        labels |= {f"{name}_t{i}": f"t from {i / BINS:g} to {(i + 1) / BINS:g}" for i in range(BINS)}
+        labels |= {
+            f"{name}_t{i}": f"t from {i / BINS:g} to {(i + 1) / BINS:g}" for i in range(BINS)
+        }
         for column, label in labels.items():
             points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
             if points:

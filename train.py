@@ -42,6 +42,7 @@ from tqdm import tqdm
 import data
 import flow
 from attention import choose
+from backbones.frozen import Backbones
 from formats.statistics import as_stored
 from latent_action import LatentActionConfig, LatentActionModel, augmented, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
@@ -78,8 +79,8 @@ class Settings:
     times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
     seed: int = 0
-    episodes: int = 100  # of a source that is rendered
-    windows: int = 2000  # encoded once, batches are drawn from them; 0: encoded when needed
+    episodes: int = data.EPISODES  # per level that a world renders
+    windows: int = data.WINDOWS  # encoded once, batches are drawn from them; 0: encoded when needed
     save_every: int = 0  # steps between checkpoints; 0 saves the last only
     keep: int = 2  # newest checkpoints that are kept
     log_every: int = 10
@@ -301,7 +302,7 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     ranks.together(lambda: divide(settings, ranks.world))
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
-    frozen = ranks.together(lambda: fingerprint(args, source.config))
+    frozen = fingerprint(args.preset, source)
     motus, robots = source.config.as_json(), as_stored(source.robots)
     card = Card(motus, args.stage, args.preset, robots, source.interval, backbones=frozen)
     about = {"code": code_digest(), "data": source.digest()}
@@ -393,22 +394,27 @@ def dcae_of(args: argparse.Namespace) -> Path:
     return args.init or backbones_folder(args.preset) / "dcae.safetensors"
 
 
-def fingerprint(args: argparse.Namespace, config: MotusConfig) -> dict[str, str] | None:
+def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, str] | None:
     """Digests of frozen backbones of our own making; published ones do not change."""
-    if not (backbones_folder(args.preset) / "vae.safetensors").is_file():
+    if not (backbones_folder(preset_name) / "vae.safetensors").is_file():
         return None
-    parts = ("vae", "text") if STAGES[args.stage].actions == "none" else ("vae", "text", "vlm")
-    return data.backbones_of(args.preset, config, parts=parts).fingerprint()
+    if isinstance(source, data.Stream):
+        return source.backbones.fingerprint()
+    return {name: source.made_by[name] for name in Backbones.PARTS if name in source.made_by}
 
 
 # -- latent actions -------------------------------------------------------------------------------
 
-LATENT_FILE = "latent_action.safetensors"
 LATENT_FIELDS = {f.name for f in fields(LatentActionConfig) if f.type in (int, float, str, bool)}
 
 
-def train_latent(args: argparse.Namespace, settings: Settings) -> None:
-    """The latent-action VAE, on one process: on the optical flow that the sources of the card know,
+def train_latent(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
+    """The latent-action VAE, by rank 0 while the others wait."""
+    ranks.together(lambda: None if ranks.rank else train_vae(args, settings))
+
+
+def train_vae(args: argparse.Namespace, settings: Settings) -> None:
+    """On the optical flow that the sources of the card know,
     or on what `python -m scripts.latents tokens` made of videos (--cache). Actions are looked at
     where they are labelled, in a tenth of each batch. A frozen DC-AE (--init) sees each flow once;
     `--set` also takes fields of LatentActionConfig, as in `reconstruct=picture`."""
@@ -439,8 +445,8 @@ def train_latent(args: argparse.Namespace, settings: Settings) -> None:
     if not args.cache:
         figures = probes(model, seen, data.motions(pyramid, config.interval, held_out=True))
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
-    model.save(args.out / LATENT_FILE)
-    print(f"wrote {args.out / LATENT_FILE}")
+    model.save(args.out / data.LATENT_FILE)
+    print(f"wrote {args.out / data.LATENT_FILE}")
 
 
 def is_latent(change: str) -> bool:
@@ -502,7 +508,7 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def finished(args: argparse.Namespace) -> bool:
     if args.stage == "latent":
-        return (args.out / LATENT_FILE).is_file()
+        return (args.out / data.LATENT_FILE).is_file()
     if not any(args.out.glob("step_*")):
         return False
     return Card.read(newest_step(args.out) / "config.json").step >= settings_of(args).steps
@@ -517,7 +523,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def missing(args: argparse.Namespace) -> list[str]:
     """The needs of a stage that are not there, each with the command that gets it."""
     found = []
-    if not (args.data or args.cache or PRESETS[args.preset].data):
+    if args.data and not args.cache:
+        try:
+            pyramid = data.open_pyramid(args.data, args.stage, args.preset, episodes=1)
+            known = [o for o in pyramid.opened if o.reader.flows(0, 1) is not None]
+            if args.stage == "latent" and not known:
+                get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
+                found.append(f"optical flow of the videos: {get}")
+        except ValueError as error:
+            found.append(str(error))
+    elif not (args.cache or PRESETS[args.preset].data):
         card = "python data.py inspect DATASET --card card.json, then --data card.json"
         found.append(f"a dataset card: {card}")
     folder = backbones_folder(args.preset)
@@ -561,18 +576,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     preset(args.preset)
     jobs = planned(args)
-    settings = [settings_of(job) for job in jobs]
+    settings = {job.stage: settings_of(job) for job in jobs}
     needs = dict.fromkeys(need for job in jobs for need in missing(job))
     if needs:
         raise ValueError("\n  ".join(["missing, before anything is trained:", *needs]))
     if not jobs:
         return
-    with launch(settings[0].shards, settings[0].timeout) as ranks:
-        for job, chosen in zip(jobs, settings):
-            if job.stage == "latent":
-                ranks.together(lambda: None if ranks.rank else train_latent(job, chosen))
-            else:
-                train(job, chosen, ranks)
+    first = settings[jobs[0].stage]
+    with launch(first.shards, first.timeout) as ranks:
+        for job in jobs:
+            run = train_latent if job.stage == "latent" else train
+            run(job, settings[job.stage], ranks)
 
 
 if __name__ == "__main__":

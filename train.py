@@ -391,7 +391,9 @@ def backbones_folder(preset_name: str) -> Path:
 
 
 def dcae_of(args: argparse.Namespace) -> Path:
-    return args.init or backbones_folder(args.preset) / "dcae.safetensors"
+    """The DC-AE of stage latent: that of --init, our own file or the published folder."""
+    own = backbones_folder(args.preset) / "dcae.safetensors"
+    return args.init or (own if own.exists() else own.with_suffix(""))
 
 
 def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, str] | None:
@@ -538,7 +540,9 @@ def missing(args: argparse.Namespace) -> list[str]:
     folder = backbones_folder(args.preset)
     if args.stage == "latent":
         if not dcae_of(args).exists():
-            get = "python -m weights download dcae, then --init weights/dcae"
+            get = "python -m weights download dcae"
+            if PRESETS[args.preset].latent["dcae"]:  # not of the published size
+                get = f"python -m scripts.latents pretrain --out {dcae_of(args)}.safetensors"
             found.append(f"DC-AE {dcae_of(args)}: {get}")
     elif not (folder / "vae.safetensors").is_file():
         for name in ("wan", "qwen3vl") if args.stage != "1" else ("wan",):

@@ -10,15 +10,12 @@ and one bidirectional softmax attention of N heads of size K runs over it, scale
 video tokens are rotated (3-D RoPE); action and understanding tokens carry no rotary position. The
 result is split again and goes back to the three experts.
 
-Below it stand the leaves that every network of the repository shares: norms, modulation, rotary
-positions, linear maps. They are written out, as the reader reads them and the tests believe them;
-on a CUDA device five of them hand over to Triton kernels of the same names (end of the file).
+Below it stand the leaves that every network shares: norms, modulation, rotary positions, linear
+maps. On a CUDA device five of these functions hand over to Triton kernels (end of the file).
 
-Departures from the official code
-- Padded keys (right-padded instructions, actions past the end of an episode) get a bias of -inf;
-  the official code attends to them. At batch size 1 nothing is padded and nothing changes.
-- Zero-padded text rows are identical keys; they are collapsed into one key with bias log(count),
-  which is exact (`text_bias`).
+Departures from the official code: padded keys (right-padded instructions, actions past the end of
+an episode) get a bias of -inf, where it attends to them (no effect at batch size 1); zero-padded
+text rows are identical keys and collapse into one with bias log(count), exactly (`text_bias`).
 
 Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N heads, K head size.
 """
@@ -26,55 +23,16 @@ Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N he
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-IMPLEMENTATIONS = ("plain", "sdpa", "triton")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-# The kernels are compiled and checked for these (docs/kernels.md); all else is torch's.
-HEAD_SIZES = (32, 64, 128)
-WIDEST = 4096
-DTYPES = (torch.bfloat16, torch.float32)
-
-
-def triton_twin(takes: Callable[..., bool]) -> Callable:
-    """Decorates a function that `kernels` has a twin of: where `takes(*arguments)` is true, the
-    twin of the same name and arguments runs in its place."""
-
-    def decorate(plain: Callable) -> Callable:
-        @functools.wraps(plain)
-        def run(*arguments):
-            if not takes(*arguments):
-                return plain(*arguments)
-            import kernels
-
-            return getattr(kernels, plain.__name__)(*arguments)
-
-        return run
-
-    return decorate
-
-
-def takes_rows(x: Tensor, *_: object) -> bool:
-    """Whether the Triton kernels for rows take x (..., D)."""
-    return choose(x.device)[0] == "triton" and x.shape[-1] <= WIDEST and x.dtype in DTYPES
-
-
-def takes_heads(v: Tensor, *biases: Tensor | None) -> bool:
-    """Whether the Triton attention takes heads v (B, L, N, K) with these biases: one per key."""
-    per_key = all(bias is None or bias.shape[1:3] == (1, 1) for bias in biases)
-    fits = v.shape[3] in HEAD_SIZES and v.dtype in DTYPES
-    return choose(v.device)[0] == "triton" and fits and per_key
-
-
 # -- attention ------------------------------------------------------------------------------------
 
 
-@triton_twin(lambda qkv, biases: takes_heads(qkv[0][2]))
 def joint_attention(
     qkv: list[tuple[Tensor, Tensor, Tensor]],
     biases: list[Tensor | None],
@@ -88,9 +46,9 @@ def joint_attention(
     k = torch.cat([k.to(dtype) for k in keys], dim=1)
     v = torch.cat([v.to(dtype) for v in values], dim=1)
     bias = None
-    if any(x is not None for x in biases):
-        blank = [torch.zeros(k.shape[:2], device=k.device) for k in keys]
-        rows = [zero if x is None else x for x, zero in zip(biases, blank)]
+    if any(row is not None for row in biases):
+        zeros = [torch.zeros(k.shape[:2], device=k.device) for k in keys]
+        rows = [zero if row is None else row for row, zero in zip(biases, zeros)]
         bias = torch.cat(rows, dim=1)[:, None, None]  # (B, 1, 1, Lv+La+Lu)
     out = rearrange(attention(q, k, v, bias), "b l n k -> b l (n k)")
     return list(out.split([q.shape[1] for q in queries], dim=1))
@@ -131,7 +89,6 @@ def sdpa_attention(
     return out.transpose(1, 2)
 
 
-@triton_twin(lambda q, k, v, bias=None, scale=None: takes_heads(v, bias))
 def attention(
     q: Tensor,
     k: Tensor,
@@ -157,9 +114,8 @@ def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
     log(count), the others get -inf. Exact, and far fewer keys."""
     index = torch.arange(rows, device=lengths.device)
     count = (text_len - lengths).clamp(min=0)[:, None].float()  # (B, 1) identical padded keys
-    nothing = torch.full_like(count, float("-inf"))
-    collapsed = torch.where(index == lengths[:, None], count.log(), nothing)
-    return torch.where(index < lengths[:, None], torch.zeros_like(count), collapsed)
+    collapsed = torch.where(index == lengths[:, None], count.log(), float("-inf"))
+    return collapsed.masked_fill(index < lengths[:, None], 0.0)
 
 
 # -- norms ----------------------------------------------------------------------------------------
@@ -189,15 +145,13 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm in fp32, cast back to the dtype of its input, whatever that of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        weight = self.weight.float() if self.weight is not None else None
-        bias = self.bias.float() if self.bias is not None else None
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        affine = [None if part is None else part.float() for part in (self.weight, self.bias)]
+        return F.layer_norm(x.float(), self.normalized_shape, *affine, self.eps).to(x.dtype)
 
 
 # -- modulation by the timestep -------------------------------------------------------------------
 
 
-@triton_twin(takes_rows)
 def norm_modulate(
     x: Tensor,
     shift: Tensor,
@@ -207,39 +161,28 @@ def norm_modulate(
 ) -> Tensor:
     """adaLN: shift + (1 + scale) * LN(x), in fp32, cast to `dtype`, that of the map which reads it.
     x (B, L, D); shift, scale (B, 1 or L, D); the norm has no weights of its own."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)  # rounded, as official
+    return torch.addcmul(shift, normed.float(), 1 + scale).to(dtype)
 
 
-@triton_twin(takes_rows)
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """The residual stream x plus what a sub-layer made of it, gated. x, y (B, L, D); gate (B, 1 or
     L, D). Returns fp32."""
     return torch.addcmul(x.float(), y.float(), gate)
 
 
-# -- positions -----------------------------------------------------------------------------
-
-
-def position_table(rows: int, dim: int, device: torch.device | str | None = None) -> Tensor:
-    """Fixed positions (rows, dim): sines in the first half, cosines in the second, computed in
-    float64, returned in fp32."""
-    half = dim // 2
-    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-    angle = torch.outer(torch.arange(rows, dtype=torch.float64, device=device), omega)
-    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+# -- rotary positions -----------------------------------------------------------------------------
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[2i], x[2i+1]) by their angles: (a, b) -> (a cos - b sin, b cos + a sin).
-    x (B, L, N, K); cos, sin (L, K/2), fp32, the same for all heads. Returns fp32, as Wan does."""
+    x (B, L, N, K); cos, sin (L, K/2), the same for all heads. Returns fp32, as Wan does."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, K/2, 2): a, b
     swapped = pairs.flip(-1)  # b, a
     signed = torch.stack([-sin, sin], dim=-1)[:, None]  # (L, 1, K/2, 2)
     return torch.addcmul(pairs * cos[:, None, :, None], swapped, signed).flatten(-2)
 
 
-@triton_twin(takes_rows)
 def norm_rotate(
     q: Tensor,
     k: Tensor,
@@ -305,6 +248,13 @@ def xavier(module: nn.Module) -> None:
 
 # -- which implementation runs --------------------------------------------------------------------
 
+IMPLEMENTATIONS = ("plain", "sdpa", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The kernels are compiled and checked for these (docs/kernels.md); all else is torch's.
+HEAD_SIZES = (32, 64, 128)
+WIDEST = 4096
+DTYPES = (torch.bfloat16, torch.float32)
+
 
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> int:
@@ -333,3 +283,38 @@ def choose(device: torch.device | str) -> tuple[str, str]:
     if sm < 80:
         return "sdpa", f"sm_{sm} has no bf16 tensor cores"
     return "triton", f"sm_{sm} and Triton are there"
+
+
+def takes(x: Tensor, sizes: Container[int]) -> bool:
+    """Whether the kernels take x (..., K or D), of one of these sizes."""
+    return choose(x.device)[0] == "triton" and x.shape[-1] in sizes and x.dtype in DTYPES
+
+
+def takes_rows(x: Tensor, *rest, **options) -> bool:
+    return takes(x, range(WIDEST + 1))
+
+
+def takes_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale=None) -> bool:
+    one_per_key = bias is None or bias.shape[1:3] == (1, 1)
+    return one_per_key and takes(v, HEAD_SIZES)
+
+
+def twin(plain: Callable, fits: Callable[..., bool]) -> Callable:
+    """Runs the kernel of the same name and arguments where they fit it, else `plain`."""
+
+    @functools.wraps(plain)
+    def run(*arguments, **options):
+        if not fits(*arguments, **options):
+            return plain(*arguments, **options)
+        import kernels
+
+        return getattr(kernels, plain.__name__)(*arguments, **options)
+
+    return run
+
+
+joint_attention = twin(joint_attention, lambda qkv, biases: takes_heads(*qkv[0]))
+attention = twin(attention, takes_heads)
+norm_modulate = twin(norm_modulate, takes_rows)
+add_gated = twin(add_gated, takes_rows)
+norm_rotate = twin(norm_rotate, takes_rows)

@@ -23,7 +23,7 @@ Shapes: B batch, C latent channels, T latent frames, h w latent grid, S actions 
 dimensions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ def mode_named(name: str) -> Mode:
 
 # -- times ----------------------------------------------------------------------------------------
 
-TABLE_SIZE, TRAIN_SHIFT = 1000, 5.0
+TRAIN_SHIFT = 5.0
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -69,23 +69,19 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def official_table(shift: float = TRAIN_SHIFT) -> Tensor:
-    """The 1000 training times of the official scheduler, from 1 down to 0.00498 at shift 5."""
-    return shifted(1 - torch.arange(TABLE_SIZE, dtype=torch.float64) / TABLE_SIZE, shift).float()
+def official_table() -> Tensor:
+    """The 1000 training times of the official scheduler, from 1 down to 0.00498."""
+    return shifted(1 - torch.arange(1000, dtype=torch.float64) / 1000, TRAIN_SHIFT).float()
 
 
-def official_times(
-    n: int, generator: torch.Generator | None = None, shift: float = TRAIN_SHIFT
-) -> Tensor:
+def official_times(n: int, generator: torch.Generator | None = None) -> Tensor:
     """n training times as the released code draws them: uniform over the shifted table."""
-    return official_table(shift)[torch.randint(TABLE_SIZE, (n,), generator=generator)]
+    return official_table()[torch.randint(1000, (n,), generator=generator)]
 
 
-def logit_normal_times(
-    n: int, generator: torch.Generator | None = None, mean: float = 0.0, std: float = 1.0
-) -> Tensor:
-    """n training times as the paper states them: the sigmoid of a normal variable."""
-    return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+def logit_normal_times(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """n training times as the paper states them: the sigmoid of a standard normal variable."""
+    return torch.sigmoid(torch.randn(n, generator=generator))
 
 
 TIMES = {"official": official_times, "logit_normal": logit_normal_times}
@@ -121,14 +117,9 @@ def pinned_times(what: str, times: Tensor) -> Tensor:
 # -- training -------------------------------------------------------------------------------------
 
 
-def expand(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1) with as many axes as `like`."""
-    return t.view(-1, *[1] * (like.dim() - 1))
-
-
 def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The point at time t (B,) on the straight path from data to noise."""
-    t = expand(t, data)
+    t = t.view(-1, *[1] * (data.dim() - 1))  # (B, 1, ..., 1)
     return (1 - t) * data + t * noise
 
 
@@ -200,41 +191,24 @@ def draw_noise(
     order: video time, action time, what is given, video noise, action noise. In a share `given` of
     the samples one modality is given (`pin_modality`)."""
     size = len(inputs) if size is None else size
-    drawn = {"t_video": TIMES[times](size, generator)}
-    if inputs.actions is not None:
-        t_video, t_action = drawn["t_video"], TIMES[times](size, generator)
-        if given:
-            t_video, t_action = pin_modality(t_video, t_action, given, generator)
-        drawn = {"t_video": t_video, "t_action": t_action}
+    t_video = TIMES[times](size, generator)
+    t_action = None if inputs.actions is None else TIMES[times](size, generator)
+    if given and t_action is not None:
+        t_video, t_action = pin_modality(t_video, t_action, given, generator)
     shape = inputs.latents.shape[1:]
-    drawn["video_noise"] = torch.randn(size, *shape, generator=generator)
-    if inputs.actions is not None:
-        drawn["action_noise"] = torch.randn(size, *inputs.actions.shape[1:], generator=generator)
-    mine, device = slice(first, first + len(inputs)), inputs.latents.device
-    return {name: value[mine].to(device) for name, value in drawn.items()}
+    drawn = {"t_video": t_video, "video_noise": torch.randn(size, *shape, generator=generator)}
+    if t_action is not None:
+        shape = inputs.actions.shape[1:]
+        drawn["t_action"] = t_action
+        drawn["action_noise"] = torch.randn(size, *shape, generator=generator)
+    ours = slice(first, first + len(inputs))
+    device = inputs.latents.device
+    return {name: value[ours].to(device) for name, value in drawn.items()}
 
 
-def gaussian(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise in fp32, on the CPU: so a seed means the same on every device."""
-    return torch.randn(*shape, generator=generator)
-
-
-def start(
-    what: str,
-    given: Tensor | None,
-    shape: tuple[int, ...],
-    noise: Tensor | None,
-    generator: torch.Generator | None,
-    device: torch.device,
-) -> Tensor:
-    """A modality where sampling begins: the truth if the mode is given it, else noise of `shape`,
-    drawn unless it is there. ValueError if the truth is missing or of another shape."""
-    if what != GIVEN:
-        return gaussian(shape, generator).to(device) if noise is None else noise
-    if given is None or given.shape != shape:
-        found = None if given is None else tuple(given.shape)
-        raise ValueError(f"the mode is given this modality: expected {shape}, found {found}")
-    return given
+def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise, drawn on the CPU so that a seed means the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 # -- sampling -------------------------------------------------------------------------------------
@@ -242,11 +216,30 @@ def start(
 Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
 
 
+def start(
+    name: str,
+    what: str,
+    truth: Tensor | None,
+    noise: Tensor | None,
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Where sampling begins: the truth if the modality is given, else noise, drawn where there is
+    none; `like` has its shape and device. ValueError for a truth that is missing or misshapen."""
+    if what != GIVEN:
+        return gaussian(like, generator) if noise is None else noise
+    found = None if truth is None else tuple(truth.shape)
+    if found != tuple(like.shape):
+        expected = f"expected {tuple(like.shape)}, found {found}"
+        raise ValueError(f"this mode is given the {name} in its inputs: {expected}")
+    return truth
+
+
 def sample(
     velocity: Velocity,
     video: Tensor,
     action: Tensor,
-    observation: Tensor | None,
+    observation: Tensor,
     mode: str,
     steps: int = 10,
     shift: float = 1.0,
@@ -256,24 +249,18 @@ def sample(
     velocity(video, action, t_video (B,), t_action (B,)) -> (v_video, v_action). `video` (B, C, T,
     h, w) and `action` (B, S, A) hold noise, or clean data where the mode says `given`; only what is
     denoised ever changes, and the video not where v_video is None. `observation` (B, C, 1, h, w) is
-    put in as the first latent frame before the first step and after every step (None: there is no
-    observation). Returns (video, action).
-    """
+    put in as the first latent frame before the first step and after every step. Returns (video,
+    action)."""
     row = mode_named(mode)
-    if observation is not None:
-        video = keep_observation(video, observation)
     times = sampling_times(steps, shift)
     t_video = pinned_times(row.video, times).to(video.device)
     t_action = pinned_times(row.action, times).to(video.device)
-    points = times.tolist()
-    for i in range(steps):
-        dt = points[i + 1] - points[i]  # negative: time runs from 1 to 0
-        at = t_video[i].expand(len(video)), t_action[i].expand(len(video))
-        v_video, v_action = velocity(video, action, *at)
+    video = keep_observation(video, observation)
+    for i, dt in enumerate(times.double().diff().tolist()):  # negative: time runs from 1 to 0
+        now = t_video[i].expand(len(video)), t_action[i].expand(len(video))
+        v_video, v_action = velocity(video, action, *now)
         if row.video == DENOISE and v_video is not None:
-            video = video + dt * v_video
-            if observation is not None:
-                video = keep_observation(video, observation)
+            video = keep_observation(video + dt * v_video, observation)
         if row.action == DENOISE:
             action = action + dt * v_action
     return video, action

@@ -55,7 +55,6 @@ from attention import (
     mlp,
     norm_modulate,
     norm_rotate,
-    position_table,
     xavier,
 )
 from backbones.published import open_weights
@@ -170,7 +169,7 @@ class Timesteps(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What does not depend on the noise, computed once per observation."""
+    """All that does not depend on the noise, computed once per observation."""
 
     text: list[TextStates | TextKV]  # per layer
     und: Tensor | None  # (B, Lu, Du) understanding tokens
@@ -444,7 +443,8 @@ class Motus(nn.Module):
         rows = config.chunk if inputs.actions is None else inputs.actions.shape[1]
         rows += 1 + config.registers if config.finetune else 0
         device = inputs.latents.device
-        positions = position_table(rows, config.action_width, device)
+        sinusoid = time_sinusoid(torch.arange(rows, device=device), config.action_width)
+        positions = sinusoid.roll(config.action_width // 2, dims=-1)  # sines first
         action_bias = self.action.key_bias(inputs.action_mask)
         sizes = (config.latent_frames, *inputs.latents.shape[3:])
         grid = [size // patch for size, patch in zip(sizes, config.video.patch)]
@@ -465,7 +465,7 @@ class Motus(nn.Module):
         noise - data: (B, C, T, h, w) fp32, and (B, S, A)."""
         tokens, grid = self.video.patchify(video)  # (B, Lv, Dv)
         e_video, time_video = self.video.embed_time(t_video)
-        e_action, time_action, action_tokens = None, None, None
+        e_action = time_action = action_tokens = None
         if action is not None:
             e_action, time_action = self.action.embed_time(t_action)
             if shared.action_mask is not None:
@@ -527,11 +527,11 @@ class Motus(nn.Module):
             raise ValueError("inputs.state is None; this model has a state token: expected (B, P)")
         alone = inputs.und is None and inputs.state is None
         observation = inputs.latents[:, :, :1]
-        shape = (len(inputs), config.video.latent, config.latent_frames, *observation.shape[3:])
-        chunk = (len(inputs), config.chunk, config.action_dim)
-        device = observation.device
-        video = flow.start(row.video, inputs.latents, shape, video_noise, generator, device)
-        action = flow.start(row.action, inputs.actions, chunk, action_noise, generator, device)
+        frames = (config.latent_frames, *observation.shape[3:])
+        like = observation.new_empty(len(inputs), config.video.latent, *frames)
+        video = flow.start("video", row.video, inputs.latents, video_noise, like, generator)
+        like = observation.new_empty(len(inputs), config.chunk, config.action_dim)
+        action = flow.start("actions", row.action, inputs.actions, action_noise, like, generator)
         shared = self.conditioning(inputs, cache=True)
 
         def velocity(video: Tensor, action: Tensor, t_video: Tensor, t_action: Tensor):

@@ -1,12 +1,12 @@
-"""What published files say about the networks in them, and those networks built and filled.
+"""Published files: the sizes of the networks in them, and those networks built and filled.
 
 A size is seen in the shape of a tensor; what no shape shows (norm epsilons, rotary bases, the
 length of a chunk) is stated by config.json. Both must agree where both speak, and what neither says
 is an error that names the field, unless all sizes are the published ones: then the published values
 hold. A network keeps the dtype of its file.
 
-    open_motus(PATH)                 an official Motus folder or file, one that was converted, or a Wan2.2 video expert alone
-    load_vae, load_text, load_vlm    the frozen backbones, from the folders of Wan2.2 and Qwen3-VL, original or diffusers
+    open_weights(PATH)             Motus weights: a checkpoint of ours, official, converted, or Wan
+    load_vae, load_text, load_vlm  the frozen backbones, from the folders of Wan2.2 and Qwen3-VL
 """
 
 import math
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -25,9 +26,9 @@ from backbones.wan import WanConfig
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from weights import files, hub, layouts, load
 from weights.card import Card, newest_step
-from weights.files import TensorSource, open_source
-from weights.hub import fetched
+from weights.files import TensorSource
 
+T = TypeVar("T")
 Rename = Callable[[str], str | None]
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -79,7 +80,7 @@ LISTS = ("mrope", "taps", "mean", "std")
 
 
 def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, object]:
-    """A nested config with dotted keys; no config that is read here is nested deeper than `depth`."""
+    """A nested config with dotted keys; no config here is nested deeper than `depth`."""
     flat = {}
     for key, value in config.items():
         inner = isinstance(value, dict) and depth
@@ -90,12 +91,10 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
 def number(value: object) -> float:
     """A finite number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN
     for all else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
     try:
-        return (
-            float(value)
-            if isinstance(value, (int, float, str)) and not isinstance(value, bool)
-            else math.nan
-        )
+        return float(value)
     except (ValueError, OverflowError):
         return math.nan
 
@@ -120,18 +119,18 @@ def value_of(field: str, value: object, several: bool) -> int | float | tuple:
     return x if fractional else int(x)
 
 
-def seen(path: Path, shapes: Shapes, places: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+def shown_sizes(
+    path: Path, shapes: Shapes, places: Mapping[str, tuple[str, int]]
+) -> dict[str, int]:
     """Sizes by field, from (tensor, axis). One ValueError for all tensors that are missing, empty
     or of too few axes."""
-    files.refuse(
-        path,
-        "parts are missing",
-        [
-            f"no tensor {name} that shows {field} on axis {axis} (found {shapes.get(name, 'none')})"
-            for field, (name, axis) in places.items()
-            if not shapes.get(name, ())[axis : axis + 1] > (0,)
-        ],
-    )
+    problems = []
+    for field, (name, axis) in places.items():
+        shape = shapes.get(name, ())
+        if len(shape) <= axis or not shape[axis]:
+            found = shapes.get(name, "none")
+            problems.append(f"no tensor {name} that shows {field} on axis {axis} (found {found})")
+    files.refuse(path, "parts are missing", problems)
     return {field: shapes[name][axis] for field, (name, axis) in places.items()}
 
 
@@ -140,7 +139,7 @@ def count(shapes: Shapes, pattern: str) -> int:
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
-def settle(
+def reconcile(
     path: Path,
     found: Mapping,
     stated: Mapping,
@@ -151,7 +150,7 @@ def settle(
     """Fields of a config, from what the shapes show (`found`) and a config.json states, `names`
     saying where. `wanted` fields must be in one of them, unless all that is found equals the
     defaults of `published`."""
-    settled, problems = dict(found), []
+    agreed, problems = dict(found), []
     defaults = {f.name: f.default for f in fields(published)} if published else {}
     known = published is not None and all(
         defaults[field] == value for field, value in found.items()
@@ -163,27 +162,24 @@ def settle(
                 problems.append(f"{' or '.join(keys)} is missing; no tensor shows it")
             continue
         try:
-            settled[field] = value_of(
+            agreed[field] = value_of(
                 field, stated[key], field in LISTS or isinstance(found.get(field), tuple)
             )
         except ValueError as error:
             problems.append(f"{key} is {error}")
             continue
-        if field in found and settled[field] != found[field]:
-            problems.append(f"{key} is {settled[field]}, the tensors have {found[field]}")
+        if field in found and agreed[field] != found[field]:
+            problems.append(f"{key} is {agreed[field]}, the tensors have {found[field]}")
     files.refuse(path, "config.json and tensors do not describe a network", problems)
-    return settled
+    return agreed
 
 
-def within(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    return {
-        name.removeprefix(prefix): shape
-        for name, shape in shapes.items()
-        if name.startswith(prefix)
-    }
+def below(values: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The items whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
-def shapes_of(source: files.TensorSource, rename: Rename) -> dict[str, tuple[int, ...]]:
+def shapes_of(source: TensorSource, rename: Rename) -> dict[str, tuple[int, ...]]:
     """Shapes under our names."""
     return {key: source.shape(name) for name in source.names() if (key := rename(name)) is not None}
 
@@ -194,7 +190,7 @@ def shapes_of(source: files.TensorSource, rename: Rename) -> dict[str, tuple[int
 def wan_config(path: Path, shapes: Shapes, stated: Mapping, heads: int | None = None) -> WanConfig:
     """The video expert's. No tensor of its own shows how many heads it has; in a Motus file the
     action expert's do."""
-    found = seen(
+    found = shown_sizes(
         path,
         shapes,
         {
@@ -210,13 +206,13 @@ def wan_config(path: Path, shapes: Shapes, stated: Mapping, heads: int | None = 
         "patch": tuple(shapes["patch_embedding.weight"][2:]),
     }
     found |= {"heads": heads} if heads else {}
-    return WanConfig(**settle(path, found, stated, WAN_FIELDS, WanConfig, ("heads",)))
+    return WanConfig(**reconcile(path, found, stated, WAN_FIELDS, WanConfig, ("heads",)))
 
 
 def vae_config(path: Path, shapes: Shapes, stated: Mapping) -> WanVAEConfig:
     """The latents' mean and std are in no tensor: those of Wan2.2 hold for its 48 channels, others
     must be stated."""
-    found = seen(
+    found = shown_sizes(
         path,
         shapes,
         {
@@ -227,7 +223,7 @@ def vae_config(path: Path, shapes: Shapes, stated: Mapping) -> WanVAEConfig:
     )
     levels = count(shapes, r"encoder\.downsamples\.(\d+)\.")
     blocks = count(shapes, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
-    widths = seen(
+    widths = shown_sizes(
         path,
         shapes,
         {
@@ -244,7 +240,7 @@ def vae_config(path: Path, shapes: Shapes, stated: Mapping) -> WanVAEConfig:
         ),
     }
     return WanVAEConfig(
-        **settle(
+        **reconcile(
             path,
             found,
             stated,
@@ -258,7 +254,7 @@ def text_config(path: Path, shapes: Shapes) -> UMT5Config:
     table = "blocks.0.pos_embedding.embedding.weight"
     return UMT5Config(
         layers=count(shapes, r"blocks\.(\d+)\."),
-        **seen(
+        **shown_sizes(
             path,
             shapes,
             {
@@ -279,7 +275,7 @@ def vlm_config(path: Path, shapes: Shapes, stated: Mapping) -> Qwen3VLConfig:
         "visual.patch_embed.proj.weight",
         "language_model.layers.0.",
     )
-    found = seen(
+    found = shown_sizes(
         path,
         shapes,
         {
@@ -306,7 +302,7 @@ def vlm_config(path: Path, shapes: Shapes, stated: Mapping) -> Qwen3VLConfig:
         "vision_layers": count(shapes, r"visual\.blocks\.(\d+)\."),
     }
     return Qwen3VLConfig(
-        **settle(
+        **reconcile(
             path,
             found,
             stated,
@@ -343,44 +339,40 @@ def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[i
             "state_dim": (encoders + "state_encoder.0.weight", 1),
             "registers": ("action.registers", 1),
         }
-    found = seen(path, shapes, places)
-    wan = {
-        key.removeprefix("wan."): value for key, value in stated.items() if key.startswith("wan.")
-    }
-    video = wan_config(path, within(shapes, "video."), wan, found.pop("heads"))
+    found = shown_sizes(path, shapes, places)
+    wan = below(stated, "wan.")
+    video = wan_config(path, below(shapes, "video."), wan, found.pop("heads"))
     found["expert_ffn"] //= found["action_width"]
-    settled = settle(
+    agreed = reconcile(
         path,
         found,
         stated,
         layouts.MOTUS_FIELDS,
         wanted=("frames", "ratio", "action_eps", "und_eps"),
     )
-    rows = settled["frames"] * settled["ratio"] + (2 + found["registers"] if finetune else 0)
+    rows = agreed["frames"] * agreed["ratio"] + (2 + found["registers"] if finetune else 0)
     if positions not in ((), (rows,)):
         raise ValueError(
-            f"{path}: config.json makes chunks of {settled['frames']} x {settled['ratio']} actions, whose position table has "
-            f"{rows} rows; the file's has {positions[0]}: take the config.json that belongs to it"
+            f"{path}: config.json makes chunks of {agreed['frames']} x {agreed['ratio']} actions,"
+            f" whose position table has {rows} rows; the file's has {positions[0]}: take the"
+            " config.json that belongs to it"
         )
-    return settled | {"video": asdict(video), "finetune": finetune}
+    return agreed | {"video": asdict(video), "finetune": finetune}
 
 
 def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
-    """What is known of the robot, as `data.Statistics`. No official file has any; RoboTwin's model,
-    known by its rates (every third step, two actions per frame), was trained on raw numbers. Others
-    must be told: None."""
-    if not config["finetune"] or (config["ratio"], stated.get("common.global_downsample_rate")) != (
-        2,
-        3,
-    ):
+    """Facts about the robot, as `formats.statistics.Statistics`. No official file has any;
+    RoboTwin's model, known by its rates (every third step, two actions per frame), was trained on
+    raw numbers. Others must be told: None."""
+    rates = (config["ratio"], stated.get("common.global_downsample_rate"))
+    if not config["finetune"] or rates != (2, 3):
         return None
-    raw = lambda size: {"mean": [0.0] * size, "std": [1.0] * size}
-    return {
-        "embodiment": "robotwin",
-        "rate": config["ratio"],
-        "actions": raw(config["action_dim"]),
-        "state": raw(config["state_dim"]),
-    }
+
+    def raw(size: int) -> dict:
+        return {"mean": [0.0] * size, "std": [1.0] * size}
+
+    about = {"embodiment": "robotwin", "rate": config["ratio"]}
+    return about | {"actions": raw(config["action_dim"]), "state": raw(config["state_dim"])}
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -390,7 +382,7 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
 class Published:
     """Weights of a model that others wrote."""
 
-    source: files.TensorSource
+    source: TensorSource
     rename: (
         Rename  # from the names of the file to those of `motus.Motus`; the VLM's begin with vlm.
     )
@@ -425,55 +417,48 @@ def open_motus(path: str | Path) -> Published:
     converted. ValueError if it is neither."""
     source = files.open_source(path)
     kind, stage = layouts.identify(source.names())
-    rename, stated = layouts.renaming(source.names()), flatten(files.config_beside(source))
+    rename = layouts.renaming(source.names())
+    stated, shapes = flatten(files.config_beside(source)), shapes_of(source, rename)
     if kind in ("motus", "motus-own"):
-        table = (source.shape(layouts.POSITIONS) if layouts.POSITIONS in source.tensors else ())[
-            1:2
-        ]
-        rows = table or tuple(
-            map(int, re.findall(r"^\d+$", source.metadata.get("pos_embedding_rows", "")))
-        )
-        config = motus_fields(source.path, shapes_of(source, rename), stated, rows)
+        rows = re.findall(r"^\d+$", source.metadata.get("pos_embedding_rows", ""))
+        positions = tuple(map(int, rows))
+        if layouts.POSITIONS in source.tensors:
+            positions = source.shape(layouts.POSITIONS)[1:2]
+        config = motus_fields(source.path, shapes, stated, positions)
         return Published(source, rename, str(stage), config, robot_statistics(stated, config))
     if stage != 1:
         raise ValueError(
-            f"{source.path}: holds {kind} weights; a model is built from motus, wan or wan-diffusers weights"
+            f"{source.path}: holds {kind} weights; a model is built from motus, wan or "
+            "wan-diffusers weights"
         )
-    config = {
-        "video": wan_config(source.path, shapes_of(source, rename), stated),
-        "finetune": False,
-        "ratio": 1,
-    }
-    return Published(
-        source, lambda name: f"video.{rename(name)}", "1", config, fresh=("action.", "und.")
+    video = asdict(wan_config(source.path, shapes, stated))
+    config = {"video": video, "finetune": False, "ratio": 1}
+    fresh = ("action.", "und.")
+    return Published(source, lambda name: f"video.{rename(name)}", "1", config, fresh=fresh)
+
+
+def first_of(folder: str | Path, *names: str) -> Path:
+    """The first of `names` that is in `folder`; the path itself if it is a file."""
+    folder = Path(folder)
+    if folder.is_file():
+        return folder
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(
+        f"{folder}: has none of {', '.join(names)}; `python -m weights download NAME` fetches "
+        "published folders"
     )
 
 
-def place(folder: str | Path, *names: str) -> Path:
-    """The first of `names` that is in `folder`; the path itself if it is a file."""
-    folder = Path(folder)
-    found = [folder] * folder.is_file() + [
-        folder / name for name in names if (folder / name).exists()
-    ]
-    if not found:
-        raise ValueError(
-            f"{folder}: has none of {', '.join(names)}; `python -m backbones.weights download NAME` fetches published folders"
-        )
-    return found[0]
-
-
-def fill(
-    module: type[nn.Module], config: object, source: files.TensorSource, rename: Rename
+def filled(
+    module: type[nn.Module], config: object, source: TensorSource, rename: Rename
 ) -> nn.Module:
     """A network with the weights of a file, in the dtype of its first tensor."""
     with torch.device("meta"):
         network = module(config)
-    load.load_into(
-        network,
-        source,
-        rename,
-        next(source.dtype(name) for name in source.names() if rename(name) is not None),
-    )
+    kept = [name for name in source.names() if rename(name) is not None]
+    load.load_into(network, source, rename, source.dtype(kept[0]))
     return network.eval()
 
 
@@ -481,50 +466,45 @@ def load_vae(folder: str | Path) -> WanVAE:
     """From Wan2.2_VAE.pth, or the folder `vae` of a diffusers repository. The decoder, which only
     makes pictures for people, is kept in bf16; the encoder, whose latents the network was trained
     on, in the dtype of the file."""
-    source = files.open_source(place(folder, "Wan2.2_VAE.pth", "vae"))
+    source = files.open_source(first_of(folder, "Wan2.2_VAE.pth", "vae"))
     rename = layouts.renaming(source.names())
-    vae = fill(
-        WanVAE,
-        vae_config(source.path, shapes_of(source, rename), flatten(files.config_beside(source))),
-        source,
-        rename,
-    )
-    vae.decoder.bfloat16(), vae.conv2.bfloat16()
+    stated = flatten(files.config_beside(source))
+    config = vae_config(source.path, shapes_of(source, rename), stated)
+    vae = filled(WanVAE, config, source, rename)
+    vae.decoder.bfloat16()
+    vae.conv2.bfloat16()
     return vae
 
 
 def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5Tokenizer]:
     """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers
     repository."""
-    source = files.open_source(place(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
-    tokenizer = T5Tokenizer(
-        place(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json"), text_len
-    )
+    source = files.open_source(first_of(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
+    words = first_of(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
     rename = layouts.renaming(source.names())
-    return fill(
-        UMT5Encoder, text_config(source.path, shapes_of(source, rename)), source, rename
-    ), tokenizer
+    config = text_config(source.path, shapes_of(source, rename))
+    return filled(UMT5Encoder, config, source, rename), T5Tokenizer(words, text_len)
 
 
 def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3VL, Tokenizer]:
     """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus
     file `motus`."""
-    source, folder = files.open_source(hub.fetched(motus or folder)), Path(folder)
+    source = files.open_source(hub.fetched(motus or folder))
+    folder = Path(folder)
     own = layouts.renaming(source.names())
-    rename = (
-        own
-        if motus is None
-        else lambda name: (
-            ((key := own(name)) and key.startswith("vlm.") and key.removeprefix("vlm.")) or None
-        )
-    )
+
+    def part_of_motus(name: str) -> str | None:
+        key = own(name) or ""
+        return key.removeprefix("vlm.") if key.startswith("vlm.") else None
+
+    rename = own if motus is None else part_of_motus
     stated = {}
     for name in ("preprocessor_config.json", "config.json"):
-        stated |= flatten(files.read_json(folder / name)) if (folder / name).is_file() else {}
+        if (folder / name).is_file():
+            stated |= flatten(files.read_json(folder / name))
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return fill(
-        Qwen3VL, vlm_config(source.path, shapes_of(source, rename), stated), source, rename
-    ), tokenizer
+    config = vlm_config(source.path, shapes_of(source, rename), stated)
+    return filled(Qwen3VL, config, source, rename), tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -537,19 +517,15 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def open_weights(
     path: str | Path, weights: str = "ema"
-) -> tuple[TensorSource, Callable[[str], str | None], Card, tuple[str, ...]]:
+) -> tuple[TensorSource, Rename, Card, tuple[str, ...]]:
     """The weights at `path`, the way from their names to ours, their card, and the experts they
     lack (prefixes). `path` is anything that `Motus.from_pretrained` takes. Published weights get a
     card of preset `full`, with the sizes of the file."""
-    path = fetched(path)
+    path = hub.fetched(path)
     if is_published(path):
         found = open_motus(path)
-        return (
-            found.source,
-            found.rename,
-            Card(found.config, found.stage, "full", found.statistics),
-            found.fresh,
-        )
+        card = Card(found.config, found.stage, "full", found.statistics)
+        return found.source, found.rename, card, found.fresh
     folder = newest_step(path)
     card = Card.read(folder / "config.json")
-    return open_source(folder / f"{weights}.safetensors"), str, card, ()
+    return files.open_source(folder / f"{weights}.safetensors"), str, card, ()

@@ -4,12 +4,13 @@ reads.
 The encoder (Wan2.2 `wan/modules/t5.py`; T5 1.1 with a bias table in every layer) is, with no bias
 vectors and no absolute positions,
 
-    x += o(softmax(q k^T + bias[bucket(key - query)]) v)         on RMS(x); the logits are not divided by sqrt(K)
+    x += o(softmax(q k^T + bias[bucket(key - query)]) v)         on RMS(x)
     x += fc2(gelu_tanh(gate(x)) * fc1(x))                        on RMS(x)
 
-and a last RMS norm. Relative positions fall into buckets: one each up to a quarter of them, then
-logarithmically wider ones up to `max_distance`; keys after the query use the upper half of the
-table. Tensor names are those of models_t5_umt5-xxl-enc-bf16.pth.
+and a last RMS norm; the logits are not divided by sqrt(K). Relative positions fall into buckets:
+one each up to a quarter of them, then logarithmically wider ones up to `max_distance`; keys after
+the query use the upper half of the table. Tensor names are those of
+models_t5_umt5-xxl-enc-bf16.pth.
 
 Departure from the official code: texts are padded to the longest of a batch, not to 512. Padded
 keys are masked, so no real row changes.
@@ -50,42 +51,48 @@ class UMT5Config:
             )
 
 
-UMT5_PRESETS = {"umt5-xxl": UMT5Config()}
-
-
 def relative_buckets(
-    length: int, buckets: int, max_distance: int, device: torch.device | str | None = None
+    length: int, buckets: int, max_distance: int, device: torch.device | None = None
 ) -> Tensor:
     """Row of the bias table for every query and key: (L, L) int64, [query, key]."""
     position = torch.arange(length, device=device)
     offset = position[None, :] - position[:, None]  # key - query
-    half, exact = buckets // 2, buckets // 4
     distance = offset.abs()
-    log_ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (log_ratio * (half - exact)).long()).clamp(max=half - 1)
-    return half * (offset > 0) + torch.where(distance < exact, distance, far)
+    half = buckets // 2  # of the table, for keys on one side of the query
+    exact = half // 2  # so many distances have a bucket of their own
+    ratio = torch.log(distance.clamp(min=1) / exact) / math.log(max_distance / exact)
+    far = exact + (ratio * (half - exact)).long()
+    return half * (offset > 0) + torch.where(distance < exact, distance, far.clamp(max=half - 1))
 
 
 class UMT5Attention(nn.Module):
+    """Self-attention whose logits are not scaled."""
+
     def __init__(self, config: UMT5Config):
         super().__init__()
         self.heads = config.heads
-        self.q, self.k, self.v = (Linear(config.dim, config.dim_attn, bias=False) for _ in range(3))
+        self.q = Linear(config.dim, config.dim_attn, bias=False)
+        self.k = Linear(config.dim, config.dim_attn, bias=False)
+        self.v = Linear(config.dim, config.dim_attn, bias=False)
         self.o = Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # x (B, L, D), bias (B or 1, N, L, L)
         q, k, v = (
-            rearrange(part(x), "b l (n k) -> b l n k", n=self.heads)
-            for part in (self.q, self.k, self.v)
+            rearrange(project(x), "b l (n k) -> b l n k", n=self.heads)
+            for project in (self.q, self.k, self.v)
         )
-        return self.o(rearrange(attention(q, k, v, bias, scale=1.0), "b l n k -> b l (n k)"))
+        attended = attention(q, k, v, bias, 1.0)
+        return self.o(rearrange(attended, "b l n k -> b l (n k)"))
 
 
 class UMT5FFN(nn.Module):
+    """Feed-forward with a gate of its own (GEGLU)."""
+
     def __init__(self, config: UMT5Config):
         super().__init__()
         self.gate = nn.Sequential(
-            Linear(config.dim, config.dim_ffn, bias=False), nn.GELU(approximate="tanh")
+            Linear(config.dim, config.dim_ffn, bias=False),
+            nn.GELU(approximate="tanh"),
         )
         self.fc1 = Linear(config.dim, config.dim_ffn, bias=False)
         self.fc2 = Linear(config.dim_ffn, config.dim, bias=False)
@@ -95,14 +102,16 @@ class UMT5FFN(nn.Module):
 
 
 class UMT5Block(nn.Module):
+    """Attention and feed-forward on normed input, with a bias table of its own."""
+
     def __init__(self, config: UMT5Config):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(config.dim), RMSNorm(config.dim)
+        self.norm1 = RMSNorm(config.dim)
+        self.norm2 = RMSNorm(config.dim)
         self.attn = UMT5Attention(config)
         self.ffn = UMT5FFN(config)
-        self.pos_embedding = nn.ModuleDict(
-            {"embedding": nn.Embedding(config.buckets, config.heads)}
-        )
+        table = nn.Embedding(config.buckets, config.heads)
+        self.pos_embedding = nn.ModuleDict({"embedding": table})
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
         """x (B, L, D), buckets (L, L), mask (B, 1, 1, L) bool -> (B, L, D)."""
@@ -127,10 +136,9 @@ class UMT5Encoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids (B, L) int64, mask (B, L), nonzero where a token is real -> states (B, L, D), exactly
         zero where it is not."""
+        c = self.config
         mask = mask.bool()
-        buckets = relative_buckets(
-            ids.shape[1], self.config.buckets, self.config.max_distance, ids.device
-        )
+        buckets = relative_buckets(ids.shape[1], c.buckets, c.max_distance, ids.device)
         x = self.token_embedding(ids)
         for block in self.blocks:
             x = block(x, buckets, mask[:, None, None])
@@ -148,8 +156,9 @@ def clean(text: str) -> str:
             import ftfy
         except ImportError:
             raise ImportError(
-                f"the text {text!r} has characters other than plain ASCII, which the official tokenizer cleans with ftfy; "
-                "run `pip install ftfy`, or write the text in plain ASCII without '&'"
+                f"the text {text!r} has characters other than plain ASCII, which the official "
+                "tokenizer cleans with ftfy; run `pip install ftfy`, or write the text in plain "
+                "ASCII without '&'"
             ) from None
         text = ftfy.fix_text(text)
     return " ".join(html.unescape(html.unescape(text)).split())
@@ -164,27 +173,29 @@ class T5Tokenizer:
 
         if not Path(path).is_file():
             raise ValueError(
-                f"tokenizer file {path} does not exist; give the path of a tokenizer.json (google/umt5-xxl/tokenizer.json)"
+                f"tokenizer file {path} does not exist; give the path of a tokenizer.json "
+                "(google/umt5-xxl/tokenizer.json)"
             )
-        self.tokenizer, self.text_len = Tokenizer.from_file(str(path)), text_len
-        self.eos, self.pad = (self.tokenizer.token_to_id(token) for token in ("</s>", "<pad>"))
+        self.text_len = text_len
+        self.tokenizer = Tokenizer.from_file(str(path))
+        self.eos = self.tokenizer.token_to_id("</s>")
+        self.pad = self.tokenizer.token_to_id("<pad>")
         if self.eos is None or self.pad is None:
             raise ValueError(
-                f"tokenizer file {path} has no token '</s>' or '<pad>'; a T5 tokenizer.json holds both"
+                f"tokenizer file {path} has no token '</s>' or '<pad>'; a T5 tokenizer.json holds "
+                "both"
             )
 
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """B texts -> ids (B, L) int64 and mask (B, L) bool, L the longest of them and at most
         text_len; too long ones are cut."""
-        rows = [
-            self.tokenizer.encode(clean(text), add_special_tokens=False).ids[: self.text_len - 1]
-            + [self.eos]
-            for text in texts
-        ]
-        length = max(len(row) for row in rows)
-        ids = torch.tensor([row + [self.pad] * (length - len(row)) for row in rows])
+        rows = []
+        for text in texts:
+            ids = self.tokenizer.encode(clean(text), add_special_tokens=False).ids
+            rows.append(torch.tensor([*ids[: self.text_len - 1], self.eos]))
         lengths = torch.tensor([len(row) for row in rows])
-        return ids, torch.arange(length) < lengths[:, None]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 @torch.no_grad()
@@ -193,5 +204,7 @@ def encode_text(
 ) -> tuple[Tensor, Tensor]:
     """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>`
     counted, on the model's device."""
-    ids, mask = (x.to(model.norm.weight.device) for x in tokenizer.encode(texts))
-    return model(ids, mask), mask.sum(dim=1)
+    device = model.norm.weight.device
+    ids, mask = tokenizer.encode(texts)
+    mask = mask.to(device)
+    return model(ids.to(device), mask), mask.sum(dim=1)

@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from backbones.dpflow import (
-    CHECKPOINTS,
-    LICENCE_NOTICE,
     DISFlow,
     DPFlow,
     DPFlowConfig,
     convex_upsample,
-    fetch,
     load_dpflow,
     pyramid_levels,
-    rename,
 )
-from weights.layouts import expected
+from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
+from weights.layouts import dpflow_own, expected
 
 THIN = DPFlowConfig(stem=(16, 24), width=32, depth=1)
 
@@ -128,7 +125,7 @@ def difference(config, oracle, a, b):
     """Largest difference in pixels between our flow and the original's, with the original's
     weights."""
     ours = DPFlow(config).eval()
-    ours.load_state_dict({rename(key): value for key, value in oracle.state_dict().items()})
+    ours.load_state_dict({dpflow_own(key): value for key, value in oracle.state_dict().items()})
     wanted = oracle({"images": torch.stack([a, b], dim=1).flip(-3)})["flows"][:, 0]
     flow = ours(a, b)
     assert flow.shape == wanted.shape
@@ -234,7 +231,7 @@ def test_every_published_tensor_has_a_place():
             assert table == {
                 name: tuple(value.shape) for name, value in oracle().state_dict().items()
             }
-    assert {rename(name): shape for name, shape in table.items()} == ours and len(table) == len(
+    assert {dpflow_own(name): shape for name, shape in table.items()} == ours and len(table) == len(
         ours
     ) == 498
     assert sum(torch.Size(shape).numel() for shape in ours.values()) == 10_021_508
@@ -244,7 +241,7 @@ def publish(model, path, **extra):
     """Write a Lightning file as the published ones are: original names under 'state_dict', other
     things beside it."""
     with torch.device("meta"):
-        names = {rename(name): name for name in expected("dpflow")}
+        names = {dpflow_own(name): name for name in expected("dpflow")}
     tensors = {names.get(name, name): value for name, value in model.state_dict().items()}
     torch.save({"state_dict": tensors | extra, "hyper_parameters": {"lr": 1e-4}, "epoch": 3}, path)
     return path

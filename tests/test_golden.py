@@ -2,13 +2,14 @@
 
 Cases are found by file name in the folder named by MOTUS_GOLDEN (default tests/golden; its
 README.md describes the files), so anyone can check this implementation against fixtures of their
-own. Every size is read from the case's own json; foreign names go through backbones/weights.py,
+own. Every size is read from the case's own json; foreign names go through weights/layouts.py,
 which accounts for every key.
 """
 
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -97,9 +98,9 @@ def test_training_step_equals_the_official_one(name):
         flow.mix(inputs.latents, video_noise, t_video), inputs.latents[:, :, :1]
     )
     noisy_action = flow.mix(inputs.actions, action_noise, t_action)
-    video, action = model.velocity(
-        noisy_video, noisy_action, t_video, t_action, model.conditions(inputs)
-    )
+    shared = model.conditioning(inputs)
+    with patch.object(model.action, "actions_of", lambda tokens: tokens):
+        video, action = model(noisy_video, noisy_action, t_video, t_action, shared)
     close(video, stored["out/train_video_velocity"])
     close(action, stored["out/train_action_velocity_all_tokens"])
 

@@ -7,7 +7,8 @@ import torch
 
 import motus
 from backbones.wan import WanConfig
-from motus import Inputs, Losses, Motus, MotusConfig, preset
+from flow import Losses
+from motus import Inputs, Motus, MotusConfig, preset
 
 TINY = MotusConfig(
     video=WanConfig(
@@ -50,14 +51,17 @@ def inputs_of(
 def velocity(model: Motus, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     t = torch.full((len(inputs),), 0.6)
     with torch.no_grad():
-        return model.velocity(inputs.latents, inputs.actions, t, 0.5 * t, model.conditions(inputs))
+        return model(inputs.latents, inputs.actions, t, 0.5 * t, model.conditioning(inputs))
 
 
 def test_full_size_has_the_published_parameter_counts():
     """5.00 B, 641.5 M and 253.5 M, to the last parameter, on the meta device."""
     with torch.device("meta"):
         model = Motus(preset("full"))
-    count = lambda part: sum(p.numel() for p in part.parameters())
+
+    def count(part):
+        return sum(p.numel() for p in part.parameters())
+
     assert (count(model.video), count(model.action), count(model.und)) == (
         4_999_787_712,
         641_527_822,
@@ -98,13 +102,11 @@ def test_padded_text_rows_collapse_into_one_key_exactly():
     )
     official = model.video.text_embedding(padded)
     plain = motus.TextStates(official, torch.zeros(1, 1, 1, TINY.video.text_len))
-    conditions = model.conditions(inputs)
+    shared = model.conditioning(inputs)
     t = torch.full((2,), 0.6)
     with torch.no_grad():
-        ours = model.velocity(inputs.latents, inputs.actions, t, t, conditions)
-        theirs = model.velocity(
-            inputs.latents, inputs.actions, t, t, conditions._replace(text=[plain] * 2)
-        )
+        ours = model(inputs.latents, inputs.actions, t, t, shared)
+        theirs = model(inputs.latents, inputs.actions, t, t, shared._replace(text=[plain] * 2))
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -132,11 +134,11 @@ def test_padded_actions_are_no_keys_and_carry_no_loss():
 def test_the_two_times_are_independent_and_per_sample():
     """Changing one sample's action time moves that sample only."""
     model, inputs = model_of(), inputs_of()
-    conditions = model.conditions(inputs)
+    shared = model.conditioning(inputs)
     with torch.no_grad():
         t = torch.tensor([0.5, 0.5])
-        a = model.velocity(inputs.latents, inputs.actions, t, t, conditions)
-        b = model.velocity(inputs.latents, inputs.actions, t, torch.tensor([0.5, 0.9]), conditions)
+        a = model(inputs.latents, inputs.actions, t, t, shared)
+        b = model(inputs.latents, inputs.actions, t, torch.tensor([0.5, 0.9]), shared)
     for x, y in zip(a, b):
         torch.testing.assert_close(x[0], y[0])
         assert not torch.allclose(x[1], y[1], atol=1e-4)
@@ -147,10 +149,8 @@ def test_cached_text_keys_equal_those_made_in_the_layer():
     model, inputs = model_of(), inputs_of()
     t = torch.full((2,), 0.3)
     with torch.no_grad():
-        a = model.velocity(inputs.latents, inputs.actions, t, t, model.conditions(inputs))
-        b = model.velocity(
-            inputs.latents, inputs.actions, t, t, model.conditions(inputs, cache=True)
-        )
+        a = model(inputs.latents, inputs.actions, t, t, model.conditioning(inputs))
+        b = model(inputs.latents, inputs.actions, t, t, model.conditioning(inputs, cache=True))
     for x, y in zip(a, b):
         torch.testing.assert_close(x, y)
 
@@ -165,7 +165,8 @@ def test_what_is_given_carries_no_loss():
         torch.tensor([0.5, 0.0, 0.5]),
         torch.ones(3, dtype=torch.bool),
     )
-    assert losses.total(1.0, 10.0).item() == 3.0 + 10 * 2.0
+    assert losses.total().item() == 3.0 + 2.0
+    assert losses.total(videos=4, acting=1).item() == 6 / 4 + 4 / 1
 
 
 def test_without_actions_the_video_expert_runs_alone_and_equals_wan():
@@ -174,7 +175,7 @@ def test_without_actions_the_video_expert_runs_alone_and_equals_wan():
     alone = replace(inputs, actions=None, und=None, und_mask=None)
     t = torch.full((2,), 0.3)
     with torch.no_grad():
-        ours, action = model.velocity(inputs.latents, None, t, None, model.conditions(alone))
+        ours, action = model(inputs.latents, None, t, None, model.conditioning(alone))
         wan = model.video(inputs.latents, t, inputs.context, inputs.context_len)
     assert action is None
     torch.testing.assert_close(ours, wan)

@@ -1,1 +1,1 @@
-
+"""Reading and writing weights: files, layouts of names, filling of modules and shards, the hub."""

@@ -32,7 +32,8 @@ class Card:
     def read(cls, path: Path) -> "Card":
         if not path.is_file():
             raise ValueError(
-                f"{path.parent} has no {path.name}; a checkpoint is a folder like runs/NAME/step_001000"
+                f"{path.parent} has no {path.name}; a checkpoint is a folder like"
+                " runs/NAME/step_001000"
             )
         stored = read_json(path)
         check_keys(stored, cls, path)
@@ -40,7 +41,8 @@ class Card:
             return cls(**stored)
         except TypeError as error:
             raise ValueError(
-                f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or published weights"
+                f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or"
+                " published weights"
             ) from error
 
 

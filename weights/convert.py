@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.files import _replace, config_beside, open_source, save_safetensors
+from weights.files import config_beside, open_source, replace_file, save_safetensors
 from weights.layouts import (
     KINDS,
     MOTUS_FIELDS,
@@ -20,7 +20,7 @@ from weights.layouts import (
     own_name,
     renaming,
 )
-from weights.load import _plan
+from weights.load import plan_names
 
 
 def convert(src: str | Path, dst: str | Path) -> None:
@@ -34,7 +34,7 @@ def convert(src: str | Path, dst: str | Path) -> None:
             "dcae"
         ):  # the one layout in which a tensor of the file may be three of ours
             source.tensors = canonical(source.tensors)
-        plan, _ = _plan(source, str if kind.startswith("dcae") else renaming(source.names()))
+        plan, _ = plan_names(source, str if kind.startswith("dcae") else renaming(source.names()))
         metadata = source.metadata | {
             "format": "pt",
             "kind": re.sub("-(diffusers|transformers|own)$", "", kind),
@@ -78,12 +78,13 @@ def export(
         )
         if not identify(source.names())[0].startswith("motus") or not rows:
             raise ValueError(
-                f"{source.path}: needs Motus weights and the rows of the position table (found {rows}); pass --rows CHUNK+6 "
-                "for fine-tuned weights, --rows CHUNK for pre-trained ones"
+                f"{source.path}: needs Motus weights and the rows of the position table (found"
+                f" {rows}); pass --rows CHUNK+6 for fine-tuned weights, --rows CHUNK for"
+                " pre-trained ones"
             )
         module = {
             official_name(key): source.read(name).to(dtype)
-            for key, name in _plan(source, own_name)[0].items()
+            for key, name in plan_names(source, own_name)[0].items()
         }
         width = module["action_expert.blocks.0.modulation"].shape[-1]
         module[POSITIONS] = position_table(rows, width).to(dtype)
@@ -95,12 +96,12 @@ def export(
             module |= {
                 wrapper + name: tensor for name, tensor in module.items() if name.startswith(part)
             }
-        _replace(
+        replace_file(
             Path(dst) / "mp_rank_00_model_states.pt",
             lambda temporary: torch.save({"module": module}, temporary),
         )
         if official := official_config(own) if own else config:
-            _replace(
+            replace_file(
                 Path(dst) / "config.json",
                 lambda temporary: temporary.write_text(json.dumps(official, indent=2)),
             )

@@ -1,4 +1,9 @@
-"""Files."""
+"""Reading and writing weight files safely: safetensors, shards of them, and torch zip files.
+
+What a file claims is checked against its size before anything is allocated; pickles may name
+tensors and plain containers only, and are read with `weights_only=True`. Files are written under a
+temporary name, flushed and renamed. Reading maps the file: bytes are read when touched.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,21 +57,17 @@ CASTABLE = {
 
 
 def refuse(path: Path, what: str, problems: list[str]) -> None:
-    """Raise one ValueError for all problems: the first ten and the count."""
-    if problems:
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{path}: {what} ({len(problems)} found)",
-                    *(problem[:300] for problem in problems[:10]),
-                    *more,
-                ]
-            )
-        )
+    """Raises one ValueError for all problems: the first ten and the count."""
+    if not problems:
+        return
+    lines = [f"{path}: {what} ({len(problems)} found)"]
+    lines += [problem[:300] for problem in problems[:10]]
+    if len(problems) > 10:
+        lines.append(f"... and {len(problems) - 10} more")
+    raise ValueError("\n  ".join(lines))
 
 
-def _json(path: Path, raw: bytes) -> dict:
+def parse_json(path: Path, raw: bytes) -> dict:
     def unique(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
@@ -90,16 +92,43 @@ def read_json(path: Path) -> dict:
         raise ValueError(
             f"{path}: {path.stat().st_size} bytes, a config or index has at most {MAX_HEADER}"
         )
-    return _json(path, path.read_bytes())
+    return parse_json(path, path.read_bytes())
 
 
-def _whole(value) -> bool:
+def is_count(value) -> bool:
     return type(value) is int and 0 <= value < 1 << 63  # bool is an int to Python, not to us
 
 
-def _header(path: Path) -> tuple[list[tuple], dict[str, str], int]:
-    """Checked header of a safetensors file: rows (begin, end, name, dtype, shape) in file order,
-    metadata, where data start."""
+class Entry(NamedTuple):
+    """A tensor of a safetensors file: its bytes, from where data start, and how to read them."""
+
+    begin: int
+    end: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def checked_entry(name: str, entry: object) -> Entry:
+    """A line of a safetensors header. ValueError for what is wrong with it."""
+    found = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {dtype!r}, allowed {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > 16 or not all(map(is_count, shape)):
+        raise ValueError(
+            f"{name}: shape {str(shape)[:80]} is not a list of at most 16 numbers >= 0"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
+        raise ValueError(f"{name}: data_offsets {str(offsets)[:80]} are not two numbers >= 0")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes {begin} to {end}")
+    return Entry(begin, end, name, DTYPES[dtype], tuple(shape))
+
+
+def read_header(path: Path) -> tuple[list[Entry], dict[str, str], int]:
+    """Checked header of a safetensors file: entries in file order, metadata, where data start."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
@@ -108,191 +137,161 @@ def _header(path: Path) -> tuple[list[tuple], dict[str, str], int]:
                 f"{path}: not a safetensors file: {size} bytes long, header length {length} "
                 f"(allowed 2 to {MAX_HEADER}, and within the file); is the download complete?"
             )
-        table = _json(path, file.read(length))
+        table = parse_json(path, file.read(length))
     metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
+    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    if not texts:
         raise ValueError(f"{path}: __metadata__ must map strings to strings")
-    rows, problems = [], []
-    for name, entry in table.items():
-        dtype, shape, offsets = (
-            (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-            if isinstance(entry, dict)
-            else (None,) * 3
-        )
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            problems.append(f"{name}: dtype {dtype!r}, allowed {', '.join(DTYPES)}")
-        elif not isinstance(shape, list) or len(shape) > 16 or not all(map(_whole, shape)):
-            problems.append(
-                f"{name}: shape {str(shape)[:80]} is not a list of at most 16 numbers >= 0"
-            )
-        elif not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
-            problems.append(f"{name}: data_offsets {str(offsets)[:80]} are not two numbers >= 0")
-        elif offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-            problems.append(
-                f"{name}: {dtype} {shape} does not fill the bytes {offsets[0]} to {offsets[1]}"
-            )
-        else:
-            rows.append((*offsets, name, DTYPES[dtype], tuple(shape)))
+    entries, problems = [], []
+    for name, line in table.items():
+        try:
+            entries.append(checked_entry(name, line))
+        except ValueError as error:
+            problems.append(str(error))
     refuse(path, "bad entries in the safetensors header", problems)
-    rows.sort()
+    entries.sort(key=lambda entry: entry[:3])
     at = 0
-    for begin, end, name, _, _ in rows:
-        if begin != at:
+    for entry in entries:
+        if entry.begin != at:
+            kind = "gap" if entry.begin > at else "overlap"
             problems.append(
-                f"{name}: starts at byte {begin}, the tensor before it ends at {at} ({'gap' if begin > at else 'overlap'})"
+                f"{entry.name}: starts at byte {entry.begin}, the tensor before it ends at {at}"
+                f" ({kind})"
             )
-        at = end
+        at = entry.end
     if at != size - 8 - length:
         problems.append(
             f"tensors end at byte {at}, the data at {size - 8 - length}; is the download complete?"
         )
     refuse(path, "tensors and data do not match", problems)
-    return rows, metadata, 8 + length
+    return entries, metadata, 8 + length
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    rows, metadata, start = _header(path)
+def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors mapped from the file by name, and its metadata."""
+    entries, metadata, start = read_header(path)
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return {
-        name: torch.frombuffer(
-            mapped, dtype=dtype, count=math.prod(shape), offset=start + begin
-        ).view(shape)
-        if end > begin
-        else torch.empty(shape, dtype=dtype)
-        for begin, end, name, dtype, shape in rows
-    }, metadata
+    tensors = {}
+    for entry in entries:
+        count = math.prod(entry.shape)
+        if count:
+            at = start + entry.begin
+            flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=at)
+            tensors[entry.name] = flat.view(entry.shape)
+        else:
+            tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+    return tensors, metadata
 
 
-def _open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Shards named by an index json. They must lie beside it; a link may only lead there or to the
     blobs of a hub cache."""
     listed = read_json(path).get("weight_map")
-    if (
-        not isinstance(listed, dict)
-        or not listed
-        or not all(isinstance(shard, str) for shard in listed.values())
-    ):
+    named = isinstance(listed, dict) and all(isinstance(home, str) for home in listed.values())
+    if not named or not listed:
         raise ValueError(f"{path}: weight_map must map tensor names to shard files")
     folder = path.parent.resolve()
-    homes = (
-        {folder, folder.parent.parent / "blobs"} if folder.parent.name == "snapshots" else {folder}
-    )
+    homes = {folder}
+    if folder.parent.name == "snapshots":
+        homes.add(folder.parent.parent / "blobs")
     shards = sorted(set(listed.values()))
-    problems = [
-        f"{shard!r} is not a plain .safetensors name"
-        for shard in shards
-        if not re.fullmatch(r"[\w\-][\w\-.]*\.safetensors", shard)
-    ]
+    plain = re.compile(r"[\w\-][\w\-.]*\.safetensors")
+    strange = [shard for shard in shards if not plain.fullmatch(shard)]
+    problems = [f"{shard!r} is not a plain .safetensors name" for shard in strange]
     refuse(path, "shards outside the folder", problems)
-    problems = [
-        f"{shard} leads out of the folder"
-        for shard in shards
-        if (folder / shard).resolve().parent not in homes
-    ]
+    outside = [shard for shard in shards if (folder / shard).resolve().parent not in homes]
+    problems = [f"{shard} leads out of the folder" for shard in outside]
     refuse(path, "shards outside the folder", problems)
     refuse(path, "missing shards", [shard for shard in shards if not (folder / shard).is_file()])
     tensors, metadata = {}, {}
     for shard in shards:
-        found, metadata = _open_safetensors(folder / shard)
-        named = {name for name, home in listed.items() if home == shard}
-        problems += [
-            f"{name}: lies in {shard}, the index says {listed.get(name, 'nothing')}"
-            for name in sorted(found.keys() - named)
-        ]
-        problems += [
-            f"{name}: is not in {shard}, where the index puts it"
-            for name in sorted(named - found.keys())
-        ]
+        found, metadata = open_safetensors(folder / shard)
+        wanted = {name for name, home in listed.items() if home == shard}
+        for name in sorted(found.keys() - wanted):
+            says = listed.get(name, "nothing")
+            problems.append(f"{name}: lies in {shard}, the index says {says}")
+        for name in sorted(wanted - found.keys()):
+            problems.append(f"{name}: is not in {shard}, where the index puts it")
         tensors |= found
     refuse(path, "index and shards disagree", problems)
     return tensors, metadata
 
 
-# What a weight file's pickle may name. Torch allows more, among it ways to ask for memory that the
-# file does not hold.
+# Names that a weight file's pickle may hold. Torch allows more, among it ways to ask for memory
+# that the file does not hold.
 PICKLE_NAMES = re.compile(
     r"collections (OrderedDict|Counter)|(builtins|__builtin__) set|_codecs encode"
-    r"|torch\._utils _rebuild_(tensor_v2|parameter)|torch (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)|torch"
+    r" (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
 )
 
 
-def _check_torch_zip(path: Path) -> Counter[int]:
-    """Check a torch zip file before torch opens it; returns how many storage records there are of
+# Opcodes that build objects without naming them in one piece.
+PICKLE_BUILDERS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ", "NEWOBJ_EX")
+BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    OSError,
+    KeyError,
+    struct.error,
+)
+
+
+def zip_problems(infos: list[zipfile.ZipInfo], size: int) -> list[str]:
+    """What is wrong with the records of a torch zip file of `size` bytes."""
+    problems = []
+    for info in infos:
+        packed = info.compress_type or info.file_size != info.compress_size
+        if packed or info.header_offset + info.file_size > size:
+            problems.append(f"{info.filename}: compressed or past the end of the file")
+    counts = Counter(info.filename for info in infos)
+    problems += [f"{name}: appears twice" for name, count in counts.items() if count > 1]
+    if sum(info.file_size for info in infos) > size:
+        problems.append("the records overlap: together they are larger than the file")
+    pickled = [info for info in infos if re.fullmatch(r"[^/]+/data\.pkl", info.filename)]
+    if len(pickled) != 1 or pickled[0].file_size > MAX_HEADER:
+        problems.append(f"{len(pickled)} data.pkl records (1 needed, at most {MAX_HEADER} bytes)")
+    return problems
+
+
+def check_torch_zip(path: Path) -> Counter[int]:
+    """Checks a torch zip file before torch opens it; returns how many storage records there are of
     each size."""
-    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-            pickled = [info for info in infos if re.fullmatch(r"[^/]+/data\.pkl", info.filename)]
-            problems = [
-                f"{info.filename}: compressed or past the end of the file"
-                for info in infos
-                if info.compress_type
-                or info.file_size != info.compress_size
-                or info.header_offset + info.file_size > size
-            ]
-            problems += [
-                f"{name}: appears twice"
-                for name, count in Counter(info.filename for info in infos).items()
-                if count > 1
-            ]
-            if sum(info.file_size for info in infos) > size:
-                problems.append("the records overlap: together they are larger than the file")
-            if len(pickled) != 1 or pickled[0].file_size > MAX_HEADER:
-                problems.append(
-                    f"{len(pickled)} data.pkl records (1 needed, at most {MAX_HEADER} bytes)"
-                )
-            refuse(path, "not a plain torch file", problems)
-            root = pickled[0].filename.removesuffix("data.pkl")
-            if (
-                root + "byteorder" in archive.namelist()
-                and archive.read(root + "byteorder") != b"little"
-            ):
+            refuse(path, "not a plain torch file", zip_problems(infos, path.stat().st_size))
+            names = archive.namelist()
+            root = next(n for n in names if re.fullmatch(r"[^/]+/data\.pkl", n))
+            root = root.removesuffix("data.pkl")
+            order = root + "byteorder"
+            if order in names and archive.read(order) != b"little":
                 raise ValueError(
                     f"{path}: big-endian tensors; save it again on a little-endian machine"
                 )
-            problems = sorted(
-                {
-                    f"{op.name} {arg}"
-                    for op, arg, _ in pickletools.genops(archive.read(pickled[0]))
-                    if op.name
-                    in (
-                        "STACK_GLOBAL",
-                        "INST",
-                        "OBJ",
-                        "EXT1",
-                        "EXT2",
-                        "EXT4",
-                        "NEWOBJ",
-                        "NEWOBJ_EX",
-                    )
-                    or op.name == "GLOBAL"
-                    and not PICKLE_NAMES.fullmatch(arg)
-                }
-            )
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        OverflowError,
-        RuntimeError,
-        OSError,
-        KeyError,
-        struct.error,
-    ) as error:
+            operations = list(pickletools.genops(archive.read(root + "data.pkl")))
+    except BROKEN_ZIP as error:
         raise ValueError(
-            f"{path}: not a whole torch zip file ({error}); a file in the old torch format must be saved again"
+            f"{path}: not a whole torch zip file ({error}); a file in the old torch format must be "
+            "saved again"
         ) from error
-    refuse(path, "the pickle names things that are neither tensors nor plain containers", problems)
+    problems = set()
+    for operation, argument, _ in operations:
+        foreign = operation.name == "GLOBAL" and not PICKLE_NAMES.fullmatch(argument)
+        if foreign or operation.name in PICKLE_BUILDERS:
+            problems.add(f"{operation.name} {argument}")
+    what = "the pickle names things that are neither tensors nor plain containers"
+    refuse(path, what, sorted(problems))
     return Counter(info.file_size for info in infos if info.filename.startswith(root + "data/"))
 
 
 def read_torch(path: Path) -> tuple[object, Counter]:
     """What a .pt or .pth file holds, its tensors mapped, and how many records of each size it has.
     Nothing in it is run."""
-    records = _check_torch_zip(path)
+    records = check_torch_zip(path)
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True), records
     except (
@@ -301,41 +300,34 @@ def read_torch(path: Path) -> tuple[object, Counter]:
         raise ValueError(f"{path}: torch refuses the file: {str(error)[:300]}") from error
 
 
-def _open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a .pt or .pth file, mapped; the state dict may lie under 'module', 'model' or
     'state_dict'."""
     content, records = read_torch(path)
     if isinstance(content, dict):
-        content = next(
-            (content[key] for key in ("module", "model", "state_dict") if key in content), content
-        )
+        inner = [content[key] for key in ("module", "model", "state_dict") if key in content]
+        content = inner[0] if inner else content
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: no dictionary of tensors, found {type(content).__name__}")
     problems, storages = [], {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
             problems.append(
-                f"{str(name)[:80]!r}: is {type(value).__name__}, every entry must be a tensor with a name"
+                f"{str(name)[:80]!r}: is {kind}, every entry must be a tensor with a name"
             )
-        elif (
-            value.dtype not in DTYPE_NAMES
-            or value.layout != torch.strided
-            or value.device.type != "cpu"
-        ):
-            problems.append(
-                f"{name}: {value.dtype} {value.layout} on {value.device} is not a plain tensor"
-            )
-        elif value.nbytes > value.untyped_storage().nbytes():
-            problems.append(
-                f"{name}: claims {value.nbytes} bytes, its storage has {value.untyped_storage().nbytes()}"
-            )
-        else:
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    storages.pop(0, None)  # empty tensors
-    problems += [
-        f"a storage claims {nbytes} bytes, no record has that size"
-        for nbytes in Counter(storages.values()) - records
-    ]
+            continue
+        plain = value.layout == torch.strided and value.device.type == "cpu"
+        size = value.untyped_storage().nbytes() if plain else 0
+        if value.dtype not in DTYPE_NAMES or not plain:
+            about = f"{value.dtype} {value.layout} on {value.device}"
+            problems.append(f"{name}: {about} is not a plain tensor")
+        elif value.nbytes > size:
+            problems.append(f"{name}: claims {value.nbytes} bytes, its storage has {size}")
+        elif size:
+            storages[value.untyped_storage().data_ptr()] = size
+    for size in Counter(storages.values()) - records:
+        problems.append(f"a storage claims {size} bytes, no record has that size")
     refuse(path, "not a dictionary of tensors", problems)
     return {name: value.detach() for name, value in content.items()}, {}
 
@@ -409,14 +401,15 @@ WEIGHT_FILES = (
 )
 
 
-def _find(folder: Path) -> Path:
+def find_weights(folder: Path) -> Path:
     """The weight file of a folder: the first pattern of WEIGHT_FILES that something fits must fit
     one file."""
     found = next((found for pattern in WEIGHT_FILES if (found := sorted(folder.glob(pattern)))), [])
     if len(found) != 1:
         raise ValueError(
-            f"{folder}: {len(found)} weight files, name one: {', '.join(file.name for file in found[:10]) or 'none fits'} "
-            f"(looked for {', '.join(WEIGHT_FILES)})"
+            f"{folder}: {len(found)} weight files, name one:"
+            f" {', '.join(file.name for file in found[:10]) or 'none fits'} (looked for"
+            f" {', '.join(WEIGHT_FILES)})"
         )
     return found[0]
 
@@ -424,13 +417,14 @@ def _find(folder: Path) -> Path:
 def open_source(path: str | Path) -> TensorSource:
     """Open a weight file (.safetensors, .safetensors.index.json, torch zip file) or folder.
     ValueError naming the file if not sound."""
-    path = _find(Path(path)) if Path(path).is_dir() else Path(path)
+    path = find_weights(Path(path)) if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such weight file; `python -m backbones.weights download NAME` fetches the published ones"
+            f"{path}: no such weight file; `python -m weights download NAME` fetches the published"
+            " ones"
         )
-    readers = {".safetensors": _open_safetensors, ".json": _open_index} | dict.fromkeys(
-        (".pt", ".pth", ".bin", ".ckpt"), _open_torch
+    readers = {".safetensors": open_safetensors, ".json": open_index} | dict.fromkeys(
+        (".pt", ".pth", ".bin", ".ckpt"), open_torch
     )
     if path.suffix not in readers:
         raise ValueError(
@@ -449,13 +443,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata of a safetensors file."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such weight file; name one that exists")
-    return _header(Path(path))[1]
+    return read_header(Path(path))[1]
 
 
 # -- writing --------------------------------------------------------------------------------------
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under a temporary name, flush it to disk, rename it. On any failure the old file
     stays and the new one goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -525,7 +519,7 @@ def save_safetensors(
             for name in begins:
                 file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
 
-    _replace(path, write)
+    replace_file(path, write)
 
 
 def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
@@ -543,7 +537,7 @@ def config_beside(source: TensorSource) -> dict:
     """The config.json of a weight file: kept in the metadata by `convert`, else in its folder,
     else, for folders of DeepSpeed, above it."""
     if "official_config" in source.metadata:
-        return _json(source.path, source.metadata["official_config"].encode())
+        return parse_json(source.path, source.metadata["official_config"].encode())
     for folder in (
         source.path.parent,
         *[source.path.parent.parent] * (source.path.parent.name == "pytorch_model"),
@@ -560,7 +554,8 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, 0.0)[0]
             raise ValueError(
-                f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}? (allowed: {', '.join(names)})"
+                f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}?"
+                f" (allowed: {', '.join(names)})"
             )
 
 

@@ -1,4 +1,4 @@
-"""Hub."""
+"""Published weights: where they are, under which licence, and how they get here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def download(name: str, folder: str | Path) -> None:
         raise ValueError(f"download: {name!r} is not known, allowed {', '.join(HUB)}")
     repository, revision, files, gigabytes, licence = HUB[name]
     print(
-        f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read its card), into {folder}"
+        f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read"
+        f" its card), into {folder}"
     )
     if name == "dpflow":
         fetch("things", folder)
@@ -71,9 +72,10 @@ def download(name: str, folder: str | Path) -> None:
 
 
 LICENCE_NOTICE = (
-    "DPFlow weights (Morimitsu et al., CVPR 2025, github.com/hmorimitsu/ptlflow): released strictly for academic and research purposes, "
-    "following the licences of the data sets they were trained on. The original code is Apache-2.0. "
-    "For other uses choose another FlowEstimator, such as DISFlow."
+    "DPFlow weights (Morimitsu et al., CVPR 2025, github.com/hmorimitsu/ptlflow): released strictly"
+    " for academic and research purposes, following the licences of the data sets they were trained"
+    " on. The original code is Apache-2.0. For other uses choose another FlowEstimator, such as"
+    " DISFlow."
 )
 RELEASES = "https://github.com/hmorimitsu/ptlflow/releases/download/weights1/"
 # Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a

@@ -1,4 +1,9 @@
-"""Layouts."""
+"""Names of tensors: from every published layout to the one that our modules use, and back.
+
+Official Motus files list every tensor up to three times, because wrapper modules refer to the same
+experts again; the copies are compared with the original and dropped. The fixed table
+`pos_embedding` is dropped too: it is a function of its shape.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +107,7 @@ MOTUS_FIELDS = {
 }
 
 
-def _substitute(name: str, rules: Iterable[tuple[str, str]]) -> str:
+def substitute(name: str, rules: Iterable[tuple[str, str]]) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
@@ -116,7 +121,7 @@ def wan_original(name: str) -> str:
 
 def wan_from_diffusers(name: str) -> str:
     """Original name of a tensor of the diffusers video transformer. No tensor changes shape."""
-    return _substitute(name, WAN_DIFFUSERS)
+    return substitute(name, WAN_DIFFUSERS)
 
 
 def vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
@@ -126,7 +131,7 @@ def vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
         (r"down_blocks\.(\d+)\.downsampler\.", rf"downsamples.\1.downsamples.{num_res_blocks}."),
         (r"up_blocks\.(\d+)\.upsampler\.", rf"upsamples.\1.upsamples.{num_res_blocks + 1}."),
     )
-    return _substitute(name, resamplers + VAE_DIFFUSERS)
+    return substitute(name, resamplers + VAE_DIFFUSERS)
 
 
 def umt5_from_transformers(name: str) -> str:
@@ -134,7 +139,8 @@ def umt5_from_transformers(name: str) -> str:
     match = re.fullmatch(r"(?:encoder\.block\.(\d+)\.)?(.+)\.weight", name)
     if not match or match[2] not in UMT5_TRANSFORMERS:
         raise ValueError(
-            f"tensor {name!r} is not part of a transformers UMT5EncoderModel; expected shared.weight or encoder.*"
+            f"tensor {name!r} is not part of a transformers UMT5EncoderModel; expected"
+            " shared.weight or encoder.*"
         )
     return (f"blocks.{match[1]}." if match[1] else "") + f"{UMT5_TRANSFORMERS[match[2]]}.weight"
 
@@ -169,13 +175,13 @@ def motus_canonical(name: str) -> str | None:
 def own_name(name: str) -> str | None:
     """Name in our modules of a tensor of an official Motus file: video. action. und. vlm.; None as
     for `motus_canonical`."""
-    return motus_canonical(name) and _substitute(name, OWN_NAMES)
+    return motus_canonical(name) and substitute(name, OWN_NAMES)
 
 
 def official_name(name: str) -> str:
     """The way back: und.blocks.0.qkv -> und_expert.blocks.0.wan_und_qkv. Official names stay as
     they are."""
-    return _substitute(name, OFFICIAL_NAMES)
+    return substitute(name, OFFICIAL_NAMES)
 
 
 def qwen_own(name: str) -> str | None:
@@ -239,7 +245,8 @@ def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found = {key: tensor[:, :, None, None] if matrix else tensor}
         if twice := ours.keys() & found.keys():
             raise ValueError(
-                f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not both"
+                f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not"
+                " both"
             )
         ours |= found
     return ours
@@ -324,7 +331,7 @@ def renaming(names: Iterable[str]) -> Callable[[str], str | None]:
 # -- the tables of expected tensors ---------------------------------------------------------------
 
 
-def _expand(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Write out braces: `a.{0-2}.{q,k}` is a.0.q, a.0.k, a.1.q, ..."""
     group = re.search(r"\{([^{}]*)\}", pattern)
     if not group:
@@ -334,7 +341,7 @@ def _expand(pattern: str) -> list[str]:
     return [
         name
         for option in options
-        for name in _expand(pattern[: group.start()] + option + pattern[group.end() :])
+        for name in expand_braces(pattern[: group.start()] + option + pattern[group.end() :])
     ]
 
 
@@ -347,5 +354,5 @@ def expected(table: str) -> dict[str, tuple[int, ...]]:
         if pattern.startswith("@"):  # include another table under a prefix
             shapes |= {"".join(rest) + name: shape for name, shape in expected(pattern[1:]).items()}
         elif pattern != "#":
-            shapes |= dict.fromkeys(_expand(pattern), tuple(map(int, rest)))
+            shapes |= dict.fromkeys(expand_braces(pattern), tuple(map(int, rest)))
     return shapes

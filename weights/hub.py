@@ -104,3 +104,14 @@ def fetch(name: str, folder: str | Path) -> Path:
             RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
         )
     return path
+
+
+def snapshot(repository: str, revision: str | None, files: list[str], **options: object) -> Path:
+    """Files of a repository on the hub, as huggingface_hub downloads them."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError(
+            "the hub needs the package huggingface_hub: pip install 'motus[hub]'"
+        ) from error
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=files, **options))

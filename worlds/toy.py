@@ -14,7 +14,7 @@ class Toy(World):
     """One tabletop whose instructions are of one skill; colour and side come with the seed. `split`
     and `randomized` as in `Tabletop`."""
 
-    fps, max_steps = 10, 100
+    fps, max_steps = 15, 100
 
     def __init__(
         self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"
@@ -43,3 +43,4 @@ class Toy(World):
 
 
 make = Toy
+record = tabletop.record

@@ -3,8 +3,8 @@
 A line of a card names the world as `world:NAME`, with the level of the data pyramid and the robot.
 The world is asked for all episodes of one kind at once, when the first of them is needed. Episodes
 that are trained on come first: there what is executed is disturbed, and what the expert meant is
-recorded. Held-out ones have layouts that training never sees and are not disturbed: a world model is
-asked what an action does, so the one recorded must be the one executed.
+recorded. Held-out ones have layouts that training never sees and are not disturbed: a world model
+is asked what an action does, so the one recorded must be the one executed.
 
 Of an episode's T + 1 frames the last, after which nothing is done, is left out of its rows.
 
@@ -98,7 +98,8 @@ class Rendered(Recordings):
     def describe(self) -> str:
         numbers = f"state ({self.widths[0]}), actions ({self.widths[1]})"
         return (
-            f"{self.name}: level {self.level} with {self.robot}, rendered, {self.count} episodes and "
-            f"{self.held_out} of other layouts, {int(self.lengths.sum())} rows at {self.fps:g} fps\n"
-            f"  state, actions  {numbers if self.widths[1] else 'none'}\n  cameras         {CAMERA}"
+            f"{self.name}: level {self.level} with {self.robot}, {self.count} episodes and "
+            f"{self.held_out} of other layouts, {self.lengths.sum()} rows at {self.fps:g} fps\n"
+            f"  state, actions  {numbers if self.widths[1] else 'none'}\n"
+            f"  cameras         {CAMERA}"
         )

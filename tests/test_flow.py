@@ -1,4 +1,4 @@
-"""Two clocks: the official times, means that leave out what does not exist, and an Euler loop that
+"""Two times: the official times, means that leave out what does not exist, and an Euler loop that
 is exact where the path is straight."""
 
 import pytest

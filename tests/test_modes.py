@@ -62,7 +62,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_pinned_stays_bit_identical_through_the_loop(model, monkeypatch, mode):
     """Every evaluation sees the same noise at t = 1, or the same given data at t = 0, while what is
-    denoised goes down the clock."""
+    denoised runs from 1 to 0."""
     calls, row, inputs, noise = [], flow.MODES[mode], given(model), noises(model)
     euler = flow.sample
     monkeypatch.setattr(

@@ -1,71 +1,52 @@
-"""Motions."""
+"""True motions of the tabletop's episodes: optical flow and labels over an interval of steps, and
+where things are.
 
-from collections.abc import Iterator
-from typing import NamedTuple
+An episode of T steps has T + 1 frames and T rows here. Row i spans steps i to i + interval; one
+that would end past the last frame ends there, and is not valid.
+"""
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from worlds.robots import GRIP_SPEED, MAX_SPEED
+from worlds.robots import COLOURS, GRIP_SPEED, MAX_SPEED
 from worlds.tabletop import Episode
 
-# -- the toy world: true flow and true labels -----------------------------------------------------
 
-LABELLED = (4, 6)  # levels of the data pyramid whose actions training may look at
-
-
-class Pairs(NamedTuple):
-    """Motions over one interval. All labels are known, for measuring; `labelled` says which of them
-    training may use."""
-
-    flow: Tensor  # (N, H, W, 2) float32, pixels
-    # (N, 3) float32 in [-1, 1]: motion in x, y, opening, by the most that the interval allows
-    labels: Tensor
-    labelled: Tensor  # (N,) bool
-    level: Tensor  # (N,) int64
-    index: Tensor  # (N, 2) int64: episode, and step at which the interval begins
+def greatest_change(interval: int) -> np.ndarray:
+    """The most that x, y and opening can change over an interval: the unit of labels."""
+    return np.float32([interval * MAX_SPEED, interval * MAX_SPEED, min(1, interval * GRIP_SPEED)])
 
 
-def most(interval: int) -> np.ndarray:
-    """The greatest change of x, y and opening over an interval, the unit of labels."""
-    return np.array(
-        [interval * MAX_SPEED, interval * MAX_SPEED, min(1.0, interval * GRIP_SPEED)], np.float32
-    )
+def ends(episode: Episode, interval: int) -> tuple[np.ndarray, np.ndarray]:
+    """The frame (T,) at which each row ends, and which rows are valid (T,)."""
+    end = np.arange(len(episode.motion) - 1) + interval
+    last = len(episode.motion) - 1
+    return np.minimum(end, last), end <= last
 
 
-def true_labels(episode: Episode, interval: int) -> Tensor:
-    """Labels (T, 3) of the rows of `true_flows`."""
-    end = np.minimum(np.arange(len(episode.motion) - 1) + interval, len(episode.motion) - 1)
-    return torch.from_numpy((episode.motion[end] - episode.motion[:-1]) / most(interval))
+def flows(episode: Episode, interval: int) -> tuple[np.ndarray, np.ndarray]:
+    """True optical flow (T, H, W, 2) in pixels, and which rows are valid (T,)."""
+    end, valid = ends(episode, interval)
+    return episode.flow(np.arange(len(end)), end), valid
 
 
-def toy_pairs(episodes: list[Episode], interval: int, every: int = 1) -> Pairs:
-    """The intervals of the episodes that begin at each `every`-th step. Episodes shorter than the
-    interval have none."""
-    rows = []
-    for number, episode in enumerate(episodes):
-        if len(i := np.arange(0, len(episode.motion) - interval, every)):
-            level = np.full(len(i), episode.level)
-            rows.append(
-                (
-                    episode.flow(i, i + interval),
-                    (episode.motion[i + interval] - episode.motion[i]) / most(interval),
-                    np.isin(level, LABELLED),
-                    level,
-                    np.stack([np.full(len(i), number), i], axis=1),
-                )
-            )
-    if not rows:
-        raise ValueError(
-            f"none of {len(episodes)} episodes has the {interval + 1} frames that an interval of {interval} needs"
-        )
-    return Pairs(*(torch.from_numpy(np.concatenate(column)) for column in zip(*rows)))
+def labels(episode: Episode, interval: int) -> np.ndarray:
+    """Change (T, 3) of x, y and opening, in [-1, 1]: over the greatest change possible."""
+    end, _ = ends(episode, interval)
+    return (episode.motion[end] - episode.motion[:-1]) / greatest_change(interval)
 
 
-def true_flows(episode: Episode, interval: int) -> Iterator[tuple[Tensor, Tensor]]:
-    i, last = np.arange(len(episode.frames) - 1), len(episode.frames) - 1
-    yield (
-        torch.from_numpy(episode.flow(i, np.minimum(i + interval, last))),
-        torch.from_numpy(i + interval <= last),
-    )
+def places(episode: Episode) -> dict[str, np.ndarray]:
+    """Where the disc that the instruction names and the effector are in the picture, 0 to 1 from
+    left and top, and the opening: name -> (T + 1,). Nothing for an episode without instruction."""
+    named = [COLOURS.index(word) for word in episode.instruction.split() if word in COLOURS]
+    if not named:
+        return {}
+    shots = episode.snapshots
+    disc = shots.discs[:, np.flatnonzero(shots.colours[0] == named[0])[0]]
+    return {
+        "object x": disc[:, 0],
+        "object y": disc[:, 1],
+        "effector x": shots.effector[:, 0],
+        "effector y": shots.effector[:, 1],
+        "opening": shots.opening,
+    }

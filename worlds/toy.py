@@ -17,7 +17,7 @@ class Tabletops(Tabletop):
     """Up to n tabletops at once, behind the methods of a `Fleet`; each seed draws one of the tasks.
     `split`, `randomized` and `embodiment` as in `Tabletop`; nobody has trained on split `eval`."""
 
-    fps = 10
+    fps = 15
     max_steps = 100
 
     def __init__(

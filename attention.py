@@ -10,15 +10,12 @@ and one bidirectional softmax attention of N heads of size K runs over it, scale
 video tokens are rotated (3-D RoPE); action and understanding tokens carry no rotary position. The
 result is split again and goes back to the three experts.
 
-Below it stand the leaves that every network of the repository shares: norms, modulation, rotary
-positions, linear maps. They are written out, as the reader reads them and the tests believe them;
-on a CUDA device five of them hand over to Triton kernels of the same names (end of the file).
+Below it stand the leaves that every network shares: norms, modulation, rotary positions, linear
+maps. On a CUDA device five of these functions hand over to Triton kernels (end of the file).
 
-Departures from the official code
-- Padded keys (right-padded instructions, actions past the end of an episode) get a bias of -inf;
-  the official code attends to them. At batch size 1 nothing is padded and nothing changes.
-- Zero-padded text rows are identical keys; they are collapsed into one key with bias log(count),
-  which is exact (`text_bias`).
+Departures from the official code: padded keys (right-padded instructions, actions past the end of
+an episode) get a bias of -inf, where it attends to them (no effect at batch size 1); zero-padded
+text rows are identical keys and collapse into one with bias log(count), exactly (`text_bias`).
 
 Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N heads, K head size.
 """
@@ -26,7 +23,7 @@ Shapes: B batch, L tokens (Lv video, La action, Lu understanding), D width, N he
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 import torch.nn.functional as F
@@ -117,9 +114,8 @@ def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
     log(count), the others get -inf. Exact, and far fewer keys."""
     index = torch.arange(rows, device=lengths.device)
     count = (text_len - lengths).clamp(min=0)[:, None].float()  # (B, 1) identical padded keys
-    nothing = torch.full_like(count, float("-inf"))
-    collapsed = torch.where(index == lengths[:, None], count.log(), nothing)
-    return torch.where(index < lengths[:, None], torch.zeros_like(count), collapsed)
+    collapsed = torch.where(index == lengths[:, None], count.log(), float("-inf"))
+    return collapsed.masked_fill(index < lengths[:, None], 0.0)
 
 
 # -- norms ----------------------------------------------------------------------------------------
@@ -165,8 +161,8 @@ def norm_modulate(
 ) -> Tensor:
     """adaLN: shift + (1 + scale) * LN(x), in fp32, cast to `dtype`, that of the map which reads it.
     x (B, L, D); shift, scale (B, 1 or L, D); the norm has no weights of its own."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(dtype)
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)  # rounded, as official
+    return torch.addcmul(shift, normed.float(), 1 + scale).to(dtype)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -180,7 +176,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (x[2i], x[2i+1]) by their angles: (a, b) -> (a cos - b sin, b cos + a sin).
-    x (B, L, N, K); cos, sin (L, K/2), fp32, the same for all heads. Returns fp32, as Wan does."""
+    x (B, L, N, K); cos, sin (L, K/2), the same for all heads. Returns fp32, as Wan does."""
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, L, N, K/2, 2): a, b
     swapped = pairs.flip(-1)  # b, a
     signed = torch.stack([-sin, sin], dim=-1)[:, None]  # (L, 1, K/2, 2)
@@ -289,30 +285,26 @@ def choose(device: torch.device | str) -> tuple[str, str]:
     return "triton", f"sm_{sm} and Triton are there"
 
 
+def takes(x: Tensor, sizes: Container[int]) -> bool:
+    """Whether the kernels take x (..., K or D), of one of these sizes."""
+    return choose(x.device)[0] == "triton" and x.shape[-1] in sizes and x.dtype in DTYPES
+
+
 def takes_rows(x: Tensor, *rest, **options) -> bool:
-    """Whether the kernels for rows take x (..., D)."""
-    return choose(x.device)[0] == "triton" and x.shape[-1] <= WIDEST and x.dtype in DTYPES
+    return takes(x, range(WIDEST + 1))
 
 
 def takes_heads(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale=None) -> bool:
-    """Whether the kernel of the attention takes v (B, L, N, K) and the bias: one number per key."""
-    fits = v.shape[3] in HEAD_SIZES and v.dtype in DTYPES
-    per_key = bias is None or bias.shape[1:3] == (1, 1)
-    return choose(v.device)[0] == "triton" and fits and per_key
+    one_per_key = bias is None or bias.shape[1:3] == (1, 1)
+    return one_per_key and takes(v, HEAD_SIZES)
 
 
-def takes_segments(qkv: list[tuple[Tensor, ...]], biases: list) -> bool:
-    """Whether the kernel of the attention takes the experts' segments."""
-    return takes_heads(*qkv[0])
-
-
-def twin(plain: Callable, takes: Callable[..., bool]) -> Callable:
-    """The function that runs the kernel of the same name and arguments where `takes` is true of
-    them, and `plain` elsewhere."""
+def twin(plain: Callable, fits: Callable[..., bool]) -> Callable:
+    """Runs the kernel of the same name and arguments where they fit it, else `plain`."""
 
     @functools.wraps(plain)
     def run(*arguments, **options):
-        if not takes(*arguments, **options):
+        if not fits(*arguments, **options):
             return plain(*arguments, **options)
         import kernels
 
@@ -321,7 +313,7 @@ def twin(plain: Callable, takes: Callable[..., bool]) -> Callable:
     return run
 
 
-joint_attention = twin(joint_attention, takes_segments)
+joint_attention = twin(joint_attention, lambda qkv, biases: takes_heads(*qkv[0]))
 attention = twin(attention, takes_heads)
 norm_modulate = twin(norm_modulate, takes_rows)
 add_gated = twin(add_gated, takes_rows)

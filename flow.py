@@ -117,14 +117,9 @@ def pinned_times(what: str, times: Tensor) -> Tensor:
 # -- training -------------------------------------------------------------------------------------
 
 
-def expand(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1) with as many axes as `like`."""
-    return t.view(-1, *[1] * (like.dim() - 1))
-
-
 def mix(data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The point at time t (B,) on the straight path from data to noise."""
-    t = expand(t, data)
+    t = t.view(-1, *[1] * (data.dim() - 1))  # (B, 1, ..., 1)
     return (1 - t) * data + t * noise
 
 
@@ -206,7 +201,8 @@ def draw_noise(
         shape = inputs.actions.shape[1:]
         drawn["t_action"] = t_action
         drawn["action_noise"] = torch.randn(size, *shape, generator=generator)
-    ours, device = slice(first, first + len(inputs)), inputs.latents.device
+    ours = slice(first, first + len(inputs))
+    device = inputs.latents.device
     return {name: value[ours].to(device) for name, value in drawn.items()}
 
 

@@ -169,7 +169,7 @@ class Timesteps(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What does not depend on the noise, computed once per observation."""
+    """All that does not depend on the noise, computed once per observation."""
 
     text: list[TextStates | TextKV]  # per layer
     und: Tensor | None  # (B, Lu, Du) understanding tokens
@@ -465,7 +465,7 @@ class Motus(nn.Module):
         noise - data: (B, C, T, h, w) fp32, and (B, S, A)."""
         tokens, grid = self.video.patchify(video)  # (B, Lv, Dv)
         e_video, time_video = self.video.embed_time(t_video)
-        e_action, time_action, action_tokens = None, None, None
+        e_action = time_action = action_tokens = None
         if action is not None:
             e_action, time_action = self.action.embed_time(t_action)
             if shared.action_mask is not None:

@@ -22,9 +22,9 @@ an episode.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from formats.lerobot import LeRobotDataset
 from formats.official import OfficialFolder, is_official
 from formats.recordings import Choice, Recordings, fit, fit_place
 from formats.rendered import PREFIX, Rendered
-from formats.statistics import KINDS, Moments, Normaliser, Sample, Statistics
+from formats.statistics import KINDS, Normaliser, Statistics, measured
 from weights.files import check_keys, read_json
 
 VIDEO_HZ = 5.0  # the paper's
@@ -67,7 +67,8 @@ class Source:
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
 
     def __post_init__(self):
-        count, text = "a whole number of episodes", "a text"
+        count = "a whole number of episodes"
+        texts = ("embodiment", "contains", "latents")
         rules = {
             "path": (is_text(self.path) and self.path and "\0" not in self.path, "a folder"),
             "level": (is_whole(self.level, 2) and self.level <= 6, "2 to 6"),
@@ -78,10 +79,8 @@ class Source:
             "draw": (self.draw in ("", "windows", "tasks"), "windows or tasks"),
             "episodes": (is_whole(self.episodes, 0), count),
             "held_out": (is_whole(self.held_out, -1), f"{count}, or -1 for 5 %"),
-            "embodiment": (is_text(self.embodiment), text),
-            "contains": (is_text(self.contains), text),
-            "latents": (is_text(self.latents), text),
         }
+        rules |= {name: (is_text(getattr(self, name)), "a text") for name in texts}
         for name, (good, expected) in rules.items():
             if not good:
                 raise ValueError(
@@ -92,6 +91,10 @@ class Source:
     @property
     def rendered(self) -> bool:
         return self.path.startswith(PREFIX)
+
+    def held_of(self, count: int) -> int:
+        """Episodes of `count` that are held out."""
+        return count // 20 if self.held_out < 0 else self.held_out
 
 
 def is_text(value: object) -> bool:
@@ -114,21 +117,21 @@ class OpenSource:
 
     def __init__(self, source: Source, root: Path, episodes: int, seed: int):
         """`episodes`: how many a world renders where the source does not say."""
+        self.trained = source.episodes or episodes
+        held = source.held_of(self.trained)
         if source.rendered:
-            count = source.episodes or episodes
-            held = count // 20 if source.held_out < 0 else source.held_out
             kind = source.path, source.level, source.embodiment
-            self.reader = Rendered(*kind, count, held, seed, source.mapping)
+            self.reader = Rendered(*kind, self.trained, held, seed, source.mapping)
         else:
-            self.reader = open_source(source, root)
+            self.reader = open_recordings(source.path, root, source.mapping)
             count = len(self.reader.lengths)
-            held = count // 20 if source.held_out < 0 else source.held_out
+            held = source.held_of(count)
             if held >= count:
                 raise ValueError(
                     f"source {source.path}: held_out is {held} of {count} episodes; leave at least "
                     "one to train on"
                 )
-            count = min(count - held, source.episodes or count)
+            self.trained = min(count - held, source.episodes or count)
         official = isinstance(self.reader, OfficialFolder)
         self.source = replace(
             source,
@@ -140,19 +143,18 @@ class OpenSource:
         self.name = Path(source.path).name
         if source.rendered:
             self.name = f"level{source.level}_{self.source.embodiment}"
-        self.trained = count
         self.folder = root / (source.latents or f"latents/{self.name}")
         self.encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.tasks = []
         if self.source.draw == "tasks":
-            self.tasks = [self.reader.group(e) for e in range(count)]
+            self.tasks = [self.reader.group(e) for e in range(self.trained)]
 
     def plan(self, span: float) -> None:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
         weighs the episodes."""
         half = int(span / 2 * self.reader.fps + 1e-6)
-        self.counts = np.maximum(1, self.reader.lengths - half)
-        chance = self.counts[: self.trained].astype(float)
+        self.counts = np.maximum(1, self.reader.lengths[: self.trained] - half)
+        chance = self.counts.astype(float)
         if self.tasks:  # every task alike, then its episodes
             _, task, size = np.unique(self.tasks, return_inverse=True, return_counts=True)
             chance = 1 / size[task]
@@ -160,15 +162,11 @@ class OpenSource:
 
     @property
     def windows(self) -> int:
-        return int(self.counts[: self.trained].sum())
+        return int(self.counts.sum())
 
     @property
     def rows(self) -> int:
         return int(self.reader.lengths[: self.trained].sum())
-
-    @property
-    def hours(self) -> float:
-        return self.rows / self.reader.fps / 3600
 
     def latents(
         self, episode: int, video_hz: float, encode: Callable | None
@@ -178,18 +176,20 @@ class OpenSource:
         the card; where the card names a folder, from that."""
         if episode not in self.encoded:
             rows = self.reader.latents(episode)
-            if rows is not None:
-                self.encoded[episode] = rows, np.ones(len(rows), bool)
+            if rows is None:
+                rows, known = self._latent_source(video_hz, encode)(episode)
             else:
-                self.encoded[episode] = self._latent_source(video_hz, encode)(episode)
+                known = np.ones(len(rows), bool)
+            self.encoded[episode] = rows, known
         return self.encoded[episode]
 
-    def _latent_source(self, video_hz: float, encode: Callable | None) -> LatentFiles | LatentFlows:
-        knows_flow = self.reader.flows(0, 1) is not None
-        if knows_flow and encode and not self.source.latents:
+    def _latent_source(self, video_hz: float, encode: Callable | None) -> Callable:
+        more = ""
+        if self.reader.flows(0, 1) is not None and not self.source.latents:
+            more = "; or name the encoder of its flow by --latent RUN"
+        if more and encode:
             found = LatentFlows(self.reader, encode)
         else:
-            more = "; or name the encoder of its flow by --latent RUN" if knows_flow else ""
             found = LatentFiles(self.folder, self.reader.fps, more)
         if abs(found.seconds * video_hz - 1) > 1e-6:
             raise ValueError(
@@ -200,26 +200,17 @@ class OpenSource:
         return found
 
 
-def open_source(source: Source, root: Path) -> Recordings:
-    """The reader of a folder, relative to `root`, or of a name on the hub."""
-    folder = root / source.path
-    if folder.is_dir():
-        return open_recordings(folder, source.mapping)
-    if source.path.startswith((".", "/")) or source.path.count("/") != 1:
+def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Recordings:
+    """The reader of a folder, relative to `root`, or of a name on the hub. Where no cameras are
+    chosen: a ready concatenated view, else head and two wrists as the T-layout, else the first."""
+    choice, folder = Choice.of(mapping), root / path
+    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ValueError(
-            f"source {source.path}: no folder {folder}; correct the path, which is relative to the "
-            "card"
+            f"source {path}: no folder {folder}; correct the path, which is relative to the card"
         )
-    return open_recordings(source.path, source.mapping)
-
-
-def open_recordings(path: str | Path, mapping: Mapping | None = None) -> Recordings:
-    """The reader that a dataset needs. Where no cameras are chosen: a ready concatenated view, else
-    head and two wrists as the T-layout, else the first."""
-    choice = Choice.of(mapping)
-    if Path(path).is_dir() and not (Path(path) / "meta").exists() and is_official(Path(path)):
-        return OfficialFolder(Path(path), choice)
-    reader = LeRobotDataset.open(path, choice, quiet=True)
+    if folder.is_dir() and not (folder / "meta").exists() and is_official(folder):
+        return OfficialFolder(folder, choice)
+    reader = LeRobotDataset.open(folder if folder.is_dir() else path, choice, quiet=True)
     if choice.cameras or choice.t_layout or len(reader.cameras) < 2:
         return reader
     try:
@@ -306,7 +297,8 @@ class Pyramid:
             raise ValueError(f"card {self.name}: {error}") from error
         self.weights = np.array([o.source.weight for o in self.opened])
         self.size = tuple(self.card.get("size", self.size))
-        self.plan()
+        for o in self.opened:
+            o.plan(self.span)
 
     def _read(self, path: Path) -> tuple[Path, dict]:
         """The folder that paths are relative to, and the card: of a file, or made up."""
@@ -321,20 +313,20 @@ class Pyramid:
     def _open(self, root: Path, sources: list[Source]) -> list[OpenSource]:
         chosen = [source for source in sources if source.level in self.levels]
         if not chosen:
+            known = sorted({source.level for source in sources})
             raise ValueError(
-                f"sources are of levels {sorted({source.level for source in sources})}; this stage "
-                f"takes {list(self.levels)}: add some, or name a stage that fits"
+                f"sources are of levels {known}; this stage takes {list(self.levels)}: add some, "
+                "or name a stage that fits"
             )
+        alike = Counter((source.path, source.level) for source in chosen)
         opened = []
         for source in chosen:
-            alike = [s for s in chosen if (s.path, s.level) == (source.path, source.level)]
-            share = -(-(self.episodes or EPISODES) // len(alike))
+            share = math.ceil((self.episodes or EPISODES) / alike[source.path, source.level])
             opened.append(OpenSource(source, root, share, self.seed))
-        mine = [o for o in opened if self.robot in ("", o.source.embodiment)]
-        if not mine:
-            known = sorted({o.source.embodiment for o in opened})
-            raise ValueError(f"robot is {self.robot!r}; expected one of {known}")
-        return mine
+        robots = sorted({o.source.embodiment for o in opened})
+        if self.robot and self.robot not in robots:
+            raise ValueError(f"robot is {self.robot!r}; expected one of {robots}")
+        return [o for o in opened if self.robot in ("", o.source.embodiment)]
 
     def _check_widths(self) -> None:
         widths: dict[str, tuple[int, int]] = {}
@@ -373,15 +365,10 @@ class Pyramid:
         """Seconds of a window."""
         return self.frames / self.video_hz
 
-    def plan(self) -> None:
-        for o in self.opened:
-            o.plan(self.span)
-
     def see_as(self, robot: Statistics) -> None:
         """Takes the rates and the picture that a checkpoint knows."""
         self.action_hz, self.ratio, self.size = robot.action_hz, robot.rate, robot.size
         self.video_hz = robot.action_hz / robot.rate
-        self.plan()
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -392,63 +379,50 @@ class Pyramid:
     # Statistics: each rank reads its share of the episodes once.
 
     def measure(self, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-        """This rank's share of what `robots` adds up. Under ROBOT/COLUMN/moments/BLOCK lie moments
-        of a block of episodes, under ROBOT/COLUMN/sample/RANK rows drawn from all of the rank's;
-        COLUMN is state or actions. Held-out episodes do not count."""
+        """This rank's share of what `robots` adds up, `measured` in blocks of episodes under names
+        ROBOT/COLUMN/BLOCK, where COLUMN is state or actions. Held-out episodes do not count."""
         acting = [o for o in self.opened if o.reader.widths[1]]
         blocks = [(o, first) for o in acting for first in range(0, o.trained, BLOCK)]
         found: dict[str, Tensor] = {}
-        samples: dict[str, Sample] = {}
         for number in range(rank, len(blocks), world):
             o, first = blocks[number]
+            robot = o.source.embodiment
+            total = sum(other.rows for other in acting if other.source.embodiment == robot)
             episodes = range(first, min(first + BLOCK, o.trained))
             columns = zip(*(o.reader.numbers(e) for e in episodes))
             for column, parts in zip(("state", "actions"), columns):
-                if parts[0] is None:
-                    continue
-                rows, name = np.concatenate(parts), f"{o.source.embodiment}/{column}"
-                found[f"{name}/moments/{number:06d}"] = Moments.of(rows).packed()
-                keys = np.random.default_rng([number, first]).random(len(rows))
-                sample = Sample(keys, rows.astype(np.float32))
-                samples[name] = samples[name] + sample if name in samples else sample
-        for name, sample in samples.items():
-            found[f"{name}/sample/{rank}"] = sample.packed()
+                if parts[0] is not None:
+                    name = f"{robot}/{column}/{number:06d}"
+                    found |= measured(np.concatenate(parts), name, total, number)
         return found
 
     def robots(
-        self, acting: bool, measured: Sequence[dict[str, Tensor]] | None = None
+        self, acting: bool, found: Sequence[dict[str, Tensor]] | None = None
     ) -> tuple[Statistics, ...]:
         """Statistics of each robot, for a checkpoint; if the stage acts, with its normalisation,
-        from what all ranks `measured`."""
-        tensors: dict[str, Tensor] = {}
-        if acting:
-            for part in [self.measure()] if measured is None else measured:
-                tensors |= part
-        sources: dict[str, list[OpenSource]] = {}
-        for o in self.opened:
-            if not acting or o.reader.widths[1]:
-                sources.setdefault(o.source.embodiment, []).append(o)
-        return tuple(self._statistics(name, sources[name], tensors) for name in sorted(sources))
-
-    def _statistics(
-        self, name: str, sources: list[OpenSource], tensors: dict[str, Tensor]
-    ) -> Statistics:
-        kinds = sorted({o.source.normalise for o in sources})
-        if len(kinds) > 1:
-            raise ValueError(
-                f"card {self.name}: sources of {name} are normalised by {kinds}; choose one"
+        from what all ranks `found` by `measure`."""
+        if found is None:
+            found = [self.measure()] if acting else []
+        tensors = {name: tensor for part in found for name, tensor in part.items()}
+        chosen = [o for o in self.opened if not acting or o.reader.widths[1]]
+        statistics = []
+        for robot in sorted({o.source.embodiment for o in chosen}):
+            mine = [o for o in chosen if o.source.embodiment == robot]
+            kind, *others = sorted({o.source.normalise for o in mine})
+            if others:
+                raise ValueError(
+                    f"card {self.name}: sources of {robot} are normalised by {[kind, *others]}; "
+                    "choose one"
+                )
+            actions, state = (
+                Normaliser.of(tensors, f"{robot}/{column}/", kind)
+                for column in ("actions", "state")
             )
-        reader = sources[0].reader
-        return Statistics(
-            name,
-            self.ratio,
-            normaliser(tensors, f"{name}/actions", kinds[0]),
-            normaliser(tensors, f"{name}/state", kinds[0]),
-            self.action_hz,
-            tuple(camera.removeprefix("observation.images.") for camera in reader.cameras),
-            reader.given.t_layout,
-            self.size,
-        )
+            reader = mine[0].reader
+            views = tuple(name.removeprefix("observation.images.") for name in reader.cameras)
+            seen = self.action_hz, views, reader.given.t_layout, self.size
+            statistics.append(Statistics(robot, self.ratio, actions, state, *seen))
+        return tuple(statistics)
 
     # Windows.
 
@@ -464,33 +438,32 @@ class Pyramid:
 
     def held_out(self, count: int, seed: int) -> Tensor:
         """(B, 3): at most one whole window from each of `count` held-out episodes."""
-        rng, room = np.random.default_rng(seed), []
+        rng = np.random.default_rng(seed)
+        rows = []
         for i, o in enumerate(self.opened):
             for e in range(o.trained, len(o.reader.lengths)):
-                starts = int(o.reader.lengths[e] - self.span * o.reader.fps)
+                starts = o.reader.lengths[e] - math.ceil(self.span * o.reader.fps - 1e-6)
                 if starts > 0:
-                    room.append((i, e, starts))
-        if not room:
+                    rows.append((i, e, int(rng.integers(starts))))
+        if not rows:
             raise ValueError(
                 f"card {self.name}: no held-out episode is longer than {self.span:g} s; set "
                 '"held_out" of a source to more'
             )
-        chosen = [room[n] for n in rng.permutation(len(room))[:count]]
-        return torch.tensor([(i, e, int(rng.integers(starts))) for i, e, starts in chosen])
+        return torch.tensor(rows)[rng.permutation(len(rows))[:count]]
 
     def window(self, row: Sequence[int], actions: str) -> Example:
         """The window of a row (source, episode, first row); `actions`: none, latent or real."""
-        i, episode, start = (int(n) for n in row)
-        source, reader = self.opened[i].source, self.opened[i].reader
-        acts = actions == "real" and reader.widths[1] > 0
+        i, episode, start = row
+        o, reader = self.opened[i], self.opened[i].reader
         video_times = np.arange(self.frames + 1) / self.video_hz
         action_times = ()
-        if acts:
-            action_times = (np.arange(self.frames * self.ratio) + source.ahead) / self.action_hz
+        if actions == "real" and reader.widths[1]:
+            action_times = (np.arange(self.frames * self.ratio) + o.source.ahead) / self.action_hz
         seen = reader.window(episode, start / reader.fps, video_times, action_times)
-        chunk, mask = (seen.actions, seen.action_mask) if acts else (None, None)
+        chunk, mask = seen.actions, seen.action_mask
         if actions == "latent":
-            rows, known = self.opened[i].latents(episode, self.video_hz, self.encode)
+            rows, known = o.latents(episode, self.video_hz, self.encode)
             index = np.floor(start + video_times[:-1] * reader.fps + 0.5).astype(int)
             last = np.minimum(index, len(rows) - 1)
             chunk, mask = rows[last], known[last] & (index < len(rows))
@@ -502,38 +475,37 @@ class Pyramid:
     def describe(self) -> str:
         """What is used: per source and per level hours, episodes, rows, windows and share of a
         batch; the rates; and what each reader says."""
-        line = "{:>5}  {:24} {:16} {:>8.3f} {:>9} {:>10} {:>10} {:>5.1f} %".format
+        line = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
         heads = ("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share")
-        lines = [f"{self.name}: {len(self.opened)} sources"]
-        lines.append("{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format(*heads))
-        levels: dict[int, list[tuple]] = {}
-        for o, share in zip(self.opened, 100 * self.weights / self.weights.sum()):
-            figures = o.hours, o.trained, o.rows, o.windows, share
-            levels.setdefault(o.source.level, []).append(figures)
-            lines.append(line(o.source.level, o.name[:24], o.source.embodiment[:16], *figures))
-        for level in sorted(levels) if len(self.opened) > 1 else ():
-            lines.append(line(level, "all", "", *map(sum, zip(*levels[level]))))
+        table = []
+        for o, share in zip(self.opened, self.weights / self.weights.sum()):
+            figures = o.rows / o.reader.fps / 3600, o.trained, o.rows, o.windows, share
+            table.append((o.source.level, o.name[:24], o.source.embodiment[:16], *figures))
+        for level in sorted({level for level, *_ in table}) if len(table) > 1 else ():
+            sums = map(sum, zip(*(figures for other, _, _, *figures in table if other == level)))
+            table.append((level, "all", "", *sums))
+        lines = [f"{self.name}: {len(self.opened)} sources", line(*heads)]
+        for *names, hours, episodes, rows, windows, share in table:
+            lines.append(line(*names, f"{hours:.3f}", episodes, rows, windows, f"{share:.1%}"))
         lines.append(
-            f"video at {self.video_hz:g} Hz ({self.frames} frames after the observation), actions at "
-            f"{self.action_hz:g} Hz ({self.ratio} per frame), pictures {self.size[0]} x "
+            f"video at {self.video_hz:g} Hz ({self.frames} frames after the observation), actions "
+            f"at {self.action_hz:g} Hz ({self.ratio} per frame), pictures {self.size[0]} x "
             f"{self.size[1]}, {sum(o.source.held_out for o in self.opened)} episodes held out"
         )
-        times = np.arange(self.frames * self.ratio) / self.action_hz
         for o in self.opened:
-            rows = np.concatenate([times, times[:: self.ratio]]) * o.reader.fps
+            rows = np.arange(self.frames * self.ratio) / self.action_hz * o.reader.fps
             off = np.abs(rows - np.round(rows)).max() / o.reader.fps
             if off > 1e-4:
                 lines.append(
-                    f"{o.source.path}: rows at {o.reader.fps:g} fps are up to {1000 * off:.1f} ms "
-                    "beside the wanted times"
+                    f"{o.name}: rows at {o.reader.fps:g} fps are up to {1000 * off:.1f} ms beside "
+                    "the wanted times"
                 )
-        for o in self.opened:
             ahead = ", actions are later positions" if o.source.ahead else ""
             lines.append(o.reader.describe())
             lines.append(
                 f"  used     level {o.source.level}, weight {o.source.weight:g}, normalised by "
-                f"{o.source.normalise}, drawn by {o.source.draw}, {o.source.held_out} episodes held "
-                f"out{ahead}"
+                f"{o.source.normalise}, drawn by {o.source.draw}, {o.source.held_out} episodes "
+                f"held out{ahead}"
             )
         return "\n".join(lines)
 
@@ -545,12 +517,10 @@ class Pyramid:
         seen: dict[bytes, tuple[str, int]] = {}
         for o in self.opened:
             for e in range(len(o.reader.lengths)):
-                parts = [part.tobytes() for part in o.reader.numbers(e) if part is not None]
-                if not parts:
-                    continue
-                mark = hashlib.sha256(b"".join(parts)).digest()
+                numbers = b"".join(x.tobytes() for x in o.reader.numbers(e) if x is not None)
+                mark = hashlib.sha256(numbers).digest()
                 path, other = seen.setdefault(mark, (o.source.path, e))
-                if path != o.source.path:
+                if numbers and path != o.source.path:
                     faults.append(
                         f"card {self.name}, source {o.source.path}, episode {e}: equals episode "
                         f"{other} of {path} number for number; drop one of the two"
@@ -572,37 +542,24 @@ def sources_of(card: dict) -> list[Source]:
         if not is_number(value) or not 0 < value <= 1000:
             raise ValueError(f"{key} is {value!r:.50}; expected a rate above 0, at most 1000")
     size = card.get("size", [32, 32])
-    whole = isinstance(size, list) and all(is_whole(n, 16) and n % 16 == 0 for n in size)
-    if not whole or len(size) != 2 or max(size) > 4096:
+    sides = size if isinstance(size, list) else []
+    if len(sides) != 2 or not all(is_whole(n, 16) and n % 16 == 0 and n <= 4096 for n in sides):
         raise ValueError(
             f"size is {size!r:.50}; expected [height, width] in multiples of 16 up to 4096"
         )
-    sources, seen = [], set()
+    sources = []
+    seen = set()
     for i, line in enumerate(lines):
         if "path" not in line:
             raise ValueError(f"source {i} has no path; name its folder, relative to the card")
         check_keys(line, Source, f"source {line['path']}")
         source = Source(**line)
-        mark = [source.path, json.dumps(source.mapping, sort_keys=True)]
-        if source.rendered:
-            mark += [source.level, source.embodiment]
-        if tuple(mark) in seen:
+        own = (source.level, source.embodiment) if source.rendered else ()
+        mark = source.path, json.dumps(source.mapping, sort_keys=True), own
+        if mark in seen:
             raise ValueError(
                 f"source {source.path} is there twice; give it a larger weight instead"
             )
-        seen.add(tuple(mark))
+        seen.add(mark)
         sources.append(source)
     return sources
-
-
-def normaliser(tensors: Mapping[str, Tensor], name: str, kind: str) -> Normaliser | None:
-    """The normalisation of a robot's column from what `Pyramid.measure` found, added up in one
-    order for any number of ranks; None if nothing was."""
-    blocks = sorted(key for key in tensors if key.startswith(f"{name}/moments/"))
-    if not blocks:
-        return None
-    moments = [Moments.unpacked(tensors[key]) for key in blocks]
-    samples = [
-        Sample.unpacked(part) for key, part in tensors.items() if key.startswith(f"{name}/sample/")
-    ]
-    return Normaliser.of(reduce(Moments.__add__, moments), reduce(Sample.__add__, samples), kind)

@@ -22,9 +22,9 @@ class LatentFiles:
             about = read_json(folder / "statistics.json")
         if not {"mean", "std", "made"} <= about.keys():
             raise ValueError(
-                f"{folder} holds no latent actions (expected statistics.json with mean, std, made); "
-                "make them with `python -m scripts.latents encode --data DATASET`, or name their "
-                f'folder with "latents" in the card{more}'
+                f"{folder} holds no latent actions (statistics.json with mean, std, made); make "
+                "them with `python -m scripts.latents encode --data DATASET`, or name their folder "
+                f'with "latents" in the card{more}'
             )
         self.folder, self.name, self.skipped = folder, str(folder), {}
         if (folder / "summary.json").is_file():

@@ -22,15 +22,12 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from formats.recordings import (
-    MAX_BYTES,
     MISSING,
     TOLERANCE,
     Choice,
@@ -39,18 +36,19 @@ from formats.recordings import (
     VideoWriter,
     av,
 )
-from formats.statistics import Moments
 from weights.files import read_json
 
 try:
     import pyarrow as pa
+    import pyarrow.json as pj
     import pyarrow.parquet as pq
 except ImportError:
-    pa = pq = None
+    pa = pj = pq = None
 
 # Rows of an episode, episodes of a dataset: above any honest one, and still small in memory.
 MAX_ROWS = 1_000_000
-MAX_SIDE = 1 << 14
+MAX_SIDE = 1 << 14  # pixels, dimensions
+MAX_META = 256 << 20  # bytes of metadata
 PATHS = {
     "v3.0": {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -102,7 +100,7 @@ class LeRobotDataset(Folder):
         super().__init__(root, mapping)
         self._read_info()
         self._read_features()
-        self.tasks = dict(self._read_tasks())
+        self.tasks = self._read_tasks()
         self._read_episodes()
         self._choose()
 
@@ -153,19 +151,6 @@ class LeRobotDataset(Folder):
                 self.sizes[key] = tuple(shape[:2] if shape[2] == 3 else shape[1:])
         self.videos = [key for key in self.sizes if self.features[key]["dtype"] == "video"]
 
-    def _lines(self, name: str, **kinds: type) -> Iterator[list]:
-        """Fields of these kinds of each line of a json file."""
-        with self._path(name).open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), 1):
-                try:
-                    row = json.loads(line)
-                    for key, kind in kinds.items():
-                        if not isinstance(row[key], kind):
-                            raise TypeError(f"{key} is {row[key]!r:.60}")
-                except (ValueError, TypeError, LookupError, RecursionError) as error:
-                    raise self._fault(None, name, f"line {number}: {error!r}", AGAIN) from error
-                yield [row[key] for key in kinds]
-
     def _parquet(
         self,
         path: Path,
@@ -189,75 +174,78 @@ class LeRobotDataset(Folder):
             raise self._fault(episode, field, found, AGAIN)
         return file
 
-    def _read_tasks(self) -> Iterator[tuple[int, str]]:
-        name = "meta/tasks.jsonl" if self.version == "v2.1" else "meta/tasks.parquet"
-        path = self._path(name)
-        if path.stat().st_size > MAX_BYTES:
-            found = f"has {path.stat().st_size} bytes"
-            raise self._fault(None, name, found, f"at most {MAX_BYTES} are allowed")
-        if self.version == "v2.1":
-            rows = self._lines(name, task_index=int, task=str)
-        else:
-            file = self._parquet(path, name, ["task_index"], self.info.get("total_tasks"))
-            table = file.read()
-            # The text is a pandas index, so its column is called `task` or `__index_level_0__`.
-            kinds = (pa.string(), pa.large_string())
-            texts = [column.to_pylist() for column in table.columns if column.type in kinds]
-            numbers = table["task_index"].to_pylist()
-            rows = zip(numbers, texts[0] if texts else [None] * len(numbers))
-        seen = set()
-        for index, text in rows:
-            if not isinstance(index, int) or not text or index in seen:
-                remedy = "each whole task_index must appear once, with a text"
-                raise self._fault(None, name, f"task {index} is {text!r:.60}", remedy)
-            seen.add(index)
-            yield index, text
+    def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
+        """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
+        Nothing of a parquet file is read before its number of rows is known to be right."""
+        paths = [self._path(name) for name in names]
+        field = os.path.commonprefix(names)
+        size = sum(path.stat().st_size for path in paths)
+        if size > MAX_META:
+            raise self._fault(None, field, f"has {size} bytes", f"at most {MAX_META} are allowed")
+        schema = pa.schema(kinds)
+        try:
+            if self.version == "v2.1":
+                parse = pj.ParseOptions(schema, unexpected_field_behavior="ignore")
+                read = pj.ReadOptions(block_size=MAX_META)  # a line lies in one block
+                tables = [pj.read_json(path, read, parse) for path in paths]
+                found = sum(map(len, tables))
+            else:
+                files = [
+                    self._parquet(path, name, schema.names) for path, name in zip(paths, names)
+                ]
+                found = sum(file.metadata.num_rows for file in files)
+            if rows not in (None, found):
+                found = f"has {found} rows, info.json says {rows}"
+                raise self._fault(None, field, found, "correct one of them")
+            if self.version == "v3.0":
+                tables = [file.read(schema.names) for file in files]
+            table = pa.concat_tables(one.select(schema.names).cast(schema) for one in tables)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError) as error:
+            raise self._fault(None, field, f"cannot be read ({error})", AGAIN) from error
+        return table
 
-    def _episode_table(self, names: list[str]) -> "pa.Table":
-        """These columns of meta/episodes, read when their number of rows is known to be right."""
+    def _read_tasks(self) -> dict[int, str]:
+        name, text, rows = "meta/tasks.jsonl", "task", None
         if self.version == "v3.0":
-            folder = self.root / "meta/episodes"
-            paths = sorted(str(path.relative_to(self.root)) for path in folder.rglob("*.parquet"))
-            files = [self._parquet(self._path(path), path, names) for path in paths]
-            found = sum(file.metadata.num_rows for file in files)
-        else:
-            lines = self._lines("meta/episodes.jsonl", episode_index=int, length=int, tasks=list)
-            rows = list(islice(lines, self.info["total_episodes"] + 1))
-            found = len(rows)
-        if found != self.info["total_episodes"]:
-            found = f"is {self.info['total_episodes']} in info.json, meta/episodes has {found}"
-            raise self._fault(None, "total_episodes", found, "correct one of them")
-        if self.version == "v3.0":
-            return pa.concat_tables(file.read(names).select(names) for file in files)
-        return pa.table(list(zip(*rows)), names)
+            name, rows = "meta/tasks.parquet", self.info.get("total_tasks")
+            # The text is a pandas index, which may have no name.
+            columns = self._parquet(self._path(name), name, ()).schema_arrow.names
+            text = "task" if "task" in columns else "__index_level_0__"
+        table = self._metadata([name], rows, {"task_index": pa.int64(), text: pa.string()})
+        tasks = {}
+        for index, task in zip(*(column.to_pylist() for column in table.columns)):
+            if index is None or not task or index in tasks:
+                remedy = "each whole task_index must appear once, with a text"
+                raise self._fault(None, name, f"task {index} is {task!r:.60}", remedy)
+            tasks[index] = task
+        return tasks
 
     def _episode_columns(self) -> dict[str, np.ndarray]:
         """Columns of meta/episodes as numbers (E,) in the order of episodes; of the tasks, which
         become `episode_tasks`, how many each has."""
+        files = ["meta/episodes.jsonl"]
         names = ["episode_index", "length"]
         if self.version == "v3.0":
+            paths = (self.root / "meta/episodes").rglob("*.parquet")
+            files = sorted(str(path.relative_to(self.root)) for path in paths)
             names += ["dataset_from_index", "dataset_to_index"]
             names += ["data/chunk_index", "data/file_index"]
             names += [f"videos/{key}/{name}" for key in self.videos for name in VIDEO]
+        kinds = {name: pa.float64() if "timestamp" in name else pa.int64() for name in names}
+        kinds["tasks"] = pa.list_(pa.string())
+        table = self._metadata(files, self.info["total_episodes"], kinds)
         columns = {}
-        try:
-            table = self._episode_table(["episode_index", "length", "tasks", *names[2:]])
-            for name in names:
-                kind = pa.float64() if "timestamp" in name else pa.int64()
-                columns[name] = table[name].cast(kind).to_numpy()
-                good = (columns[name] >= 0) & (columns[name] < np.inf)
-                if table[name].null_count or not good.all():
-                    found = "has values that are null, negative or not finite"
-                    raise self._fault(None, name, found, AGAIN)
-            tasks = table["tasks"].cast(pa.list_(pa.string())).combine_chunks()
-        except (pa.ArrowException, OSError, OverflowError) as error:
-            remedy = "expected numbers and lists of task texts"
-            raise self._fault(None, "meta/episodes", f"cannot be read ({error})", remedy) from error
+        for name in names:
+            columns[name] = table[name].to_numpy()
+            good = (columns[name] >= 0) & (columns[name] < np.inf)
+            if table[name].null_count or not good.all():
+                found = "has values that are null, negative or not finite"
+                raise self._fault(None, name, found, AGAIN)
         order = np.argsort(columns["episode_index"], kind="stable")
-        self.episode_tasks = tasks.take(pa.array(order))
-        counts = self.episode_tasks.value_lengths().fill_null(0)
         columns = {name: values[order] for name, values in columns.items()}
-        return columns | {"tasks": counts.to_numpy(zero_copy_only=False)}
+        self.episode_tasks = table["tasks"].combine_chunks().take(pa.array(order))
+        return columns | {"tasks": np.asarray(self.episode_tasks.value_lengths().fill_null(0))}
 
     def _read_episodes(self) -> None:
         """Length and places of each episode; what meta/episodes says twice must agree."""
@@ -280,35 +268,35 @@ class LeRobotDataset(Folder):
             found = f"is {self.info['total_frames']}, the episodes have {total}"
             raise self._fault(None, "total_frames", found, "correct info.json")
         start = np.cumsum(length) - length
-        if self.version == "v2.1":  # each episode has its own files
-            own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
-            columns |= {"dataset_from_index": start, "dataset_to_index": start + length}
-            for key in ("data", *(f"videos/{key}" for key in self.videos)):
-                columns |= {f"{key}/{name}": values for name, values in zip(VIDEO, own)}
-        right = columns["dataset_from_index"] == start
-        require(right, "dataset_from_index", "must be the sum of the lengths before")
-        right = columns["dataset_to_index"] == start + length
-        require(right, "dataset_to_index", "must be dataset_from_index + length")
+        for name, wanted in {
+            "dataset_from_index": start,
+            "dataset_to_index": start + length,
+        }.items():
+            remedy = "must count the rows of all episodes before"
+            require(columns.get(name, wanted) == wanted, name, remedy)
+        # In v2.1, which does not say it, each episode has its own files.
+        own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
         self.video_at = {}
         for key in self.videos:
             names = [f"videos/{key}/{name}" for name in VIDEO]
-            chunk, file, begin, end = (columns[name] for name in names)
+            chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
             right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
             require(right, names[3], "must be from_timestamp + length / fps")
             order = np.lexsort((begin, file, chunk))
-            same_file = (np.diff(np.stack([chunk, file])[:, order]) == 0).all(0)
-            apart = np.ones(len(number), bool)
+            other_file = (np.diff(chunk[order]) != 0) | (np.diff(file[order]) != 0)
             gap = begin[order[1:]] - end[order[:-1]]
-            apart[order[1:]] = ~same_file | (gap >= -0.5 / self.fps)
+            apart = np.ones(len(number), bool)
+            apart[order[1:]] = other_file | (gap >= -0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
             require(apart, names[2], remedy)
             self.video_at[key] = (chunk, file, begin)
         # Within a data file rows run from its first episode; it has the rows of all its episodes.
-        place = np.stack([columns["data/chunk_index"], columns["data/file_index"]], axis=1)
-        _, first, which = np.unique(place, axis=0, return_index=True, return_inverse=True)
-        which = which.ravel()
-        rows = np.bincount(which, length).astype(int)
-        self.data_at = (*place.T, start - start[first[which]], rows[which])
+        chunk = columns.get("data/chunk_index", own[0])
+        file = columns.get("data/file_index", own[1])
+        files = np.stack([chunk, file], axis=1)
+        _, first, which = np.unique(files, axis=0, return_index=True, return_inverse=True)
+        rows = np.bincount(which.ravel(), length).astype(int)
+        self.data_at = (chunk, file, start - start[first[which.ravel()]], rows[which.ravel()])
         self.start = start
         self.lengths = length
 
@@ -391,10 +379,10 @@ class LeRobotDataset(Folder):
         key = ("data", path, *columns)
         opened = self.open_files.take(key) or self._parquet(path, "data", columns, rows, episode)
         groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        edges = np.cumsum([0, *groups]) - offset  # as rows of the episode
-        first = np.searchsorted(edges, low, "right") - 1
-        wanted = range(first, np.searchsorted(edges, high, "left"))
-        at = int(edges[first])
+        ends = np.cumsum(groups) - offset  # as rows of the episode
+        first, last = np.searchsorted(ends, [low, high - 1], "right")
+        wanted = range(first, last + 1)
+        at = int(ends[first]) - groups[first]
         try:
             for batch in opened.iter_batches(size, wanted, columns, use_threads=False):
                 begin = max(low - at, 0)
@@ -568,19 +556,31 @@ class LeRobotDataset(Folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-def picture_moments(picture: np.ndarray) -> Moments:
-    """Of the colours of a picture (H, W, 3), 0 to 1, which together count as one row."""
-    pixels = picture.reshape(-1, 3) / 255
-    return Moments(1, pixels.mean(0), pixels.var(0), pixels.min(0), pixels.max(0))
+def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict:
+    """LeRobot's statistics of rows (T, D), each (D,); their count is (1,)."""
+    found = {"min": rows.min(axis, **keep), "max": rows.max(axis, **keep)}
+    found |= {"mean": rows.mean(axis, **keep), "std": rows.std(axis, **keep)}
+    return found | {"count": np.array([len(rows)])}
 
 
-def as_stats(moments: Moments, picture: bool) -> dict[str, list]:
-    """LeRobot's statistics of a column; those of pictures have the shape (3, 1, 1)."""
-    std = np.sqrt(moments.square / moments.count)
-    found = {"min": moments.min, "max": moments.max, "mean": moments.mean, "std": std}
-    shape = (3, 1, 1) if picture else -1
-    stats = {name: values.reshape(shape).tolist() for name, values in found.items()}
-    return stats | {"count": [moments.count]}
+def measure_picture(picture: np.ndarray) -> dict:
+    """The same of the colours of a picture (H, W, 3), 0 to 1, each (3, 1, 1); it counts as one."""
+    stats = measure(picture.transpose(2, 0, 1) / 255, axis=(1, 2), keepdims=True)
+    return stats | {"count": np.array([1])}
+
+
+def pool(parts: Sequence[dict]) -> dict:
+    """Statistics of the whole from those of its parts."""
+    low, high, mean, std, count = (np.stack([part[name] for part in parts]) for name in parts[0])
+    weights = count[:, 0]
+    whole = np.average(mean, axis=0, weights=weights)
+    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=weights)
+    found = (low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
+    return dict(zip(parts[0], found))
+
+
+def as_lists(stats: dict) -> dict[str, list]:
+    return {name: values.tolist() for name, values in stats.items()}
 
 
 class Writer:
@@ -598,7 +598,7 @@ class Writer:
                 raise ValueError(f"dataset {folder} exists; remove it or write elsewhere")
         self.features = {}
         self.episodes = []  # rows of meta/episodes
-        self.moments = {}  # of each column and camera, over all episodes
+        self.stats = []  # of each episode, by column and camera
         self.tasks = {}  # text -> number
         self.total = 0  # rows
         self.number = Counter()  # of the file in use, of data ("") and of each camera
@@ -633,7 +633,7 @@ class Writer:
         vectors = {key: np.asarray(v, np.float32) for key, v in vectors.items() if v is not None}
         length = len(next(iter(vectors.values()))) if vectors else None
         features = {}
-        moments = {}
+        stats = {}
         for key, v in vectors.items():
             if v.ndim != 2 or not v.size or len(v) != length or not np.isfinite(v).all():
                 found = f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite"
@@ -641,7 +641,7 @@ class Writer:
             names = [f"{key.split('.')[-1]}_{i}" for i in range(v.shape[1])]
             names = list(labels) if key == LABELS else names
             features[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": names}
-            moments[key] = Moments.of(v)
+            stats[key] = measure(v.astype(np.float64))
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
             count, shape, sample = self._write_video(key, pictures)
@@ -651,20 +651,20 @@ class Writer:
             length = count
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
-            moments[key] = reduce(Moments.__add__, sample)
+            stats[key] = pool(sample)
         self.features = self.features or features
         if features != self.features or not features:
             found = f"are { {key: f['shape'] for key, f in features.items()} }"
             raise self._fault("features", found, "expected the cameras and widths of episode 0")
         self._write_rows(vectors, length, self.tasks.setdefault(task, len(self.tasks)))
-        self._write_episode(task, length, moments)
+        self._write_episode(task, length, stats)
         self._close(full=True)
 
     def _write_video(
         self, key: str, pictures: Iterable[np.ndarray]
-    ) -> tuple[int, list[int], list[Moments]]:
-        """Adds an episode to a camera's mp4: how many pictures, their shape, moments of a few."""
-        moments = []
+    ) -> tuple[int, list[int], list[dict]]:
+        """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
+        stats = []
         shape = self.features.get(key, {}).get("shape")
         count = 0
         for picture in map(np.asarray, pictures):
@@ -677,9 +677,9 @@ class Writer:
                 self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
             self.videos[key].add(picture, first=count == 0)
             if count % 10 == 0:
-                moments.append(picture_moments(picture[::4, ::4]))
+                stats.append(measure_picture(picture[::4, ::4]))
             count += 1
-        return count, shape, moments
+        return count, shape, stats
 
     def _write_rows(self, vectors: dict[str, np.ndarray], length: int, task: int) -> None:
         """Adds an episode to the data file, which is opened if there is none."""
@@ -704,7 +704,7 @@ class Writer:
             self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(self, task: str, length: int, moments: dict[str, Moments]) -> None:
+    def _write_episode(self, task: str, length: int, stats: dict[str, dict]) -> None:
         """The episode's row of meta/episodes: places, tasks and statistics."""
         size = self.storage.chunks_size
         row = {
@@ -722,10 +722,9 @@ class Writer:
             end = video.frames / self.fps
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
-        for key, one in moments.items():
-            stats = as_stats(one, self.features[key]["dtype"] == "video")
-            row |= {f"stats/{key}/{name}": values for name, values in stats.items()}
-            self.moments[key] = self.moments[key] + one if key in self.moments else one
+        for key, one in stats.items():
+            row |= {f"stats/{key}/{name}": values for name, values in as_lists(one).items()}
+        self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
 
@@ -753,10 +752,8 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        stats = {}
-        for key, moments in self.moments.items():
-            stats[key] = as_stats(moments, self.features[key]["dtype"] == "video")
-        (meta / "stats.json").write_text(json.dumps(stats), "utf-8")
+        whole = {key: as_lists(pool([one[key] for one in self.stats])) for key in self.features}
+        (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4), "utf-8")
         os.replace(self.root, self.final)
 

@@ -346,7 +346,7 @@ def save_norm_modulate(ctx, inputs, output):
 
 
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Layer norm of x (B, L, D), then shift and scale (B or 1, 1 or L, D; the same shape) -> (B, L,
     D) in `dtype`."""

@@ -106,6 +106,11 @@ def test_modulation_shifts_and_scales_the_norm_and_gates_the_residual():
     found = attention.norm_modulate(x, 3 * one, one, 0.0)
     torch.testing.assert_close(found, torch.tensor([[[1.0, 5.0]]]))
     assert attention.norm_modulate(x, one, one, 0.0, HALF).dtype == HALF
+    half = torch.randn(1, 3, 8).to(HALF)
+    shift, scale = torch.randn(2, 1, 1, 8)
+    norm = attention.LayerNorm(8, 1e-6, elementwise_affine=False)  # in fp32, rounded, as official
+    expected = torch.addcmul(shift, norm(half).float(), 1 + scale)
+    assert torch.equal(attention.norm_modulate(half, shift, scale, 1e-6), expected)
     found = attention.add_gated(x.to(HALF), 4 * one.to(HALF), 0.5 * one)
     assert found.dtype == torch.float32 and found.tolist() == [[[1.0, 3.0]]]
 

@@ -835,7 +835,7 @@ MUTANTS = {
     "tasks without text": (
         "v3.0",
         edit_table(lambda t: t.select(["task_index"]), lambda r: r / "meta/tasks.parquet"),
-        "tasks.parquet: task 0",
+        "__index_level_0__: tasks.parquet has no such column",
     ),
     "an episode without tasks": ("v2.1", rows_of(1, tasks=[]), "episode 1, tasks"),
     "an episode index twice": ("v2.1", rows_of(2, episode_index=1), "episode_index: is 1"),
@@ -847,19 +847,23 @@ MUTANTS = {
     "an episode row less": (
         "v2.1",
         edit_lines("episodes", lambda rows: rows[:-1]),
-        "total_episodes: is 4 .* 3",
+        "meta/episodes.*has 3 rows, info.json says 4",
     ),
     "an episode row more": (
         "v3.0",
         edit_table(lambda t: pa.concat_tables([t, t.slice(3, 1)]), episode_rows),
-        "total_episodes: is 4 .* 5",
+        "meta/episodes.*has 5 rows, info.json says 4",
     ),
     "an episode twice in v3.0": (
         "v3.0",
         edit_table(column("episode_index", lambda v: [0, 1, 1, 3]), episode_rows),
         "episode 2, episode_index",
     ),
-    "a length that is text": ("v2.1", rows_of(1, length="14"), "episodes.jsonl: line 2"),
+    "a length that is text": (
+        "v2.1",
+        rows_of(1, length="14"),
+        "episodes.jsonl: .*from number to string",
+    ),
     "a length of 31 digits": ("v2.1", rows_of(1, length=10**30), "meta/episodes"),
     "a length below zero": (
         "v3.0",
@@ -869,7 +873,7 @@ MUTANTS = {
     "deep json": (
         "v2.1",
         lambda root: (root / "meta/episodes.jsonl").write_text("[" * 100_000),
-        "episodes.jsonl: line 1",
+        "episodes.jsonl: cannot be read",
     ),
     "10^9 frames in info": (
         "v3.0",
@@ -1109,7 +1113,7 @@ MUTANTS = {
     "a PNG of another size": (
         "v3.0-images",
         cell(lambda raw: png((16, 16))),
-        f"episode 1, {key('left')}: .*16 x 16",
+        rf"episode 1, {key('left')}: .*\(16, 16\)",
     ),
     "a PNG of 16 bits": (
         "v3.0-images",
@@ -1158,7 +1162,8 @@ def test_a_broken_dataset_is_refused_by_name(whole, tmp_path, mutant):
     mutate(root)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=rf"(?s)dataset \S*mutant, ?.*({named}).*; "):
-        raise ValueError("\n".join(opened(root).check()))
+        faults = opened(root).check()
+        raise ValueError("\n".join(faults))
     if mutant not in SEEN_BY_CHECK_ALONE:
         with pytest.raises(ValueError, match=r"dataset \S*mutant, .*: .*; "):
             dataset = opened(root)

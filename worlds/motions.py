@@ -1,8 +1,8 @@
 """True motions of the tabletop's episodes: optical flow and labels over an interval of steps, and
 where things are.
 
-An episode of T steps has T + 1 frames and T rows here. Row i spans steps i to i + interval; one that
-would end past the last frame ends there, and is not valid.
+An episode of T steps has T + 1 frames and T rows here. Row i spans steps i to i + interval; one
+that would end past the last frame ends there, and is not valid.
 """
 
 import numpy as np

@@ -21,7 +21,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +177,7 @@ class LeRobotDataset(Folder):
         """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
         Nothing of a parquet file is read before its number of rows is known to be right."""
         paths = [self._path(name) for name in names]
-        field = os.path.commonprefix(names)
+        field = os.path.commonprefix(names) or "meta/episodes"
         size = sum(path.stat().st_size for path in paths)
         if size > MAX_META:
             raise self._fault(None, field, f"has {size} bytes", f"at most {MAX_META} are allowed")
@@ -556,31 +555,30 @@ class LeRobotDataset(Folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict:
+def named_stats(*stats: np.ndarray | list) -> dict[str, list]:
+    names = ("min", "max", "mean", "std", "count")
+    return {name: np.asarray(values).tolist() for name, values in zip(names, stats)}
+
+
+def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict[str, list]:
     """LeRobot's statistics of rows (T, D), each (D,); their count is (1,)."""
-    found = {"min": rows.min(axis, **keep), "max": rows.max(axis, **keep)}
-    found |= {"mean": rows.mean(axis, **keep), "std": rows.std(axis, **keep)}
-    return found | {"count": np.array([len(rows)])}
+    ends = (rows.min(axis, **keep), rows.max(axis, **keep))
+    return named_stats(*ends, rows.mean(axis, **keep), rows.std(axis, **keep), [len(rows)])
 
 
-def measure_picture(picture: np.ndarray) -> dict:
+def measure_picture(picture: np.ndarray) -> dict[str, list]:
     """The same of the colours of a picture (H, W, 3), 0 to 1, each (3, 1, 1); it counts as one."""
     stats = measure(picture.transpose(2, 0, 1) / 255, axis=(1, 2), keepdims=True)
-    return stats | {"count": np.array([1])}
+    return stats | {"count": [1]}
 
 
-def pool(parts: Sequence[dict]) -> dict:
+def pool(parts: Sequence[dict[str, list]]) -> dict[str, list]:
     """Statistics of the whole from those of its parts."""
-    low, high, mean, std, count = (np.stack([part[name] for part in parts]) for name in parts[0])
+    low, high, mean, std, count = (np.array([part[name] for part in parts]) for name in parts[0])
     weights = count[:, 0]
     whole = np.average(mean, axis=0, weights=weights)
     square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=weights)
-    found = (low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
-    return dict(zip(parts[0], found))
-
-
-def as_lists(stats: dict) -> dict[str, list]:
-    return {name: values.tolist() for name, values in stats.items()}
+    return named_stats(low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
 
 
 class Writer:
@@ -611,8 +609,8 @@ class Writer:
 
     def _file(self, field: str, key: str = "") -> Path:
         chunk, file = divmod(self.number[key], self.storage.chunks_size)
-        name = PATHS["v3.0"][field].format(chunk_index=chunk, file_index=file, video_key=key)
-        path = self.root / name
+        place = {"chunk_index": chunk, "file_index": file, "video_key": key}
+        path = self.root / PATHS["v3.0"][field].format(**place)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -658,7 +656,7 @@ class Writer:
             raise self._fault("features", found, "expected the cameras and widths of episode 0")
         self._write_rows(vectors, length, self.tasks.setdefault(task, len(self.tasks)))
         self._write_episode(task, length, stats)
-        self._close(full=True)
+        self._close(self.storage.data_mb, self.storage.video_mb)
 
     def _write_video(
         self, key: str, pictures: Iterable[np.ndarray]
@@ -689,15 +687,9 @@ class Writer:
             flat = pa.array(v.ravel())
             columns[key] = pa.FixedSizeListArray.from_arrays(flat, v.shape[1]) if wide else flat
         at = np.arange(length)
-        index = {
-            "timestamp": at / self.fps,
-            "frame_index": at,
-            "episode_index": np.full(length, len(self.episodes)),
-            "index": self.total + at,
-            "task_index": np.full(length, task),
-        }
-        for key, values in index.items():
-            columns[key] = pa.array(values.astype(DEFAULTS[key]))
+        here = (np.full(length, len(self.episodes)), self.total + at, np.full(length, task))
+        for (key, dtype), values in zip(DEFAULTS.items(), (at / self.fps, at, *here)):
+            columns[key] = pa.array(values.astype(dtype))
         table = pa.table(columns)
         if self.data is None:
             self.data_path = self._file("data_path")
@@ -723,20 +715,19 @@ class Writer:
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
         for key, one in stats.items():
-            row |= {f"stats/{key}/{name}": values for name, values in as_lists(one).items()}
+            row |= {f"stats/{key}/{name}": values for name, values in one.items()}
         self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
 
-    def _close(self, full: bool = False) -> None:
-        """Closes every open file, or those that are `full`; the next episode opens others."""
-        least = self.storage if full else replace(self.storage, data_mb=0, video_mb=0)
-        if self.data and self.data_path.stat().st_size >= least.data_mb * 2**20:
+    def _close(self, data_mb: float = 0, video_mb: float = 0) -> None:
+        """Closes the open files that have grown to these sizes; the next episode opens others."""
+        if self.data and self.data_path.stat().st_size >= data_mb * 2**20:
             self.data.close()
             self.data = None
             self.number[""] += 1
         for key, video in list(self.videos.items()):
-            if video.bytes >= least.video_mb * 2**20:
+            if video.bytes >= video_mb * 2**20:
                 self.videos.pop(key).close()
                 self.number[key] += 1
 
@@ -752,7 +743,7 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {key: as_lists(pool([one[key] for one in self.stats])) for key in self.features}
+        whole = {key: pool([one[key] for one in self.stats]) for key in self.features}
         (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4), "utf-8")
         os.replace(self.root, self.final)

@@ -141,7 +141,7 @@ def test_flow_equals_the_original_at_any_size(original, size):
 
 
 def test_levels_and_iterations_are_options():
-    """Four levels with two iterations each, two rows of a batch, other widths: still the original."""
+    """Four levels of two iterations, two rows of a batch, other widths: still the original."""
     sizes = dict(
         enc_hidden_chs=(16, 24, 32),
         enc_depth=1,

@@ -465,6 +465,21 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
             )
 
 
+def same_config(path: str | Path, found: dict, wanted: dict) -> None:
+    """ValueError that lists the fields in which two configurations differ."""
+    wanted = json.loads(json.dumps(wanted))  # json makes lists of tuples
+    different = [
+        f"{key}={found.get(key)} instead of {wanted.get(key)}"
+        for key in wanted | found
+        if found.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{path}: made with {', '.join(different)}; "
+            "use a file of the same configuration, or change the configuration"
+        )
+
+
 def run_command(main: Callable[[], object]) -> None:
     """Runs a command line; what the user, the data or the disk got wrong ends it in one line on
     stderr and status 2."""

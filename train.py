@@ -575,14 +575,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long", action="store_true", help="the preset's long recipe")
     names = ", ".join(f.name for f in fields(Settings))
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
-    return parser.parse_args(argv)
+    add(
+        "--plan",
+        action="store_true",
+        help="say memory, FLOPs and hours, train nothing: docs/plan.md",
+    )
+    args, others = parser.parse_known_args(argv)
+    if others and not args.plan:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if "--plan" in (sys.argv[1:] if argv is None else argv):
-        plan.main(argv)
-        return
     args = parse(argv)
+    if args.plan:
+        plan.main(argv)  # which has options of its own
+        return
     preset(args.preset)
     jobs = planned(args)
     settings = {job.stage: settings_of(job) for job in jobs}

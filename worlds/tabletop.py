@@ -223,6 +223,11 @@ class Tabletop:
         return Scene(*what, effector, opening, heading, *surroundings)
 
     @property
+    def group(self) -> list[str]:
+        """The skill that each world asks for."""
+        return [skill for skill, _, _ in self.task]
+
+    @property
     def disc(self) -> ndarray:
         """The discs (n, 2) that the instructions are about."""
         return self.discs[np.arange(self.n), self.named]

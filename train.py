@@ -43,8 +43,9 @@ import data
 import flow
 from attention import choose
 from backbones.frozen import Backbones
+from backbones.optical_flow import augmented
 from formats.statistics import as_stored
-from latent_action import LatentActionConfig, LatentActionModel, augmented, fit, probe
+from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
 from scale import plan, sharding
 from scale.batches import batches, divide
@@ -432,7 +433,7 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
     else:
         pyramid = open_card(args, settings)
         seen = data.motions(pyramid, config.interval)
-        rows = augmented(model, seen.flow, seen.labels, seen.mask, seed=settings.seed)
+        rows = augmented(seen.flow, seen.labels, seen.mask, seed=settings.seed)
     curve = args.out / "log.csv"
     with curve.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("step", "total", "reconstruction", "alignment", "kl"))

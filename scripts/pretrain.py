@@ -40,13 +40,14 @@ from tqdm import tqdm
 
 from attention import mlp
 from backbones.frozen import Backbones
+from backbones.optical_flow import mirrored, rarest_motions
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE
 from data import motions, whole_pyramid
 from formats.cards import Pyramid, placed, tiled
 from formats.recordings import Recordings, t_place
-from latent_action import LatentActionConfig, LatentActionModel, mirrored, rarest_motions
+from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
 from weights.files import run_command
 from weights.load import load_part, save_part

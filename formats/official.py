@@ -193,9 +193,9 @@ class OfficialFolder(Folder):
 
 
 def convert(source: Recordings, root: str | Path, lossless: bool = False) -> None:
-    """Writes the episodes of `source` as a LeRobot dataset v3.0, each with its first wording. Videos
-    are encoded again (`lossless`: exactly). Of an official folder the state is qpos and the action
-    the next position."""
+    """Writes the episodes of `source` as a LeRobot dataset v3.0, each with its first wording. The
+    videos are encoded again (exactly if `lossless`). Of an official folder the state is qpos and
+    the action the next position."""
     exact = dict(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)) if lossless else {}
 
     def episodes() -> Iterator[tuple]:

@@ -470,7 +470,7 @@ def from_hub(name: str) -> Path:
             raise ValueError("no hub name; give a folder, or USER/NAME with @REVISION if wanted")
         repository, _, revision = name.partition("@")
         parts = ["meta/**", "data/**", "videos/**", "images/**"]
-        return snapshot(repository, revision or None, parts, repo_type="dataset")
+        return Path(snapshot(repository, revision or None, parts, repo_type="dataset"))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dataset {name}: no such folder, and not from the hub: {error}"

@@ -47,7 +47,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from backbones.frozen import Backbones
-from formats.cards import Pyramid, shares
+from formats.cards import EPISODES, Pyramid, shares
 from formats.inspect import convert, inspect
 from formats.motions import motions, read_tokens  # noqa: F401
 from formats.statistics import Statistics, as_stored
@@ -278,7 +278,7 @@ class Stream:
 
     def digest(self) -> str:
         """Changes with the card, the lengths of the episodes and what is known of the robots."""
-        lengths = [o.reader.lengths.tolist() for o in self.pyramid.opened]
+        lengths = [o.reader.lengths[: o.trained].tolist() for o in self.pyramid.opened]
         return digest({}, json.dumps([self.pyramid.card, lengths, as_stored(self.robots)]))
 
 
@@ -293,7 +293,7 @@ class Pool:
     interval: int | None  # action steps that one latent action spans
     sources: list[list]  # name, level and robot of each, in their order
     weights: list[float]  # by which they are mixed
-    made_with: dict  # stage, sizes and networks that decide what the windows are
+    made_by: dict  # stage, sizes and networks that decide what the windows are
 
     ABOUT = "encoded windows"  # key of a file's metadata
 
@@ -333,7 +333,7 @@ class Pool:
 
     def save(self, path: str | Path) -> None:
         about = {name: getattr(self, name) for name in ("interval", "sources", "weights")}
-        about["made_with"] = self.made_with
+        about["made_by"] = self.made_by
         about["robots"] = [robot.as_json() for robot in self.robots]
         widths = ("ratio", "action_dim", "state_dim")  # of the network, which the data decide
         about["widths"] = {name: getattr(self.config, name) for name in widths}
@@ -354,8 +354,8 @@ class Pool:
             tensors = {name: source.read(name) for name in source.names()}
         config = replace(preset(preset_name, stage), **about.pop("widths"))
         backbones = stage_backbones(preset_name, config, stage)
-        now = made_with(config, stage, backbones, LatentEncoder(latent) if latent else None)
-        then = about["made_with"]
+        now = makers(config, stage, backbones, LatentEncoder(latent) if latent else None)
+        then = about["made_by"]
         stale = [f"{k} was {then[k]}, is {now.get(k)}" for k in then if then[k] != now.get(k)]
         if stale:
             raise ValueError(
@@ -378,7 +378,7 @@ def stage_backbones(preset_name: str, config: MotusConfig, stage: str) -> Backbo
     return backbones_of(preset_name, config, parts=parts)
 
 
-def made_with(
+def makers(
     config: MotusConfig, stage: str, backbones: Backbones, encode: LatentEncoder | None
 ) -> dict:
     made = {"stage": stage, "frames": config.frames, "text_len": config.video.text_len}
@@ -406,7 +406,7 @@ def windows_of(
     chunks = rows.split(64)
     bar = tqdm(in_order(stream.cut, chunks), "encode windows", len(chunks), leave=False)
     inputs = stack([stream.encode(batch) for batch in bar])
-    made = made_with(config, stage, backbones, stream.interval and pyramid.encode)
+    made = makers(config, stage, backbones, stream.interval and pyramid.encode)
     mix = named_sources(pyramid), pyramid.weights.tolist()
     return Pool(inputs, rows[:, 0].clone(), config, robots, stream.interval, *mix, made)
 
@@ -415,7 +415,7 @@ def cache(args: argparse.Namespace) -> None:
     """Encodes the windows of a stage; sizes are those of the preset's recipe."""
     recipe = PRESETS[args.preset].settings(args.stage, args.long)
     windows = args.windows or recipe.get("windows", WINDOWS)
-    sizes = args.episodes or recipe.get("episodes", 0), args.seed
+    sizes = args.episodes or recipe.get("episodes", EPISODES), args.seed
     kind = args.stage, args.preset
     pyramid = open_pyramid(args.data, *kind, *sizes, latent=args.latent)
     print(pyramid.describe(), file=sys.stderr)

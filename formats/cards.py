@@ -153,8 +153,8 @@ class OpenSource:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
         weighs the episodes."""
         half = int(span / 2 * self.reader.fps + 1e-6)
-        self.counts = np.maximum(1, self.reader.lengths - half)
-        chance = self.counts[: self.trained].astype(float)
+        self.counts = np.maximum(1, self.reader.lengths[: self.trained] - half)
+        chance = self.counts.astype(float)
         if self.tasks:  # every task alike, then its episodes
             _, task, size = np.unique(self.tasks, return_inverse=True, return_counts=True)
             chance = 1 / size[task]
@@ -162,7 +162,7 @@ class OpenSource:
 
     @property
     def windows(self) -> int:
-        return int(self.counts[: self.trained].sum())
+        return int(self.counts.sum())
 
     @property
     def rows(self) -> int:
@@ -441,10 +441,10 @@ class Pyramid:
         rng = np.random.default_rng(seed)
         rows = []
         for i, o in enumerate(self.opened):
-            starts = o.reader.lengths - math.ceil(self.span * o.reader.fps - 1e-6)
-            for e in range(o.trained, len(starts)):
-                if starts[e] > 0:
-                    rows.append((i, e, int(rng.integers(starts[e]))))
+            for e in range(o.trained, len(o.reader.lengths)):
+                starts = o.reader.lengths[e] - math.ceil(self.span * o.reader.fps - 1e-6)
+                if starts > 0:
+                    rows.append((i, e, int(rng.integers(starts))))
         if not rows:
             raise ValueError(
                 f"card {self.name}: no held-out episode is longer than {self.span:g} s; set "

@@ -1,7 +1,7 @@
 """Episodes that a world renders instead of decoding them: a source of recordings like a folder.
 
 A line of a card names the world as `world:NAME`, with the level of the data pyramid and the robot.
-The world is asked for all episodes of one kind at once, when the first of them is needed. Episodes
+The world is asked for all episodes of one split at once, when the first of them is needed. Episodes
 that are trained on come first: there what is executed is disturbed, and what the expert meant is
 recorded. Held-out ones have layouts that training never sees and are not disturbed: a world model
 is asked what an action does, so the one recorded must be the one executed.
@@ -24,6 +24,24 @@ PREFIX = "world:"  # of a source's path
 CAMERA = "top"  # as the world names it
 
 
+class Lengths:
+    """Rows of each episode, of the split that is asked for: the other one need not be rendered."""
+
+    def __init__(self, reader: "Rendered"):
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return self.reader.count + self.reader.held_out
+
+    def __getitem__(self, index: int | slice) -> int | np.ndarray:
+        if isinstance(index, slice):
+            return np.array([self[e] for e in range(len(self))[index]], int)
+        return len(self.reader.episode(index).motion) - 1
+
+    def tolist(self) -> list[int]:
+        return self[:].tolist()
+
+
 class Rendered(Recordings):
     """`count` episodes to train on and `held_out` more of one level and robot ("": the level's
     own). ValueError for a level or robot that the world does not record."""
@@ -43,6 +61,7 @@ class Rendered(Recordings):
         self.robot, self.count, self.held_out = robot or None, count, held_out
         self.fps = float(simulator(self.world).make.fps)
         self.cameras = (CAMERA,)
+        self.lengths = Lengths(self)
         (first,) = self._record(1, pictures=False)
         self.robot = first.embodiment
         self.widths = (0, 0)
@@ -57,49 +76,48 @@ class Rendered(Recordings):
         return record(self.level, count, self.seed, self.robot, split, **more)
 
     @cached_property
-    def episodes(self) -> list:
-        """All of them as the world recorded them (`worlds.tabletop.Episode`)."""
-        trained = self._record(self.count)
-        if not self.held_out:
-            return trained
-        return trained + self._record(self.held_out, "eval", disturbed=False)
+    def trained(self) -> list:
+        return self._record(self.count)
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(episode.motion) - 1 for episode in self.episodes])
+    def untrained(self) -> list:
+        return self._record(self.held_out, "eval", disturbed=False)
+
+    def episode(self, number: int):
+        """As the world recorded it (`worlds.tabletop.Episode`)."""
+        if number < self.count:
+            return self.trained[number]
+        return self.untrained[number - self.count]
 
     def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         if not self.widths[1]:
             return None, None
-        return self.episodes[episode].states[:-1], self.episodes[episode].actions
+        return self.episode(episode).states[:-1], self.episode(episode).actions
 
     def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
         return dict(zip(self.titles, self.numbers(episode))), []
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
-        return [self.episodes[episode].instruction or "no task"]
+        return [self.episode(episode).instruction or "no task"]
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
-        return {CAMERA: iter(self.episodes[episode].frames[np.asarray(rows)])}
+        return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
-        found = motions.places(self.episodes[episode])
+        found = motions.places(self.episode(episode))
         return {name: values[:-1] for name, values in found.items()}
 
-    def group(self, episode: int) -> str:
-        return self.texts(episode)[0]
-
     def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        yield motions.flows(self.episodes[episode], interval)
+        yield motions.flows(self.episode(episode), interval)
 
     def motions(self, episode: int, interval: int) -> np.ndarray:
-        return motions.labels(self.episodes[episode], interval)
+        return motions.labels(self.episode(episode), interval)
 
     def describe(self) -> str:
         numbers = f"state ({self.widths[0]}), actions ({self.widths[1]})"
         return (
             f"{self.name}: level {self.level} with {self.robot}, {self.count} episodes and "
-            f"{self.held_out} of other layouts, {self.lengths.sum()} rows at {self.fps:g} fps\n"
+            f"{self.held_out} of other layouts at {self.fps:g} fps\n"
             f"  state, actions  {numbers if self.widths[1] else 'none'}\n"
             f"  cameras         {CAMERA}"
         )

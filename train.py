@@ -391,7 +391,9 @@ def backbones_folder(preset_name: str) -> Path:
 
 
 def dcae_of(args: argparse.Namespace) -> Path:
-    return args.init or backbones_folder(args.preset) / "dcae.safetensors"
+    """The DC-AE of stage latent: that of --init, our own file or the published folder."""
+    own = backbones_folder(args.preset) / "dcae.safetensors"
+    return args.init or (own if own.exists() else own.with_suffix(""))
 
 
 def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, str] | None:
@@ -523,28 +525,35 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def missing(args: argparse.Namespace) -> list[str]:
     """The needs of a stage that are not there, each with the command that gets it."""
     found = []
-    if args.data and not args.cache:
-        try:
-            pyramid = data.open_pyramid(args.data, args.stage, args.preset, episodes=1)
-            known = [o for o in pyramid.opened if o.reader.flows(0, 1) is not None]
-            if args.stage == "latent" and not known:
-                get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
-                found.append(f"optical flow of the videos: {get}")
-        except ValueError as error:
-            found.append(str(error))
-    elif not (args.cache or PRESETS[args.preset].data):
+    if not (args.data or args.cache or PRESETS[args.preset].data):
         card = "python data.py inspect DATASET --card card.json, then --data card.json"
         found.append(f"a dataset card: {card}")
     folder = backbones_folder(args.preset)
     if args.stage == "latent":
         if not dcae_of(args).exists():
-            get = "python -m weights download dcae, then --init weights/dcae"
+            get = "python -m weights download dcae"
+            if PRESETS[args.preset].latent["dcae"]:  # not of the published size
+                get = f"python -m scripts.latents pretrain --out {dcae_of(args)}.safetensors"
             found.append(f"DC-AE {dcae_of(args)}: {get}")
     elif not (folder / "vae.safetensors").is_file():
         for name in ("wan", "qwen3vl") if args.stage != "1" else ("wan",):
             if not (folder / name).is_dir():
                 found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
     return found
+
+
+def unfit(args: argparse.Namespace) -> list[str]:
+    """The faults of --data for a stage, without looking at more than an episode."""
+    if not args.data or args.cache:
+        return []
+    try:
+        pyramid = data.open_pyramid(args.data, args.stage, args.preset, episodes=1)
+    except ValueError as error:
+        return [str(error)]
+    if args.stage != "latent" or any(o.reader.flows(0, 1) is not None for o in pyramid.opened):
+        return []
+    get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
+    return [f"optical flow of the videos: {get}"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -577,9 +586,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     preset(args.preset)
     jobs = planned(args)
     settings = {job.stage: settings_of(job) for job in jobs}
-    needs = dict.fromkeys(need for job in jobs for need in missing(job))
+    needs = [need for job in jobs for need in missing(job)]
+    if not args.stage:
+        needs += [fault for job in jobs for fault in unfit(job)]
     if needs:
-        raise ValueError("\n  ".join(["missing, before anything is trained:", *needs]))
+        unlike = dict.fromkeys(needs)
+        raise ValueError("\n  ".join(["missing, before anything is trained:", *unlike]))
     if not jobs:
         return
     first = settings[jobs[0].stage]

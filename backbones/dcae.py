@@ -1,43 +1,46 @@
 """DC-AE, the deep-compression autoencoder that turns a flow picture into four tokens (Chen et al.,
 arXiv 2410.10733).
 
-Motus (arXiv 2512.13030, latent actions) describes a flow picture by four 512-d tokens. Of the
-published DC-AEs only f128c512 has 512 latent channels, and a 256 x 256 picture is the one that
-gives it 2 x 2 positions:
+Motus (paper, latent actions) describes a flow picture by four 512-d tokens. Of the published DC-AEs
+only f128c512 has 512 latent channels, and a 256 x 256 picture is the one that gives it 2 x 2
+positions:
 
     picture (B, 3, 256, 256) in [-1, 1]
-      conv_in    stage 1  stage 2  stage 3  stage 4  stage 5  stage 6  stage 7    conv_out
-                   128      64       32       16        8        4        2        2          pixels
-                   256     512      512     1024     1024     2048     2048      512          channels
-                  res x4  res x8   vit x2   vit x2   vit x2   vit x2   vit x2                 (decoder: res x5, res x10, vit x2 ...)
-      -> latent (B, 512, 2, 2) -> the same way back, without a clamp at the end.
+      conv_in   stage 1   2       3       4       5       6       7       conv_out
+                128       64      32      16      8       4       2       2         pixels
+                256       512     512     1024    1024    2048    2048    512       channels
+                res x4    res x8  vit x2  vit x2  vit x2  vit x2  vit x2
+      -> latent (B, 512, 2, 2) -> the same way back (res x5, res x10), without a clamp at the end.
 
 It is a plain autoencoder: one picture has one latent, and the only variational part of Motus is the
-14-d bottleneck behind it. Three things to know before editing:
-  * Attention slices [q; k; v] into groups of 3 * head_dim consecutive channels, so the query of one group may be made of what
-    published files call values. The weights only mean something with exactly this slicing.
-  * The decoder's residual stages normalise with batch statistics. Keep the model in eval mode while training through it.
-  * Latents are not scaled here. The published factors (0.4883 for "in" files, 0.3620 for "mix") are constants, and whoever
-    consumes latents whitens them per feature anyway.
-Departures from the original: only the layouts with an empty stage 0 are built (all "in" and "mix"
-files); the "sana" layouts with a multi-scale attention branch are not. Published weights and code
-are Apache-2.0.
+14-d bottleneck behind it. Three conventions bite:
+- Attention slices [q; k; v] into groups of 3 * head_dim consecutive channels, so the query of one
+  group may be made of what published files call values. The weights only mean something with
+  exactly this slicing.
+- The decoder's residual stages normalise with batch statistics. The model stays in eval mode while
+  one trains through it.
+- Latents are not scaled here. The published factors (0.4883 for "in" files, 0.3620 for "mix") are
+  constants, and whoever consumes latents whitens them per feature anyway.
 
-Shape legend: B batch, C channels, H W height and width, L = H * W positions, N attention groups, K
+Departures from the original
+- Only the layouts with an empty stage 0 are built (all "in" and "mix" files), not the "sana" ones
+  with a multi-scale attention branch.
+- Attention is always summed in linear order; the original takes the quadratic one where positions
+  are few. The two agree up to rounding.
+
+Tensor names are those of diffusers (`weights.layouts.canonical` translates the original ones).
+Published weights and code are Apache-2.0.
+
+Shapes: B batch, C channels, H W height and width, L = H * W positions, N attention groups, K
 head_dim.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
-
-from weights.files import open_source
-from weights.layouts import canonical
-from weights.load import load_into
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,19 @@ class DCAEConfig:
     def __post_init__(self):
         if not len(self.widths) == len(self.encoder_depths) == len(self.decoder_depths):
             raise ValueError(
-                f"DCAEConfig: {len(self.widths)} widths, {len(self.encoder_depths)} encoder_depths and "
-                f"{len(self.decoder_depths)} decoder_depths; give one of each per stage"
+                f"DCAEConfig: {len(self.widths)} widths, {len(self.encoder_depths)} encoder_depths "
+                f"and {len(self.decoder_depths)} decoder_depths; give one of each per stage"
             )
         if self.widths[-1] % self.latent_channels:
             raise ValueError(
-                f"DCAEConfig: latent_channels={self.latent_channels} must divide the last width {self.widths[-1]}, "
-                "because the shortcut around the latent averages whole groups of channels"
+                f"DCAEConfig: latent_channels={self.latent_channels} must divide the last width "
+                f"{self.widths[-1]}: the shortcut around the latent averages whole groups of it"
             )
         for stage, width in enumerate(self.widths, start=1):
             if stage > self.conv_stages and width % self.head_dim:
                 raise ValueError(
-                    f"DCAEConfig: width {width} of stage {stage} must be a multiple of head_dim={self.head_dim}"
+                    f"DCAEConfig: width {width} of stage {stage} must be a multiple of "
+                    f"head_dim={self.head_dim}"
                 )
 
     @property
@@ -77,18 +81,19 @@ class DCAEConfig:
 
 
 class ChannelRMSNorm(nn.Module):
-    """Divide each position by the root mean square of its channels, in fp32; then weight and bias.
-    (B, C, H, W) -> same."""
+    """Each position divided by the root mean square of its channels, taken in fp32; then weight and
+    bias. (B, C, H, W) -> same."""
 
-    def __init__(self, channels: int, eps: float = 1e-5):
+    def __init__(self, channels: int):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(1, keepdim=True) + self.eps)
-        return (x * scale).to(x.dtype) * self.weight[:, None, None] + self.bias[:, None, None]
+        mean_square = x.float().square().mean(dim=1, keepdim=True)
+        normed = x * torch.rsqrt(mean_square + 1e-5)
+        scaled = normed.to(x.dtype) * self.weight[:, None, None]
+        return scaled + self.bias[:, None, None]
 
 
 class ResBlock(nn.Module):
@@ -103,43 +108,36 @@ class ResBlock(nn.Module):
         self.norm = nn.BatchNorm2d(channels) if decoder else ChannelRMSNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(self.act(self.conv1(x))))
+        hidden = self.act(self.conv1(x))
+        return x + self.norm(self.conv2(hidden))
 
 
 class LinearAttention(nn.Module):
     """ReLU attention without softmax, plus the input. (B, C, H, W) -> same.
 
     With positive features the weights k.q need only be divided by their sum, so the sum over
-    positions can be taken before the query enters, at a cost linear in L. Below K positions the
-    usual order is cheaper; the two agree up to rounding and eps.
+    positions is taken before the query enters, at a cost linear in L.
     """
 
-    def __init__(self, channels: int, head_dim: int, eps: float = 1e-15):
+    def __init__(self, channels: int, head_dim: int):
         super().__init__()
-        self.head_dim, self.eps = head_dim, eps
-        self.to_q, self.to_k, self.to_v, self.to_out = (
-            nn.Conv2d(channels, channels, 1, bias=False) for _ in range(4)
-        )
+        self.head_dim = head_dim
+        self.to_q = nn.Conv2d(channels, channels, 1, bias=False)
+        self.to_k = nn.Conv2d(channels, channels, 1, bias=False)
+        self.to_v = nn.Conv2d(channels, channels, 1, bias=False)
+        self.to_out = nn.Conv2d(channels, channels, 1, bias=False)
         self.norm_out = ChannelRMSNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
-        mixed = torch.cat([self.to_q(x), self.to_k(x), self.to_v(x)], dim=1)
-        q, k, v = rearrange(
-            mixed, "b (n three k) h w -> three b n k (h w)", three=3, k=self.head_dim
-        )
-        q, k = F.relu(q), F.relu(k)
-        if height * width > self.head_dim:
-            q, k, v = q.float(), k.float(), v.float()
-            v = F.pad(
-                v, (0, 0, 0, 1), value=1.0
-            )  # (B, N, K + 1, L): the row of ones adds up the weights
-            out = (v @ k.mT) @ q
-            out = out[:, :, :-1] / (out[:, :, -1:] + self.eps)
-        else:
-            weights = (k.mT @ q).float()  # (B, N, L keys, L queries)
-            out = v @ (weights / (weights.sum(2, keepdim=True) + self.eps)).to(v.dtype)
-        out = rearrange(out.to(x.dtype), "b n k (h w) -> b (n k) h w", h=height)
+        projected = [self.to_q(x), self.to_k(x), self.to_v(x)]
+        mixed = torch.cat(projected, dim=1).float()
+        groups = "b (n three k) h w -> three b n k (h w)"
+        q, k, v = rearrange(mixed, groups, three=3, k=self.head_dim)
+        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # (B, N, K + 1, L): the row of ones sums the weights
+        summary = v @ F.relu(k).mT  # (B, N, K + 1, K)
+        values, weight = (summary @ F.relu(q)).split([self.head_dim, 1], dim=2)
+        out = (values / (weight + 1e-15)).to(x.dtype)
+        out = rearrange(out, "b n k (h w) -> b (n k) h w", h=x.shape[2])
         return x + self.norm_out(self.to_out(out))
 
 
@@ -155,8 +153,10 @@ class GatedConv(nn.Module):
         self.norm = ChannelRMSNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
-        return x + self.norm(self.conv_point(value * F.silu(gate)))
+        hidden = F.silu(self.conv_inverted(x))
+        value, gate = self.conv_depth(hidden).chunk(2, dim=1)
+        mixed = self.conv_point(value * F.silu(gate))
+        return x + self.norm(mixed)
 
 
 class ViTBlock(nn.Sequential):
@@ -168,6 +168,16 @@ class ViTBlock(nn.Sequential):
         self.conv_out = GatedConv(channels)
 
 
+def average_channels(x: Tensor, group: int) -> Tensor:
+    """Mean over each `group` consecutive channels."""
+    return reduce(x, "b (c group) h w -> b c h w", "mean", group=group)
+
+
+def repeat_channels(x: Tensor, group: int) -> Tensor:
+    """Each channel `group` times in a row."""
+    return repeat(x, "b c h w -> b (c group) h w", group=group)
+
+
 class Down(nn.Module):
     """(B, C, H, W) -> (B, C', H/2, W/2): each 2 x 2 square moves into channels, beside it a
     shortcut that averages channels."""
@@ -176,15 +186,18 @@ class Down(nn.Module):
         super().__init__()
         if out_channels % 4 or (shortcut and 4 * channels % out_channels):
             raise ValueError(
-                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go down; the second must be a multiple of 4 "
-                "and divide 4 times the first"
+                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go down; the second must "
+                "be a multiple of 4 and divide 4 times the first"
             )
         self.conv = nn.Conv2d(channels, out_channels // 4, 3, padding=1)
         self.group = 4 * channels // out_channels if shortcut else 0
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.pixel_unshuffle(self.conv(x), 2)
-        return out + average_channels(F.pixel_unshuffle(x, 2), self.group) if self.group else out
+        if not self.group:
+            return out
+        shortcut = average_channels(F.pixel_unshuffle(x, 2), self.group)
+        return out + shortcut
 
 
 class Up(nn.Module):
@@ -194,24 +207,18 @@ class Up(nn.Module):
         super().__init__()
         if shortcut and 4 * out_channels % channels:
             raise ValueError(
-                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go up; the first must divide 4 times the second"
+                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go up; the first must "
+                "divide 4 times the second"
             )
         self.conv = nn.Conv2d(channels, 4 * out_channels, 3, padding=1)
         self.group = 4 * out_channels // channels if shortcut else 0
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.pixel_shuffle(self.conv(x), 2)
-        return out + F.pixel_shuffle(repeat_channels(x, self.group), 2) if self.group else out
-
-
-def average_channels(x: Tensor, group: int) -> Tensor:
-    """Mean over each `group` consecutive channels."""
-    return reduce(x, "b (c group) h w -> b c h w", "mean", group=group)
-
-
-def repeat_channels(x: Tensor, group: int) -> Tensor:
-    """Each channel `group` times in a row."""
-    return repeat(x, "b c h w -> b (c group) h w", group=group)
+        if not self.group:
+            return out
+        shortcut = F.pixel_shuffle(repeat_channels(x, self.group), 2)
+        return out + shortcut
 
 
 def stage_blocks(config: DCAEConfig, stage: int, depth: int, decoder: bool) -> list[nn.Module]:
@@ -229,9 +236,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = config.widths
         self.conv_in = Down(3, widths[0], shortcut=False)
-        self.down_blocks = nn.ModuleList(
-            [nn.Sequential()]
-        )  # Stage 0, full resolution, has no blocks in any layout built here.
+        # Stage 0, full resolution, has no blocks in any layout built here.
+        self.down_blocks = nn.ModuleList([nn.Sequential()])
         for stage, depth in enumerate(config.encoder_depths, start=1):
             blocks = stage_blocks(config, stage, depth, decoder=False)
             if stage < len(widths):
@@ -255,14 +261,14 @@ class Decoder(nn.Module):
         widths = config.widths
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.group = widths[-1] // config.latent_channels
-        self.up_blocks = nn.ModuleList(
-            [nn.Sequential()]
-        )  # Indexed by stage, like the encoder's, and run from last to first.
+        # Indexed by stage, like the encoder's, and run from last to first.
+        self.up_blocks = nn.ModuleList([nn.Sequential()])
         for stage, depth in enumerate(config.decoder_depths, start=1):
-            blocks = [Up(widths[stage], widths[stage - 1])] if stage < len(widths) else []
-            self.up_blocks.append(
-                nn.Sequential(*blocks, *stage_blocks(config, stage, depth, decoder=True))
-            )
+            blocks = []
+            if stage < len(widths):
+                blocks.append(Up(widths[stage], widths[stage - 1]))
+            blocks += stage_blocks(config, stage, depth, decoder=True)
+            self.up_blocks.append(nn.Sequential(*blocks))
         self.norm_out = ChannelRMSNorm(widths[0])
         self.conv_out = Up(widths[0], 3, shortcut=False)
 
@@ -274,8 +280,7 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """Deep-compression autoencoder; `encode` and `decode` are each other's approximate inverse,
-    `forward` is both in turn."""
+    """The two halves; `encode` and `decode` are each other's approximate inverse."""
 
     def __init__(self, config: DCAEConfig):
         super().__init__()
@@ -287,15 +292,12 @@ class DCAE(nn.Module):
         """Pictures (B, 3, H, W) in [-1, 1], sides multiples of `config.factor` -> latents (B, C, H
         / factor, W / factor)."""
         factor = self.config.factor
-        if (
-            pictures.ndim != 4
-            or pictures.shape[1] != 3
-            or pictures.shape[2] % factor
-            or pictures.shape[3] % factor
-        ):
+        channels, height, width = pictures.shape[-3:]
+        if pictures.ndim != 4 or channels != 3 or height % factor or width % factor:
             raise ValueError(
-                f"DCAE.encode: pictures have shape {tuple(pictures.shape)}; give (B, 3, H, W) with H and W multiples of "
-                f"{factor}. Resize the flow field, scale its vectors, and colour it afterwards"
+                f"DCAE.encode: pictures have shape {tuple(pictures.shape)}; expected (B, 3, H, W) "
+                f"with H and W multiples of {factor}. Resize the flow field, scale its vectors, "
+                "colour it afterwards"
             )
         return self.encoder(pictures)
 
@@ -303,23 +305,3 @@ class DCAE(nn.Module):
         """Latents (B, C, h, w) -> pictures (B, 3, h * factor, w * factor), about [-1, 1] but not
         clamped."""
         return self.decoder(latents)
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.decode(self.encode(pictures))
-
-
-def load_dcae(
-    path: str | Path,
-    config: DCAEConfig = DCAEConfig(),
-    dtype: torch.dtype | None = None,
-    device: str = "cpu",
-) -> DCAE:
-    """DC-AE with published weights in either format, in eval mode. ValueError if any tensor is
-    missing, unexpected or of another shape."""
-    with torch.device("meta"):
-        model = DCAE(config)
-    with open_source(path) as source:
-        load_into(
-            model, replace(source, tensors=canonical(source.tensors)), dtype=dtype, device=device
-        )
-    return model.eval()

@@ -1,26 +1,31 @@
 """Optical flow between two frames: the `FlowEstimator` interface, a default without weights (DIS),
-and DPFlow from scratch.
+and DPFlow by hand.
 
-Motus (arXiv 2512.13030, latent actions) measures motion with DPFlow (Morimitsu et al., CVPR 2025).
-Its weights are for research only, so nothing here depends on them: any callable from two batches of
-frames to a flow field can stand in its place.
+Motus (paper, latent actions) measures motion with DPFlow (Morimitsu et al., CVPR 2025). Its weights
+are for research only, so nothing here depends on them: any callable from two batches of frames to a
+flow field can stand in its place.
 
-    frames a, b (B, 3, H, W) --pad--> encoder (both images together, one set of weights for every level)
-        fine to coarse    1/4 -> 1/8 -> 1/16 -> 1/32     ConvGRU, then a stage whose blocks let the two images see each other
-        coarse to fine           1/8 <- 1/16 <- 1/32     the same again, upwards; beside it a stem on the shrunken image
-        merge of the three, per level                    -> 2 * width matching channels | width context channels
-    decoder, coarse to fine, `iterations` times per level: look up correlations around the current flow, GRU, add a residual
+    frames a, b (B, 3, H, W) --pad--> encoder (both images together, same weights at every level)
+        fine to coarse  1/4 -> 1/8 -> 1/16 -> 1/32    ConvGRU, then a stage whose blocks let the two
+                                                      images see each other
+        coarse to fine         1/8 <- 1/16 <- 1/32    the same again, upwards; beside it a stem on
+                                                      the shrunken image
+        merge of the three, per level                 -> 2 * width matching channels | width context
+    decoder, coarse to fine, `iterations` times per level: look up correlations around the current
+        flow, GRU, add a residual
     finest flow at 1/8 --convex upsampling--> (B, 2, H, W)
 
 Because the levels share weights their number follows the image: 3 up to about 1 Kpx, one more for
-each doubling (`pyramid_levels`). Departures from the original: the mixture-of-Laplace outputs of
-the flow head are computed but unused, since only inference is built; frames smaller than two
-strides are padded to two (the original divides by zero there); large correlation volumes are made
-in slices.
+each doubling (`pyramid_levels`). Flow moves pixels of frame a to frame b; channel 0 is x (right),
+channel 1 is y (down), in pixels of the input.
 
-Conventions: flow moves pixels of frame a to frame b; channel 0 is x (right), channel 1 is y (down),
-in pixels of the input. Shape legend: B batch, C channels, H W frame height and width, h w a
-level's; `pair` has 2B rows, first all frames a, then all b.
+Departures from the original
+- The mixture-of-Laplace outputs of the flow head are computed but unused: only inference is built.
+- Frames smaller than two strides are padded to two; the original divides by zero there.
+- Large correlation volumes are made in slices.
+
+Shapes: B batch, C channels, H W frame height and width, h w a level's; `pair` has 2B rows, first
+all frames a, then all b.
 """
 
 import math
@@ -39,6 +44,8 @@ from weights.files import open_source
 from weights.layouts import dpflow_own
 from weights.load import load_into
 
+# -- the interface, and an estimator without weights ----------------------------------------------
+
 
 class FlowEstimator(Protocol):
     """Anything that measures motion. `name` goes into the header of exported latent actions."""
@@ -51,27 +58,25 @@ class FlowEstimator(Protocol):
 
 
 def check_frames(frames_a: Tensor, frames_b: Tensor) -> None:
-    """Refuse anything but two equal batches of RGB frames, float in [0, 1]."""
+    """Refuses anything but two equal batches of RGB frames, float in [0, 1]."""
     if frames_a.ndim != 4 or frames_a.shape[1] != 3 or frames_a.shape != frames_b.shape:
         raise ValueError(
-            f"flow: frames_a {tuple(frames_a.shape)} and frames_b {tuple(frames_b.shape)} must both be (B, 3, H, W)"
+            f"flow: frames_a {tuple(frames_a.shape)} and frames_b {tuple(frames_b.shape)} must "
+            "both be (B, 3, H, W)"
         )
     if not frames_a.is_floating_point() or not frames_b.is_floating_point():
         raise ValueError(
-            f"flow: frames are {frames_a.dtype} and {frames_b.dtype}; give floats in [0, 1], for bytes frames.float() / 255"
+            f"flow: frames are {frames_a.dtype} and {frames_b.dtype}; give floats in [0, 1], for "
+            "bytes frames.float() / 255"
         )
 
 
 class DISFlow:
     """Dense inverse search (Kroeger et al., ECCV 2016) from OpenCV: no weights, some milliseconds a
-    pair on a CPU.
+    pair on a CPU. `upscale` enlarges small frames first, which halves the error at 32 to 64 pixels.
+    It needs texture: on plain surfaces the motion smears over the neighbourhood."""
 
-    `preset` is "ultrafast", "fast" or "medium". `upscale` enlarges small frames first, which halves
-    the error at 32 to 64 pixels. It needs texture: on plain surfaces the motion smears over the
-    neighbourhood.
-    """
-
-    def __init__(self, preset: str = "medium", upscale: int = 1):
+    def __init__(self, upscale: int = 1):
         try:
             import cv2
         except ImportError as error:
@@ -79,49 +84,36 @@ class DISFlow:
                 "DISFlow needs OpenCV: pip install opencv-python-headless (the extra motus[flow]), "
                 "or pass another FlowEstimator"
             ) from error
-        presets = {
-            "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
-            "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
-            "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
-        }
-        if preset not in presets:
-            raise ValueError(
-                f"DISFlow: preset {preset!r} is not known; choose one of {', '.join(presets)}"
-            )
         if upscale < 1:
             raise ValueError(f"DISFlow: upscale={upscale}; give an integer of 1 or more")
-        self.cv2, self.search, self.upscale = (
-            cv2,
-            cv2.DISOpticalFlow_create(presets[preset]),
-            upscale,
-        )
-        self.name = f"dis-{preset}-x{upscale}"
+        self.cv2 = cv2
+        self.search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self.upscale = upscale
+        self.name = f"dis-medium-x{upscale}"
 
     def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
         check_frames(frames_a, frames_b)
         size = frames_a.shape[-2:]
         if max(size) * self.upscale < 16:
             raise ValueError(
-                f"DISFlow: frames of {size[0]} x {size[1]} at upscale={self.upscale} are too small; the longer side needs 16"
+                f"DISFlow: frames of {size[0]} x {size[1]} at upscale={self.upscale} are too "
+                "small; the longer side needs 16"
             )
-        flow = [
-            self.search.calc(a, b, None) for a, b in zip(self.grey(frames_a), self.grey(frames_b))
-        ]  # each (sH, sW, 2)
-        flow = rearrange(torch.from_numpy(np.stack(flow)), "b h w two -> b two h w").to(
-            frames_a.device
-        )
-        return F.interpolate(flow, size, mode="area") / self.upscale
+        pairs = zip(self.grey(frames_a), self.grey(frames_b))
+        flow = np.stack([self.search.calc(a, b, None) for a, b in pairs])  # (B, sH, sW, 2)
+        flow = rearrange(torch.from_numpy(flow), "b h w two -> b two h w")
+        return F.interpolate(flow.to(frames_a.device), size, mode="area") / self.upscale
 
     def grey(self, frames: Tensor) -> list[np.ndarray]:
         """(B, 3, H, W) in [0, 1] -> B enlarged uint8 pictures (upscale * H, upscale * W)."""
-        luma = torch.einsum(
-            "bchw,c->bhw", frames.detach().float(), frames.new_tensor([0.299, 0.587, 0.114]).float()
-        )
-        pictures = (luma * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        resize = dict(
-            dsize=None, fx=self.upscale, fy=self.upscale, interpolation=self.cv2.INTER_CUBIC
-        )
-        return [self.cv2.resize(picture, **resize) for picture in pictures]
+        weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device)
+        luma = torch.einsum("bchw,c->bhw", frames.detach().float(), weights) * 255
+        pictures = luma.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+        enlarge = dict(fx=self.upscale, fy=self.upscale, interpolation=self.cv2.INTER_CUBIC)
+        return [self.cv2.resize(picture, None, **enlarge) for picture in pictures]
+
+
+# -- DPFlow: sizes and norms ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,16 +134,13 @@ class DPFlowConfig:
             raise ValueError(
                 f"DPFlowConfig: stem={self.stem}, width={self.width}; each must be a multiple of 8"
             )
-        if self.iterations < 1 or (self.levels is not None and self.levels < 1):
-            raise ValueError(
-                f"DPFlowConfig: iterations={self.iterations}, levels={self.levels}; both must be at least 1"
-            )
 
 
 def pyramid_levels(height: int, width: int) -> int:
     """Published rule: 3 levels for a diagonal up to 1100 pixels, one more for each doubling. The
     coarsest is at 1 / 2**(levels + 2)."""
-    return 3 + round(math.log2(max(1.0, math.hypot(height, width) / 1100)))
+    diagonal = math.hypot(height, width)
+    return 3 + round(math.log2(max(1.0, diagonal / 1100)))
 
 
 def group_norm(x: Tensor) -> Tensor:
@@ -162,7 +151,22 @@ def group_norm(x: Tensor) -> Tensor:
 
 def channel_norm(x: Tensor) -> Tensor:
     """The decoder's norm, over the channels of each position."""
-    return F.layer_norm(x.movedim(1, -1), x.shape[1:2], eps=1e-6).movedim(-1, 1)
+    rows = rearrange(x, "b c h w -> b h w c")
+    normed = F.layer_norm(rows, rows.shape[-1:], eps=1e-6)
+    return rearrange(normed, "b h w c -> b c h w")
+
+
+# -- blocks ---------------------------------------------------------------------------------------
+
+
+def conv(channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution that leaves height and width alone, or halves them at stride 2."""
+    return nn.Conv2d(channels, out_channels, size, stride, padding=size // 2)
+
+
+def mix(channels: int) -> nn.Conv2d:
+    """Every channel over its own 7 x 7 neighbours."""
+    return nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
 
 
 class GatedUnit(nn.Module):
@@ -171,24 +175,25 @@ class GatedUnit(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.gate_in = nn.Conv2d(width, 2 * width, 1)
-        self.value_in = nn.Conv2d(width, 2 * width, 1)
-        self.gate_mix = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
-        self.value_mix = nn.Conv2d(2 * width, 2 * width, 7, padding=3, groups=2 * width)
-        self.out = nn.Conv2d(2 * width, width, 1)
+        self.gate_in = conv(width, 2 * width, 1)
+        self.value_in = conv(width, 2 * width, 1)
+        self.gate_mix = mix(2 * width)
+        self.value_mix = mix(2 * width)
+        self.out = conv(2 * width, width, 1)
 
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:
-        return self.out(
-            F.gelu(self.gate_mix(self.gate_in(gate))) * self.value_mix(self.value_in(value))
-        )
+        gate = self.gate_mix(self.gate_in(gate))
+        value = self.value_mix(self.value_in(value))
+        return self.out(F.gelu(gate) * value)
 
 
 class SelfBlock(nn.Module):
     """Cross-gated unit, form for one image (decoder)."""
 
-    def __init__(self, width: int, norm: Callable[[Tensor], Tensor]):
+    norm = staticmethod(channel_norm)
+
+    def __init__(self, width: int):
         super().__init__()
-        self.norm = norm
         self.conv_self = GatedUnit(width)
         self.layer_scale = nn.Parameter(torch.full((width,), 0.01))
 
@@ -201,14 +206,17 @@ class CrossBlock(SelfBlock):
     """Cross-gated unit, form for two images (encoder): each is changed by its own features gated
     with both."""
 
-    def __init__(self, width: int, norm: Callable[[Tensor], Tensor]):
-        super().__init__(width, norm)
-        self.merge = nn.Conv2d(2 * width, width, 1)
+    norm = staticmethod(group_norm)
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.merge = conv(2 * width, width, 1)
         self.conv_cross = GatedUnit(width)
 
     def forward(self, pair: Tensor) -> Tensor:
         normed = self.norm(pair)
-        (a, b), (own_a, own_b) = pair.chunk(2), self.conv_self(normed, normed).chunk(2)
+        a, b = pair.chunk(2)
+        own_a, own_b = self.conv_self(normed, normed).chunk(2)
         # The order matters: image a is updated first, and image b then sees the new a, without norm
         # and with its residual.
         a = a + self.cross(own_a, own_b)
@@ -221,19 +229,13 @@ class CrossBlock(SelfBlock):
 
 
 class Stage(nn.Module):
-    """An optional convolution to the right width or stride, blocks of one kind, a norm."""
+    """A convolution to the right width or stride, or none, blocks of one kind, their norm."""
 
-    def __init__(
-        self,
-        block: type[SelfBlock],
-        norm: Callable[[Tensor], Tensor],
-        config: DPFlowConfig,
-        transition: nn.Module | None = None,
-    ):
+    def __init__(self, block: type[SelfBlock], config: DPFlowConfig, transition: nn.Module):
         super().__init__()
-        self.transition = transition or nn.Identity()
-        self.blocks = nn.Sequential(*[block(config.width, norm) for _ in range(config.depth)])
-        self.norm = norm
+        self.transition = transition
+        self.blocks = nn.Sequential(*(block(config.width) for _ in range(config.depth)))
+        self.norm = block.norm
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.blocks(self.transition(x)))
@@ -245,13 +247,16 @@ class GRU(nn.Module):
 
     def __init__(self, make: Callable[[], nn.Module]):
         super().__init__()
-        self.convz, self.convr, self.convq = make(), make(), make()
+        self.convz = make()
+        self.convr = make()
+        self.convq = make()
 
     def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
         both = torch.cat([hidden, x], dim=1)
-        z, r = torch.sigmoid(self.convz(both)), torch.sigmoid(self.convr(both))
-        q = torch.tanh(self.convq(torch.cat([r * hidden, x], dim=1)))
-        return (1 - z) * hidden + z * q
+        update = torch.sigmoid(self.convz(both))
+        reset = torch.sigmoid(self.convr(both))
+        candidate = self.convq(torch.cat([reset * hidden, x], dim=1))
+        return (1 - update) * hidden + update * torch.tanh(candidate)
 
 
 class ResidualBlock(nn.Module):
@@ -260,13 +265,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, stride: int = 1):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Conv2d(channels, out_channels, 1, stride) if stride > 1 else None
+        self.conv1 = conv(channels, out_channels, 3, stride)
+        self.conv2 = conv(out_channels, out_channels, 3)
+        self.skip = conv(channels, out_channels, 1, stride) if stride > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(group_norm(self.conv2(F.relu(group_norm(self.conv1(x))))))
-        return F.relu(out + (x if self.skip is None else group_norm(self.skip(x))))
+        out = F.relu(group_norm(self.conv1(x)))
+        out = F.relu(group_norm(self.conv2(out)))
+        if self.skip is not None:
+            x = group_norm(self.skip(x))
+        return F.relu(out + x)
 
 
 class Stem(nn.Module):
@@ -275,15 +283,19 @@ class Stem(nn.Module):
     def __init__(self, channels: tuple[int, int], out_channels: int):
         super().__init__()
         half, quarter = channels
-        self.conv1 = nn.Conv2d(3, half, 7, stride=2, padding=3)
+        self.conv1 = conv(3, half, 7, stride=2)
         self.layer1 = nn.Sequential(ResidualBlock(half, half), ResidualBlock(half, half))
         self.layer2 = nn.Sequential(
             ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
         )
-        self.conv2 = nn.Conv2d(quarter, out_channels, 1)
+        self.conv2 = conv(quarter, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.layer2(self.layer1(F.relu(group_norm(self.conv1(x))))))
+        x = F.relu(group_norm(self.conv1(x)))
+        return self.conv2(self.layer2(self.layer1(x)))
+
+
+# -- encoder --------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -295,17 +307,16 @@ class Encoder(nn.Module):
         width = config.width
         self.stem = Stem(config.stem, 2 * width)
         self.lowres_stem = Stem(config.stem, width)
-        self.forward_gru = GRU(lambda: nn.Conv2d(2 * width, width, 3, padding=1))
-        self.backward_gru = GRU(lambda: nn.Conv2d(2 * width, width, 3, padding=1))
-        self.down_gru = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.forward_gru = GRU(lambda: conv(2 * width, width, 3))
+        self.backward_gru = GRU(lambda: conv(2 * width, width, 3))
+        self.down_gru = conv(width, width, 3, stride=2)
         self.up_gru = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
-        self.rec_stage = Stage(
-            CrossBlock, group_norm, config, nn.Conv2d(width, width, 3, stride=2, padding=1)
-        )
-        self.back_stage = Stage(CrossBlock, group_norm, config)
-        self.out_merge_conv = nn.Conv2d(3 * width, width, 1)
-        self.out_stages = Stage(CrossBlock, group_norm, config)
-        self.out_1x1 = nn.Conv2d(width, 3 * width, 1)
+        halve = conv(width, width, 3, stride=2)
+        self.rec_stage = Stage(CrossBlock, config, halve)
+        self.back_stage = Stage(CrossBlock, config, nn.Identity())
+        self.out_merge_conv = conv(3 * width, width, 1)
+        self.out_stages = Stage(CrossBlock, config, nn.Identity())
+        self.out_1x1 = conv(width, 3 * width, 1)
 
     def forward(self, pair: Tensor, levels: int) -> list[Tensor]:
         x, hidden = self.stem(pair).chunk(2, dim=1)  # both (2B, width, H/4, W/4)
@@ -324,21 +335,33 @@ class Encoder(nn.Module):
             if features:
                 hidden = torch.tanh(self.up_gru(hidden))
             hidden = self.backward_gru(hidden, x)
+            upward = self.back_stage(hidden)
             small = F.interpolate(
                 pair, scale_factor=0.5**level, mode="bilinear", align_corners=True
             )
-            merged = torch.cat([x, self.back_stage(hidden), self.lowres_stem(small)], dim=1)
-            features.append(self.out_1x1(self.out_stages(self.out_merge_conv(F.relu(merged)))))
+            merged = torch.cat([x, upward, self.lowres_stem(small)], dim=1)
+            merged = self.out_merge_conv(F.relu(merged))
+            features.append(self.out_1x1(self.out_stages(merged)))
         return features
+
+
+# -- decoder --------------------------------------------------------------------------------------
 
 
 class Correlation:
     """Scaled dot products of every position of `a` with every position of `b`, both (B, C, h, w),
     read in windows around a target."""
 
-    def __init__(self, a: Tensor, b: Tensor, radius: int, limit: int):
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        radius: int,
+        limit: int,
+    ):
         self.a = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(a.shape[1])
-        self.b, self.radius = b, radius
+        self.b = b
+        self.radius = radius
         batch, _, height, width = a.shape
         # Above the limit the volume is made anew at each reading, for as many positions of `a` at a
         # time as the limit allows.
@@ -347,9 +370,8 @@ class Correlation:
 
     def products(self, a: Tensor) -> Tensor:
         """a (B, n, C) -> (B * n, 1, h, w), fp32."""
-        return rearrange(
-            torch.einsum("bnc,bchw->bnhw", a, self.b).float(), "b n h w -> (b n) 1 h w"
-        )
+        volume = torch.einsum("bnc,bchw->bnhw", a, self.b).float()
+        return rearrange(volume, "b n h w -> (b n) 1 h w")
 
     def __call__(self, target: Tensor) -> Tensor:
         """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) **
@@ -359,22 +381,20 @@ class Correlation:
         if self.volume is not None:
             windows = self.read(self.volume, target)
         else:
-            pieces = zip(self.a.split(self.rows, dim=1), target.split(self.rows, dim=1))
-            windows = torch.cat([self.read(self.products(a), piece) for a, piece in pieces], dim=1)
+            slices = zip(self.a.split(self.rows, dim=1), target.split(self.rows, dim=1))
+            windows = [self.read(self.products(a), targets) for a, targets in slices]
+            windows = torch.cat(windows, dim=1)
         return rearrange(windows, "b (h w) c -> b c h w", h=height)
 
     def read(self, volume: Tensor, target: Tensor) -> Tensor:
         """Bilinear, zero outside. volume (B * n, 1, h, w), target (B, n, 2) -> (B, n, window)."""
-        offset = torch.arange(
-            -self.radius, self.radius + 1, device=target.device, dtype=target.dtype
-        )
-        window = torch.stack(
-            torch.meshgrid(offset, offset, indexing="ij"), dim=-1
-        )  # The first axis of the window moves along x.
+        offset = torch.arange(-self.radius, self.radius + 1, device=target.device)
+        window = torch.cartesian_prod(offset, offset)  # its first axis moves along x
         points = rearrange(target, "b n two -> (b n) 1 1 two") + window
-        size = torch.tensor([volume.shape[3], volume.shape[2]], device=target.device)
+        height, width = volume.shape[2:]
+        size = torch.tensor([width, height], device=target.device)
         values = F.grid_sample(volume, 2 * points / (size - 1) - 1, align_corners=True)
-        return rearrange(values, "(b n) 1 i j -> b n (i j)", n=target.shape[1])
+        return rearrange(values, "(b n) 1 1 window -> b n window", n=target.shape[1])
 
 
 class MotionEncoder(nn.Module):
@@ -383,22 +403,28 @@ class MotionEncoder(nn.Module):
 
     def __init__(self, window: int, width: int):
         super().__init__()
-        self.convc1 = nn.Conv2d(window, 2 * width, 1)
-        self.convc2 = nn.Conv2d(2 * width, width + width // 2, 3, padding=1)
-        self.convf1 = nn.Conv2d(2, width, 7, padding=3)
-        self.convf2 = nn.Conv2d(width, width // 2, 3, padding=1)
-        self.conv = nn.Conv2d(2 * width, width - 2, 3, padding=1)
+        self.convc1 = conv(window, 2 * width, 1)
+        self.convc2 = conv(2 * width, width + width // 2, 3)
+        self.convf1 = conv(2, width, 7)
+        self.convf2 = conv(width, width // 2, 3)
+        self.conv = conv(2 * width, width - 2, 3)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
-        seen = F.relu(self.convc2(F.relu(self.convc1(correlation))))
-        known = F.relu(self.convf2(F.relu(self.convf1(flow))))
-        return torch.cat([F.relu(self.conv(torch.cat([seen, known], dim=1))), flow], dim=1)
+        seen = F.relu(self.convc1(correlation))
+        seen = F.relu(self.convc2(seen))
+        known = F.relu(self.convf1(flow))
+        known = F.relu(self.convf2(known))
+        motion = self.conv(torch.cat([seen, known], dim=1))
+        return torch.cat([F.relu(motion), flow], dim=1)
 
 
-def head(width: int, out_channels: int, kernel: int) -> nn.Module:
-    """Two convolutions: 3 x 3 to twice the width, then to the output."""
-    last = nn.Conv2d(2 * width, out_channels, kernel, padding=kernel // 2)
-    return nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), last)
+def two_convolutions(width: int, out_channels: int, kernel: int) -> nn.Module:
+    """3 x 3 to twice the width, then to the output."""
+    return nn.Sequential(
+        conv(width, 2 * width, 3),
+        nn.ReLU(),
+        conv(2 * width, out_channels, kernel),
+    )
 
 
 class Update(nn.Module):
@@ -408,19 +434,21 @@ class Update(nn.Module):
         super().__init__()
         width = config.width
         self.motion = MotionEncoder((2 * config.radius + 1) ** 2, width)
-        self.gru = GRU(
-            lambda: Stage(SelfBlock, channel_norm, config, nn.Conv2d(3 * width, width, 1))
-        )
-        self.flow_head = head(
-            width, 6, kernel=3
-        )  # two channels of flow; four describe its uncertainty, for training
-        self.mask = head(width, 9 * 8 * 8, kernel=1)
+        self.gru = GRU(lambda: Stage(SelfBlock, config, conv(3 * width, width, 1)))
+        # Two channels of flow; four describe its uncertainty, for training.
+        self.flow_head = two_convolutions(width, 6, kernel=3)
+        self.mask = two_convolutions(width, 9 * 8 * 8, kernel=1)
 
     def forward(
-        self, hidden: Tensor, context: Tensor, correlation: Tensor, flow: Tensor
+        self,
+        hidden: Tensor,
+        context: Tensor,
+        correlation: Tensor,
+        flow: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """-> new hidden state (B, width, h, w), residual of the flow (B, 2, h, w)."""
-        motion = self.motion(correlation.to(hidden.dtype), flow.to(hidden.dtype))
+        dtype = hidden.dtype
+        motion = self.motion(correlation.to(dtype), flow.to(dtype))
         hidden = self.gru(hidden, torch.cat([context, motion], dim=1))
         return hidden, self.flow_head(hidden)[:, :2]
 
@@ -428,14 +456,18 @@ class Update(nn.Module):
 def convex_upsample(flow: Tensor, mask: Tensor) -> Tensor:
     """flow (B, 2, h, w), mask (B, 9 * 64, h, w) -> (B, 2, 8h, 8w): each new pixel is a convex
     mixture of its 3 x 3 coarse neighbours."""
-    height = flow.shape[2]
-    weights = rearrange(
-        mask.float(), "b (nine fy fx) h w -> b 1 nine fy fx h w", nine=9, fy=8
-    ).softmax(2)
+    weights = rearrange(mask.float(), "b (nine fy fx) h w -> b 1 nine fy fx h w", nine=9, fy=8)
     patches = rearrange(
-        F.unfold(flow, 3, padding=1), "b (two nine) (h w) -> b two nine 1 1 h w", two=2, h=height
+        F.unfold(flow, 3, padding=1),
+        "b (two nine) (h w) -> b two nine 1 1 h w",
+        nine=9,
+        h=flow.shape[2],
     )
-    return rearrange((weights * patches).sum(2), "b two fy fx h w -> b two (h fy) (w fx)")
+    mixed = (weights.softmax(dim=2) * patches).sum(dim=2)
+    return rearrange(mixed, "b two fy fx h w -> b two (h fy) (w fx)")
+
+
+# -- the whole ------------------------------------------------------------------------------------
 
 
 class DPFlow(nn.Module):
@@ -459,19 +491,19 @@ class DPFlow(nn.Module):
         stride = 2 ** (levels + 2)
         # At least two positions at the coarsest level, because grid_sample divides by one less than
         # their number.
-        extra_h, extra_w = (
-            max(2, math.ceil(side / stride)) * stride - side for side in (height, width)
-        )
-        top, left = extra_h // 2, extra_w // 2
-        pair = 2 * torch.cat([frames_a, frames_b]).to(self.encoder.out_1x1.weight.dtype) - 1
-        pair = F.pad(pair, (left, extra_w - left, top, extra_h - top), mode="replicate")
+        extra_h = max(2, math.ceil(height / stride)) * stride - height
+        extra_w = max(2, math.ceil(width / stride)) * stride - width
+        top = extra_h // 2
+        left = extra_w // 2
+        sides = (left, extra_w - left, top, extra_h - top)
+        pair = torch.cat([frames_a, frames_b]).to(self.encoder.out_1x1.weight.dtype)
+        pair = F.pad(2 * pair - 1, sides, mode="replicate")
 
         flow = None
         for features in self.encoder(pair, levels):  # (2B, 3 * width, h, w), coarse to fine
             flow, hidden = self.refine(features, flow)
-        return convex_upsample(8 * flow, self.update.mask(hidden))[
-            :, :, top : top + height, left : left + width
-        ]
+        flow = convex_upsample(8 * flow, self.update.mask(hidden))
+        return flow[:, :, top : top + height, left : left + width]
 
     def refine(self, features: Tensor, flow: Tensor | None) -> tuple[Tensor, Tensor]:
         """One level: features of both frames, flow of the level above at half the size -> flow of
@@ -479,25 +511,23 @@ class DPFlow(nn.Module):
         matching, extra = features.split([2 * self.config.width, self.config.width], dim=1)
         # Each frame gives half of the context and half of the first hidden state; only the flow is
         # carried from level to level.
-        context, hidden = rearrange(
-            extra, "(frame b) (part c) h w -> part b (frame c) h w", frame=2, part=2
+        both = rearrange(extra, "(frame b) (two c) h w -> two b (frame c) h w", frame=2, two=2)
+        context = F.relu(both[0])
+        hidden = torch.tanh(both[1])
+        correlation = Correlation(
+            *matching.chunk(2),
+            self.config.radius,
+            self.config.volume_limit,
         )
-        context, hidden = F.relu(context), torch.tanh(hidden)
-        correlation = Correlation(*matching.chunk(2), self.config.radius, self.config.volume_limit)
 
-        batch, _, height, width = context.shape
-        y, x = torch.meshgrid(
-            *(
-                torch.arange(side, device=features.device, dtype=torch.float32)
-                for side in (height, width)
-            ),
-            indexing="ij",
-        )
-        here = torch.stack([x, y])  # (2, h, w), fp32: bf16 cannot count to a wide row's end
+        size = context.shape[2:]
+        rows, columns = (torch.arange(side, device=features.device) for side in size)
+        # (2, h, w), fp32 in a sum with flow: bf16 cannot count to a wide row's end.
+        here = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
         if flow is None:
-            flow = torch.zeros(batch, 2, height, width, device=features.device)
+            flow = torch.zeros(len(context), 2, *size, device=features.device)
         else:
-            flow = F.interpolate(2 * flow, (height, width), mode="bilinear", align_corners=True)
+            flow = F.interpolate(2 * flow, size, mode="bilinear", align_corners=True)
         for _ in range(self.config.iterations):
             flow = flow.detach()
             hidden, residual = self.update(hidden, context, correlation(here + flow), flow)

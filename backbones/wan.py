@@ -1,9 +1,10 @@
-"""Wan2.2-TI2V-5B by hand: the video expert (a diffusion transformer, DiT) and the video VAE.
+"""The video expert: the diffusion transformer (DiT) of Wan2.2-TI2V-5B by hand.
 
-The DiT (Wan2.2 `wan/modules/model.py`): latents (B, 48, T, h, w) are cut into patches (1, 2, 2),
-tokens in the order t, h, w. A block is
+Latents (B, 48, T, h, w) are cut into patches (1, 2, 2), tokens in the order t, h, w (Wan2.2
+`wan/modules/model.py`). A block is
 
-    x += gate1 * SelfAttention(shift1 + (1 + scale1) * LN(x))      3-D RoPE on q and k, q/k RMSNorm over the full width
+    x += gate1 * SelfAttention(shift1 + (1 + scale1) * LN(x))      3-D RoPE on q and k,
+                                                                   RMSNorm over their full width
     x += CrossAttention(LN_affine(x), text)                        no gate, no mask, no rotary
     x += gate2 * FFN(shift2 + (1 + scale2) * LN(x))                GELU(tanh)
 
@@ -15,14 +16,19 @@ Conventions: the network is fed t in [0, 1000], 1000 is noise; its output is the
 data. Precision: the residual stream, the time path, modulation and head are fp32; the other linear
 maps run in the dtype of their weights. Tensor names are the original ones.
 
+Departure from the official code: it pads texts to 512 rows and attends to all of them; here one
+padded row stands for all (`text_bias`), which is exact.
+
 Shapes: B batch, C latent channels, T latent frames, h w latent grid, L = T*(h/2)*(w/2) tokens, D
 width, N heads, K head size, Lt text rows.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -40,7 +46,7 @@ from attention import (
     xavier,
 )
 
-# -- the video expert -----------------------------------------------------------------------------
+# -- sizes, time and positions --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ class WanConfig:
 
 
 class Modulation(NamedTuple):
-    """What the timestep does to a sub-layer: x -> gate * f(shift + (1 + scale) * LN(x)). Each (B, 1
-    or L, D), fp32."""
+    """The timestep's hold on a sub-layer: x -> gate * f(shift + (1 + scale) * LN(x)). Each (B, 1 or
+    L, D), fp32."""
 
     shift: Tensor
     scale: Tensor
@@ -79,19 +85,22 @@ class Modulation(NamedTuple):
 
 
 def modulations(table: Tensor, time: Tensor) -> list[Modulation]:
-    """Adds a learned table (1, n, D) to the time projection (B, 1 or L, n or 1, D) in fp32. n = 6 are
-    (shift, scale, gate) of the attention and of the FFN, n = 2 (shift, scale) of a head."""
+    """A learned table (1, n, D) plus the time projection (B, 1 or L, n or 1, D), in fp32: for n = 6
+    (shift, scale, gate) of the attention and of the FFN, for n = 2 (shift, scale) of a head."""
     parts = (table.float() + time.float()).unbind(dim=2)  # n of (B, 1 or L, D)
     if len(parts) == 2:
         return [Modulation(*parts)]
     return [Modulation(*parts[:3]), Modulation(*parts[3:])]
 
 
+def frequencies(count: int, device: torch.device | str | None = None) -> Tensor:
+    """10000^(-i / count) for i = 0 .. count - 1, in float64 as Wan computes all its angles."""
+    return 10000.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
+
+
 def time_sinusoid(t: Tensor, dim: int) -> Tensor:
-    """t in [0, 1000], any shape -> (..., dim) fp32, cosines first, computed in float64 as Wan does."""
-    half = dim // 2
-    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-    angle = t.double()[..., None] * frequencies
+    """t in [0, 1000], any shape -> (..., dim) fp32, cosines first."""
+    angle = t.double()[..., None] * frequencies(dim // 2, t.device)
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
@@ -99,18 +108,19 @@ def rope_3d(
     grid: tuple[int, int, int], head_dim: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (L, K/2) of the token grid (T, H, W). The K/2 pairs are split between the axes,
-    each with its own ladder 10000^(-2j/axis_dim): 22/21/21 pairs at K = 128. Angles are computed in
-    float64, the tables are fp32."""
-    side = 2 * (head_dim // 6)
+    each with its own ladder of frequencies: 22/21/21 pairs at K = 128. The tables are fp32."""
+    half = head_dim // 2
+    side = half // 3
+    axes = [torch.arange(size, dtype=torch.float64, device=device) for size in grid]
+    places = torch.cartesian_prod(*axes)  # (L, 3): t, h, w of each token
     angles = []
-    for axis, (size, dim) in enumerate(zip(grid, (head_dim - 2 * side, side, side))):
-        ladder = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-        angle = torch.outer(torch.arange(size, dtype=torch.float64, device=device), ladder)
-        shape = [1, 1, 1, len(ladder)]
-        shape[axis] = size
-        angles.append(angle.view(shape).expand(*grid, -1))
-    angle = rearrange(torch.cat(angles, dim=-1), "t h w k -> (t h w) k")
+    for axis, pairs in enumerate((half - 2 * side, side, side)):
+        angles.append(torch.outer(places[:, axis], frequencies(pairs, device)))
+    angle = torch.cat(angles, dim=1)
     return angle.cos().float(), angle.sin().float()
+
+
+# -- blocks ---------------------------------------------------------------------------------------
 
 
 class WanAttention(nn.Module):
@@ -120,17 +130,21 @@ class WanAttention(nn.Module):
     def __init__(self, width: int, heads: int, eps: float):
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v, self.o = (Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.q = Linear(width, width)
+        self.k = Linear(width, width)
+        self.v = Linear(width, width)
+        self.o = Linear(width, width)
+        self.norm_q = RMSNorm(width, eps)
+        self.norm_k = RMSNorm(width, eps)
 
     def queries(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
         return rearrange(self.norm_q(self.q(x)), "b l (n k) -> b l n k", n=self.heads)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:  # (B, L, D) -> 2 x (B, L, N, K)
-        return (
-            rearrange(self.norm_k(self.k(x)), "b l (n k) -> b l n k", n=self.heads),
-            rearrange(self.v(x), "b l (n k) -> b l n k", n=self.heads),
-        )
+    def keys(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
+        return rearrange(self.norm_k(self.k(x)), "b l (n k) -> b l n k", n=self.heads)
+
+    def values(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
+        return rearrange(self.v(x), "b l (n k) -> b l n k", n=self.heads)
 
 
 class TextStates(NamedTuple):
@@ -169,14 +183,22 @@ class WanBlock(nn.Module):
         """x (B, L, D) -> q, k (normed, rotated), v, each (B, L, N, K)."""
         attn = self.self_attn
         h = norm_modulate(x, mod.shift, mod.scale, self.norm1.eps, self.modulation.dtype)
-        q, k = attn.q(h), attn.k(h)
-        v = rearrange(attn.v(h), "b l (n k) -> b l n k", n=attn.heads)
-        weights = attn.norm_q.weight, attn.norm_k.weight
-        q, k = norm_rotate(q, k, *weights, attn.norm_q.eps, v.shape[-1], rope)
+        v = attn.values(h)
+        q, k = norm_rotate(
+            attn.q(h),
+            attn.k(h),
+            attn.norm_q.weight,
+            attn.norm_k.weight,
+            attn.norm_q.eps,
+            v.shape[3],
+            rope,
+        )
         return q, k, v
 
     def text_kv(self, text: TextStates) -> TextKV:
-        return TextKV(*self.cross_attn.keys_values(text.states), text.bias)
+        """Keys and values of the text for this layer."""
+        cross = self.cross_attn
+        return TextKV(cross.keys(text.states), cross.values(text.states), text.bias)
 
     def post_attention(
         self,
@@ -189,19 +211,22 @@ class WanBlock(nn.Module):
         """x (B, L, D) residual stream, attended (B, L, N*K), text with or without its keys and
         values made -> (B, L, D) fp32."""
         x = add_gated(x, self.self_attn.o(attended), mod.gate)
-        text = text if isinstance(text, TextKV) else self.text_kv(text)
-        y = attention(self.cross_attn.queries(self.norm3(x)), text.k, text.v, text.bias)
-        x = x + self.cross_attn.o(rearrange(y, "b l n k -> b l (n k)")).float()
+        if isinstance(text, TextStates):
+            text = self.text_kv(text)
+        q = self.cross_attn.queries(self.norm3(x))
+        read = attention(q, text.k, text.v, text.bias)
+        x = x + self.cross_attn.o(rearrange(read, "b l n k -> b l (n k)")).float()
         h = norm_modulate(x, ffn_mod.shift, ffn_mod.scale, self.norm2.eps, self.modulation.dtype)
         return add_gated(x, self.ffn(h), ffn_mod.gate)
 
 
 class WanHead(nn.Module):
+    """Tokens to the velocity of their patches, in fp32."""
+
     def __init__(self, config: WanConfig):
         super().__init__()
-        pt, ph, pw = config.patch
         self.norm = LayerNorm(config.width, config.eps, elementwise_affine=False)
-        self.head = LinearFP32(config.width, pt * ph * pw * config.latent)
+        self.head = LinearFP32(config.width, math.prod(config.patch) * config.latent)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:  # x (B, L, D), e (B, 1 or L, D)
@@ -209,16 +234,18 @@ class WanHead(nn.Module):
         return self.head(norm_modulate(x, mod.shift, mod.scale, self.norm.eps))
 
 
+# -- the model ------------------------------------------------------------------------------------
+
+
 class WanModel(nn.Module):
-    """The video transformer. `forward` is Wan alone (video generation without the other experts)."""
+    """The video transformer. `forward` is Wan alone: video generation without other experts."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
         self.config = config
         width = config.width
-        self.patch_embedding = nn.Conv3d(
-            config.latent, width, kernel_size=config.patch, stride=config.patch
-        )
+        patch = config.patch
+        self.patch_embedding = nn.Conv3d(config.latent, width, patch, stride=patch)
         self.text_embedding = mlp(config.text_dim, width, width, act=nn.GELU, approximate="tanh")
         self.time_embedding = mlp(config.freq_dim, width, width, linear=LinearFP32)
         self.time_projection = nn.Sequential(nn.SiLU(), LinearFP32(width, 6 * width))
@@ -244,16 +271,11 @@ class WanModel(nn.Module):
 
     def embed_text(self, context: Tensor, lengths: Tensor) -> TextStates:
         """Text states (B, Lt, text_dim), zero from row `lengths` (B,) on, into the video width. The
-        official code pads to text_len rows and attends to all of them; here one padded row stands
-        for all of them, and is added where it may be missing."""
+        padded row that stands for all is added where it may be missing."""
         if context.shape[1] < self.config.text_len:
-            context = torch.cat(
-                [context, context.new_zeros(len(context), 1, context.shape[2])], dim=1
-            )
-        bias = text_bias(lengths, context.shape[1], self.config.text_len)[
-            :, None, None
-        ]  # (B, 1, 1, Lt)
-        return TextStates(self.text_embedding(context), bias)
+            context = F.pad(context, (0, 0, 0, 1))
+        bias = text_bias(lengths, context.shape[1], self.config.text_len)
+        return TextStates(self.text_embedding(context), bias[:, None, None])
 
     def patchify(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """(B, C, T, h, w) -> tokens (B, L, D) in the order t, h, w, and their grid."""
@@ -262,7 +284,8 @@ class WanModel(nn.Module):
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """(B, L, patch * C), channel fastest -> (B, C, T, h, w)."""
-        (t, h, w), (pt, ph, pw) = grid, self.config.patch
+        t, h, w = grid
+        pt, ph, pw = self.config.patch
         return rearrange(
             x,
             "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",

@@ -149,7 +149,8 @@ def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_log(log)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure.subplots_adjust(0.07, 0.15, 0.98, 0.91)
     for axis, name in zip(axes, names):
         labels = {name: "all times"}
         labels |= {

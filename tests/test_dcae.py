@@ -1,14 +1,16 @@
 """DC-AE against diffusers, its two published formats, and what makes four tokens of a picture."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from backbones.dcae import DCAE, DCAEConfig, LinearAttention, load_dcae
-from weights.files import save_safetensors
+from backbones.dcae import DCAE, DCAEConfig, LinearAttention
+from weights.files import open_source, save_safetensors
 from weights.layouts import canonical, dcae_own, expected
+from weights.load import load_into
 
 FULL = DCAEConfig()
 TINY = DCAEConfig((16, 32, 32, 64, 64), (1,) * 5, (1,) * 5, latent_channels=64, head_dim=16)
@@ -51,7 +53,15 @@ def diffusers_model(config: DCAEConfig) -> nn.Module:
     return model.eval()
 
 
-def parts(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def loaded(path: Path, config: DCAEConfig) -> DCAE:
+    """A DC-AE of a published file."""
+    model = DCAE(config)
+    with open_source(path) as source:
+        load_into(model, dataclasses.replace(source, tensors=canonical(source.tensors)))
+    return model
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
@@ -122,11 +132,11 @@ def test_tables_list_exactly_what_each_format_holds():
         "original": 434,
         "diffusers": 474,
     }
-    assert expected("dcae_diffusers") == parts(theirs)
+    assert expected("dcae_diffusers") == shapes_of(theirs)
     for tensors in files.values():
-        assert {name: tuple(value.shape) for name, value in canonical(tensors).items()} == parts(
-            ours
-        )
+        assert {
+            name: tuple(value.shape) for name, value in canonical(tensors).items()
+        } == shapes_of(ours)
     convert = pytest.importorskip(
         "diffusers.loaders.single_file_utils"
     ).convert_autoencoder_dc_checkpoint_to_diffusers
@@ -157,10 +167,9 @@ def test_both_formats_load_from_files_to_the_same_model(tmp_path):
             tmp_path / f"{form}.safetensors",
             {name: value.contiguous() for name, value in tensors.items()},
         )
-        loaded = load_dcae(tmp_path / f"{form}.safetensors", SAME_NAMES).state_dict()
-        assert loaded.keys() == ours.keys() and all(
-            torch.equal(value, loaded[name]) for name, value in ours.items()
-        )
+        found = loaded(tmp_path / f"{form}.safetensors", SAME_NAMES).state_dict()
+        assert found.keys() == ours.keys()
+        assert all(torch.equal(value, found[name]) for name, value in ours.items())
 
 
 @pytest.mark.parametrize(
@@ -175,20 +184,22 @@ def test_a_file_that_lacks_a_tensor_is_refused(tmp_path, lost):
     }
     save_safetensors(tmp_path / "short.safetensors", tensors)
     with pytest.raises(ValueError, match=dcae_own(lost).replace(".", r"\.")):
-        load_dcae(tmp_path / "short.safetensors", TINY)
+        loaded(tmp_path / "short.safetensors", TINY)
 
 
-def test_the_two_forms_of_attention_are_one_function():
-    """Summing over positions before or after the query enters gives the same result up to rounding."""
+def test_attention_equals_the_one_that_weighs_every_pair_of_positions():
+    """Summing over positions before the query enters gives what the weights of all pairs give, each
+    divided by their sum."""
     torch.manual_seed(0)
     attention = LinearAttention(channels=64, head_dim=32)
-    x = torch.randn(2, 64, 6, 5)  # 30 positions are fewer than 32 channels: the quadratic form
-    with torch.no_grad():
-        quadratic = attention(x)
-        stretched = attention(torch.cat([x, x], dim=-1))[
-            ..., :5
-        ]  # 60 positions, each key twice: the linear form
-    assert torch.allclose(quadratic, stretched, atol=1e-5)
+    x = torch.randn(2, 64, 6, 5)
+    mixed = torch.cat([attention.to_q(x), attention.to_k(x), attention.to_v(x)], dim=1)
+    q, k, v = mixed.reshape(2, 2, 3, 32, 30).unbind(dim=2)  # (B, N, K, L), two groups
+    weights = q.relu().mT @ k.relu()  # (B, N, L queries, L keys)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    values = (v @ weights.mT).reshape(2, 64, 6, 5)
+    expected_out = x + attention.norm_out(attention.to_out(values))
+    assert torch.allclose(attention(x), expected_out, atol=1e-5)
 
 
 def test_gradients_pass_through_a_frozen_decoder_and_leave_it_alone():

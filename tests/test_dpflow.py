@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import expected
 
 from backbones.dpflow import (
     DISFlow,
@@ -21,7 +22,7 @@ from backbones.dpflow import (
     pyramid_levels,
 )
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
-from weights.layouts import dpflow_own, expected
+from weights.layouts import dpflow_own
 
 THIN = DPFlowConfig(stem=(16, 24), width=32, depth=1)
 
@@ -140,7 +141,7 @@ def test_flow_equals_the_original_at_any_size(original, size):
 
 
 def test_levels_and_iterations_are_options():
-    """Four levels with two iterations each, two rows of a batch, other widths: still the original."""
+    """Four levels of two iterations, two rows of a batch, other widths: still the original."""
     sizes = dict(
         enc_hidden_chs=(16, 24, 32),
         enc_depth=1,

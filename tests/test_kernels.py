@@ -5,6 +5,7 @@ and what the compiler makes of them.
 and writes docs/kernels.md.
 """
 
+import importlib
 import json
 import os
 import random
@@ -22,19 +23,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # the ahead-of-time compilation runs as a script
+# The ahead-of-time compilation runs as a script.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 
 import test_golden  # noqa: E402
 import test_motus  # noqa: E402
 
-import attention  # noqa: E402
-import kernels.attention  # noqa: E402
-import kernels.rows  # noqa: E402
-from motus import Motus, draw  # noqa: E402
+import attention as eager  # noqa: E402
+import kernels  # noqa: E402
+from flow import draw_noise  # noqa: E402
+from kernels import rows as row_kernels  # noqa: E402
+from motus import Motus  # noqa: E402
+
+# `kernels.attention` is the function; this is the file.
+flash = importlib.import_module("kernels.attention")
 
 DOCS = Path(__file__).parent.parent / "docs" / "kernels.md"
 
@@ -102,7 +106,7 @@ def segments(
     batch: int = 1,
     seed: int = 0,
 ) -> list[list[Tensor]]:
-    """q, k, v per segment, slices of one projection as the experts make them: rows are 3*N*K apart."""
+    """q, k, v per segment, slices of one projection as experts make them: rows are 3*N*K apart."""
     torch.manual_seed(seed)
     qkv = [
         torch.randn(batch, length, 3, heads, size, device=DEVICE).to(dtype) for length in lengths
@@ -124,7 +128,7 @@ def plain_segments(
         ],
         dim=1,
     )
-    out = attention.plain_attention(
+    out = eager.plain_attention(
         torch.cat(q, 1), torch.cat(k, 1), torch.cat(v, 1), row[:, None, None], scale
     )
     return list(out.split([x.shape[1] for x in q], dim=1))
@@ -186,13 +190,13 @@ def random_case(rng: random.Random, seed: int) -> None:
         )
         row = {
             "none": None,
-            "ragged": attention.key_bias(visible),
+            "ragged": eager.key_bias(visible),
             "all padded": torch.full((batch, length), float("-inf")),
             "count": torch.randint(1, 500, (batch, length)).float().log(),
         }[kind]
         bias.append(None if row is None else row.to(DEVICE))
     scale = rng.choice([None, 0.3])
-    found = kernels.attention.attend(q, k, v, bias, scale)
+    found = flash.attend(q, k, v, bias, scale)
     close(found, plain_segments(q, k, v, bias, scale), dtype)
     close(gradients(found, [*q, *k, *v]), plain_gradients(q, k, v, bias, scale), dtype)
 
@@ -215,14 +219,14 @@ def test_attention_equals_the_plain_one_on_two_hundred_more(group):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_joint_attention_equals_the_plain_one_behind_the_same_call(dtype):
-    """`kernels.joint_attention` takes what `attention.joint_attention` takes; rotated queries and
+    """`kernels.joint_attention` takes what `eager.joint_attention` takes; rotated queries and
     keys may be fp32."""
     q, k, v = segments((20, 5, 9), 2, 32, dtype, batch=2)
-    bias = attention.key_bias(
+    bias = eager.key_bias(
         torch.arange(9, device=DEVICE)[None] < torch.tensor([[9], [0]], device=DEVICE)
     )
     qkv = [(q[0].float(), k[0].float(), v[0]), (q[1], k[1], v[1]), (q[2], k[2], v[2])]
-    expected, found = (f.joint_attention(qkv, [None, None, bias]) for f in (attention, kernels))
+    expected, found = (f.joint_attention(qkv, [None, None, bias]) for f in (eager, kernels))
     close(found, expected, dtype)
     close(gradients(found, [*q, *k, *v]), gradients(expected, [*q, *k, *v]), dtype)
 
@@ -231,8 +235,8 @@ def test_cross_attention_with_a_text_bias_equals_the_plain_one():
     """One query segment, other keys, padding collapsed into one key with log(count)."""
     (q,), _, _ = segments((19,), 2, 32, torch.float32, batch=2)
     _, (k,), (v,) = segments((7,), 2, 32, torch.float32, batch=2, seed=1)
-    bias = attention.text_bias(torch.tensor([6, 3], device=DEVICE), 7, 40)[:, None, None]
-    expected, found = attention.plain_attention(q, k, v, bias), kernels.attention(q, k, v, bias)
+    bias = eager.text_bias(torch.tensor([6, 3], device=DEVICE), 7, 40)[:, None, None]
+    expected, found = eager.plain_attention(q, k, v, bias), kernels.attention(q, k, v, bias)
     close([found], [expected], torch.float32)
     close(gradients([found], [q, k, v]), gradients([expected], [q, k, v]), torch.float32)
 
@@ -242,8 +246,8 @@ def test_a_key_with_log_count_bias_stands_for_its_copies():
     q, k, v = segments((4,), 1, 16, torch.float32)
     _, (k3,), (v3,) = segments((1,), 1, 16, torch.float32, seed=3)
     count = torch.full((1, 1), 3.0, device=DEVICE).log()
-    once = kernels.attention.attend(q, [*k, k3], [*v, v3], [None, count])
-    thrice = kernels.attention.attend(
+    once = flash.attend(q, [*k, k3], [*v, v3], [None, count])
+    thrice = flash.attend(
         q, [*k, k3.expand(1, 3, 1, 16)], [*v, v3.expand(1, 3, 1, 16)], [None, None]
     )
     close(once, thrice, torch.float32)
@@ -253,8 +257,8 @@ def test_a_query_that_sees_no_key_gets_zeros_and_gives_zero_gradients():
     """All keys of one sample are padded: no NaN forward or backward, and the other sample is not
     touched."""
     q, k, v = segments((18,), 1, 16, torch.float32, batch=2)
-    bias = attention.key_bias(torch.tensor([[True], [False]], device=DEVICE).expand(2, 18))
-    out = kernels.attention.attend(q, k, v, [bias])
+    bias = eager.key_bias(torch.tensor([[True], [False]], device=DEVICE).expand(2, 18))
+    out = flash.attend(q, k, v, [bias])
     grads = gradients(out, [*q, *k, *v])
     assert out[0][1].abs().max() == 0 and all(g[1].abs().max() == 0 for g in grads)
     expected = plain_segments(*([x[0][:1]] for x in (q, k, v)), [None])
@@ -264,13 +268,10 @@ def test_a_query_that_sees_no_key_gets_zeros_and_gives_zero_gradients():
 def test_attention_is_deterministic_and_saves_the_log_sum_exp():
     """Two runs agree bit for bit; the log-sum-exp is that of the logits."""
     q, k, v = segments((17, 3, 6), 1, 32, torch.float32)
-    *_, lse = kernels.attention.attention_op(q, k, v, [], "", 0.2)
+    *_, lse = flash.attention_op(q, k, v, [], "", 0.2)
     logits = torch.einsum("bqnk,bsnk->bnqs", torch.cat(q, 1), torch.cat(k, 1)) * 0.2
     assert torch.allclose(lse, logits.logsumexp(-1), atol=1e-4)
-    runs = [
-        gradients(kernels.attention.attend(q, k, v, [None] * 3, 0.2), [*q, *k, *v])
-        for _ in range(2)
-    ]
+    runs = [gradients(flash.attend(q, k, v, [None] * 3, 0.2), [*q, *k, *v]) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
@@ -284,7 +285,7 @@ def test_offsets_reach_beyond_two_to_the_31():
     for x in (q, k, v):
         x.copy_(torch.randn(2, 5, 1, 16))
     close(
-        kernels.attention.attend([q], [k], [v], [None]),
+        flash.attend([q], [k], [v], [None]),
         plain_segments([q], [k], [v], [None]),
         torch.bfloat16,
     )
@@ -295,16 +296,13 @@ def test_a_layer_of_the_full_model():
     """24 heads of 128 over 360 video, 53 action and 130 understanding tokens, in the tiles of a
     GPU."""
     q, k, v = segments((360, 53, 130), 24, 128, torch.float32)
-    bias = [None, None, attention.key_bias(torch.arange(130, device=DEVICE)[None] < 101)]
+    bias = [None, None, eager.key_bias(torch.arange(130, device=DEVICE)[None] < 101)]
     inputs = [*q, *k, *v]
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
-            patch.setattr(
-                kernels,
-                "tile",
-                lambda kernel, dtype: kernels.attention.TILES[torch.bfloat16][kernel],
-            )
-        found = kernels.attention.attend(q, k, v, bias)
+            on_a_gpu = flash.TILES[torch.bfloat16]
+            patch.setattr(flash, "tile", lambda kernel, dtype: on_a_gpu[kernel])
+        found = flash.attend(q, k, v, bias)
         grads = gradients(found, inputs)
     expected = plain_segments(q, k, v, bias)
     close(found, expected, torch.float32)
@@ -334,17 +332,17 @@ def test_norm_and_rotation_equal_the_plain_ones(seed, dtype):
     )
     torch.manual_seed(seed)
     qkv = torch.randn(batch, length, 3 * heads * size, device=DEVICE).to(dtype).requires_grad_()
-    norms = [attention.RMSNorm(heads * size).to(DEVICE, dtype) for _ in range(2)]
+    norms = [eager.RMSNorm(heads * size).to(DEVICE, dtype) for _ in range(2)]
     for norm in norms:
         torch.nn.init.normal_(norm.weight, 1.0, 0.2)
     q, k, _ = qkv.chunk(3, dim=-1)
     angle = torch.randn(length, size // 2, device=DEVICE)
     rope = (angle.cos(), angle.sin()) if seed % 2 else None
-    expected = [x.to(dtype) for x in attention.norm_rotate(q, k, *norms, size, rope)]
-    found = list(
-        kernels.norm_rotate(q, k, norms[0].weight, norms[1].weight, norms[0].eps, size, rope)
-    )
-    inputs = [qkv, norms[0].weight, norms[1].weight]
+    weights = [norm.weight for norm in norms]
+    arguments = (q, k, *weights, norms[0].eps, size, rope)
+    expected = [x.to(dtype) for x in eager.norm_rotate(*arguments)]
+    found = list(kernels.norm_rotate(*arguments))
+    inputs = [qkv, *weights]
     close(found, expected, dtype)
     close(gradients(found, inputs), gradients(expected, inputs), dtype)
 
@@ -369,12 +367,10 @@ def test_modulation_and_gated_residual_equal_the_plain_ones(seed, dtype):
         requires_grad=True,
     )
     shift, scale, gate = mods.unbind(dim=2)[:3]
-    norm = attention.LayerNorm(width, 1e-5, elementwise_affine=False)
-    expected = [
-        attention.norm_modulate(x, norm, shift, scale, dtype),
-        attention.add_gated(x, y, gate),
-    ]
-    found = [kernels.norm_modulate(x, shift, scale, 1e-5, dtype), kernels.add_gated(x, y, gate)]
+    expected, found = (
+        [f.norm_modulate(x, shift, scale, 1e-5, dtype), f.add_gated(x, y, gate)]
+        for f in (eager, kernels)
+    )
     close(found, expected, dtype)
     close(gradients(found, [x, y, mods]), gradients(expected, [x, y, mods]), dtype)
 
@@ -391,15 +387,15 @@ def op_arguments() -> dict:
     rows, weight, mod = leaf(1, 3, 8), leaf(8), leaf(1, 1, 8)
     return {
         "attention": (
-            kernels.attention.attention_op,
+            flash.attention_op,
             (q, k, v, [torch.zeros(1, 3, device=DEVICE)], "2", 0.25),
         ),
         "norm_rotate": (
-            kernels.rows.norm_rotate_op,
+            row_kernels.norm_rotate_op,
             (rows, rows, weight, weight, None, None, 1e-6, 4, torch.float32),
         ),
-        "norm_modulate": (kernels.rows.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
-        "add_gated": (kernels.rows.add_gated_op, (rows, leaf(1, 3, 8), mod)),
+        "norm_modulate": (row_kernels.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
+        "add_gated": (row_kernels.add_gated_op, (rows, leaf(1, 3, 8), mod)),
     }
 
 
@@ -439,33 +435,19 @@ def test_a_layer_of_kernels_compiles_in_one_graph_and_checkpoints():
         assert all(torch.equal(a, b) for a, b in zip(gradients([found], inputs), expected_grads))
 
 
-def test_choice_says_why_and_the_environment_overrules_it(monkeypatch):
-    """SDPA where there is no CUDA, whatever MOTUS_ATTENTION says if it is set, and a plain refusal
-    of other names."""
-    monkeypatch.delenv("MOTUS_ATTENTION", raising=False)
-    assert attention.choose("cpu") == ("sdpa", "the device is cpu, not cuda")
-    for sm, chosen in ((90, "triton"), (75, "sdpa")):
-        monkeypatch.setattr(attention, "capability", lambda device, sm=sm: sm)
-        assert attention.choose("cuda")[0] == chosen and f"sm_{sm}" in attention.choose("cuda")[1]
-    monkeypatch.setattr(attention, "HAS_TRITON", False)
-    assert attention.choose("cuda") == ("sdpa", "Triton is not installed")
-    monkeypatch.setenv("MOTUS_ATTENTION", "plain")
-    assert attention.choose("cuda")[0] == "plain"
-    monkeypatch.setenv("MOTUS_ATTENTION", "fast")
-    with pytest.raises(ValueError, match="'fast'; allowed: plain, sdpa, triton"):
-        attention.choose("cpu")
-
-
 def test_what_cannot_run_is_refused_with_a_remedy(monkeypatch):
     """Head sizes over 128; a CPU without the interpreter; and without Triton the file imports, and
     a kernel is refused when asked for."""
     x = torch.zeros(1, 2, 1, 130)
     with pytest.raises(ValueError, match="head size 130"):
         kernels.attention(x, x, x)
-    monkeypatch.setattr(kernels.attention, "INTERPRET", False)
+    monkeypatch.setattr(flash, "INTERPRET", False)
     with pytest.raises(ValueError, match="asked for on cpu.*TRITON_INTERPRET"):
-        kernels.attention.check(torch.device("cpu"))
-    code = "import sys, torch; sys.modules['triton'] = None; import kernels; x = torch.zeros(1, 2, 1, 16); kernels.attention(x, x, x)"
+        flash.check(torch.device("cpu"))
+    code = (
+        "import sys, torch; sys.modules['triton'] = None; import kernels; "
+        "x = torch.zeros(1, 2, 1, 16); kernels.attention(x, x, x)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,
@@ -481,29 +463,29 @@ ALL_KERNELS = {
     name + suffix
     for name in ("norm_rotate", "norm_modulate", "add_gated")
     for suffix in ("", "_backward")
-} | {*kernels.attention.KERNELS}
+} | {*flash.KERNELS}
 
 
 @pytest.fixture
 def launched(monkeypatch) -> set[str]:
     """Names of the kernels that were launched; heads may be as small as tests like them."""
-    names, launch = set(), kernels.attention.launch
-    monkeypatch.setattr(attention, "HEAD_SIZES", range(1, 129))
-    monkeypatch.setattr(
-        kernels,
-        "launch",
-        lambda kernel, *args, **options: (
-            names.add(kernel.fn.__name__.removesuffix("_kernel")),
-            launch(kernel, *args, **options),
-        ),
-    )
+    names = set()
+    launch = flash.launch
+
+    def note(kernel, *args, **options):
+        names.add(kernel.fn.__name__.removesuffix("_kernel"))
+        launch(kernel, *args, **options)
+
+    for module in (flash, row_kernels):
+        monkeypatch.setattr(module, "launch", note)
+    monkeypatch.setattr(eager, "HEAD_SIZES", range(1, 129))
     return names
 
 
 def loss_and_gradients(model: Motus, **change) -> list[Tensor]:
     inputs = replace(test_motus.inputs_of(und=3), **change)
     model.zero_grad()
-    losses = model.loss(inputs, **draw(inputs, torch.Generator().manual_seed(5)))
+    losses = model.loss(inputs, **draw_noise(inputs, torch.Generator().manual_seed(5)))
     losses.total().backward()
     return [
         losses.video,
@@ -586,21 +568,24 @@ def test_the_kernels_take_what_they_are_compiled_for_and_sdpa_the_rest(dtype, mo
     the video VAE, or biases of pairs."""
     monkeypatch.setenv("MOTUS_ATTENTION", "triton")
     taken, keys = set(), torch.zeros(1, 1, 1, 3, dtype=dtype)
-    monkeypatch.setattr(
-        kernels, "attend", lambda q, k, v, bias, scale=None: taken.add(q[0].shape[3]) or q
-    )
+
+    def attend(q, k, v, bias, scale=None):
+        taken.add(q[0].shape[3])
+        return q
+
+    monkeypatch.setattr(flash, "attend", attend)
     for size in (16, 32, 48, 64, 80, 128, 160):
         x = torch.randn(1, 3, 1, size).to(dtype)
         for bias in (keys, keys.expand(1, 1, 3, 3)):
-            found, pairs = attention.attention(x, x, x, bias), bias.shape[2] == 3
+            found, pairs = eager.attention(x, x, x, bias), bias.shape[2] == 3
             assert (
                 not pairs
                 and size in taken
-                or torch.equal(found, attention.sdpa_attention(x, x, x, bias))
+                or torch.equal(found, eager.sdpa_attention(x, x, x, bias))
             )
-        attention.joint_attention([(x, x, x)], [None])
-    assert taken == (set(attention.HEAD_SIZES) if dtype in kernels.attention.TILES else set())
-    assert set(attention.DTYPES) == set(kernels.attention.TILES)
+        eager.joint_attention([(x, x, x)], [None])
+    assert taken == (set(eager.HEAD_SIZES) if dtype in flash.TILES else set())
+    assert set(eager.DTYPES) == set(flash.TILES)
 
 
 def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
@@ -609,10 +594,10 @@ def test_rows_that_the_kernels_do_not_take_go_to_torch(launched, monkeypatch):
     torch.manual_seed(0)
     for x in (torch.randn(1, 1, 4104), torch.randn(1, 1, 8).half()):
         assert (
-            torch.allclose(attention.add_gated(x, x, x), x.float() + x.float() * x, atol=1e-6)
+            torch.allclose(eager.add_gated(x, x, x), x.float() + x.float() * x, atol=1e-6)
             and not launched
         )
-    attention.add_gated(torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8))
+    eager.add_gated(torch.randn(1, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8))
     assert launched == {"add_gated"}
 
 
@@ -667,7 +652,7 @@ def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
         for group in segments((20, 5, 9), 1, 32, torch.bfloat16)
     )
     bias = torch.zeros(1, 9)
-    forward = Traffic(kernels.attention.attention_op, q, k, v, [bias], "2", 0.2)
+    forward = Traffic(flash.attention_op, q, k, v, [bias], "2", 0.2)
     *o, lse = forward.outputs
     assert forward.bytes <= 1.1 * size_of(*q, *k, *v, bias, *o, lse)
     assert (
@@ -675,9 +660,7 @@ def test_attention_moves_each_byte_once_and_reads_keys_once_per_query_tile():
         and forward.times_read(k[1]) == forward.times_read(v[1]) == 2 + 1 + 1
     )  # tiles of the queries
     do = [torch.randn_like(x) for x in o]
-    backward = Traffic(
-        kernels.attention.attention_backward_op, do, q, k, v, [bias], "2", o, lse, 0.2
-    )
+    backward = Traffic(flash.attention_backward_op, do, q, k, v, [bias], "2", o, lse, 0.2)
     assert backward.bytes <= 1.1 * size_of(
         *do, *q, *k, *v, bias, *o, lse, *backward.outputs, lse
     )  # delta is as large as lse
@@ -704,15 +687,15 @@ def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
         (bf16(1, 64, 4, 16), bf16(1, 64, 4, 16)),
     )
     for operation, rows, shared, options, parts in (
-        (kernels.rows.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
-        (kernels.rows.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
-        (kernels.rows.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
-        (kernels.rows.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
-        (kernels.rows.add_gated_op, (stream, y), (scale,), (), 0),
-        (kernels.rows.add_gated_backward_op, (stream, y), (scale,), (), 1),
+        (row_kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
+        (row_kernels.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
+        (row_kernels.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
+        (row_kernels.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
+        (row_kernels.add_gated_op, (stream, y), (scale,), (), 0),
+        (row_kernels.add_gated_backward_op, (stream, y), (scale,), (), 1),
     ):
         run = Traffic(operation, *rows, *shared, *options)
-        reread = parts * 64 // kernels.rows.ROWS * 64 * 4  # by the sum over the parts
+        reread = parts * 64 // row_kernels.ROWS * 64 * 4  # by the sum over the parts
         assert run.bytes + reread <= 1.1 * size_of(*rows, *shared, *run.outputs), operation
         assert all(run.times_read(x) == 1 for x in rows), operation
 
@@ -723,7 +706,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}  # KiB that one block may use
 HEADS = 24
 SHIPPED = [
-    (dtype, size) for dtype in attention.DTYPES for size in (*attention.HEAD_SIZES, None)
+    (dtype, size) for dtype in eager.DTYPES for size in (*eager.HEAD_SIZES, None)
 ]  # attention; None: the row kernels
 WIDTHS = (3072, 1024)  # of rows: the full model's video and action experts
 
@@ -734,19 +717,20 @@ def launches(
     """What would be launched on a GPU: (name, kernel, arguments, options) of the attention at a
     head size, or of the row kernels (None) at each of WIDTHS."""
     calls = []
+
+    def note(kernel, grid, device, *args, **options):
+        calls.append((kernel, args, options))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            kernels,
-            "launch",
-            lambda kernel, grid, device, *args, **options: calls.append((kernel, args, options)),
-        )
+        for module in (flash, row_kernels):
+            patch.setattr(module, "launch", note)
         if size:
             q, k, v = (
                 [torch.empty(1, n, HEADS, size, dtype=dtype) for n in lengths] for _ in range(3)
             )
             bias = [torch.empty(1, n) for n in lengths[1:]]
-            *o, lse = kernels.attention.attention_op(q, k, v, bias, "12", size**-0.5)
-            kernels.attention.attention_backward_op(o, q, k, v, bias, "12", o, lse, size**-0.5)
+            *o, lse = flash.attention_op(q, k, v, bias, "12", size**-0.5)
+            flash.attention_backward_op(o, q, k, v, bias, "12", o, lse, size**-0.5)
         for width in () if size else WIDTHS:
             stream, y, weight = (
                 torch.empty(1, 360, width),
@@ -754,19 +738,18 @@ def launches(
                 torch.empty(width, dtype=dtype),
             )
             mod, table = torch.empty(1, 1, 6, width).unbind(2), torch.empty(360, 64)
-            heads = kernels.rows.norm_rotate_op(
-                y, y, weight, weight, table, table, 1e-6, 128, dtype
-            )
-            kernels.rows.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
+            heads = row_kernels.norm_rotate_op(y, y, weight, weight, table, table, 1e-6, 128, dtype)
+            row_kernels.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
             kernels.norm_modulate(stream, mod[0], mod[1], 1e-6, dtype)
-            kernels.rows.norm_modulate_backward_op(y, stream, mod[1], 1e-6)
+            row_kernels.norm_modulate_backward_op(y, stream, mod[1], 1e-6)
             kernels.add_gated(stream, y, mod[2])
-            kernels.rows.add_gated_backward_op(stream, y, mod[2])
-    shape = lambda options: f"K={options['K']}" if "OWN" in options else f"D={options['WIDTH']}"
-    return [
-        (f"{kernel.fn.__name__.removesuffix('_kernel')} {shape(options)}", kernel, args, options)
-        for kernel, args, options in calls
-    ]
+            row_kernels.add_gated_backward_op(stream, y, mod[2])
+
+    def name(kernel, options: dict) -> str:
+        shape = f"K={options['K']}" if "OWN" in options else f"D={options['WIDTH']}"
+        return f"{kernel.fn.__name__.removesuffix('_kernel')} {shape}"
+
+    return [(name(kernel, options), kernel, args, options) for kernel, args, options in calls]
 
 
 class NoDevice:
@@ -851,23 +834,28 @@ def written(rows: dict[str, dict]) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"""# What the compiler makes of the kernels
 
-`python tests/test_kernels.py` writes this page: what `attention.py` hands to `kernels.attention.py`, compiled ahead of time by
-Triton {triton.__version__}, without a GPU (2-core AMD EPYC virtual machine, 2026-11-23). `make test-long` compiles all of it again and
-compares every figure. These are counts, not speeds.
+`python tests/test_kernels.py` writes this page: what `attention.py` hands to `kernels/`, compiled
+ahead of time by Triton {triton.__version__}, without a GPU (2-core AMD EPYC virtual machine,
+2026-11-23). `make test-long` compiles all of it again and compares every figure. These are counts,
+not speeds.
 
-A configuration is a kernel, its tiles, a dtype, and a head size K or a row of width D. The attention takes head sizes 32, 64 (`small`) and
-128 (`full`) in bf16 and fp32, here with a bias on two of three key segments; other sizes (the toy's 16, the one wide head of the video
-VAE), other dtypes and biases of pairs of tokens (the frozen encoders) go to SDPA. The row kernels take rows up to 4096 wide, here the full
-model's 3072 and 1024 with rotation; wider ones go to torch. fp32 products are three TF32 ones, nearly as exact.
+A configuration is a kernel, its tiles, a dtype, and a head size K or a row of width D. The
+attention takes head sizes 32, 64 (`small`) and 128 (`full`) in bf16 and fp32, here with a bias on
+two of three key segments; other sizes (the toy's 16, the one wide head of the video VAE), other
+dtypes and biases of pairs of tokens (the frozen encoders) go to SDPA. The row kernels take rows up
+to 4096 wide, here the full model's 3072 and 1024 with rotation; wider ones go to torch. fp32
+products are three TF32 ones, nearly as exact.
 
-Tile: rows of a program's own tile x rows of the tiles it walks through (or rows per program), warps, stages. Registers per thread, at most
-255. Stack bytes and spills (local loads and stores) must be 0. Shared memory in bytes; a block may use {limits()}.
-The rest counts machine instructions: on tensor cores (of 16, 64 or 128 rows: HMMA, HGMMA, UTCHMMA), asynchronous copies from
-global to shared memory, loads of 16 bytes, and all.
+Tile: rows of a program's own tile x rows of the tiles it walks through (or rows per program),
+warps, stages. Registers per thread, at most 255. Stack bytes and spills (local loads and stores)
+must be 0. Shared memory in bytes; a block may use {limits()}. The rest counts machine instructions:
+on tensor cores (of 16, 64 or 128 rows: HMMA, HGMMA, UTCHMMA), asynchronous copies from global to
+shared memory, loads of 16 bytes, and all.
 
-Against the plain version, `pytest tests/test_kernels.py -m long` runs 200 random shapes in Triton's interpreter in 134 s of one thread, a
-layer of the full model in 128 s, the official training steps, sample and five modes through the kernels in 127 s, and offsets beyond 2^31
-in 6 s; 24 more shapes are in every run of the tests.
+Against the plain version, `pytest tests/test_kernels.py -m long` runs 200 random shapes in Triton's
+interpreter in 134 s of one thread, a layer of the full model in 128 s, the official training steps,
+sample and five modes through the kernels in 127 s, and offsets beyond 2^31 in 6 s; 24 more shapes
+are in every run of the tests.
 
 {table}
 """
@@ -929,17 +917,13 @@ def test_committed_figures_show_no_spill_and_fit_every_card():
     """On five architectures and in both dtypes: three attention kernels at each head size that is
     taken, six row kernels at two widths."""
     rows = committed()
-    shapes = {
-        f"{name} K={size}" for name in kernels.attention.KERNELS for size in attention.HEAD_SIZES
-    } | {
-        f"{name} D={width}"
-        for name in ALL_KERNELS - {*kernels.attention.KERNELS}
-        for width in WIDTHS
+    shapes = {f"{name} K={size}" for name in flash.KERNELS for size in eager.HEAD_SIZES} | {
+        f"{name} D={width}" for name in ALL_KERNELS - {*flash.KERNELS} for width in WIDTHS
     }
     assert rows.keys() == {
         f"sm_{sm} {str(dtype)[6:]} {shape}"
         for sm in ARCHITECTURES
-        for dtype in kernels.attention.TILES
+        for dtype in flash.TILES
         for shape in shapes
     }
     check_figures(rows)

@@ -1162,7 +1162,8 @@ def test_a_broken_dataset_is_refused_by_name(whole, tmp_path, mutant):
     mutate(root)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=rf"(?s)dataset \S*mutant, ?.*({named}).*; "):
-        raise ValueError("\n".join(opened(root).check()))
+        faults = opened(root).check()
+        raise ValueError("\n".join(faults))
     if mutant not in SEEN_BY_CHECK_ALONE:
         with pytest.raises(ValueError, match=r"dataset \S*mutant, .*: .*; "):
             dataset = opened(root)

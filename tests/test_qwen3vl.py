@@ -14,7 +14,6 @@ from tokenizers import (
 )
 
 from backbones.qwen3vl import (
-    PRESETS,
     Qwen3VL,
     Qwen3VLConfig,
     pad_prompts,
@@ -56,7 +55,7 @@ TINY = dict(
 )
 CONFIGS = {
     "toy: square images of one grid": (Qwen3VLConfig(**TINY), [(1, 4, 4)] * 3, [[0], [1], [2]]),
-    "the frequency pattern and the taps of the full size, odd widths, images wider and taller than the table, one row of padding": (
+    "frequencies and taps of the full size, odd widths, images wider and taller than the table": (
         Qwen3VLConfig(
             **TINY
             | dict(
@@ -208,7 +207,7 @@ def test_the_full_model_has_the_published_parameters():
     """2,127,532,032 parameters in 625 tensors, 406,957,056 of them in the vision tower, counted on
     the meta device."""
     with torch.device("meta"):
-        model = Qwen3VL(PRESETS["qwen3-vl-2b"])
+        model = Qwen3VL(Qwen3VLConfig())
     assert sum(p.numel() for p in model.parameters()) == 2_127_532_032
     assert sum(p.numel() for p in model.visual.parameters()) == 406_957_056
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -297,7 +296,7 @@ def test_every_parameter_is_trainable():
 
 
 def test_wrong_inputs_are_refused_with_what_was_found():
-    """Counts that do not agree, left padding, a wrong image and an unknown form are named."""
+    """Counts that do not agree, left padding and a wrong image are named."""
     config, grids, images_of = CONFIGS["toy: square images of one grid"]
     model = Qwen3VL(config)
     ids, mask, pixels, grid = inputs(config, grids, images_of)
@@ -307,8 +306,6 @@ def test_wrong_inputs_are_refused_with_what_was_found():
         model(ids, mask.flip(1), pixels, grid)
     with pytest.raises(ValueError, match="float32"):
         prepare_image(np.zeros((8, 8, 3), np.float32), config)
-    with pytest.raises(ValueError, match="allowed: training, deployment"):
-        prepare_image(np.zeros((8, 8, 3), np.uint8), config, form="inference")
     with pytest.raises(ValueError, match="mrope"):
         Qwen3VLConfig(mrope=(16, 16, 16))
 
@@ -341,7 +338,7 @@ def image_processor(config):
 def test_prepared_images_equal_the_processor(size):
     """Same grid, same patches within one grey level (2/255 after scaling), for sizes that fit, grow
     and are rounded."""
-    config = PRESETS["qwen3-vl-2b"]
+    config = Qwen3VLConfig()
     image = picture(*size)
     expected = image_processor(config)(
         images=[image], input_data_format="channels_last", return_tensors="pt"
@@ -362,25 +359,16 @@ def test_too_large_images_shrink_as_the_processor_shrinks_them():
     assert grid.tolist() == expected["image_grid_thw"].tolist()
     assert (pixels - expected["pixel_values"]).abs().max() < 2 / 255 + 1e-6
     assert prepare_image(picture(64, 64), config)[1].tolist() == [[1, 16, 16]]
-    assert smart_resize(720, 1280, 32, 65_536, 16_777_216) == (704, 1280)
+    assert smart_resize(720, 1280, Qwen3VLConfig()) == (704, 1280)
 
 
-def test_the_training_form_resamples_twice():
-    """Official training resamples 384 x 320 to 392 x 308 and back; deployment shows the very
-    pixels."""
-    from PIL import Image
-
-    config, image = PRESETS["qwen3-vl-2b"], picture(384, 320)
-    between = np.array(Image.fromarray(image).resize((308, 392), Image.Resampling.BICUBIC))
-    trained, deployed = (
-        prepare_image(image, config, form="training"),
-        prepare_image(image, config, form="deployment"),
-    )
-    torch.testing.assert_close(trained[0], prepare_image(between, config)[0])
-    assert trained[1].tolist() == deployed[1].tolist() == [[1, 24, 20]]
-    first = (deployed[0][0].view(3, 2, 16, 16)[:, 1] + 1) / 2 * 255
+def test_frames_that_fit_are_shown_pixel_by_pixel():
+    """An official frame of 384 x 320 is not resampled: the first patch is its first corner."""
+    image = picture(384, 320)
+    pixels, grid = prepare_image(image, Qwen3VLConfig())
+    assert grid.tolist() == [[1, 24, 20]]
+    first = (pixels[0].view(3, 2, 16, 16)[:, 1] + 1) / 2 * 255
     torch.testing.assert_close(first, torch.from_numpy(image[:16, :16]).permute(2, 0, 1).float())
-    assert 0.001 < (trained[0] - deployed[0]).abs().mean() < 0.2
 
 
 # -- prompts --------------------------------------------------------------------------------------
@@ -410,17 +398,13 @@ def byte_tokenizer():
     return tokenizer
 
 
-@pytest.mark.parametrize("form", ["training", "deployment"])
 @pytest.mark.parametrize("sizes", [[(256, 256)], [(256, 320), (320, 256)]])
-def test_prompts_equal_the_processor(form, sizes):
-    """Training shows image then text and opens the answer; deployment shows text then image and
-    does not."""
+def test_prompts_equal_the_processor(sizes):
+    """One user turn shows the text and then the images, and does not open the answer."""
     transformers = pytest.importorskip("transformers")
-    config, tokenizer, text = (
-        PRESETS["qwen3-vl-2b"],
-        byte_tokenizer(),
-        "Pick up the red cube,\nthen café №5  ",
-    )
+    config = Qwen3VLConfig()
+    tokenizer = byte_tokenizer()
+    text = "Pick up the red cube,\nthen café №5  "
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL)
     )
@@ -433,23 +417,19 @@ def test_prompts_equal_the_processor(form, sizes):
         image_processor(config),
         "<|image_pad|>",
     )
-    parts = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": text}]
-    parts = parts if form == "training" else parts[-1:] + parts[:-1]
+    parts = [{"type": "text", "text": text}] + [{"type": "image"}] * len(pictures)
     prompt = fast.apply_chat_template(
         [{"role": "user", "content": parts}],
         chat_template=CHAT,
         tokenize=False,
-        add_generation_prompt=form == "training",
+        add_generation_prompt=False,
     )
     found = processor.image_processor(images=pictures, input_data_format="channels_last")
     pieces = prompt.split("<|image_pad|>")
     pads = [processor.replace_image_token(found, i) for i in range(len(pictures))]
     expected = fast("".join(piece + pad for piece, pad in zip(pieces, [*pads, ""])))["input_ids"]
     grids = [prepare_image(p, config)[1][0] for p in pictures]
-    assert prompt_ids(tokenizer, text, grids, form) == expected
-    assert tokenizer.decode(expected, skip_special_tokens=True).endswith("assistant\n") == (
-        form == "training"
-    )
+    assert prompt_ids(tokenizer, text, grids) == expected
 
 
 def test_a_word_level_tokenizer_works_through_the_same_code():
@@ -461,22 +441,20 @@ def test_a_word_level_tokenizer_works_through_the_same_code():
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with_special = Tokenizer.from_str(tokenizer.to_str())
     with_special.add_special_tokens(list(SPECIAL))
-    ids = prompt_ids(with_special, "push red", [(1, 4, 2)], form="training")
+    ids = prompt_ids(with_special, "push red", [(1, 4, 2)])
     assert [words[i] for i in ids] == [
         "<|im_start|>",
         "user",
+        "push",
+        "red",
         "<|vision_start|>",
         "<|image_pad|>",
         "<|image_pad|>",
         "<|vision_end|>",
-        "push",
-        "red",
         "<|im_end|>",
-        "<|im_start|>",
-        "assistant",
     ]
     padded, mask = pad_prompts([ids, ids[:4]])
-    assert padded[1].tolist() == ids[:4] + [0] * 7 and mask[1].tolist() == [True] * 4 + [False] * 7
+    assert padded[1].tolist() == ids[:4] + [0] * 5 and mask[1].tolist() == [True] * 4 + [False] * 5
     with pytest.raises(ValueError, match="no <|vision_start|>"):
         prompt_ids(
             Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")), "push red", [(1, 4, 2)]

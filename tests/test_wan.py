@@ -58,7 +58,7 @@ def pair(config: WanConfig, seed: int) -> tuple[WanModel, torch.nn.Module]:
 def example(
     config: WanConfig, grid: tuple[int, int, int], seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, times in [0, 1], a batch of texts of unequal lengths, padded with zeros to text_len."""
+    """Latents, times in [0, 1], texts of unequal lengths, padded with zeros to text_len."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([config.text_len, config.text_len // 2])
     text = torch.randn(2, config.text_len, config.text_dim, generator=g)

@@ -111,8 +111,9 @@ def hand(s: Snapshot) -> Iterator[Capsule]:
     yield Capsule(palm + [0.01, 0.02], palm + [0.12, 0.6], 0.045, SLEEVE)
     gap = 0.02 + 0.07 * s.opening[:, None]
     for knuckle, tip in zip(KNUCKLES, TIPS):
+        start = palm + knuckle
         end = s.effector + gap * tip
-        yield Capsule(palm + knuckle, end, 0.023, SKIN, contrast=0.08)
+        yield Capsule(start, end, 0.023, SKIN, contrast=0.08)
     yield Capsule(palm, palm, 0.062, SKIN, contrast=0.08)
 
 
@@ -169,7 +170,8 @@ def speckles(rng: np.random.Generator, side: int, channels: int, sigma: float) -
     noise = rng.standard_normal((side, side, channels))
     squares = np.fft.fftfreq(side) ** 2
     frequency = squares[:, None] + squares
-    gain = np.exp(-2 * (np.pi * sigma) ** 2 * frequency)
+    width = (np.pi * sigma) ** 2
+    gain = np.exp(-2 * width * frequency)
     plane = (0, 1)
     waves = np.fft.fft2(noise, axes=plane)
     smooth = np.fft.ifft2(waves * gain[..., None], axes=plane).real
@@ -234,7 +236,8 @@ def cover(c: Capsule) -> tuple[ndarray, ...]:
     thick = 2 * c.radius * IMAGE + c.soft
     side = int(np.abs(span).max() + thick) + 3
     if side < IMAGE // 2:
-        corner = np.floor((a + b) / 2 - side / 2 + 0.5)
+        middle = (a + b) / 2
+        corner = np.floor(middle - side / 2 + 0.5)
         x, y = corner.astype(np.int32).T[:, :, None, None]
         steps = np.arange(side)
         x = x + steps
@@ -271,7 +274,8 @@ def coverage(c: Capsule, far: ndarray) -> ndarray:
     if not c.inner:
         return outer
     hole = far - np.float32(c.inner * IMAGE)
-    return np.minimum(outer, np.clip(hole + 0.5, 0, 1))
+    inner = np.clip(hole + 0.5, 0, 1)
+    return np.minimum(outer, inner)
 
 
 def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:
@@ -313,7 +317,7 @@ def slanted(slope: ndarray, centre: float) -> ndarray:
 
 
 def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarray:
-    """A picture with one to three squares and triangles that nothing touches, far from the discs."""
+    """A picture with squares and triangles, one to three, that nothing touches."""
     for _ in range(rng.integers(1, 4)):
         spots = rng.uniform(0.08, 0.92, (16, 2))
         gaps = distance(spots[:, None], discs)
@@ -325,7 +329,8 @@ def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarr
         dx = X + 0.5 - spot[0] * IMAGE
         dy = Y + 0.5 - spot[1] * IMAGE
         normals = angle + 2 * np.pi * np.arange(sides) / sides
-        depth = np.max([dx * np.cos(t) + dy * np.sin(t) for t in normals], axis=0)
+        along = [dx * np.cos(t) + dy * np.sin(t) for t in normals]
+        depth = np.max(along, axis=0)
         reach = size * (0.62 if sides == 3 else 0.9)
         shine = np.where(depth > reach - 1, 0.7, 1.0)  # a dark rim
         colour = shine[..., None] * CLUTTER[rng.integers(5)]

@@ -119,7 +119,7 @@ def arm_joints(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def arm_points(shoulder: np.ndarray, elbow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Forward kinematics: joint angles (n,) -> positions (n, 2) of the elbow and of the effector."""
+    """Forward kinematics: joint angles (n,) -> positions (n, 2) of elbow and effector."""
     middle = SHOULDER + LINK * columns(np.cos(shoulder), np.sin(shoulder))
     return middle, middle + LINK * columns(np.cos(shoulder + elbow), np.sin(shoulder + elbow))
 

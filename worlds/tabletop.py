@@ -7,7 +7,7 @@ target robot without a task, 5 two other robots, 6 the target robot with demonst
 
     seed -> layout, task, look           what is where, what to do, textures and light
     action -> from_action -> (x, y, grip, heading) -> one task-space physics -> to_state -> state
-                                                            \-> capsules -> render (pixels) and flow (true motion)
+                                                          \-> capsules -> pixels and true flow
 
 - Coordinates are in [0, 1], x to the right and y down; the camera sees exactly the table, 48 x 48
   pixels.
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from worlds.render import CANVAS, PAD, Snapshot, capsules, distance, flow, paint, scenery
+from worlds.render import PAD, Snapshot, capsules, distance, flow, paint, scenery
 from worlds.robots import (
     BAND,
     COLOURS,
@@ -68,27 +68,32 @@ def goal_of(skill: str, disc: ndarray, toward: ndarray) -> ndarray:
 
 
 def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
-    """Which of the layouts (n, D, 2), the named disc first, can be solved and are not: (n,) bool."""
-    named, others = discs[:, 0], discs[:, 1:]
+    """Which layouts (n, D, 2), the named disc first, can be solved and are not: (n,) bool."""
+    named = discs[:, 0]
+    others = discs[:, 1:]
     free = room(named, toward)
     if skill == "place":
         good = free > BAND + 0.12
-        spots, gap = [goal_of(skill, named, toward)], 0.03
+        spots = [goal_of(skill, named, toward)]
+        gap = 0.03
     else:  # ground behind the disc, where the gripper closes, and ahead, where the disc goes
         good = (free > RADIUS + PUSH + 0.1) & (free < 0.78)
-        spots, gap = [named + step * toward for step in (-0.15, 0.07, 0.14, 0.22)], 0.02
+        spots = [named + step * toward for step in (-0.15, 0.07, 0.14, 0.22)]
+        gap = 0.02
     for spot in spots:
         good &= (distance(spot[:, None], others) > 2 * RADIUS + gap).all(axis=1)
     return good
 
 
-def layout_of(rng: np.random.Generator, skill: str | None, side: str) -> tuple[ndarray, ndarray]:
+def layout_of(
+    rng: np.random.Generator, skill: str | None, toward: ndarray
+) -> tuple[ndarray, ndarray]:
     """Discs (D, 2), the first of them named by the task, and the effector (2,), all apart. Without
     a skill anything goes."""
-    toward = DIRECTIONS[SIDES.index(side)]
     while True:
         points = rng.uniform(0.1, 0.9, (64, DISCS + 1, 2))
-        discs, effector = points[:, :DISCS], points[:, DISCS]
+        discs = points[:, :DISCS]
+        effector = points[:, DISCS]
         good = (distance(discs, np.roll(discs, 1, axis=1)) > 2 * RADIUS + 0.04).all(axis=1)
         good &= (distance(discs, effector[:, None]) > RADIUS + 0.1).all(axis=1)
         if skill:
@@ -110,6 +115,23 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
 
 
 # -- the world ------------------------------------------------------------------------------------
+
+
+class Scene(NamedTuple):
+    """How a world begins; of n worlds, each array has n in front."""
+
+    discs: ndarray  # (D, 2)
+    colours: ndarray  # (D,) index into COLOURS
+    named: int  # the disc that the instruction is about
+    skill: int
+    toward: ndarray  # (2,) direction of the side
+    goal: ndarray  # (2,) where the disc should go
+    effector: ndarray  # (2,)
+    opening: float
+    heading: float
+    background: ndarray  # (CANVAS, CANVAS, 3) uint8
+    tint: ndarray  # (3,)
+    light: ndarray  # (CANVAS, CANVAS)
 
 
 class Tabletop:
@@ -160,59 +182,53 @@ class Tabletop:
             raise ValueError(
                 f"seeds are {seeds}; expected {n} non-negative integers, one per world"
             )
-        self.discs = np.zeros((n, DISCS, 2))
-        self.colours = np.zeros((n, DISCS), int)
-        self.named = np.zeros(n, int)  # the disc that the instruction is about
-        self.skill = np.zeros(n, int)
-        self.toward = np.zeros((n, 2))
-        self.goal = np.zeros((n, 2))
-        self.effector = np.zeros((n, 2))
-        self.opening = np.ones(n)
-        self.heading = np.zeros(n)
+        self.task = []
+        self.rngs = []
+        scenes = [self._scene(seed) for seed in seeds]
+        for name, rows in zip(Scene._fields, zip(*scenes)):
+            setattr(self, name, np.stack(rows))
+        self.instruction = ["" if self.task_agnostic else sentence(*task) for task in self.task]
+        self.start = self.disc
         self.held = np.full(n, -1)
         self.offset = np.zeros((n, 2))  # from the effector to the disc it holds
         self.grasped = np.zeros((n, DISCS), bool)
         self.success = np.zeros(n, bool)
-        self.background = np.zeros((3, n, CANVAS, CANVAS), np.uint8)
-        self.tint = np.ones((n, 3), np.float32)
-        self.light = np.ones((n, CANVAS, CANVAS))
-        self.task, self.instruction, self.rngs = [], [], []
-        for i, seed in enumerate(seeds):
-            self._reset(i, seed)
-        self.start = self.discs[np.arange(n), self.named].copy()
         self.waypoint = self.effector.copy()
         self.waypoint_grip = np.full(n, -1.0)
         self.drift = np.zeros((n, 2))
         self._intention = None
         return self.observe()
 
-    def _reset(self, i: int, seed: int) -> None:
+    def _scene(self, seed: int) -> Scene:
         split = SPLITS.index(self.split)
         layout, look, play = (np.random.default_rng([split, k, seed]) for k in range(3))
         skill, colour, side = task = self.tasks[layout.integers(len(self.tasks))]
+        self.task.append(task)
+        self.rngs.append(play)
+        toward = DIRECTIONS[SIDES.index(side)]
         first = COLOURS.index(colour)
         rest = [c for c in range(len(COLOURS)) if c != first]
         colours = np.array([first, *layout.permutation(rest)[: DISCS - 1]])
-        discs, self.effector[i] = layout_of(layout, None if self.task_agnostic else skill, side)
+        discs, effector = layout_of(layout, None if self.task_agnostic else skill, toward)
+        goal = goal_of(skill, discs[0], toward)
         order = layout.permutation(DISCS)  # the named disc may have any slot
-        self.discs[i] = discs[order]
-        self.colours[i] = colours[order]
-        self.named[i] = order.argmin()
-        self.skill[i] = SKILLS.index(skill)
-        self.toward[i] = DIRECTIONS[SIDES.index(side)]
-        self.goal[i] = goal_of(skill, discs[0], self.toward[i])
-        if self.embodiment.name == "arm":
-            self.heading[i] = layout.uniform(-0.8, 0.8)
-        picture, self.tint[i], self.light[i] = scenery(look, self.split, self.randomized, discs)
-        self.background[:, i] = np.moveaxis(picture, -1, 0)
-        self.task.append(task)
-        self.instruction.append("" if self.task_agnostic else sentence(*task))
-        self.rngs.append(play)
+        named = order.argmin()
+        heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
+        surroundings = scenery(look, self.split, self.randomized, discs)
+        discs = discs[order]
+        opening = 1.0
         if self.astray and play.random() < self.astray:
-            self.effector[i], self.opening[i] = stray(play, self.discs[i], self.named[i])
+            effector, opening = stray(play, discs, named)
+        what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
+        return Scene(*what, effector, opening, heading, *surroundings)
+
+    @property
+    def disc(self) -> ndarray:
+        """The discs (n, 2) that the instructions are about."""
+        return self.discs[np.arange(self.n), self.named]
 
     def observe(self) -> dict:
-        """What a policy sees now, as `reset` returns it."""
+        """All that a policy sees now, as `reset` returns it."""
         instruction = list(self.instruction)
         return {"image": self.render(), "state": self.state(), "instruction": instruction}
 
@@ -225,7 +241,7 @@ class Tabletop:
 
     def render(self) -> ndarray:
         """The camera's pictures (n, 48, 48, 3) uint8."""
-        canvas = self.background.copy()
+        canvas = np.moveaxis(self.background, -1, 0).copy()
         for capsule in capsules(self.embodiment.name, self.snapshot(), self.held):
             paint(canvas, capsule, self.tint, self.light)
         picture = np.moveaxis(canvas[:, :, PAD:-PAD, PAD:-PAD], 0, -1)
@@ -246,7 +262,8 @@ class Tabletop:
 
     def advance(self, actions: ndarray) -> None:
         """`step` without a picture."""
-        actions, shape = np.asarray(actions, float), (self.n, self.embodiment.action_dim)
+        actions = np.asarray(actions, float)
+        shape = (self.n, self.embodiment.action_dim)
         if actions.shape != shape:
             raise ValueError(
                 f"actions have shape {actions.shape}; {self.n} worlds of embodiment "
@@ -281,7 +298,7 @@ class Tabletop:
         opens = self.opening > 0.5
         again = np.flatnonzero(opens & (self.held == self.named) & (self.skill != PLACE))
         self.grasped[again, self.named[again]] = False
-        self.start[again] = self.discs[again, self.named[again]]
+        self.start[again] = self.disc[again]
         self.held = np.where(opens, -1, self.held)
 
     def _grasp(self, was_open: ndarray) -> None:
@@ -313,17 +330,16 @@ class Tabletop:
         self.discs = np.clip(self.discs, RADIUS, 1 - RADIUS)
 
     def _judge(self) -> None:
-        rows = np.arange(self.n)
-        disc = self.discs[rows, self.named]
-        touched = self.grasped[rows, self.named]
-        placed = touched & (self.held != self.named) & (room(disc, self.toward) < BAND)
-        way = ((disc - self.start) * self.toward).sum(axis=1)
+        touched = self.grasped[np.arange(self.n), self.named]
+        released = self.held != self.named
+        placed = touched & released & (room(self.disc, self.toward) < BAND)
+        way = ((self.disc - self.start) * self.toward).sum(axis=1)
         self.success |= np.where(self.skill == PLACE, placed, ~touched & (way >= PUSH))
 
     # -- the scripted expert ----------------------------------------------------------------------
 
     def expert(self, noise: float = 0.0, slip: ndarray | bool = False) -> ndarray:
-        """What the expert does now, as actions (n, A) in the embodiment's convention.
+        """The expert's next step, as actions (n, A) in the embodiment's convention.
 
         With noise (table units, 0.01 is plenty) the target drifts smoothly about the one that was
         meant; each call draws anew. Where `slip` (n,) the grip does the opposite. Execute such
@@ -353,9 +369,8 @@ class Tabletop:
 
     def _placing(self) -> tuple[ndarray, ndarray]:
         """Go to the disc, close, go to the goal, open: step (n, 2), whether to close (n,)."""
-        disc = self.discs[np.arange(self.n), self.named]
         holding = self.held == self.named
-        way = np.where(holding[:, None], self.goal - disc, disc - self.effector)
+        way = np.where(holding[:, None], self.goal - self.disc, self.disc - self.effector)
         # A grip that has begun to move tolerates more than one at rest.
         resting = np.abs(self.opening - 0.5) > 0.45
         arrived = np.linalg.norm(way, axis=1) < np.where(resting, 0.028, 0.055)
@@ -364,7 +379,7 @@ class Tabletop:
     def _pushing(self) -> tuple[ndarray, ndarray]:
         """Go behind the disc with the gripper open, close there, then drive on while staying behind
         its centre: step (n, 2), whether to close (n,)."""
-        away = self.effector - self.discs[np.arange(self.n), self.named]
+        away = self.effector - self.disc
         along = (away * self.toward).sum(axis=1)
         aside = away - along[:, None] * self.toward
         lateral = np.linalg.norm(aside, axis=1)
@@ -422,16 +437,17 @@ def eased(way: ndarray) -> ndarray:
     return way * np.minimum(1, np.minimum(0.35 * length + 0.006, 0.034) / length)
 
 
+LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
+
+
 def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
-    """What there is to be seen, and what (skill, colour, side) asks for, at the T times of a world:
-    name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
+    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
+    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
     skill, colour, side = task
-    x, y = shot.discs[shot.colours == COLOURS.index(colour)].T
-    right, down = DIRECTIONS[SIDES.index(side)]
-    hand_x, hand_y = shot.effector.T
-    found = {"object x": x, "object y": y, "hand x": hand_x, "hand y": hand_y}
-    found |= {"opening": shot.opening, "right": right, "down": down, "push": skill == "push"}
-    return {name: np.broadcast_to(value, len(x)) for name, value in found.items()}
+    disc = shot.discs[shot.colours == COLOURS.index(colour)]
+    toward = DIRECTIONS[SIDES.index(side)]
+    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
+    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
 
 
 # -- recording ------------------------------------------------------------------------------------
@@ -460,7 +476,7 @@ class Episode:
 
 
 class Level(NamedTuple):
-    """What a level of the pyramid records; level 1, web data, is what a pre-trained backbone has
+    """The episodes of a level of the pyramid; level 1, web data, is what a pre-trained backbone has
     seen already."""
 
     bodies: tuple[str, ...]  # taken in turn
@@ -477,7 +493,8 @@ LEVELS = {
     5: Level(("arm", "gantry")),
     6: Level(("gripper",), astray=0.5, slips=0.06),
 }
-LIMIT, WANDER = 100, 48  # steps of an episode: at most, and without a task
+LIMIT = 100  # steps of an episode at most
+WANDER = 48  # steps of one without a task
 AFTER = 10  # steps kept after success
 SLIP = 4  # steps that a slip of the grip lasts
 AT_ONCE = 64  # worlds
@@ -513,7 +530,8 @@ def record(
         raise ValueError(f"episodes is {episodes}; expected at least one")
     kind = LEVELS[level]
     if not disturbed:
-        kind, noise = kind._replace(astray=0.0, slips=0.0), 0.0
+        kind = kind._replace(astray=0.0, slips=0.0)
+        noise = 0.0
     bodies = (embodiment,) if embodiment else kind.bodies
     seeds = np.random.SeedSequence([seed, level]).generate_state(episodes)
     recorded: list[Episode | None] = [None] * episodes
@@ -533,17 +551,15 @@ def record(
 def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool) -> list[Episode]:
     """Lets the expert act in worlds that were just reset."""
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
-    frames, states, shots, actions = [], [], [], []
+
+    def look() -> tuple[ndarray, ndarray, Snapshot]:
+        return world.render() if pictures else blank, world.state(), world.snapshot()
+
+    seen = [look()]
+    actions = []
     slipping = np.zeros(world.n, int)
     since = np.zeros(world.n, int)  # steps after success
     length = np.zeros(world.n, int)
-
-    def look() -> None:
-        frames.append(world.render() if pictures else blank)
-        states.append(world.state())
-        shots.append(world.snapshot())
-
-    look()
     for _ in range(WANDER if world.task_agnostic else LIMIT):
         actions.append(world.expert().astype(np.float32))
         if slips:
@@ -551,11 +567,12 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
             begins = (slipping == 0) & (draws < slips) & ~world.success
             slipping = np.where(begins, SLIP, np.maximum(slipping - 1, 0))
         world.advance(world.expert(noise, slipping > 0))
-        look()
+        seen.append(look())
         length += since <= AFTER
         since += world.success
         if (since > AFTER).all():
             break
+    frames, states, shots = zip(*seen)
     frames, states, actions = (np.stack(rows) for rows in (frames, states, actions))
     shots = Snapshot.stack(shots)
     episodes = []

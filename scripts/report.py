@@ -60,10 +60,10 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         f"{world['model']:.2f} - {world['copy']:.2f} = {gain:+.2f} dB, "
         f"VAE ceiling {world['vae']:.2f}",
     )
-    probes = json.loads(read(run / "latent" / "figures.json"))["probe R2 (x, y, opening)"]
-    for name, values in probes.items():
-        known = ", ".join(f"{value:.2f}" for value in values)
-        yield f"latent actions, {name}: probe R2 of x, y, opening", known
+    probes = json.loads(read(run / "latent" / "figures.json"))["probe R2"]
+    for level, who in (("level 6", "target robot"), ("level 2", "never labelled")):
+        known = ", ".join(f"{value:.2f}" for value in probes.get(level, ()))
+        yield f"latent actions, {level}, {who}: probe R2", known
 
 
 def losses(run: Path) -> Iterator[tuple[str, str, str]]:

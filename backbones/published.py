@@ -12,9 +12,8 @@ hold. A network keeps the dtype of its file.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -24,56 +23,52 @@ from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan import WanConfig
 from backbones.wan_vae import WanVAE, WanVAEConfig
-from weights import files, hub, layouts, load
 from weights.card import Card, newest_step
-from weights.files import TensorSource
+from weights.files import WEIGHT_FILES, TensorSource, config_beside, open_source, read_json, refuse
+from weights.hub import fetched
+from weights.layouts import MOTUS_FIELDS, POSITIONS, identify, renaming
+from weights.load import load_into
 
-T = TypeVar("T")
 Rename = Callable[[str], str | None]
-Shapes = Mapping[str, tuple[int, ...]]
 
 # Where a config.json has a field of ours, most official first. Dots lead into sections.
 WAN_FIELDS = {
-    "width": ("dim",),
-    "ffn": ("ffn_dim",),
-    "layers": ("num_layers",),
-    "heads": ("num_heads", "num_attention_heads"),
-    "latent": ("in_dim", "in_channels"),
-    "patch": ("patch_size",),
-    "text_dim": ("text_dim",),
-    "text_len": ("text_len",),
-    "freq_dim": ("freq_dim",),
-    "eps": ("eps",),
+    "width": "dim",
+    "ffn": "ffn_dim",
+    "layers": "num_layers",
+    "heads": "num_heads num_attention_heads",
+    "latent": "in_dim in_channels",
+    "patch": "patch_size",
+    "text_dim": "text_dim",
+    "text_len": "text_len",
+    "freq_dim": "freq_dim",
+    "eps": "eps",
 }
-VAE_FIELDS = {"mean": ("latents_mean",), "std": ("latents_std",)}
+VAE_FIELDS = {"mean": "latents_mean", "std": "latents_std"}
 QWEN_FIELDS = {
-    "vocab": ("text_config.vocab_size",),
-    "width": ("text_config.hidden_size",),
-    "ffn": ("text_config.intermediate_size",),
-    "layers": ("text_config.num_hidden_layers",),
-    "heads": ("text_config.num_attention_heads",),
-    "kv_heads": ("text_config.num_key_value_heads",),
-    "head_dim": ("text_config.head_dim",),
-    "eps": ("text_config.rms_norm_eps",),
-    "rope_theta": ("text_config.rope_theta", "text_config.rope_parameters.rope_theta"),
-    "mrope": (
-        "text_config.rope_scaling.mrope_section",
-        "text_config.rope_parameters.mrope_section",
-    ),
-    "image_token": ("image_token_id",),
-    "vision_width": ("vision_config.hidden_size",),
-    "vision_ffn": ("vision_config.intermediate_size",),
-    "vision_layers": ("vision_config.depth",),
-    "vision_heads": ("vision_config.num_heads",),
-    "vision_theta": ("vision_config.rope_parameters.rope_theta",),
-    "taps": ("vision_config.deepstack_visual_indexes",),
-    "patch": ("vision_config.patch_size",),
-    "repeat": ("vision_config.temporal_patch_size",),
-    "merge": ("vision_config.spatial_merge_size",),
-    "min_pixels": ("size.shortest_edge",),
-    "max_pixels": ("size.longest_edge",),
+    "vocab": "text_config.vocab_size",
+    "width": "text_config.hidden_size",
+    "ffn": "text_config.intermediate_size",
+    "layers": "text_config.num_hidden_layers",
+    "heads": "text_config.num_attention_heads",
+    "kv_heads": "text_config.num_key_value_heads",
+    "head_dim": "text_config.head_dim",
+    "eps": "text_config.rms_norm_eps",
+    "rope_theta": "text_config.rope_theta text_config.rope_parameters.rope_theta",
+    "mrope": "text_config.rope_scaling.mrope_section text_config.rope_parameters.mrope_section",
+    "image_token": "image_token_id",
+    "vision_width": "vision_config.hidden_size",
+    "vision_ffn": "vision_config.intermediate_size",
+    "vision_layers": "vision_config.depth",
+    "vision_heads": "vision_config.num_heads",
+    "vision_theta": "vision_config.rope_parameters.rope_theta",
+    "taps": "vision_config.deepstack_visual_indexes",
+    "patch": "vision_config.patch_size",
+    "repeat": "vision_config.temporal_patch_size",
+    "merge": "vision_config.spatial_merge_size",
+    "min_pixels": "size.shortest_edge",
+    "max_pixels": "size.longest_edge",
 }
-
 LISTS = ("mrope", "taps", "mean", "std")
 
 # -- seen and stated ------------------------------------------------------------------------------
@@ -89,273 +84,211 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
 
 
 def number(value: object) -> float:
-    """A finite number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN
-    for all else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return math.nan
+    """A number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN for all
+    else."""
     try:
-        return float(value)
-    except (ValueError, OverflowError):
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
 def value_of(field: str, value: object, several: bool) -> int | float | tuple:
-    """What a config states for a field, or a list (`several`) of: sizes are whole, epsilons, bases
-    and statistics need not be; of these only statistics and members of lists may be zero or less.
-    """
+    """The value stated for a field, or a list (`several`) of them: sizes are whole, epsilons, bases
+    and statistics need not be; members of lists may be zero or less."""
     fractional = field.endswith(("eps", "theta")) or field in ("mean", "std")
-    if several:
-        items = [number(item) for item in value] if isinstance(value, list) else [math.nan]
-        if not all(math.isfinite(x) and (fractional or x.is_integer()) for x in items):
-            raise ValueError(
-                f"{str(value)[:60]!r}; expected a list of {'' if fractional else 'whole '}numbers"
-            )
-        return tuple(x if fractional else int(x) for x in items)
-    x = number(value)
-    if not (0 < x < math.inf and (fractional or x.is_integer())):
-        raise ValueError(
-            f"{str(value)[:60]!r}; expected a {'' if fractional else 'whole '}number above 0"
-        )
-    return x if fractional else int(x)
+    items = value if several else [value]
+    numbers = [number(item) for item in items] if isinstance(items, list) else [math.nan]
+    least = -math.inf if several else 0
+    if not all(least < x < math.inf and (fractional or x.is_integer()) for x in numbers):
+        kind = "number" if fractional else "whole number"
+        expected = f"a list of {kind}s" if several else f"a {kind} above 0"
+        raise ValueError(f"{str(value)[:60]!r}; expected {expected}")
+    found = tuple(x if fractional else int(x) for x in numbers)
+    return found if several else found[0]
 
 
-def shown_sizes(
-    path: Path, shapes: Shapes, places: Mapping[str, tuple[str, int]]
-) -> dict[str, int]:
-    """Sizes by field, from (tensor, axis). One ValueError for all tensors that are missing, empty
-    or of too few axes."""
-    problems = []
-    for field, (name, axis) in places.items():
-        shape = shapes.get(name, ())
-        if len(shape) <= axis or not shape[axis]:
-            found = shapes.get(name, "none")
-            problems.append(f"no tensor {name} that shows {field} on axis {axis} (found {found})")
-    files.refuse(path, "parts are missing", problems)
-    return {field: shapes[name][axis] for field, (name, axis) in places.items()}
-
-
-def count(shapes: Shapes, pattern: str) -> int:
-    """How many different indices (the group of `pattern`) the names have."""
-    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
-
-
-def reconcile(
-    path: Path,
-    found: Mapping,
-    stated: Mapping,
-    names: Mapping[str, tuple[str, ...]],
-    published: type | None = None,
-    wanted: Iterable[str] = (),
-) -> dict:
-    """Fields of a config, from what the shapes show (`found`) and a config.json states, `names`
-    saying where. `wanted` fields must be in one of them, unless all that is found equals the
-    defaults of `published`."""
-    agreed, problems = dict(found), []
-    defaults = {f.name: f.default for f in fields(published)} if published else {}
-    known = published is not None and all(
-        defaults[field] == value for field, value in found.items()
-    )
-    for field, keys in names.items():
-        key = next((key for key in keys if key in stated), None)
-        if key is None:
-            if field in wanted and field not in found and not known:
-                problems.append(f"{' or '.join(keys)} is missing; no tensor shows it")
-            continue
-        try:
-            agreed[field] = value_of(
-                field, stated[key], field in LISTS or isinstance(found.get(field), tuple)
-            )
-        except ValueError as error:
-            problems.append(f"{key} is {error}")
-            continue
-        if field in found and agreed[field] != found[field]:
-            problems.append(f"{key} is {agreed[field]}, the tensors have {found[field]}")
-    files.refuse(path, "config.json and tensors do not describe a network", problems)
-    return agreed
-
-
-def below(values: Mapping[str, T], prefix: str) -> dict[str, T]:
+def below(values: Mapping[str, object], prefix: str) -> dict:
     """The items whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
-def shapes_of(source: TensorSource, rename: Rename) -> dict[str, tuple[int, ...]]:
-    """Shapes under our names."""
-    return {key: source.shape(name) for name in source.names() if (key := rename(name)) is not None}
+@dataclass(frozen=True)
+class Evidence:
+    """A network as its file shows it: the shapes of tensors under our names, and the flattened
+    config.json beside it."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    stated: Mapping[str, object]
+
+    @classmethod
+    def of(cls, source: TensorSource, rename: Rename, stated: Mapping | None = None) -> "Evidence":
+        """`stated`: instead of the config.json beside the file."""
+        shapes = {rename(name): source.shape(name) for name in source.names()}
+        shapes.pop(None, None)
+        if stated is None:
+            stated = flatten(config_beside(source))
+        return cls(source.path, shapes, stated)
+
+    def part(self, tensors: str, section: str) -> "Evidence":
+        """Of the network whose tensors and keys begin so, under names without that."""
+        return replace(self, shapes=below(self.shapes, tensors), stated=below(self.stated, section))
+
+    def sizes(self, **places: str) -> dict[str, int]:
+        """Sizes by field, each from a place "tensor axis". One ValueError for all tensors that are
+        missing, empty or of too few axes."""
+        found = {}
+        problems = []
+        for field, place in places.items():
+            name, axis = place.split()
+            shape = self.shapes.get(name, ())
+            found[field] = shape[int(axis)] if int(axis) < len(shape) else 0
+            if not found[field]:
+                about = f"shows {field} on axis {axis} (found {shape or 'none'})"
+                problems.append(f"no tensor {name} that {about}")
+        refuse(self.path, "parts are missing", problems)
+        return found
+
+    def count(self, pattern: str) -> int:
+        """How many different indices (the group of `pattern`) the names have."""
+        matches = (re.match(pattern, name) for name in self.shapes)
+        return len({match[1] for match in matches if match})
+
+    def reconcile(
+        self,
+        found: Mapping,
+        names: Mapping[str, str],
+        wanted: Iterable[str] = (),
+        published: type | None = None,
+    ) -> dict:
+        """Fields of a config, from what the shapes show (`found`) and config.json states under
+        `names`. `wanted` fields must be in one of them, unless all that is found equals the
+        defaults of `published`."""
+        agreed = dict(found)
+        problems = []
+        defaults = {f.name: f.default for f in fields(published)} if published else {}
+        known = bool(defaults) and found.items() <= defaults.items()
+        for field, keys in names.items():
+            key = next((key for key in keys.split() if key in self.stated), None)
+            if key is None:
+                if field in wanted and field not in found and not known:
+                    keys = keys.replace(" ", " or ")
+                    problems.append(f"{keys} is missing; no tensor shows it")
+                continue
+            several = field in LISTS or isinstance(found.get(field), tuple)
+            try:
+                agreed[field] = value_of(field, self.stated[key], several)
+            except ValueError as error:
+                problems.append(f"{key} is {error}")
+                continue
+            if agreed[field] != found.get(field, agreed[field]):
+                problems.append(f"{key} is {agreed[field]}, the tensors have {found[field]}")
+        refuse(self.path, "config.json and tensors do not describe a network", problems)
+        return agreed
 
 
 # -- the sizes of each network --------------------------------------------------------------------
 
 
-def wan_config(path: Path, shapes: Shapes, stated: Mapping, heads: int | None = None) -> WanConfig:
+def wan_config(evidence: Evidence, heads: int | None = None) -> WanConfig:
     """The video expert's. No tensor of its own shows how many heads it has; in a Motus file the
     action expert's do."""
-    found = shown_sizes(
-        path,
-        shapes,
-        {
-            "width": ("patch_embedding.weight", 0),
-            "latent": ("patch_embedding.weight", 1),
-            "ffn": ("blocks.0.ffn.0.weight", 0),
-            "text_dim": ("text_embedding.0.weight", 1),
-            "freq_dim": ("time_embedding.0.weight", 1),
-        },
+    found = evidence.sizes(
+        width="patch_embedding.weight 0",
+        latent="patch_embedding.weight 1",
+        ffn="blocks.0.ffn.0.weight 0",
+        text_dim="text_embedding.0.weight 1",
+        freq_dim="time_embedding.0.weight 1",
     )
-    found |= {
-        "layers": count(shapes, r"blocks\.(\d+)\."),
-        "patch": tuple(shapes["patch_embedding.weight"][2:]),
-    }
-    found |= {"heads": heads} if heads else {}
-    return WanConfig(**reconcile(path, found, stated, WAN_FIELDS, WanConfig, ("heads",)))
+    found["layers"] = evidence.count(r"blocks\.(\d+)\.")
+    found["patch"] = tuple(evidence.shapes["patch_embedding.weight"][2:])
+    if heads:
+        found["heads"] = heads
+    return WanConfig(**evidence.reconcile(found, WAN_FIELDS, ("heads",), WanConfig))
 
 
-def vae_config(path: Path, shapes: Shapes, stated: Mapping) -> WanVAEConfig:
+def vae_config(evidence: Evidence) -> WanVAEConfig:
     """The latents' mean and std are in no tensor: those of Wan2.2 hold for its 48 channels, others
     must be stated."""
-    found = shown_sizes(
-        path,
-        shapes,
-        {
-            "dim": ("encoder.conv1.weight", 0),
-            "dec_dim": ("decoder.head.0.gamma", 0),
-            "z_dim": ("conv2.weight", 0),
-        },
+    found = evidence.sizes(
+        dim="encoder.conv1.weight 0", dec_dim="decoder.head.0.gamma 0", z_dim="conv2.weight 0"
     )
-    levels = count(shapes, r"encoder\.downsamples\.(\d+)\.")
-    blocks = count(shapes, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
-    widths = shown_sizes(
-        path,
-        shapes,
-        {
-            str(i): (f"encoder.downsamples.{i}.downsamples.0.residual.6.weight", 0)
-            for i in range(levels)
-        },
-    )
-    found |= {
-        "dim_mult": tuple(width // found["dim"] for width in widths.values()),
-        "num_res_blocks": blocks,
-        "temporal_downsample": tuple(
-            f"encoder.downsamples.{i}.downsamples.{blocks}.time_conv.weight" in shapes
-            for i in range(levels - 1)
-        ),
-    }
-    return WanVAEConfig(
-        **reconcile(
-            path,
-            found,
-            stated,
-            VAE_FIELDS,
-            wanted=VAE_FIELDS if found["z_dim"] != WanVAEConfig.z_dim else (),
-        )
-    )
+    level = "encoder.downsamples.{}.downsamples.{}."
+    levels = range(evidence.count(r"encoder\.downsamples\.(\d+)\."))
+    blocks = evidence.count(r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
+    places = {f"dim_{i}": level.format(i, 0) + "residual.6.weight 0" for i in levels}
+    widths = evidence.sizes(**places).values()
+    found["dim_mult"] = tuple(width // found["dim"] for width in widths)
+    found["num_res_blocks"] = blocks
+    timed = (level.format(i, blocks) + "time_conv.weight" for i in levels[:-1])
+    found["temporal_downsample"] = tuple(name in evidence.shapes for name in timed)
+    wanted = VAE_FIELDS if found["z_dim"] != WanVAEConfig.z_dim else ()
+    return WanVAEConfig(**evidence.reconcile(found, VAE_FIELDS, wanted))
 
 
-def text_config(path: Path, shapes: Shapes) -> UMT5Config:
-    table = "blocks.0.pos_embedding.embedding.weight"
-    return UMT5Config(
-        layers=count(shapes, r"blocks\.(\d+)\."),
-        **shown_sizes(
-            path,
-            shapes,
-            {
-                "vocab": ("token_embedding.weight", 0),
-                "dim": ("token_embedding.weight", 1),
-                "dim_attn": ("blocks.0.attn.q.weight", 0),
-                "dim_ffn": ("blocks.0.ffn.fc1.weight", 0),
-                "buckets": (table, 0),
-                "heads": (table, 1),
-            },
-        ),
+def text_config(evidence: Evidence) -> UMT5Config:
+    found = evidence.sizes(
+        vocab="token_embedding.weight 0",
+        dim="token_embedding.weight 1",
+        dim_attn="blocks.0.attn.q.weight 0",
+        dim_ffn="blocks.0.ffn.fc1.weight 0",
+        buckets="blocks.0.pos_embedding.embedding.weight 0",
+        heads="blocks.0.pos_embedding.embedding.weight 1",
     )
+    return UMT5Config(**found, layers=evidence.count(r"blocks\.(\d+)\."))
 
 
-def vlm_config(path: Path, shapes: Shapes, stated: Mapping) -> Qwen3VLConfig:
-    text, patch, layer = (
-        "language_model.",
-        "visual.patch_embed.proj.weight",
-        "language_model.layers.0.",
+def vlm_config(evidence: Evidence) -> Qwen3VLConfig:
+    found = evidence.sizes(
+        vocab="language_model.embed_tokens.weight 0",
+        width="language_model.embed_tokens.weight 1",
+        ffn="language_model.layers.0.mlp.gate_proj.weight 0",
+        head_dim="language_model.layers.0.self_attn.q_norm.weight 0",
+        heads="language_model.layers.0.self_attn.q_proj.weight 0",
+        kv_heads="language_model.layers.0.self_attn.k_proj.weight 0",
+        vision_width="visual.patch_embed.proj.weight 0",
+        repeat="visual.patch_embed.proj.weight 2",
+        patch="visual.patch_embed.proj.weight 3",
+        vision_ffn="visual.blocks.0.mlp.linear_fc1.weight 0",
+        side="visual.pos_embed.weight 0",
+        merge="visual.merger.linear_fc1.weight 1",
     )
-    found = shown_sizes(
-        path,
-        shapes,
-        {
-            "vocab": (text + "embed_tokens.weight", 0),
-            "width": (text + "embed_tokens.weight", 1),
-            "ffn": (layer + "mlp.gate_proj.weight", 0),
-            "head_dim": (layer + "self_attn.q_norm.weight", 0),
-            "heads": (layer + "self_attn.q_proj.weight", 0),
-            "kv_heads": (layer + "self_attn.k_proj.weight", 0),
-            "vision_width": (patch, 0),
-            "repeat": (patch, 2),
-            "patch": (patch, 3),
-            "vision_ffn": ("visual.blocks.0.mlp.linear_fc1.weight", 0),
-            "side": ("visual.pos_embed.weight", 0),
-            "merge": ("visual.merger.linear_fc1.weight", 1),
-        },
-    )
-    found |= {
-        "heads": found["heads"] // found["head_dim"],
-        "kv_heads": found["kv_heads"] // found["head_dim"],
-        "side": math.isqrt(found["side"]),
-        "merge": math.isqrt(found["merge"] // found["vision_width"]),
-        "layers": count(shapes, r"language_model\.layers\.(\d+)\."),
-        "vision_layers": count(shapes, r"visual\.blocks\.(\d+)\."),
-    }
-    return Qwen3VLConfig(
-        **reconcile(
-            path,
-            found,
-            stated,
-            QWEN_FIELDS,
-            Qwen3VLConfig,
-            (
-                "rope_theta",
-                "mrope",
-                "image_token",
-                "vision_heads",
-                "taps",
-                "min_pixels",
-                "max_pixels",
-            ),
-        )
-    )
+    found["heads"] //= found["head_dim"]
+    found["kv_heads"] //= found["head_dim"]
+    found["side"] = math.isqrt(found["side"])
+    found["merge"] = math.isqrt(found["merge"] // found["vision_width"])
+    found["layers"] = evidence.count(r"language_model\.layers\.(\d+)\.")
+    found["vision_layers"] = evidence.count(r"visual\.blocks\.(\d+)\.")
+    wanted = "rope_theta mrope image_token vision_heads taps min_pixels max_pixels".split()
+    return Qwen3VLConfig(**evidence.reconcile(found, QWEN_FIELDS, wanted, Qwen3VLConfig))
 
 
-def motus_fields(path: Path, shapes: Shapes, stated: Mapping, positions: tuple[int, ...]) -> dict:
+def motus_fields(evidence: Evidence, positions: int | None) -> dict:
     """The fields of MotusConfig. `positions`: the rows of the file's position table, if known; the
     stated chunk must have as many."""
-    encoders = "action.input_encoder."
-    finetune = "action.registers" in shapes
     places = {
-        "heads": ("action.blocks.0.qkv", 1),
-        "action_width": ("action.blocks.0.qkv", 2),
-        "expert_ffn": ("action.blocks.0.ffn.0.weight", 0),
-        "action_dim": (encoders + "action_encoder.0.weight", 1),
-        "und_width": ("und.blocks.0.qkv", 2),
-        "vlm_dim": ("und.vlm_adapter.0.weight", 1),
+        "heads": "action.blocks.0.qkv 1",
+        "action_width": "action.blocks.0.qkv 2",
+        "expert_ffn": "action.blocks.0.ffn.0.weight 0",
+        "action_dim": "action.input_encoder.action_encoder.0.weight 1",
+        "und_width": "und.blocks.0.qkv 2",
+        "vlm_dim": "und.vlm_adapter.0.weight 1",
     }
+    finetune = "action.registers" in evidence.shapes
     if finetune:
-        places |= {
-            "state_dim": (encoders + "state_encoder.0.weight", 1),
-            "registers": ("action.registers", 1),
-        }
-    found = shown_sizes(path, shapes, places)
-    wan = below(stated, "wan.")
-    video = wan_config(path, below(shapes, "video."), wan, found.pop("heads"))
+        places["state_dim"] = "action.input_encoder.state_encoder.0.weight 1"
+        places["registers"] = "action.registers 1"
+    found = evidence.sizes(**places)
+    video = wan_config(evidence.part("video.", "wan."), found.pop("heads"))
     found["expert_ffn"] //= found["action_width"]
-    agreed = reconcile(
-        path,
-        found,
-        stated,
-        layouts.MOTUS_FIELDS,
-        wanted=("frames", "ratio", "action_eps", "und_eps"),
-    )
+    wanted = ("frames", "ratio", "action_eps", "und_eps")
+    agreed = evidence.reconcile(found, MOTUS_FIELDS, wanted)
     rows = agreed["frames"] * agreed["ratio"] + (2 + found["registers"] if finetune else 0)
-    if positions not in ((), (rows,)):
+    if positions not in (None, rows):
         raise ValueError(
-            f"{path}: config.json makes chunks of {agreed['frames']} x {agreed['ratio']} actions,"
-            f" whose position table has {rows} rows; the file's has {positions[0]}: take the"
-            " config.json that belongs to it"
+            f"{evidence.path}: config.json makes chunks of {agreed['frames']} x {agreed['ratio']} "
+            f"actions, whose position table has {rows} rows; the file's has {positions}: take the "
+            "config.json that belongs to it"
         )
     return agreed | {"video": asdict(video), "finetune": finetune}
 
@@ -378,63 +311,61 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
 # -- files ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Published:
-    """Weights of a model that others wrote."""
-
-    source: TensorSource
-    rename: (
-        Rename  # from the names of the file to those of `motus.Motus`; the VLM's begin with vlm.
-    )
-    stage: str  # "1", "2" or "3"
-    config: dict  # fields of MotusConfig
-    statistics: dict | None = None
-    fresh: tuple[str, ...] = ()  # experts that the file does not hold
-
-
 def is_published(path: str | Path) -> bool:
     """Whether published weights are at `path`, rather than a run or checkpoint of ours (or
     nothing)."""
     path = Path(path)
     config = path / "config.json"
-    if path.name.startswith("step_") or config.is_file() and "motus" in files.read_json(config):
+    if path.name.startswith("step_") or config.is_file() and "motus" in read_json(config):
         return False
-    return path.is_file() or any(any(path.glob(pattern)) for pattern in files.WEIGHT_FILES)
+    return path.is_file() or any(any(path.glob(pattern)) for pattern in WEIGHT_FILES)
 
 
 def holds_vlm(path: str | Path) -> bool:
     """Whether `path` is published weights of Motus that hold the VLM too."""
-    path = hub.fetched(path)
+    path = fetched(path)
     if not is_published(path):
         return False
-    names = files.open_source(path).names()
-    rename = layouts.renaming(names)
+    names = open_source(path).names()
+    rename = renaming(names)
     return any((rename(name) or "").startswith("vlm.") for name in names)
 
 
-def open_motus(path: str | Path) -> Published:
+def open_weights(
+    path: str | Path, weights: str = "ema"
+) -> tuple[TensorSource, Rename, Card, tuple[str, ...]]:
+    """The weights at `path`, the way from their names to ours (the VLM's begin with vlm.), their
+    card, and the experts they lack (prefixes). `path` is anything that `Motus.from_pretrained`
+    takes. Published weights get a card of preset `full`, with the sizes of the file."""
+    path = fetched(path)
+    if is_published(path):
+        return open_published(open_source(path))
+    folder = newest_step(path)
+    card = Card.read(folder / "config.json")
+    return open_source(folder / f"{weights}.safetensors"), str, card, ()
+
+
+def open_published(source: TensorSource) -> tuple[TensorSource, Rename, Card, tuple[str, ...]]:
     """Official Motus weights (stages 2, 3) or a Wan2.2 video expert (stage 1), as published or
     converted. ValueError if it is neither."""
-    source = files.open_source(path)
-    kind, stage = layouts.identify(source.names())
-    rename = layouts.renaming(source.names())
-    stated, shapes = flatten(files.config_beside(source)), shapes_of(source, rename)
+    kind, stage = identify(source.names())
+    rename = renaming(source.names())
+    evidence = Evidence.of(source, rename)
     if kind in ("motus", "motus-own"):
-        rows = re.findall(r"^\d+$", source.metadata.get("pos_embedding_rows", ""))
-        positions = tuple(map(int, rows))
-        if layouts.POSITIONS in source.tensors:
-            positions = source.shape(layouts.POSITIONS)[1:2]
-        config = motus_fields(source.path, shapes, stated, positions)
-        return Published(source, rename, str(stage), config, robot_statistics(stated, config))
+        rows = source.metadata.get("pos_embedding_rows", "")
+        if POSITIONS in source.tensors:
+            rows = str(source.shape(POSITIONS)[1])
+        config = motus_fields(evidence, int(rows) if rows.isdecimal() else None)
+        statistics = robot_statistics(evidence.stated, config)
+        return source, rename, Card(config, str(stage), "full", statistics), ()
     if stage != 1:
         raise ValueError(
-            f"{source.path}: holds {kind} weights; a model is built from motus, wan or "
-            "wan-diffusers weights"
+            f"{source.path}: holds {kind} weights, expected motus, wan or wan-diffusers weights to "
+            "build a model from"
         )
-    video = asdict(wan_config(source.path, shapes, stated))
-    config = {"video": video, "finetune": False, "ratio": 1}
-    fresh = ("action.", "und.")
-    return Published(source, lambda name: f"video.{rename(name)}", "1", config, fresh=fresh)
+    config = {"video": asdict(wan_config(evidence)), "finetune": False, "ratio": 1}
+    card = Card(config, "1", "full")
+    return source, lambda name: f"video.{rename(name)}", card, ("action.", "und.")
 
 
 def first_of(folder: str | Path, *names: str) -> Path:
@@ -458,7 +389,7 @@ def filled(
     with torch.device("meta"):
         network = module(config)
     kept = [name for name in source.names() if rename(name) is not None]
-    load.load_into(network, source, rename, source.dtype(kept[0]))
+    load_into(network, source, rename, source.dtype(kept[0]))
     return network.eval()
 
 
@@ -466,11 +397,9 @@ def load_vae(folder: str | Path) -> WanVAE:
     """From Wan2.2_VAE.pth, or the folder `vae` of a diffusers repository. The decoder, which only
     makes pictures for people, is kept in bf16; the encoder, whose latents the network was trained
     on, in the dtype of the file."""
-    source = files.open_source(first_of(folder, "Wan2.2_VAE.pth", "vae"))
-    rename = layouts.renaming(source.names())
-    stated = flatten(files.config_beside(source))
-    config = vae_config(source.path, shapes_of(source, rename), stated)
-    vae = filled(WanVAE, config, source, rename)
+    source = open_source(first_of(folder, "Wan2.2_VAE.pth", "vae"))
+    rename = renaming(source.names())
+    vae = filled(WanVAE, vae_config(Evidence.of(source, rename)), source, rename)
     vae.decoder.bfloat16()
     vae.conv2.bfloat16()
     return vae
@@ -479,19 +408,19 @@ def load_vae(folder: str | Path) -> WanVAE:
 def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5Tokenizer]:
     """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers
     repository."""
-    source = files.open_source(first_of(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
+    source = open_source(first_of(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
     words = first_of(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
-    rename = layouts.renaming(source.names())
-    config = text_config(source.path, shapes_of(source, rename))
-    return filled(UMT5Encoder, config, source, rename), T5Tokenizer(words, text_len)
+    rename = renaming(source.names())
+    encoder = filled(UMT5Encoder, text_config(Evidence.of(source, rename)), source, rename)
+    return encoder, T5Tokenizer(words, text_len)
 
 
 def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3VL, Tokenizer]:
     """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus
     file `motus`."""
-    source = files.open_source(hub.fetched(motus or folder))
+    source = open_source(fetched(motus or folder))
     folder = Path(folder)
-    own = layouts.renaming(source.names())
+    own = renaming(source.names())
 
     def part_of_motus(name: str) -> str | None:
         key = own(name) or ""
@@ -501,9 +430,9 @@ def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3
     stated = {}
     for name in ("preprocessor_config.json", "config.json"):
         if (folder / name).is_file():
-            stated |= flatten(files.read_json(folder / name))
+            stated |= flatten(read_json(folder / name))
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    config = vlm_config(source.path, shapes_of(source, rename), stated)
+    config = vlm_config(Evidence.of(source, rename, stated))
     return filled(Qwen3VL, config, source, rename), tokenizer
 
 
@@ -513,19 +442,3 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"tokenizer file {path} does not exist; it is published beside the weights"
         )
     return Tokenizer.from_file(str(path))
-
-
-def open_weights(
-    path: str | Path, weights: str = "ema"
-) -> tuple[TensorSource, Rename, Card, tuple[str, ...]]:
-    """The weights at `path`, the way from their names to ours, their card, and the experts they
-    lack (prefixes). `path` is anything that `Motus.from_pretrained` takes. Published weights get a
-    card of preset `full`, with the sizes of the file."""
-    path = hub.fetched(path)
-    if is_published(path):
-        found = open_motus(path)
-        card = Card(found.config, found.stage, "full", found.statistics)
-        return found.source, found.rename, card, found.fresh
-    folder = newest_step(path)
-    card = Card.read(folder / "config.json")
-    return files.open_source(folder / f"{weights}.safetensors"), str, card, ()

@@ -1,37 +1,40 @@
-"""Latents."""
+"""Latent actions of a dataset's episodes: files beside a card, or the encoder at hand.
 
+Either gives a row for each frame of an episode, standardised, and says which rows are known.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from formats.lerobot import COLUMN, KNOWN, LeRobotDataset
+from formats.recordings import Recordings
 from weights.files import open_source, read_json
 
 
 class LatentFiles:
-    """Latent actions of a dataset's episodes, as `python latent_action.py encode --data DATASET
-    --out FOLDER` writes them: a row for each frame of an episode, standardised here. An episode
-    that was skipped there has none."""
+    """Latent actions as `python -m scripts.latents encode --data DATASET --out FOLDER` writes them.
+    An episode that was skipped there has none."""
 
-    def __init__(self, folder: Path, fps: float):
+    def __init__(self, folder: Path, fps: float, more: str = ""):
         about, summary = (
-            read_json(folder / name) if (folder / name).is_file() else {}
-            for name in ("statistics.json", "summary.json")
+            read_json(file) if file.is_file() else {}
+            for file in (folder / "statistics.json", folder / "summary.json")
         )
         if not {"mean", "std", "made"} <= about.keys():
             raise ValueError(
-                f"{folder} holds no latent actions (statistics.json with mean, std, made); make them with `python "
-                'latent_action.py encode --data DATASET`, or name their folder with "latents" in the card'
+                f"{folder} holds no latent actions (statistics.json with mean, std, made); make "
+                "them with `python -m scripts.latents encode --data DATASET`, or name their folder "
+                f'with "latents" in the card{more}'
             )
-        self.folder, self.name, self.skipped = folder, str(folder), summary.get("skipped", {})
-        self.seconds = about["made"]["interval"] / fps
-        self.mean, self.std = (
-            np.array(about["mean"], np.float32),
-            np.array(about["std"], np.float32),
-        )
+        self.folder, self.name = folder, str(folder)
+        self.skipped = summary.get("skipped", {})
+        self.seconds = about["made"]["interval"] / fps  # that one latent action spans
+        self.mean = np.float32(about["mean"])
+        self.std = np.float32(about["std"])
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (T', 14), and which of them are known."""
+        """Rows (T', 14), and which of them are known (T',)."""
         name = f"episode_{episode:06d}"
         if name in self.skipped:
             return np.zeros((1, len(self.mean)), np.float32), np.zeros(1, bool)
@@ -39,31 +42,17 @@ class LatentFiles:
         if not path.is_file():
             raise ValueError(f"{path} is missing; encode the dataset's latent actions again")
         with open_source(path) as source:
-            return (source.read("latent_action").numpy() - self.mean) / self.std, source.read(
-                "valid"
-            ).numpy()
+            rows, known = source.read("latent_action").numpy(), source.read("valid").numpy()
+            return (rows - self.mean) / self.std, known.copy()
 
 
-class LatentColumn:
-    """The same from columns of the dataset itself, as `python latent_action.py encode --data
-    DATASET --out FOLDER --column NEW` adds them to the dataset NEW."""
+class LatentFlows:
+    """Latent actions of a source that knows its true optical flow. `encode` has the `interval` in
+    rows that one latent action spans, and turns flows into rows and which of them are known."""
 
-    def __init__(self, reader: LeRobotDataset):
-        self.reader, self.name, about = (
-            reader,
-            reader.name,
-            reader.features[COLUMN].get("info") or {},
-        )
-        if not {"mean", "std", "seconds"} <= about.keys():
-            raise ValueError(
-                f"{reader.name}: column {COLUMN} lacks its info (mean, std, seconds) in info.json; write it again with "
-                "`python latent_action.py encode --column`, or name a folder of latents in the card"
-            )
-        self.seconds, self.mean, self.std = (
-            about["seconds"],
-            *(np.array(about[key], np.float32) for key in ("mean", "std")),
-        )
+    def __init__(self, reader: Recordings, encode: Callable):
+        self.reader, self.encode, self.name = reader, encode, reader.name
+        self.seconds = encode.interval / reader.fps
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = self.reader.rows(episode, COLUMN, KNOWN)
-        return (rows[COLUMN] - self.mean) / self.std, rows[KNOWN][:, 0]
+        return self.encode(self.reader.flows(episode, self.encode.interval))

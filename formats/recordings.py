@@ -1,16 +1,15 @@
 """Episodes on disk, whatever their format: windows by time, checks of everything, pictures, mp4
 read and written with `av` alone.
 
-`lerobot.py` and `official.py` know formats; what they share is here. Row i of an episode is at i /
-fps seconds. A wanted time takes the nearest row. What lies outside the episode repeats its first or
-last row and is masked.
+`lerobot.py` and `official.py` know formats; what they share is here. Row i of an episode is at
+i / fps seconds. A wanted time takes the nearest row. What lies outside the episode repeats its
+first or last row and is masked.
 
-Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i /
-fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
+Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with
+i / fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
 numbers and a window's frames are all that is in memory; what a header claims is held against other
 claims before anything is allocated. (3) Faults are ValueErrors that name dataset, episode, field
-and remedy. `window` tests what it reads; `check` tests everything and lists every fault; `open(...,
-verify=True)` raises if there is one.
+and remedy. `window` tests what it reads; `check` tests everything and lists every fault.
 
 Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action
 dimensions, P state dimensions.
@@ -21,14 +20,18 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from weights.files import check_keys
+from weights.hub import snapshot
 
 try:
     import av
@@ -39,11 +42,11 @@ except ImportError:
 MAX_BYTES = 16 << 20  # of info.json, of a line of json, of all tasks
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
-# The words that official RoboTwin data puts before every instruction;
-# `Choice(prefix=ROBOTWIN_SCENE)`.
+# Official RoboTwin data put these words before every instruction: `Choice(prefix=ROBOTWIN_SCENE)`.
 ROBOTWIN_SCENE = (
-    "The whole scene is in a realistic, industrial art style with three views: a fixed rear camera, a movable left arm "
-    "camera, and a movable right arm camera. The aloha robot is currently performing the following task: "
+    "The whole scene is in a realistic, industrial art style with three views: a fixed rear camera,"
+    " a movable left arm camera, and a movable right arm camera. The aloha robot is currently "
+    "performing the following task: "
 )
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -52,27 +55,25 @@ ROBOTWIN_SCENE = (
 def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 (..., H, W, 3) -> (..., height, width, 3), bilinear without antialiasing as OpenCV does
     it, to within 1 of 255."""
-    if pictures.shape[-3:-1] == (height, width):
+    *first, h, w, _ = pictures.shape
+    if (h, w) == (height, width):
         return pictures
-    flat = (
-        torch.from_numpy(np.ascontiguousarray(pictures))
-        .reshape(-1, *pictures.shape[-3:])
-        .permute(0, 3, 1, 2)
-        .float()
-    )
-    flat = (F.interpolate(flat, (height, width), mode="bilinear") + 0.5).floor().to(torch.uint8)
-    return flat.permute(0, 2, 3, 1).reshape(*pictures.shape[:-3], height, width, 3).numpy()
+    flat = torch.from_numpy(np.ascontiguousarray(pictures)).reshape(-1, h, w, 3)
+    flat = F.interpolate(flat.permute(0, 3, 1, 2).float(), (height, width), mode="bilinear")
+    flat = (flat + 0.5).to(torch.uint8).permute(0, 2, 3, 1)
+    return flat.reshape(*first, height, width, 3).numpy()
 
 
 def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 (..., H, W, 3) -> (..., height, width, 3): scaled by one factor, sides truncated to
     whole pixels, centred on black."""
-    h, w = pictures.shape[-3:-1]
+    *first, h, w, _ = pictures.shape
     scale = min(height / h, width / w)
-    small = resize(pictures, int(h * scale), int(w * scale))
-    top, left = (height - small.shape[-3]) // 2, (width - small.shape[-2]) // 2
-    out = np.zeros((*pictures.shape[:-3], height, width, 3), np.uint8)
-    out[..., top : top + small.shape[-3], left : left + small.shape[-2], :] = small
+    h, w = int(h * scale), int(w * scale)
+    top = (height - h) // 2
+    left = (width - w) // 2
+    out = np.zeros((*first, height, width, 3), np.uint8)
+    out[..., top : top + h, left : left + w, :] = resize(pictures, h, w)
     return out
 
 
@@ -90,23 +91,19 @@ def t_layout(
     head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int = 384, width: int = 320
 ) -> np.ndarray:
     """The official three-camera picture: head on top, both wrists at half the head's size below,
-    fitted to height x width. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give 360
-    x 320 and 12 black rows above and below."""
+    fitted to height x width. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
+    360 x 320 and 12 black rows above and below."""
     for name, picture in {"head": head, "left": left, "right": right}.items():
-        if (
-            picture.dtype != np.uint8
-            or picture.ndim < 3
-            or picture.shape[-1] != 3
-            or picture.shape[:-3] != head.shape[:-3]
-        ):
+        *first, _, _, colours = picture.shape
+        if picture.dtype != np.uint8 or colours != 3 or first != list(head.shape[:-3]):
             raise ValueError(
-                f"{name} is {picture.dtype} {picture.shape}; uint8 (..., H, W, 3) is due, all with the same first sizes"
+                f"{name} is {picture.dtype} {picture.shape}; expected uint8 (..., H, W, 3), "
+                "all with the same first sizes"
             )
     h, w = head.shape[-3:-1]
-    wrists = np.concatenate(
-        [resize(left, h // 2, w // 2), resize(right, h // 2, w - w // 2)], axis=-2
-    )
-    return fit(np.concatenate([head, wrists], axis=-3), height, width)
+    wrists = [resize(left, h // 2, w // 2), resize(right, h // 2, w - w // 2)]
+    whole = np.concatenate([head, np.concatenate(wrists, axis=-2)], axis=-3)
+    return fit(whole, height, width)
 
 
 def t_place(
@@ -120,54 +117,57 @@ def t_place(
 # -- files ----------------------------------------------------------------------------------------
 
 
-class Video:
+class VideoReader:
     """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks
     if a key frame lies in between."""
 
     def __init__(self, path: Path, size: tuple[int, int]):
-        self.container, self.size, self.frame = av.open(str(path)), size, None
+        self.size = size  # height, width
+        self.frame = None  # the last one decoded
+        self.container = av.open(str(path))
         if not self.container.streams.video:
             raise ValueError("has no video stream")
         self.stream = self.container.streams.video[0]
-        context, self.index = self.stream.codec_context, self.stream.index_entries
+        self.index = self.stream.index_entries
+        context = self.stream.codec_context
         if (context.height, context.width) != size:
             raise ValueError(
-                f"is {context.height} x {context.width} where info.json says {size[0]} x {size[1]} (wrong or swapped camera?)"
+                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in "
+                "info.json (wrong or swapped camera?)"
             )
-        if not len(self.index) or len(self.index) != self.stream.frames:
-            raise ValueError(f"claims {self.stream.frames} frames and indexes {len(self.index)}")
-        last = self.index[len(self.index) - 1]
-        if last.pos + last.size > path.stat().st_size:
+        count = len(self.index)
+        if not count or count != self.stream.frames:
+            raise ValueError(f"claims {self.stream.frames} frames and indexes {count}")
+        end = self.index[count - 1].pos + self.index[count - 1].size
+        if end > path.stat().st_size:
             raise ValueError(
-                f"is truncated: its last frame ends at byte {last.pos + last.size} of {path.stat().st_size}"
+                f"is truncated: its last frame ends at byte {end} of {path.stat().st_size}"
             )
-        context.thread_count, context.thread_type, context.options = (
-            1,
-            "NONE",
-            {"err_detect": "explode"},
-        )
-        self.tick, self.reformatter = (
-            float(self.stream.time_base),
-            av.video.reformatter.VideoReformatter(),
-        )
+        context.thread_count = 1
+        context.thread_type = "NONE"
+        context.options = {"err_detect": "explode"}
+        self.tick = float(self.stream.time_base)  # seconds
         self.slack = TOLERANCE / self.tick + 1
+        self.reformatter = av.video.reformatter.VideoReformatter()
 
     def read(self, times: Iterable[float]) -> Iterator[np.ndarray]:
         """Pictures (H, W, 3) uint8 at these seconds."""
         for time in times:
-            want = round(time / self.tick)
-            at = self.index.search_timestamp(want, backward=True)
+            wanted = round(time / self.tick)
+            at = self.index.search_timestamp(wanted, backward=True)
             key = self.index[at].timestamp if at >= 0 else -1
-            if self.frame is None or want + self.slack < self.frame.pts or key > self.frame.pts:
-                self.container.seek(want, stream=self.stream, backward=True)
-                self.decoded, self.frame = self.container.decode(self.stream), None
-            while self.frame is None or self.frame.pts + self.slack < want:
+            if self.frame is None or wanted + self.slack < self.frame.pts or key > self.frame.pts:
+                self.container.seek(wanted, stream=self.stream, backward=True)
+                self.decoded = self.container.decode(self.stream)
+                self.frame = None
+            while self.frame is None or self.frame.pts + self.slack < wanted:
                 self.frame = next(self.decoded, None)
                 if self.frame is None or self.frame.is_corrupt or self.frame.pts is None:
                     raise ValueError(f"ends or breaks before {time:.4f} s")
-            if self.frame.pts > want + self.slack:
+            if self.frame.pts > wanted + self.slack:
                 raise ValueError(
-                    f"has a frame at {self.frame.pts * self.tick:.4f} s but none at {time:.4f} s (other fps than info.json?)"
+                    f"has a frame at {self.frame.pts * self.tick:.4f} s but none at {time:.4f} s "
+                    "(other fps than info.json?)"
                 )
             if (self.frame.height, self.frame.width) != self.size:
                 raise ValueError(f"changes size to {self.frame.height} x {self.frame.width}")
@@ -177,19 +177,20 @@ class Video:
         self.container.close()
 
 
-class Shelf:
-    """The last few open files and tables. `take` removes one, so that it has one user; `give` puts
+class OpenFiles:
+    """The last few open files and tables. `take` removes one, so that it has one user; `put` puts
     it back and closes the oldest. Keys hold the process id: a forked loader worker must not move
     its parent's file offsets. A plain dictionary, each of whose methods is whole to other threads;
     OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
 
-    def __init__(self, size: int):
-        self.items, self.size = {}, size
+    def __init__(self, size: int = 24):
+        self.items = {}
+        self.size = size
 
     def take(self, key: tuple):
         return self.items.pop((os.getpid(), *key), None)
 
-    def give(self, key: tuple, item) -> None:
+    def put(self, key: tuple, item) -> None:
         self.items[os.getpid(), *key] = item
         for key in list(self.items)[: max(0, len(self.items) - self.size)]:
             old = self.items.pop(key, None)  # None if another thread was faster
@@ -203,41 +204,41 @@ class Storage:
     pictures 6 dB or more; yuv444p keeps them."""
 
     robot: str = "unknown"
-    images: bool = False  # PNG inside the parquet files, exact, instead of mp4
     codec: str = "libx264"  # or libsvtav1; libx264rgb with rgb24 and crf 0 is exact
     pix_fmt: str = "yuv444p"
     options: tuple[tuple[str, str], ...] = (("crf", "18"), ("g", "10"), ("bf", "0"))
-    data_mb: float = 100  # a file of v3.0 that has grown to this size is closed after its episode
+    data_mb: float = 100  # a file that has grown to this size is closed after its episode
     video_mb: float = 200
     chunks_size: int = 1000  # files in a folder
 
 
-class Film:
+class VideoWriter:
     """An mp4 being written; pictures go in one after the other, and the first of each episode is a
     key frame."""
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], storage: Storage):
-        self.container, self.frames, self.bytes = (
-            av.open(str(path), "w", options={"movflags": "faststart"}),
-            0,
-            0,
-        )
-        self.stream = self.container.add_stream(
-            storage.codec, rate=Fraction(fps).limit_denominator(1001), options=dict(storage.options)
-        )
-        self.stream.height, self.stream.width, self.stream.pix_fmt = *size, storage.pix_fmt
+        self.frames = 0
+        self.bytes = 0
+        self.container = av.open(str(path), "w", options={"movflags": "faststart"})
+        rate = Fraction(fps).limit_denominator(1001)
+        options = dict(storage.options)
+        self.stream = self.container.add_stream(storage.codec, rate=rate, options=options)
+        self.stream.height, self.stream.width = size
+        self.stream.pix_fmt = storage.pix_fmt
+
+    def add(self, picture: np.ndarray, first: bool) -> None:
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        frame.pts = self.frames
+        frame.time_base = 1 / self.stream.codec_context.framerate
+        kinds = av.video.frame.PictureType
+        frame.pict_type = kinds.I if first else kinds.NONE
+        self.frames += 1
+        self._mux(frame)
 
     def _mux(self, frame: "av.VideoFrame | None") -> None:
         for packet in self.stream.encode(frame):
             self.bytes += packet.size
             self.container.mux(packet)
-
-    def add(self, picture: np.ndarray, first: bool) -> None:
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        frame.pts, frame.time_base = self.frames, 1 / self.stream.codec_context.framerate
-        frame.pict_type = av.video.frame.PictureType.I if first else av.video.frame.PictureType.NONE
-        self.frames += 1
-        self._mux(frame)
 
     def close(self) -> None:
         self._mux(None)
@@ -254,34 +255,32 @@ class Choice:
 
     state: str = ""  # default observation.state, or none
     action: str = ""  # default action or actions, or none
-    cameras: tuple[
-        str, ...
-    ] = ()  # default a ready concatenated view, else all; for the T-layout head, left, right
+    # default a ready concatenated view, else all; for the T-layout head, left, right
+    cameras: tuple[str, ...] = ()
     t_layout: bool = False  # the three cameras as one 384 x 320 picture, named "t"
     prefix: str = ""  # put before every instruction
     instruction: str | None = None  # instead of the dataset's tasks; may be empty
     constant: bool = False  # a dimension that never moves is no fault
 
+    def __post_init__(self):
+        kinds = {"cameras": (list, tuple), "instruction": (str, NoneType)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            texts = value if f.name == "cameras" else ()
+            right = isinstance(value, kinds.get(f.name, type(f.default)))
+            if not right or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"mapping: {f.name} is {value!r:.80}; expected a text, for cameras a list of "
+                    "texts, for t_layout and constant true or false"
+                )
+        object.__setattr__(self, "cameras", tuple(self.cameras))
+
     @classmethod
     def of(cls, given: "Choice | Mapping | None") -> "Choice":
-        if (
-            unknown := set(given or ()) - {f.name for f in fields(cls)}
-            if not isinstance(given, cls)
-            else ()
-        ):
-            raise ValueError(
-                f"mapping has unknown fields {sorted(unknown)}; allowed: {[f.name for f in fields(cls)]}"
-            )
-        choice = given if isinstance(given, cls) else cls(**(given or {}))
-        kinds = {"cameras": (list, tuple), "instruction": (str, type(None))}
-        for f in fields(cls):
-            value = getattr(choice, f.name)
-            wrong = not isinstance(value, kinds.get(f.name, type(f.default)))
-            if wrong or (f.name == "cameras" and not all(isinstance(name, str) for name in value)):
-                raise ValueError(
-                    f"mapping: {f.name} is {value!r:.80}; texts are due, for cameras a list of them, elsewhere true or false"
-                )
-        return replace(choice, cameras=tuple(choice.cameras))
+        if isinstance(given, cls):
+            return given
+        check_keys(given or {}, cls, "mapping")
+        return cls(**(given or {}))
 
 
 @dataclass
@@ -294,163 +293,79 @@ class Window:
     instruction: str
 
 
-def fetch(name: str) -> Path:
-    """A hub dataset USER/NAME[@REVISION] to the local cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
-        raise ValueError(
-            f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME with @REVISION if wanted"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise ValueError(
-            f"dataset {name}: no such folder, and hub names need huggingface_hub: pip install 'motus[hub]'"
-        ) from error
-    repo, _, revision = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                repo,
-                repo_type="dataset",
-                revision=revision or None,
-                allow_patterns=["meta/**", "data/**", "videos/**", "images/**"],
-            )
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dataset {name}: no such folder, and the hub did not give it ({error}); check name and network"
-        ) from error
-
-
 class Recordings:
-    """Episodes in a folder: what readers of every format share. A reader has `fps`, `lengths` (rows
-    per episode), `cameras`, `widths` of state and actions (0 where there are none), `robot`, and
+    """Episodes: what all readers share. Each has
 
-        numbers(episode)                 state (T, P) and actions (T, A), each or None; ValueError for the first fault in them
-        columns(episode)                 those of "state" and "action" that can be read, and every fault; `titles`: names in the files
-        texts(episode, row)              its instructions, of which each window gets one
-        views(episode, rows)             pictures (H, W, 3) uint8 of these rows, which must rise: camera -> iterator
-        labels(episode)                  what only a simulator knew of each row: name -> (T,); nothing in most formats
-        describe()                       what it is and what of it is used
-    """
+        name        of the source, for messages
+        fps         rows per second
+        lengths     (E,) rows T of each episode
+        cameras     names of the views
+        widths      numbers P of the state and A of an action, 0 where there are none
+        titles      "state" and "action" -> their names in the files, empty where there are none
+        robot       the embodiment
+        given       the Choice
+
+        numbers(episode)        state (T, P) and actions (T, A), or None; ValueError for a fault
+        columns(episode)        {"state": (T, P), "action": (T, A)}, those that can be read, and
+                                every fault as a list of ValueErrors
+        texts(episode, row=0)   its instructions at a row, of which each window gets one
+        views(episode, rows)    {camera: iterator of pictures (H, W, 3) uint8}; rows must rise
+        describe()              the source, and what of it is used
+
+    Methods of knowledge that few sources have are here with an empty answer."""
+
+    def __init__(self, name: str | Path, mapping: Choice | Mapping | None = None):
+        self.name = str(name)
+        self.given = Choice.of(mapping)
+
+    def group(self, episode: int) -> str:
+        """The episode's task, for drawing tasks alike."""
+        return self.texts(episode)[0]
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
+        """Facts that only a simulator knew of each row: name -> (T,)."""
         return {}
 
-    def __init__(self, root: Path, mapping: "Choice | Mapping | None" = None, open_files: int = 24):
-        if av is None:
-            raise ValueError(MISSING)
-        self.name, self.root, self.given, self.shelf = (
-            str(root),
-            Path(root).resolve(),
-            Choice.of(mapping),
-            Shelf(open_files),
-        )
+    def latents(self, episode: int) -> np.ndarray | None:
+        """Latent actions, standardised, one row for each frame that has one."""
+        return None
 
-    @classmethod
-    def open(
-        cls,
-        root: str | Path,
-        mapping: "Choice | Mapping | None" = None,
-        verify: bool = False,
-        quiet: bool = False,
-    ) -> "Recordings":
-        """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
-        fields. ValueError for what is no valid dataset, with `verify` for any fault in any episode.
-        What was chosen is printed on stderr unless `quiet`."""
-        dataset = cls(root if Path(root).is_dir() else fetch(str(root)), mapping)
-        if not quiet:
-            print(dataset.describe(), file=sys.stderr)
-        if verify and (faults := dataset.check()):
-            raise ValueError(f"{len(faults)} faults; the first ten are\n" + "\n".join(faults[:10]))
-        return dataset
+    def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+        """True optical flow over `interval` rows, where the source knows it: batches of flow
+        (n, H, W, 2) in pixels and which of them are valid (n,)."""
+        return None
 
-    def __reduce__(self):
-        return type(self), (self.root, self.given, self.shelf.size)
+    def motions(self, episode: int, interval: int) -> np.ndarray | None:
+        """True motions (T, k) over `interval` rows, where the source knows them."""
+        return None
 
-    def _fault(self, episode: int | None, field: str, found: str, remedy: str) -> ValueError:
-        return ValueError(
-            f"dataset {self.name}{'' if episode is None else f', episode {episode}'}, {field}: {found}; {remedy}"
-        )
+    def _fault(self, field: str, problem: str, episode: int | None = None) -> ValueError:
+        """`problem`: "found; remedy"."""
+        where = "" if episode is None else f", episode {episode}"
+        return ValueError(f"dataset {self.name}{where}, {field}: {problem}")
 
-    def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
-        """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
-        blobs."""
-        path, blobs = (
-            self.root / name,
-            self.root.parents[1] / "blobs" if self.root.parent.name == "snapshots" else None,
-        )
-        real = path if "\0" in name else Path(os.path.realpath(path))
-        if (
-            "\0" in name
-            or ".." in path.parts
-            or not path.is_relative_to(self.root)
-            or real not in (path, (blobs or path) / real.name)
-        ):
-            raise self._fault(
-                episode,
-                field or name,
-                f"{name!r} is a link or leaves the folder",
-                "put the file itself into the folder",
-            )
-        if not real.is_file():
-            raise self._fault(
-                episode,
-                field or name,
-                f"{name} is missing or no file",
-                "fetch the whole dataset or correct its metadata",
-            )
-        return real
+    # Windows.
 
-    def _film(
-        self,
-        path: Path,
-        size: tuple[int, int],
-        episode: int,
-        camera: str,
-        origin: float,
-        rows: Sequence[int],
-        due: int,
-        single: bool,
-    ) -> Iterator[np.ndarray]:
-        """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
-        and ends with frame `due`; `single` says that nothing else is in it."""
-        try:
-            video = self.shelf.take(("video", path)) or Video(path, size)
-            if len(video.index) < due or (single and len(video.index) > due):
-                raise ValueError(f"has {len(video.index)} frames where {due} are due")
-            yield from video.read(origin + i / self.fps for i in rows)
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise self._fault(
-                episode,
-                camera,
-                f"{path.name} {error}",
-                "fetch or encode it again, or correct its metadata",
-            ) from error
-        self.shelf.give(("video", path), video)
-
-    def nearest(
-        self,
-        episode: int,
-        start_time: float,
-        times: Sequence[float],
-        field: str,
-        tolerance: float | None = None,
+    def _nearest(
+        self, episode: int, start_time: float, times: Sequence[float], field: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows nearest to seconds after `start_time`, clipped to the episode, and which of them lie
         in it."""
         at = (np.asarray(times, float) + start_time) * self.fps
         if not (np.abs(at) < 1e9).all():
-            raise self._fault(episode, field, f"are {times}", "give finite seconds")
-        index, length = np.floor(at + 0.5).astype(int), int(self.lengths[episode])
-        if tolerance is not None and (np.abs(at - index) > tolerance * self.fps).any():
-            raise self._fault(
-                episode,
-                field,
-                f"{np.abs(at - index).max() / self.fps:.4f} s off",
-                f"rows are at i / {self.fps} s",
-            )
-        return np.clip(index, 0, length - 1), (index >= 0) & (index < length)
+            raise self._fault(field, f"are {times}; give finite seconds", episode)
+        rows = np.floor(at + 0.5).astype(int)
+        last = int(self.lengths[episode]) - 1
+        return rows.clip(0, last), (rows >= 0) & (rows <= last)
+
+    def _frames(self, episode: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Pictures (F, H, W, 3) of rows in any order, by camera; each is decoded once."""
+        if not len(rows):
+            return {}
+        needed, back = np.unique(rows, return_inverse=True)
+        views = self.views(episode, needed)
+        frames = {camera: np.stack(list(view))[back] for camera, view in views.items()}
+        return {"t": t_layout(*frames.values())} if self.given.t_layout and frames else frames
 
     def window(
         self,
@@ -458,111 +373,198 @@ class Recordings:
         start_time: float,
         video_times: Sequence[float],
         action_times: Sequence[float],
-        tolerance: float | None = None,
-    ) -> "Window":
+    ) -> Window:
         """The window at `start_time` seconds of an episode; other times are seconds after it. Each
-        takes the nearest row; with `tolerance` a row farther from its time than these seconds is a
-        ValueError. Without actions or state in the dataset these are None."""
+        takes the nearest row. Without actions or state in the source these are None."""
         if not 0 <= episode < len(self.lengths):
             raise self._fault(
-                None, "episode", f"is {episode}", f"there are episodes 0 to {len(self.lengths) - 1}"
+                "episode", f"is {episode}; there are episodes 0 to {len(self.lengths) - 1}"
             )
-        (start,), (inside,) = self.nearest(episode, 0, [start_time], "start_time", tolerance)
+        (start,), (inside,) = self._nearest(episode, 0, [start_time], "start_time")
         if not inside:
             raise self._fault(
-                episode,
                 "start_time",
-                f"is {start_time} s",
-                f"the episode lasts from 0 to {(self.lengths[episode] - 1) / self.fps:.3f} s",
+                f"is {start_time} s; the episode lasts from 0 to "
+                f"{(self.lengths[episode] - 1) / self.fps:.3f} s",
+                episode,
             )
-        video, video_mask = self.nearest(episode, start_time, video_times, "video_times", tolerance)
-        action, action_mask = self.nearest(
-            episode, start_time, action_times, "action_times", tolerance
-        )
-        need, back = np.unique(video, return_inverse=True)
-        state, actions = (
-            None if rows is None else rows[at].astype(np.float32)
-            for rows, at in zip(self.numbers(episode), (start, action))
-        )
-        frames = (
-            {k: np.stack(list(view))[back] for k, view in self.views(episode, need).items()}
-            if len(need)
-            else {}
-        )
-        if self.given.t_layout and frames:
-            frames = {"t": t_layout(*frames.values())}
-        texts = (
-            self.texts(episode, start)
-            if self.given.instruction is None
-            else [self.given.instruction]
-        )
+        video, video_mask = self._nearest(episode, start_time, video_times, "video_times")
+        action, action_mask = self._nearest(episode, start_time, action_times, "action_times")
+        states, actions = self.numbers(episode)
+        texts = [self.given.instruction]
+        if self.given.instruction is None:
+            texts = self.texts(episode, start)
         return Window(
-            frames,
+            self._frames(episode, video),
             video_mask,
-            actions,
+            None if actions is None else actions[action].astype(np.float32),
             action_mask,
-            state,
+            None if states is None else states[start].astype(np.float32),
+            # The windows of an episode meet each wording.
             self.given.prefix + texts[(7 * start + episode) % len(texts)],
         )
 
-    def check(self, decode: bool = True) -> list[str]:
-        """Reads every episode and decodes every frame (without `decode` the first and last) and
-        names every fault."""
-        faults, extremes, seen, views = (
-            [],
-            {},
-            {},
-            np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32),
-        )
-        blame = lambda *words: faults.append(str(self._fault(*words)))
-        for e, length in enumerate(self.lengths.tolist()):
+    # Checks.
+
+    def check(self) -> list[str]:
+        """Reads every episode, decodes every frame, and names every fault."""
+        faults = []
+        ranges = {}  # "state", "action" -> lowest and highest numbers of each episode
+        first_with = {}  # digest of all numbers -> the first episode that has them
+        looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
+        for episode, length in enumerate(self.lengths.tolist()):
             columns = {}
             try:
-                columns, bad = self.columns(e)
-                faults += map(str, bad)
+                columns, found = self.columns(episode)
+                faults += found
             except ValueError as error:
-                faults.append(str(error))
-            for key, rows in columns.items():
-                extremes.setdefault(key, []).append((rows.min(0), rows.max(0)))
-            mark = hashlib.sha256(b"".join(rows.tobytes() for rows in columns.values())).digest()
-            if (
-                "action" in columns
-                and np.ptp(columns["action"], axis=0).any()
-                and seen.setdefault(mark, e) != e
-            ):
-                blame(
-                    e,
-                    self.titles["action"],
-                    f"equals episode {seen[mark]} number for number",
-                    "drop one of the two",
-                )
-            index = range(length) if decode else sorted({0, length - 1})
-            for c, view in enumerate(self.views(e, index).values()):
+                faults.append(error)
+            for role, rows in columns.items():
+                ranges.setdefault(role, []).append((rows.min(0), rows.max(0)))
+            if "action" in columns and np.ptp(columns["action"], axis=0).any():
+                numbers = b"".join(rows.tobytes() for rows in columns.values())
+                first = first_with.setdefault(hashlib.sha256(numbers).digest(), episode)
+                if first != episode:
+                    title = self.titles["action"]
+                    faults.append(
+                        self._fault(
+                            title,
+                            f"equals episode {first} number for number; drop one of the two",
+                            episode,
+                        )
+                    )
+            for camera, pictures in enumerate(self.views(episode, range(length)).values()):
                 try:
-                    for picture, i in zip(view, index):
-                        views[e, c] = resize(picture, 4, 4).ravel() if i == 0 else views[e, c]
+                    for row, picture in enumerate(pictures):
+                        if row == 0:
+                            looks[episode, camera] = resize(picture, 4, 4).ravel()
                 except ValueError as error:
-                    faults.append(str(error))
-        for key, pairs in extremes.items() if not self.given.constant else ():
-            low, high = np.min([p[0] for p in pairs], axis=0), np.max([p[1] for p in pairs], axis=0)
+                    faults.append(error)
+        if not self.given.constant:
+            faults += self._still_dimensions(ranges)
+        faults += self._swapped_cameras(looks)
+        return [str(fault) for fault in faults]
+
+    def _still_dimensions(self, ranges: dict[str, list]) -> Iterator[ValueError]:
+        for role, pairs in ranges.items():
+            low = np.min([low for low, _ in pairs], axis=0)
+            high = np.max([high for _, high in pairs], axis=0)
             for d in np.flatnonzero(low == high):
-                blame(
-                    None,
-                    self.titles[key],
-                    f"dimension {d} is {low[d]:.6g} in every row",
-                    "allow it with constant=True or leave it out",
+                yield self._fault(
+                    self.titles[role],
+                    f"dimension {d} is {low[d]:.6g} in every row; allow it with constant=True "
+                    "or leave it out",
                 )
-        # Cameras a and b of an episode are swapped if each looks like what the other usually shows.
-        known = views[np.isfinite(views).all(axis=(1, 2))]
-        usual = np.median(known, axis=0) if len(known) > 2 else ()
-        gap = lambda a, b: np.abs(views[:, a] - usual[b]).mean(-1)
+
+    def _swapped_cameras(self, looks: np.ndarray) -> Iterator[ValueError]:
+        """Two cameras of an episode are swapped if each looks like what the other usually shows;
+        `looks` (episodes, cameras, 48) are 4 x 4 pixels of their first pictures, NaN if unread."""
+        known = looks[np.isfinite(looks).all(axis=(1, 2))]
+        if len(known) < 3:
+            return
+        usual = np.median(known, axis=0)
+        gaps = np.abs(looks[:, :, None] - usual).mean(-1)  # (episodes, shown by, usual of)
         for a, b in combinations(range(len(usual)), 2):
-            straight, crossed = gap(a, a) + gap(b, b), gap(a, b) + gap(b, a)
-            for e in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
-                blame(
-                    int(e),
+            straight = gaps[:, a, a] + gaps[:, b, b]
+            crossed = gaps[:, a, b] + gaps[:, b, a]
+            for episode in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
+                yield self._fault(
                     self.cameras[a],
-                    f"and {self.cameras[b]} show each other's view",
-                    "swap their files in this episode",
+                    f"and {self.cameras[b]} show each other's view; swap their files in this "
+                    "episode",
+                    int(episode),
                 )
-        return faults
+
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+def from_hub(name: str) -> Path:
+    """A hub dataset USER/NAME[@REVISION] to the local cache."""
+    try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
+            raise ValueError("no hub name; give a folder, or USER/NAME with @REVISION if wanted")
+        repository, _, revision = name.partition("@")
+        parts = ["meta/**", "data/**", "videos/**", "images/**"]
+        return Path(snapshot(repository, revision or None, parts, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dataset {name}: no such folder, and not from the hub: {error}"
+        ) from error
+
+
+class Folder(Recordings):
+    """Recordings in a folder. `sizes`: camera -> height and width of its pictures."""
+
+    def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
+        if av is None:
+            raise ValueError(MISSING)
+        super().__init__(root, mapping)
+        self.root = Path(root).resolve()
+        self.open_files = OpenFiles()
+
+    @classmethod
+    def open(
+        cls, root: str | Path, mapping: Choice | Mapping | None = None, quiet: bool = False
+    ) -> "Folder":
+        """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
+        fields. ValueError for what is no valid dataset. Choices are printed on stderr unless
+        `quiet`."""
+        dataset = cls(root if Path(root).is_dir() else from_hub(str(root)), mapping)
+        if not quiet:
+            print(dataset.describe(), file=sys.stderr)
+        return dataset
+
+    def __reduce__(self):
+        return type(self), (self.root, self.given)
+
+    def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
+        """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
+        blobs."""
+        field = field or name
+        path = self.root / name
+        plain = "\0" not in name and ".." not in path.parts and path.is_relative_to(self.root)
+        real = Path(os.path.realpath(path)) if plain else Path()
+        allowed = [path]
+        if self.root.parent.name == "snapshots":
+            allowed.append(self.root.parents[1] / "blobs" / real.name)
+        if real not in allowed:
+            raise self._fault(
+                field,
+                f"{name!r} is a link or leaves the folder; put the file itself into the folder",
+                episode,
+            )
+        if not real.is_file():
+            raise self._fault(
+                field,
+                f"{name} is missing or no file; fetch the whole dataset or correct its metadata",
+                episode,
+            )
+        return real
+
+    def _decode(
+        self,
+        episode: int,
+        camera: str,
+        rows: Sequence[int],
+        path: Path,
+        end: int,
+        origin: float = 0.0,
+        single: bool = True,
+    ) -> Iterator[np.ndarray]:
+        """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
+        and ends before frame `end`; `single`: nothing else is in it."""
+        key = ("video", path)
+        try:
+            video = self.open_files.take(key) or VideoReader(path, self.sizes[camera])
+            count = len(video.index)
+            if count < end or (single and count > end):
+                raise ValueError(f"has {count} frames, expected {end}")
+            yield from video.read(origin + i / self.fps for i in rows)
+        except (av.error.FFmpegError, ValueError, OSError) as error:
+            raise self._fault(
+                camera,
+                f"{path.name} {error}; fetch or encode it again, or correct its metadata",
+                episode,
+            ) from error
+        self.open_files.put(key, video)

@@ -1,90 +1,40 @@
-"""Statistics."""
+"""What is known of a robot's numbers, and how the network sees them.
+
+Blocks of rows are measured by whoever reads them and added up in one order, so that the result is
+the same for any number of ranks.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# -- normalisation --------------------------------------------------------------------------------
-
 KINDS = ("mean_std", "min_max", "quantile", "none")
+MOST = 1 << 16  # rows of a robot from which quantiles are taken; of more, about so many are drawn
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean, squared deviation and range of rows; the moments of a whole are the sum of those
-    of its parts."""
-
-    count: int
-    mean: np.ndarray
-    square: np.ndarray  # sum of squared deviations from the mean
-    min: np.ndarray
-    max: np.ndarray
-
-    @classmethod
-    def of(cls, rows: np.ndarray) -> "Moments":
-        rows = np.asarray(rows, np.float64)
-        mean = rows.mean(0)
-        return cls(len(rows), mean, ((rows - mean) ** 2).sum(0), rows.min(0), rows.max(0))
-
-    def packed(self) -> Tensor:
-        """As a tensor (5, dim), fp64."""
-        return torch.from_numpy(
-            np.stack(
-                [np.full_like(self.mean, self.count), self.mean, self.square, self.min, self.max]
-            )
-        )
-
-    @classmethod
-    def unpacked(cls, tensor: Tensor) -> "Moments":
-        count, *rest = tensor.numpy()
-        return cls(int(count[0]), *rest)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        count, gap = self.count + other.count, other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + gap * other.count / count,
-            self.square + other.square + gap**2 * self.count * other.count / count,
-            np.minimum(self.min, other.min),
-            np.maximum(self.max, other.max),
-        )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """At most MOST rows, those with the smallest keys: the same whatever parts it was merged from.
-    All rows if there are no more."""
-
-    keys: np.ndarray  # (n,) uniform
-    rows: np.ndarray  # (n, dim)
-    MOST = 1 << 16
-
-    def packed(self) -> Tensor:
-        """As a tensor (n, 1 + dim), fp64, which holds fp32 rows exactly."""
-        return torch.from_numpy(np.column_stack([self.keys, self.rows]))
-
-    @classmethod
-    def unpacked(cls, tensor: Tensor) -> "Sample":
-        return cls(tensor[:, 0].numpy(), tensor[:, 1:].float().numpy())
-
-    def __add__(self, other: "Sample") -> "Sample":
-        keys, rows = (
-            np.concatenate([self.keys, other.keys]),
-            np.concatenate([self.rows, other.rows]),
-        )
-        kept = np.argsort(keys, kind="stable")[: self.MOST]
-        return Sample(keys[kept], rows[kept])
+def measured(rows: np.ndarray, name: str, total: int, seed: int) -> dict[str, Tensor]:
+    """Of a block of rows (n, dim) its moments (5, dim) fp64 (count, mean, sum of squared
+    deviations, minimum, maximum) under moments/NAME, and rows for quantiles under rows/NAME: all of
+    them, or a share if the robot has more than MOST in `total`."""
+    rows = torch.from_numpy(rows).double()
+    count, mean = torch.full_like(rows[0], len(rows)), rows.mean(0)
+    square = (rows - mean).square().sum(0)
+    drawn = np.random.default_rng(seed).random(len(rows)) < MOST / total
+    return {
+        f"moments/{name}": torch.stack([count, mean, square, rows.amin(0), rows.amax(0)]),
+        f"rows/{name}": rows[drawn],
+    }
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What is known of a robot's numbers, per dimension, and how the network sees them: (x -
-    offset) / scale. Stored with every checkpoint. `kind`: mean_std; min_max to [0, 1], as official
-    Motus does for real robots; quantile, q01..q99 to [-1, 1]; none."""
+    """A robot's state or actions, per dimension: the network sees (x - offset) / scale. Stored with
+    every checkpoint. `kind`: mean_std; min_max to [0, 1], as official Motus does for real robots;
+    quantile, q01..q99 to [-1, 1]; none."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -96,30 +46,28 @@ class Normaliser:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"normalise is {self.kind!r}; allowed: {', '.join(KINDS)}")
+            raise ValueError(f"normalise is {self.kind!r}; expected one of {', '.join(KINDS)}")
 
     @classmethod
-    def of(cls, moments: Moments, sample: Sample, kind: str = "mean_std") -> "Normaliser":
-        """A dimension that never moves keeps its scale (std 1)."""
-        std = np.sqrt(moments.square / moments.count)
-        found = (
-            moments.mean,
-            np.where(std < 1e-6, 1.0, std),
-            moments.min,
-            moments.max,
-            *np.quantile(sample.rows, (0.01, 0.99), axis=0),
+    def of(
+        cls, tensors: Mapping[str, Tensor], name: str, kind: str = "mean_std"
+    ) -> "Normaliser | None":
+        """From what `measured` found under names that begin with `name`; None if there is nothing.
+        A dimension that never moves keeps its scale (std 1)."""
+        blocks, rows = (
+            [tensors[key] for key in sorted(tensors) if key.startswith(f"{part}/{name}")]
+            for part in ("moments", "rows")
         )
-        return cls(*(tuple(np.asarray(values, np.float64).tolist()) for values in found), kind)
-
-    @classmethod
-    def fit(cls, rows: np.ndarray) -> "Normaliser":
-        """rows (n, dim)."""
-        rows = np.asarray(rows, np.float64)
-        if not len(rows) or not np.isfinite(rows).all():
-            raise ValueError(
-                f"cannot normalise {len(rows)} rows of which {int((~np.isfinite(rows)).any(1).sum())} are not finite"
-            )
-        return cls.of(Moments.of(rows), Sample(np.zeros(len(rows)), rows))
+        if not blocks:
+            return None
+        count, mean, square, low, high = torch.stack(blocks, dim=1)  # (blocks, dim) each
+        total = count.sum(0)
+        centre = (count * mean).sum(0) / total
+        std = ((square + count * (mean - centre).square()).sum(0) / total).sqrt()
+        std = torch.where(std < 1e-6, 1.0, std)
+        ends = torch.from_numpy(np.quantile(torch.cat(rows).numpy(), (0.01, 0.99), axis=0))
+        found = centre, std, low.amin(0), high.amax(0), *ends
+        return cls(*(tuple(values.tolist()) for values in found), kind)
 
     @property
     def scale(self) -> tuple[float, ...]:
@@ -127,10 +75,9 @@ class Normaliser:
             "mean_std": self.std,
             "min_max": np.subtract(self.max, self.min),
             "quantile": np.subtract(self.q99, self.q01) / 2,
+            "none": np.ones(len(self.mean)),
         }
-        return tuple(
-            float(s) if s > 1e-6 else 1.0 for s in spans.get(self.kind, np.ones(len(self.mean)))
-        )
+        return tuple(float(span) if span > 1e-6 else 1.0 for span in spans[self.kind])
 
     @property
     def offset(self) -> tuple[float, ...]:
@@ -138,8 +85,9 @@ class Normaliser:
             "mean_std": self.mean,
             "min_max": self.min,
             "quantile": np.add(self.q99, self.q01) / 2,
+            "none": np.zeros(len(self.mean)),
         }
-        return tuple(float(m) for m in middles.get(self.kind, np.zeros(len(self.mean))))
+        return tuple(map(float, middles[self.kind]))
 
     def apply(self, x: Tensor) -> Tensor:
         return (x - x.new_tensor(self.offset)) / x.new_tensor(self.scale)
@@ -150,14 +98,14 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a checkpoint knows about a robot: how its actions and state are normalised, the rates,
-    what it sees, the embodiment."""
+    """A robot as a checkpoint knows it: its name, its rates, what it sees, and how its actions and
+    state are normalised."""
 
     embodiment: str
     rate: int  # action steps per video frame
     actions: Normaliser | None = None
     state: Normaliser | None = None
-    action_hz: float = 0.0  # 0: not known (the toy world's steps, published files)
+    action_hz: float = 0.0  # 0: not known (published files)
     cameras: tuple[str, ...] = ()  # of the robot, in the order in which they make the picture
     t_layout: bool = False  # three cameras, as one picture
     size: tuple[int, int] = ()  # of the picture that the model sees
@@ -171,26 +119,31 @@ class Statistics:
         """Of a checkpoint's robots the one named; a checkpoint of a single robot needs no name."""
         known = stored.get("robots", [stored])
         names = [one.get("embodiment") for one in known]
-        if robot not in (names if robot or len(known) > 1 else [""]):
+        if robot not in names and (robot or len(known) > 1):
             raise ValueError(
-                f"robot is {robot!r}; this checkpoint knows {', '.join(map(repr, names))}: name one of them"
+                f"robot is {robot!r}; this checkpoint knows {', '.join(map(repr, names))}: name "
+                "one of them"
             )
         stored = known[names.index(robot) if robot else 0]
-        unknown = set(stored) - {f.name for f in fields(cls)}
-        if unknown:
+        allowed = [f.name for f in fields(cls)]
+        if unknown := set(stored) - set(allowed):
             raise ValueError(
-                f"statistics have unknown fields {sorted(unknown)}; allowed: {[f.name for f in fields(cls)]}"
+                f"statistics have unknown fields {sorted(unknown)}; expected among {allowed}"
             )
-        tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
-        return cls(
-            **{
-                k: Normaliser(**tuples(v)) if isinstance(v, dict) else v
-                for k, v in tuples(stored).items()
-            }
-        )
+        values = as_tuples(stored)
+        for column in ("actions", "state"):
+            if values.get(column):
+                values[column] = Normaliser(**as_tuples(values[column]))
+        return cls(**values)
+
+
+def as_tuples(stored: dict) -> dict:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
 
 
 def as_stored(robots: Sequence[Statistics]) -> dict | None:
     """For a checkpoint's card: one robot as itself, several as a list, none as None."""
     stored = [robot.as_json() for robot in robots]
-    return stored[0] if len(stored) == 1 else {"robots": stored} if stored else None
+    if len(stored) < 2:
+        return stored[0] if stored else None
+    return {"robots": stored}

@@ -1,16 +1,16 @@
-"""Videos to latent actions, and to what their encoder is trained on; the commands of
-latent_action.py.
+"""Latent actions of videos, and what their encoder is trained on.
 
-    python latent_action.py encode   --weights ... --data ... --out ...          latent_action_dim14 files, statistics, a LeRobot column
-    python latent_action.py tokens   --preset small --dcae ... --data ... --out ...     for python train.py --stage latent --cache OUT
-    python latent_action.py pretrain --preset small --data ... --out dcae.safetensors   a DC-AE, for sizes that have no published one
+    python -m scripts.latents encode --weights FILE --data DATA --out FOLDER
+        latent_action_dim14 files and their statistics, which a card names as "latents"
+    python -m scripts.latents tokens --preset small --dcae FILE --data DATA --out FOLDER
+        tokens of flow for python train.py --stage latent --cache FOLDER
+    python -m scripts.latents pretrain --preset small --data DATA --out dcae.safetensors
+        a DC-AE, for sizes that have no published one
 
-    --data    the word toy, a folder of mp4 files, or a LeRobot dataset (whose state labels it)
-    --flow    dis, true (of the toy world), or DPFlow by the name of its weights, which are for research only
-
-Clips stream through flow, DC-AE and VAE, a chunk of frames at a time. What is written is kept by
-the next run if it was made in the same way, and refused if not. A clip that cannot be used is
-skipped, counted and reported with its reason; no row of it is written.
+DATA is a folder of mp4 files, a LeRobot or official folder, or a card. Of several cameras the first
+is taken, as a square of 256 pixels. Clips stream through flow, DC-AE and VAE, a chunk of frames at
+a time. Files that are there already are kept if they were made in the same way, else refused. A
+clip that cannot be used is skipped, counted and reported with its reason; no row of it is written.
 
 Shapes: T rows of a clip, which has T + 1 frames; H W height and width, D token features, A aligned
 dimensions.
@@ -19,680 +19,344 @@ dimensions.
 import argparse
 import json
 import math
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from backbones.dpflow import DISFlow, FlowEstimator, load_dpflow
-from formats import lerobot
-from formats.lerobot import COLUMN, KNOWN
-from latent_action import (
-    Flows,
-    LatentActionConfig,
-    LatentActionModel,
-    encode_flows,
-    prepared,
-    resize_flow,
-    same_config,
-)
+from backbones.optical_flow import resize_flow
+from formats.cards import Pyramid
+from formats.motions import LABELLED
+from formats.recordings import MISSING, Recordings, av
+from latent_action import LatentActionConfig, LatentActionModel, encode_flows
 from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
-from weights.files import open_source, read_metadata, save_safetensors
+from weights.files import read_metadata, run_command, same_config, save_safetensors
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
-from worlds.motions import LABELLED, true_flows, true_labels
-from worlds.tabletop import record
 
-Labels = Tensor  # (T, A), the rows of the flow, NaN in columns that the embodiment lacks
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIDE = 256  # pixels at which flow is measured
+ROWS = 20_000  # of flow at most that a DC-AE is trained on; they are held in memory
+Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,), chunk after chunk
 
-# -- flow and labels of clips ---------------------------------------------------------------------
+# -- flow of frames -------------------------------------------------------------------------------
 
 
+def estimator_of(name: str) -> FlowEstimator | None:
+    """dis, true (None), one of DPFlow's CHECKPOINTS, or a file with its weights."""
+    if name == "true":
+        return None
+    if name == "dis":
+        return DISFlow()
+    if Path(name).suffix:
+        print(LICENCE_NOTICE, file=sys.stderr)
+        return load_dpflow(name).to(DEVICE)
+    return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(DEVICE)
+
+
+def square(picture: np.ndarray) -> Tensor:
+    """A picture (H, W, 3) uint8 -> (3, SIDE, SIDE) in [0, 1], padded with black to a square."""
+    padded = ImageOps.pad(Image.fromarray(picture), (SIDE, SIDE), Image.Resampling.BILINEAR)
+    return rearrange(torch.from_numpy(np.array(padded)), "h w c -> c h w") / 255
+
+
+@torch.no_grad()
 def measured_flows(
-    frames: Iterable[Tensor],
-    estimator: FlowEstimator,
-    interval: int,
-    composed: bool = False,
-    chunk: int = 32,
-    device: str | torch.device = "cpu",
+    frames: Iterable[Tensor], estimator: FlowEstimator, interval: int, chunk: int = 32
 ) -> Flows:
-    """Frames (3, H, W) in [0, 1], of which memory holds chunk + interval. `composed` follows the
-    motion from neighbour to neighbour, for estimators that lose sight of fast things; otherwise the
-    estimator, on `device`, sees frames i and i + interval."""
-    window = []
-    for frame in frames:
-        window.append(frame)
-        if len(window) == chunk + interval:
-            yield _measure(torch.stack(window).to(device), chunk, estimator, interval, composed)
-            window = window[chunk:]
-    if len(window) > 1:
-        yield _measure(
-            torch.stack(window).to(device), len(window) - 1, estimator, interval, composed
-        )
+    """Flow from frame i to i + interval of frames (3, H, W) in [0, 1], at most chunk + interval of
+    them at a time. The last rows end at the last frame and are not valid, nor are rows that touch a
+    frame of one colour."""
+    frames = iter(frames)
+    window = list(islice(frames, chunk + interval))
+    while len(window) > 1:
+        last = len(window) - 1
+        seen = torch.stack(window).to(DEVICE)
+        begin = torch.arange(chunk if last + 1 == chunk + interval else last)
+        end = (begin + interval).clamp(max=last)
+        plain = (seen.flatten(2).std(dim=-1).amax(dim=1) <= 1 / 255).cpu()
+        flow = estimator(seen[begin], seen[end])
+        valid = (begin + interval <= last) & ~plain[begin] & ~plain[end]
+        yield rearrange(flow, "b c h w -> b h w c"), valid
+        window = [*window[len(begin) :], *islice(frames, len(begin))]
 
 
-@torch.no_grad()
-def _measure(
-    frames: Tensor, count: int, estimator: FlowEstimator, interval: int, composed: bool
-) -> tuple[Tensor, Tensor]:
-    begin, last = torch.arange(count, device=frames.device), len(frames) - 1
-    end = (begin + interval).clamp(max=last)
-    seen = frames.flatten(2).std(dim=-1).amax(dim=1) > 1 / 255
-    valid = (begin + interval <= last) & seen[begin] & seen[end]
-    if not composed:
-        return rearrange(estimator(frames[begin], frames[end]), "b c h w -> b h w c"), valid
-    steps = estimator(frames[:-1], frames[1:])  # (last, 2, H, W)
-    height, width = steps.shape[-2:]
-    here = torch.stack(
-        torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), dim=-1
-    ).to(steps)
-    total = steps.new_zeros(count, height, width, 2)
-    for k in range(interval):  # read each step where the pixel has gone
-        at = 2 * (here + total) / steps.new_tensor([width - 1, height - 1]) - 1
-        step = F.grid_sample(
-            steps[(begin + k).clamp(max=last - 1)], at, padding_mode="border", align_corners=True
-        )
-        total = (
-            total + rearrange(step, "b c h w -> b h w c") * (begin + k < last)[:, None, None, None]
-        )
-    return total, valid
+# -- clips ----------------------------------------------------------------------------------------
 
 
-def square(picture: np.ndarray, side: int) -> Tensor:
-    """A picture (H, W, 3) uint8 -> (3, side, side) in [0, 1], padded with black to a square."""
-    pixels = rearrange(torch.from_numpy(picture), "h w c -> 1 c h w").float() / 255
-    height, width = (max(1, round(n * side / max(pixels.shape[2:]))) for n in pixels.shape[2:])
-    pixels = F.interpolate(pixels, (height, width), mode="bilinear", antialias=True).clamp(0, 1)[0]
-    top, left = (side - height) // 2, (side - width) // 2
-    return F.pad(pixels, (left, side - width - left, top, side - height - top))
+class Videos(Recordings):
+    """mp4 files as episodes of pictures alone, whose lengths are not known before they are decoded.
+    ValueError for a file that cannot be decoded to its end."""
+
+    def __init__(self, folder: Path):
+        if av is None:
+            raise ValueError(MISSING)
+        super().__init__(folder)
+        self.paths = sorted(folder.glob("*.mp4"))
+        self.lengths = np.zeros(len(self.paths), int)
+        self.widths = (0, 0)
+
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+        return {"video": self.decoded(self.paths[episode])}
+
+    def decoded(self, path: Path) -> Iterator[np.ndarray]:
+        count = 0
+        try:
+            with av.open(str(path)) as container:
+                promised = container.streams.video[0].frames
+                for frame in container.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+                    count += 1
+        except (av.error.FFmpegError, IndexError) as error:
+            raise ValueError(f"cannot be decoded beyond frame {count} ({error})") from error
+        if count < promised:
+            raise ValueError(f"ends after {count} of {promised} frames")
 
 
-def read_video(path: Path, side: int) -> Iterator[Tensor]:
-    """Frames (3, side, side) in [0, 1] of a video, padded to a square. ValueError if it cannot be
-    decoded to its end."""
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(
-            "reading videos needs PyAV: pip install av (the extra motus[data])"
-        ) from error
-    count = 0
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                yield square(frame.to_ndarray(format="rgb24"), side)
-                count += 1
-            promised = container.streams.video[0].frames
-    except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"cannot be decoded beyond frame {count} ({error})") from error
-    if count < promised:
-        raise ValueError(f"ends after {count} of {promised} frames")
+class Labels:
+    """Labels (T, A) of a source's episodes: its true motions where it knows them, else the change
+    of the measured state over exactly the interval, by its root mean square over all episodes, not
+    centred, so that no motion is 0. NaN in dimensions that never change or that the robot lacks."""
+
+    def __init__(self, reader: Recordings, config: LatentActionConfig, measured: bool = True):
+        """`measured`: flow is that of the recorded frames, whose last one begins no row."""
+        self.reader, self.measured = reader, measured
+        self.interval, self.width = config.interval, config.action_dim
+        self.scale = np.ones(self.width)
+        if reader.motions(0, self.interval) is not None:
+            return
+        if not 0 < reader.widths[0] <= self.width:
+            raise ValueError(
+                f"{reader.name}: its state has {reader.widths[0]} dimensions to take labels from; "
+                f"expected 1 to {self.width} (action_dim): leave --labelled out"
+            )
+        squares = []
+        for episode in range(len(reader.lengths)):
+            with suppress(ValueError):  # the episode is skipped, and reported, later
+                squares.append(np.square(self(episode)))
+        scale = np.sqrt(np.concatenate(squares).mean(axis=0))
+        self.scale = np.where(scale > 1e-8, scale, np.nan)
+
+    def __call__(self, episode: int) -> np.ndarray:
+        found = self.reader.motions(episode, self.interval)
+        if found is not None and self.measured:
+            found = found[:-1]
+        elif found is None:
+            state = self.reader.numbers(episode)[0].astype(np.float64)
+            last = len(state) - 1
+            found = state[(np.arange(last) + self.interval).clip(max=last)] - state[:-1]
+        return np.pad(found, ((0, 0), (0, self.width - found.shape[1]))) / self.scale
 
 
-@torch.no_grad()
-def encode_tokens(
-    model: LatentActionModel, flows: Flows, labels: Labels | None, compensate: bool = False
-) -> tuple[dict, dict]:
-    """What training needs of a clip: tokens (n, D) in half precision, labels (n, A) and mask (n, A)
-    of its valid rows; and the figures. `labels` (T, A) has the rows of the flow, NaN in columns
-    that the embodiment lacks."""
-    figures: dict[str, float] = {}
-    rows = [
-        (model.tokens(flow).half().cpu(), valid)
-        for flow, valid in prepared(model, flows, compensate, figures)
-    ]
-    tokens, valid = (torch.cat(column) for column in zip(*rows))
-    if labels is None:
-        labels = torch.full((len(tokens), model.config.action_dim), math.nan)
-    if labels.shape != (len(tokens), model.config.action_dim):
-        raise ValueError(
-            f"its labels have shape {tuple(labels.shape)}; its flow has {len(tokens)} rows, action_dim is "
-            f"{model.config.action_dim}"
-        )
-    mask = ~labels.isnan().all(dim=0).expand_as(labels)
-    if len(bad := (mask & ~labels.isfinite())[valid].nonzero()):
-        raise ValueError(
-            f"its label of row {bad[0, 0]}, dimension {bad[0, 1]} is not finite; repair it or drop the clip"
-        )
-    return {
-        "tokens": tokens[valid],
-        "labels": labels[valid].float().contiguous(),
-        "mask": mask[valid].contiguous(),
-    }, figures
-
-
-class Clip(NamedTuple):
-    """One video. Nothing of it is read before it is asked for; what is wrong with it is a
+@dataclass
+class Clip:
+    """An episode; nothing of it is read before it is asked for. What is wrong with it is a
     ValueError then."""
 
-    flows: Callable[[], Flows]
-    labels: Callable[[], Labels | None] = lambda: None
+    reader: Recordings
+    episode: int
+    estimator: FlowEstimator | None  # None: the source knows its flow
+    config: LatentActionConfig
+    known: Labels | None = None
+
+    def flows(self) -> Flows:
+        if self.estimator is None:
+            for chunk in self.reader.flows(self.episode, self.config.interval):
+                yield tuple(map(torch.as_tensor, chunk))
+            return
+        views = self.reader.views(self.episode, range(self.reader.lengths[self.episode]))
+        frames = map(square, next(iter(views.values())))
+        yield from measured_flows(frames, self.estimator, self.config.interval)
+
+    def labels(self, rows: int) -> Tensor:
+        """(T, A), NaN where unknown."""
+        shape = (rows, self.config.action_dim)
+        if self.known is None:
+            return torch.full(shape, math.nan)
+        labels = torch.from_numpy(self.known(self.episode)).float()
+        if labels.shape != shape:
+            raise ValueError(f"its labels have shape {tuple(labels.shape)}; expected {shape}")
+        return labels
 
 
-def each_clip(
-    clips: dict[str, Clip], folder: Path, made: dict, work: Callable[[Clip], tuple[dict, dict]]
-) -> tuple[dict, list[Path]]:
-    """Writes FOLDER/NAME.safetensors of each clip: the tensors that `work` makes of it, how they
-    were `made`, and figures. What is there already is kept if it was made in the same way. A clip
-    that cannot be used is skipped, with its reason in the summary; ValueError if none can. Returns
-    the summary and the files."""
-    skipped, figures, files = {}, [], []
+def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict[str, Clip], dict]:
+    """The episodes that the command line names, by name, and how their flow and labels are made. A
+    share `--labelled` of them, evenly spread, have labels, if the source is of the target robot."""
+    path = Path(args.data)
+    if list(path.glob("*.mp4")):
+        sources = [("", Videos(path), LABELLED[0])]
+    else:
+        opened = Pyramid(path, (2, 3, 4, 5, 6), 1, (SIDE, SIDE)).opened
+        sources = [(o.name, o.reader, o.source.level) for o in opened]
+    if args.command == "encode" and len(sources) > 1:
+        raise ValueError(
+            f"{path} has {len(sources)} sources; encode them one by one, by their paths"
+        )
+    estimator = estimator_of(args.flow)
+    made = {"interval": config.interval, "flow": args.flow, "side": SIDE, "labelled": args.labelled}
+    clips = {}
+    for source, reader, level in sources:
+        if estimator is None and reader.flows(0, config.interval) is None:
+            raise ValueError(f"{reader.name}: its flow is not known; expected --flow dis or DPFlow")
+        labels = None
+        if args.labelled and level in LABELLED:
+            labels = Labels(reader, config, measured=estimator is not None)
+            made[f"scale of {source}"] = np.nan_to_num(labels.scale).tolist()
+        for e in range(len(reader.lengths)):
+            name = reader.paths[e].stem if isinstance(reader, Videos) else f"episode_{e:06d}"
+            name = f"{source}_{name}" if len(sources) > 1 else name
+            chosen = int((e + 1) * args.labelled) > int(e * args.labelled)
+            clips[name] = Clip(reader, e, estimator, config, labels if chosen else None)
+    return clips, made
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) -> dict:
+    """Writes FOLDER/NAME.safetensors of each clip: tensors and figures, which `work(clip)` makes,
+    and how they were `made`. What is there already is kept if it was made in the same way. A clip
+    that cannot be used is skipped, with its reason in the summary, which is returned and written
+    beside the folder; ValueError if none can."""
+    skipped, figures = {}, []
     for name, clip in tqdm(clips.items(), desc=folder.name, unit="clip"):
         path = folder / f"{name}.safetensors"
         if not path.exists():
             try:
-                tensors, measured = work(clip)
+                tensors, found = work(clip)
             except ValueError as error:
                 skipped[name] = str(error)
                 continue
-            save_safetensors(
-                path, tensors, {"made": json.dumps(made), "figures": json.dumps(measured)}
-            )
-        info = read_metadata(path)
-        same_config(path, json.loads(info.get("made", "{}")), made)
-        figures.append(json.loads(info["figures"])), files.append(path)
+            about = {"made": json.dumps(made), "figures": json.dumps(found)}
+            save_safetensors(path, tensors, about)
+        about = read_metadata(path)
+        same_config(path, json.loads(about["made"]), made)
+        figures.append(json.loads(about["figures"]))
     if not figures:
-        raise ValueError(
-            f"no usable clip among {len(clips)}: {'; '.join(f'{name}: {why}' for name, why in list(skipped.items())[:5])}"
-        )
-    rows = sum(f["rows"] for f in figures)
-    return {
+        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
+    summary = {
         "clips": len(figures),
         "skipped": skipped,
-        **{key: sum(f[key] for f in figures) for key in ("rows", "valid_rows")},
-        **{
-            key: sum(f[key] * f["rows"] for f in figures) / rows
-            for key in ("clipped", "camera_share")
-        },
-    }, files
-
-
-def export(
-    model: LatentActionModel,
-    clips: dict[str, Clip],
-    out: Path,
-    made: dict,
-    compensate: bool = False,
-    pt: bool = False,
-) -> dict:
-    """Writes OUT/latent_action_dim14/NAME.safetensors of each clip (`pt`: also NAME.pt, the
-    official form), OUT/statistics.json, with which to standardise them, and OUT/summary.json, which
-    is returned. `made` says how the flow was measured; see `each_clip`."""
-    made = {
-        "model": model.fingerprint(),
-        "interval": model.config.interval,
-        "radius": model.config.radius,
-        "image": model.config.image,
-        "code": model.config.code,
-        "compensate": compensate,
-        **made,
+        "rows": sum(figure["rows"] for figure in figures),
+        "valid_rows": sum(figure["valid_rows"] for figure in figures),
+        "clipped": sum(figure["clipped"] for figure in figures) / len(figures),
     }
-    folder = out / f"latent_action_dim{model.config.latent_dim}"
-    summary, files = each_clip(
-        clips, folder, made, lambda clip: encode_flows(model, clip.flows(), compensate)
-    )
-    parts = []
-    for path in files:
-        with open_source(path) as source:
-            tensors = {key: source.read(key).clone() for key in source.names()}
-        parts.append(
-            lerobot.measure(
-                tensors["latent_action"][tensors["valid"]].numpy(), int(tensors["valid"].sum())
-            )
-        )
-        if pt:
-            torch.save(tensors | made, folder / f".{path.stem}.tmp")
-            (folder / f".{path.stem}.tmp").replace(path.with_suffix(".pt"))
-    measured = {key: value.tolist() for key, value in lerobot.pool(parts).items()}
-    statistics = {
-        "mean": model.latent_mean.tolist(),
-        "std": model.latent_std.tolist(),
-        "of these clips": measured,
-        "made": made,
-    }
-    for name, content in (("statistics.json", statistics), ("summary.json", summary)):
-        (out / name).write_text(json.dumps(content, indent=1))
+    (folder.parent / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
 
-def add_column(dataset: "lerobot.LeRobotDataset", folder: Path, out: Path) -> None:
-    """Writes to `out` the LeRobot dataset with the columns latent_action (14,), as `export` wrote
-    them to `folder`, not standardised, and latent_action_valid, False where there is none: in the
-    last rows, which repeat the one before, and in episodes that were skipped, which have zeros. The
-    column's `info` says how many seconds one spans, and with which mean and std to standardise
-    them. Videos are linked where the file system can, else copied. ValueError if `out` exists; a
-    failure leaves nothing behind."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if out.exists() or COLUMN in dataset.features:
-        raise ValueError(
-            f"{out} exists, or {dataset.name} has a column {COLUMN}; write elsewhere, or take the dataset without it"
-        )
-    rows, valid, stats = {}, {}, {}
-    for episode, info in enumerate(dataset.episodes):
-        rows[episode], valid[episode] = (
-            np.zeros((info.length, 0), np.float32),
-            np.zeros(info.length, bool),
-        )
-        if (path := folder / f"episode_{episode:06d}.safetensors").exists():
-            with open_source(path) as source:
-                z, ok = source.read("latent_action").numpy(), source.read("valid").numpy()
-            if len(z) != info.length - 1:
-                raise ValueError(
-                    f"{path}: has {len(z)} rows where {info.length - 1} are due; it is of another dataset than {dataset.name}"
-                )
-            rows[episode], valid[episode] = np.concatenate([z, z[-1:]]), np.append(ok, False)
-    width = max(z.shape[1] for z in rows.values())
-    rows = {e: z if z.shape[1] else np.zeros((len(z), width), np.float32) for e, z in rows.items()}
-    stats = {
-        e: {COLUMN: lerobot.measure(z, len(z)), KNOWN: lerobot.measure(valid[e][:, None], len(z))}
-        for e, z in rows.items()
-    }
-    about = json.loads((folder.parent / "statistics.json").read_text())
-    info = {
-        "seconds": about["made"]["interval"] / dataset.fps,
-        "mean": about["mean"],
-        "std": about["std"],
-    }
-    features = {
-        COLUMN: {
-            "dtype": "float32",
-            "shape": [width],
-            "names": [f"z{i}" for i in range(width)],
-            "info": info,
-        },
-        KNOWN: {"dtype": "bool", "shape": [1], "names": None},
-    }
-    part = out.with_name(out.name + ".part")
-    try:
-        for path in sorted(p for p in dataset.root.rglob("*") if p.is_file()):
-            target = part / path.relative_to(dataset.root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.relative_to(dataset.root).parts[0] == "data" and path.suffix == ".parquet":
-                table = pq.read_table(path)
-                at = list(zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist()))
-                z = np.stack([rows[e][i] for e, i in at])
-                table = table.append_column(
-                    COLUMN, pa.FixedSizeListArray.from_arrays(pa.array(z.ravel()), width)
-                )
-                table = table.append_column(KNOWN, pa.array([bool(valid[e][i]) for e, i in at]))
-                meta = {k: v for k, v in (table.schema.metadata or {}).items()}
-                if b"huggingface" in meta:
-                    kinds = json.loads(meta[b"huggingface"])
-                    value = lambda dtype: {"dtype": dtype, "_type": "Value"}
-                    kinds["info"]["features"] |= {
-                        COLUMN: {"feature": value("float32"), "length": width, "_type": "Sequence"},
-                        KNOWN: value("bool"),
-                    }
-                    meta[b"huggingface"] = json.dumps(kinds).encode()
-                pq.write_table(
-                    table.replace_schema_metadata(meta), target, write_page_checksum=True
-                )
-            elif path.relative_to(dataset.root).parts[0] == "meta":
-                target.write_bytes(path.read_bytes())
-            else:
-                try:
-                    target.hardlink_to(path)
-                except OSError:
-                    shutil.copyfile(path, target)
-        info = json.loads((part / "meta/info.json").read_text())
-        info["features"] |= features
-        (part / "meta/info.json").write_text(json.dumps(info, indent=4))
-        if (path := part / "meta/stats.json").exists():
-            whole = {key: lerobot.pool([stats[e][key] for e in stats]) for key in features}
-            path.write_text(
-                json.dumps(json.loads(path.read_text()) | lerobot.as_lists(whole, features))
-            )
-        if (path := part / "meta/episodes_stats.jsonl").exists():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            for line in lines:
-                line["stats"] |= lerobot.as_lists(stats[line["episode_index"]], features)
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+def latents_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
+    """latent_action (T, 14), not standardised, logvar (T, 14) and valid (T,); and figures."""
+    tensors, figures = encode_flows(model, clip.flows())
+    del tensors["tokens"]
+    return tensors, figures
 
 
-# -- the command ----------------------------------------------------------------------------------
+def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
+    """tokens (n, D) in half precision, labels (n, A) and mask (n, A) of the valid rows, for
+    `data.read_tokens`; and figures."""
+    found, figures = encode_flows(model, clip.flows())
+    valid = found["valid"]
+    labels = clip.labels(len(valid))
+    mask = ~labels.isnan().all(dim=0).expand_as(labels)
+    bad = (mask & ~labels.isfinite())[valid].nonzero().tolist()
+    if bad:
+        raise ValueError(f"its labels are not finite at (row, dimension) {bad[0]}; repair them")
+    tensors = {"tokens": found["tokens"].half(), "labels": labels, "mask": mask}
+    return {name: tensor[valid] for name, tensor in tensors.items()}, figures
 
 
-def estimator_of(name: str, upscale: int, device: str) -> FlowEstimator | None:
-    """dis, true (None), one of DPFlow's CHECKPOINTS, or a file with its weights."""
-    if name in ("true", "dis"):
-        return DISFlow(upscale=upscale) if name == "dis" else None
-    if not Path(name).suffix:
-        return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(device)
-    print(LICENCE_NOTICE, file=sys.stderr)
-    return load_dpflow(name).to(device)
-
-
-def lerobot_labels(
-    dataset: lerobot.LeRobotDataset, interval: int, slots: list[int], dims: int
-) -> tuple[Callable[[int], Labels], list[float]]:
-    """Labels of a dataset's episodes and their scale: the change of the measured state over exactly
-    the interval, by its root mean square over all episodes, not centred, so that no motion is 0.
-    `slots[k]` is the dimension of the state that mu[k] is aligned with, -1 for none."""
-    if not dataset.state_key:
-        raise ValueError(f"{dataset.name}: has no state to take labels from; leave --labelled out")
-    width = dataset.features[dataset.state_key]["shape"][0]
-    slots = slots or list(range(width))
-    if len(slots) > dims or max(slots) >= width or min(slots) < -1:
-        raise ValueError(
-            f"--slots is {slots}; allowed: at most {dims} (action_dim) numbers from -1 to {width - 1}, the state's last"
-        )
-
-    def changes(episode: int) -> np.ndarray:
-        state = dataset.rows(episode)[dataset.state_key].astype(np.float64)
-        end = np.minimum(np.arange(len(state) - 1) + interval, len(state) - 1)
-        found = np.full((len(end), dims), np.nan)
-        for k, slot in enumerate(slots):
-            if slot >= 0:
-                found[:, k] = state[end, slot] - state[:-1, slot]
-        return found
-
-    total, count = np.zeros(dims), 0
-    for episode in range(len(dataset.episodes)):
+def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> dict:
+    """Trains the DC-AE on the flow of about ROWS rows, spread over the clips, and their labels."""
+    flows, labels, skipped = [], [], {}
+    for name, clip in tqdm(clips.items(), desc="flow", unit="clip"):
         try:
-            found = changes(episode)
-        except ValueError:  # the episode is skipped, and reported, later
-            continue
-        total, count = total + np.square(found).sum(axis=0), count + len(found)
-    scale = np.sqrt(total / max(count, 1))
-    scale[~(scale > 1e-8)] = np.nan  # never moves, or absent: masked
-    return lambda episode: torch.from_numpy(changes(episode) / scale), scale.tolist()
-
-
-def clips_of(
-    args: argparse.Namespace, config: LatentActionConfig, device: str
-) -> tuple[dict[str, Clip], dict]:
-    """What the command line names: clips by name, and how their flow and labels are measured."""
-    toy, interval, label = args.data == "toy", config.interval, lambda one: {}
-    if not 0 <= args.labelled <= 1:
-        raise ValueError(f"--labelled is {args.labelled:g}; allowed: a share from 0 to 1")
-    if args.flow == "true" and not toy:
-        raise ValueError(
-            "--flow true is known of the toy world only; for videos take dis or DPFlow"
-        )
-    estimator = estimator_of(args.flow, 4 if toy else 1, device)
-    made = {
-        "flow": estimator.name if estimator else "true",
-        "composed": args.composed,
-        "side": "as is" if toy else args.side,
-    }
-    made |= {"labelled": args.labelled} if 0 < args.labelled < 1 else {}
-    some = lambda names: [
-        name
-        for i, name in enumerate(names)
-        if int((i + 1) * args.labelled) > int(i * args.labelled)
-    ]  # evenly spread
-    if toy:
-        levels = [int(level) for level in str(args.level).split(",")]
-        episodes = {
-            f"{e.embodiment}_level{level}_seed{args.seed}_{i:05d}": e
-            for level in levels
-            for i, e in enumerate(
-                record(
-                    level, args.episodes, args.seed, args.embodiment, pictures=estimator is not None
-                )
-            )
-        }
-        known = some(name for name, e in episodes.items() if e.level in LABELLED)
-        labels = {name: partial(true_labels, episodes[name], interval) for name in known}
-        if estimator is None:
-            return {
-                name: Clip(partial(true_flows, e, interval), labels.get(name, lambda: None))
-                for name, e in episodes.items()
-            }, made
-        films = {
-            name: lambda e=e: iter(
-                rearrange(torch.from_numpy(e.frames), "t h w c -> t c h w").float() / 255
-            )
-            for name, e in episodes.items()
-        }
-    elif (Path(args.data) / "meta" / "info.json").exists():
-        dataset = lerobot.LeRobotDataset.open(args.data)
-        camera, episodes, labels = (
-            args.camera or dataset.cameras[0],
-            range(len(dataset.episodes)),
-            {},
-        )
-        if camera not in dataset.sizes:
-            raise ValueError(f"--camera is {camera}; {args.data} has {list(dataset.sizes)}")
-        if args.labelled:
-            slots = [int(slot) for slot in args.slots.split(",")] if args.slots else []
-            label, made["label_scale"] = lerobot_labels(dataset, interval, slots, config.action_dim)
-            labels = {f"episode_{e:06d}": partial(label, e) for e in some(episodes)}
-        films = {
-            f"episode_{e:06d}": lambda e=e: (
-                square(picture, args.side)
-                for picture in dataset.pictures(e, camera, range(dataset.episodes[e].length))
-            )
-            for e in episodes
-        }
-        made |= {"fps": dataset.fps, "camera": camera}
-    else:
-        if not (
-            films := {
-                path.stem: lambda p=path: read_video(p, args.side)
-                for path in sorted(Path(args.data).glob("*.mp4"))
-            }
-        ):
-            raise ValueError(
-                f"--data {args.data}: no *.mp4 there; give a folder of them, a LeRobot dataset, or the word toy"
-            )
-        if args.labelled:
-            raise ValueError(
-                f"--labelled: {args.data} is a folder of videos, without actions; give a LeRobot dataset"
-            )
-        labels = {}
-    how = dict(estimator=estimator, interval=interval, composed=args.composed, device=device)
-    measure = lambda film: measured_flows(film(), **how)
-    return {
-        name: Clip(partial(measure, film), labels.get(name, lambda: None))
-        for name, film in films.items()
-    }, made
-
-
-def fresh_model(preset: str, dcae: Path | None, device: str) -> LatentActionModel:
-    """A model of a preset, with DC-AE weights if a file is named."""
-    if preset not in PRESETS:
-        raise ValueError(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    torch.manual_seed(0)
-    model = LatentActionModel(LatentActionConfig.of(PRESETS[preset].latent))
-    if dcae:
-        model.load_dcae(dcae)
-    return model.to(device)
-
-
-def write_tokens(
-    model: LatentActionModel,
-    clips: dict[str, Clip],
-    out: Path,
-    made: dict,
-    compensate: bool = False,
-) -> dict:
-    """Writes OUT/tokens/NAME.safetensors of each clip, for `read_tokens`, and OUT/summary.json,
-    which is returned."""
-    made = {
-        "dcae": model.dcae_fingerprint(),
-        "interval": model.config.interval,
-        "compensate": compensate,
-        **made,
-    }
-    work = lambda clip: encode_tokens(model, clip.flows(), clip.labels(), compensate)
-    summary, _ = each_clip(clips, out / "tokens", made, work)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    return summary
-
-
-def pretrain(args: argparse.Namespace, device: str) -> dict:
-    """The DC-AE of a preset from flow, for presets that have no published one. Labels, where there
-    are, help it: see `pretrain_dcae`."""
-    model = fresh_model(args.preset, args.init, device)
-    clips, _ = clips_of(args, model.config, device)
-    every, flow, labels, skipped = math.ceil(sum(1 for _ in clips) / args.rows), [], [], {}
-    for name, clip in tqdm(list(clips.items())[::every], desc="flow", unit="clip"):
-        try:
-            parts = list(clip.flows())
-            motion, valid = (torch.cat(column) for column in zip(*parts))
-            known = clip.labels()
+            flow, valid = map(torch.cat, zip(*clip.flows()))
+            rows = valid.nonzero()[:: 1 + len(valid) * len(clips) // ROWS, 0]
+            flows.append(resize_flow(flow[rows], model.config.image).half().cpu())
+            labels.append(clip.labels(len(valid))[rows.cpu()])
         except ValueError as error:
             skipped[name] = str(error)
-            continue
-        keep = valid.nonzero()[:, 0]
-        keep = keep[:: max(1, math.ceil(len(keep) * len(clips) / args.rows))]
-        flow.append(resize_flow(motion[keep.to(motion.device)], model.config.image).half().cpu())
-        labels.append(
-            torch.full((len(keep), model.config.action_dim), math.nan)
-            if known is None
-            else known[keep].float()
-        )
-    if not flow:
-        raise ValueError(f"no usable clip among {len(clips)}: {skipped}")
-    flow, labels = torch.cat(flow), torch.cat(labels)
+    if not flows:
+        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
+    flow, labels = torch.cat(flows), torch.cat(labels)
     mask = ~labels.isnan()
-    losses = pretrain_dcae(
-        model,
-        flow,
-        *((labels.nan_to_num(), mask) if mask.any() else ()),
-        steps=args.steps,
-        seed=args.seed,
-    )
-    model.save_dcae(args.out)
-    last = {name: float(np.mean(values[-100:])) for name, values in losses.items()}
+    losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps=steps)
+    means = {name: float(np.mean(values[-100:])) for name, values in losses.items()}
     return {
         "rows": len(flow),
-        "labelled_rows": int(mask.any(dim=1).sum()),
-        "steps": args.steps,
-        **last,
+        "labelled": mask.any(dim=1).sum().item(),
+        **means,
         "skipped": skipped,
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line; what the user got wrong ends in one line."""
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python latent_action.py", description="Latent actions of videos."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    texts = {
-        "encode": "videos to latent_action_dim14 files",
-        "tokens": "videos to what train.py --stage latent --cache OUT trains on",
-        "pretrain": "the DC-AE of a preset from the flow of videos",
-    }
-    for command, text in texts.items():
-        add = commands.add_parser(command, help=text, description=text).add_argument
+    for command in ("encode", "tokens", "pretrain"):
+        add = commands.add_parser(command).add_argument
+        add("--data", required=True, help="folder of mp4 files, dataset or card")
+        add("--out", type=Path, required=True, help="file or folder; run again to go on")
+        add(
+            "--flow", default="dis", help=f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt"
+        )
         if command == "encode":
-            add(
-                "--weights",
-                required=True,
-                type=Path,
-                help="what python train.py --stage latent wrote",
-            )
-            add("--pt", action="store_true", help="also write NAME.pt, the official form")
-            add(
-                "--column",
-                type=Path,
-                metavar="FOLDER",
-                help="write the LeRobot dataset of --data to FOLDER, with a column latent_action",
-            )
-        else:
-            add("--preset", default="toy", help=", ".join(PRESETS))
-            add(
-                "--labelled",
-                type=float,
-                nargs="?",
-                const=1.0,
-                default=0.0,
-                metavar="SHARE",
-                help="take labels, of LeRobot data the "
-                "change of the state, of this share of the clips (default: of all); stage latent wants rows without labels too",
-            )
-            add(
-                "--slots",
-                help="dimensions of the state that the first latents are aligned with, with commas, -1 for none (default: all)",
-            )
+            add("--weights", type=Path, required=True, help="of python train.py --stage latent")
+            continue
+        add("--preset", default="toy", choices=PRESETS)
+        add(
+            "--labelled", type=float, default=0.0, help="share of the clips whose actions are known"
+        )
         if command == "tokens":
-            add(
-                "--dcae",
-                required=True,
-                type=Path,
-                help="DC-AE weights: published, or of python latent_action.py pretrain",
-            )
-        if command == "pretrain":
+            add("--dcae", type=Path, required=True, help="published, or of the command pretrain")
+        else:
             add("--steps", type=int, default=3000)
-            add("--init", type=Path, help="DC-AE weights to go on from")
-            add("--rows", type=int, default=20000, help="flow fields at most, held in memory")
-        else:
-            add("--compensate", action="store_true", help="take the camera's motion off")
-        add("--data", required=True, help="folder of mp4 files, LeRobot dataset, or the word toy")
-        add(
-            "--out",
-            required=True,
-            type=Path,
-            help="file" if command == "pretrain" else "folder; run again to go on where it stopped",
-        )
-        add(
-            "--flow",
-            default="dis",
-            help=f"dis, true (toy only), or DPFlow, for research only: {', '.join(CHECKPOINTS)} or a .ckpt",
-        )
-        add(
-            "--composed",
-            action="store_true",
-            help="follow the flow from frame to frame instead of measuring over the whole interval",
-        )
-        add(
-            "--side",
-            type=int,
-            default=256,
-            help="size at which videos are measured, padded to a square",
-        )
-        add("--camera", help="of a LeRobot dataset (default: its first)")
-        add("--level", default="6", help="of the toy world, with commas (default 6)")
-        for name, kind, default in (
-            ("embodiment", str, None),
-            ("seed", int, 0),
-            ("episodes", int, 16),
-        ):
-            add(
-                f"--{name}",
-                type=kind,
-                default=default,
-                help=f"of the toy world (default {default})",
-            )
     args = parser.parse_args(argv)
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if args.command == "pretrain":
-            report = pretrain(args, device)
-        elif args.command == "tokens":
-            model = fresh_model(args.preset, args.dcae, device)
-            clips, made = clips_of(args, model.config, device)
-            report = write_tokens(model, clips, args.out, made, args.compensate)
-        else:
-            args.labelled, args.slots = 0.0, None
-            model = LatentActionModel.load(args.weights).to(device)
-            clips, made = clips_of(args, model.config, device)
-            report = export(model, clips, args.out, made, args.compensate, args.pt)
-            if args.column:
-                folder = args.out / f"latent_action_dim{model.config.latent_dim}"
-                add_column(lerobot.LeRobotDataset.open(args.data, quiet=True), folder, args.column)
-        print(json.dumps(report, indent=1))
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    args.labelled = getattr(args, "labelled", 0.0)
+    if not 0 <= args.labelled <= 1:
+        raise ValueError(f"--labelled is {args.labelled:g}; expected a share from 0 to 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    if args.command == "encode":
+        model = LatentActionModel.load(args.weights)
+    else:
+        torch.manual_seed(0)
+        model = LatentActionModel(LatentActionConfig.of(PRESETS[args.preset].latent))
+    if args.command == "tokens":
+        model.load_dcae(args.dcae)
+    model.to(DEVICE)
+    clips, made = clips_of(args, model.config)
+    if args.command == "encode":
+        made["model"] = model.fingerprint()
+        folder = args.out / f"latent_action_dim{model.config.latent_dim}"
+        report = each_clip(clips, folder, made, partial(latents_of, model))
+        scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
+        (args.out / "statistics.json").write_text(json.dumps(scale | {"made": made}, indent=1))
+    elif args.command == "tokens":
+        made["dcae"] = model.dcae_fingerprint()
+        report = each_clip(clips, args.out / "tokens", made, partial(tokens_of, model))
+    else:
+        report = pretrain(model, clips, args.steps)
+        model.save_dcae(args.out)
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

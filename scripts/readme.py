@@ -212,33 +212,6 @@ def evaluation_result(stored: dict) -> str:
     return command("-m scripts.evaluate", stored) + "\n\n" + table(head, rows)
 
 
-def downstream_result(stored: dict) -> str:
-    """Success with and without stage 2, of every seed, and the demonstrations that it saves."""
-    cells = stored["cells"]
-    mode, found = next(iter(stored["savings"].items()))
-    keys = [key.split("/") for key in cells]
-    arms, seeds, counts = (list(dict.fromkeys(column)) for column in zip(*keys))
-    rows = []
-    for arm in arms:
-        line = [arm]
-        for count in counts:
-            played = [cells.get(f"{arm}/{seed}/{count}", {}).get(mode) for seed in seeds]
-            rates = [100 * one["successes"] / one["episodes"] for one in played if one]
-            each = ", ".join(f"{rate:.0f}" for rate in rates)
-            line.append(f"{sum(rates) / len(rates):.0f} ({each})")
-        rows.append(line)
-    line = ["times as many without stage 2"]
-    for ratio, (low, high), reached in zip(found["saving"], found["interval"], found["reached"]):
-        line.append(f"{'' if reached else 'more than '}{ratio:.1f} [{low:.1f}, {high:.1f}]")
-    rows.append(line)
-    head = (f"success %, {mode}, mean and seeds", *(f"{count} demonstrations" for count in counts))
-    note = (
-        "The last line: demonstrations that the arm without stage 2 needs for the success above "
-        f"it, of no more than {counts[-1]}."
-    )
-    return f"{stored['about']}\n\n{table(head, rows)}\n\n{note}"
-
-
 # Where results lie, their title, how they are shown, and the command that writes such a file.
 RESULTS: tuple[tuple[str, str, Callable[[dict], str], str], ...] = (
     (
@@ -255,12 +228,6 @@ RESULTS: tuple[tuple[str, str, Callable[[dict], str], str], ...] = (
     ),
     ("docs/toy/samples*/figures.json", "Sampling held-out episodes", samples_result, "make toy"),
     ("docs/toy/**/evaluation.json", "Acting in closed loop", evaluation_result, "make toy"),
-    (
-        "docs/latent_action/downstream.json",
-        "Demonstrations that latent actions save",
-        downstream_result,
-        "python -m scripts.paper downstream",
-    ),
     (
         "docs/metaworld/*_step*/evaluation.json",
         "MetaWorld in closed loop",

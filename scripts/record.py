@@ -1,23 +1,60 @@
-"""Record."""
+"""Records a simulator's scripted experts as a LeRobot v3.0 dataset, to train on and, by
+`scripts.evaluate --like`, to be tried in.
+
+python -m scripts.record --sim metaworld --tasks drawer-open --episodes 50 --out data/drawer
+"""
 
 import argparse
-import itertools
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
 from formats.lerobot import Storage, write_v3
-from scripts.evaluate import CARD, columns, names, rate, settings_of, wilson
+from scripts.evaluate import CARD, columns, names, percent, rated, settings_of
 from weights.files import run_command
 from worlds import RECORDED, episode_seeds, simulator
-from worlds.fleet import Order, Recording, attempts
+from worlds.fleet import PROCESSES, Order, Recording, attempts
 
-# -- simulators -----------------------------------------------------------------------------------
+
+def orders_of(
+    order: Order, missing: dict[str, int], tried: dict[str, list[float]], seed: int
+) -> list[Order]:
+    """The next tries of each task, as many as successes are missing."""
+    orders = []
+    for task, count in missing.items():
+        begin = len(tried[task])
+        seeds = episode_seeds(seed, RECORDED, begin + count)[begin:]
+        orders += [replace(order, task=task, seed=one) for one in seeds]
+    return orders
+
+
+def successes(
+    order: Order, episodes: int, seed: int, workers: int, tried: dict[str, list[float]]
+) -> Iterator[Recording]:
+    """`episodes` successes of the expert for each task in `tried`, which gets the seconds of each
+    try. After a failed try the next seed is taken, so which episodes are kept does not depend on
+    the number of processes. The last twentieth of each task comes last of all: there dataset cards
+    hold out."""
+    solved = dict.fromkeys(tried, 0)
+    for wanted in (episodes - episodes // 20, episodes):
+        while missing := {task: wanted - k for task, k in solved.items() if k < wanted}:
+            for task in missing:
+                if len(tried[task]) > 3 * episodes + 10:
+                    raise ValueError(
+                        f"task {task}: the expert solved {solved[task]} of {len(tried[task])}; "
+                        "lower the disturbance"
+                    )
+            for recording in attempts(orders_of(order, missing, tried, seed), workers):
+                tried[recording.task].append(recording.seconds)
+                if recording.success:
+                    solved[recording.task] += 1
+                    yield recording
 
 
 def record(
@@ -29,61 +66,31 @@ def record(
     workers: int = 1,
 ) -> dict:
     """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and
-    returns its card. A failed try counts and the next seed is taken, so which episodes are kept
-    does not depend on the number of processes. The last twentieth of each task comes last of all:
-    there dataset cards hold out."""
-    tried: dict[str, list[Recording]] = {task: [] for task in tasks}
-    kept, begun = [], time.monotonic()
-
-    def successes() -> Iterator[Recording]:
-        with tqdm(total=len(tasks) * episodes, desc="record", unit="episode") as bar:
-            for wanted in (episodes - episodes // 20, episodes):
-                while any(
-                    (
-                        due := {
-                            task: wanted - sum(r.success for r in tries)
-                            for task, tries in tried.items()
-                        }
-                    ).values()
-                ):
-                    for task, tries in tried.items():
-                        if len(tries) > 3 * episodes + 10:
-                            raise ValueError(
-                                f"task {task}: the expert solved {wanted - due[task]} of {len(tries)}; lower the disturbance"
-                            )
-                    orders = [
-                        replace(order, task=task, seed=s)
-                        for task, tries in tried.items()
-                        for s in episode_seeds(seed, RECORDED, len(tries) + due[task])[len(tries) :]
-                    ]
-                    for recording in attempts(orders, workers):
-                        tried[recording.task].append(
-                            replace(recording, frames={}, states=None, actions=None, labels={})
-                        )
-                        if recording.success:
-                            kept.append(
-                                {
-                                    "task": recording.task,
-                                    "seed": recording.seed,
-                                    "disturbed": recording.disturbed,
-                                    "rows": len(recording.actions),
-                                }
-                            )
-                            yield recording
-                        bar.update(recording.success)
-
-    stream = successes()
+    returns its card."""
+    begun = time.monotonic()
+    tried: dict[str, list[float]] = {task: [] for task in tasks}
+    kept = []
+    stream = successes(order, episodes, seed, workers, tried)
     first = next(stream)
-    write_v3(
-        out,
-        (
-            (r.frames, r.states, r.actions, r.instruction, r.labels)
-            for r in itertools.chain([first], stream)
-        ),
-        first.fps,
-        Storage(robot=first.robot),
-    )
-    rows = {task: [e["rows"] for e in kept if e["task"] == task] for task in tasks}
+
+    def stored() -> Iterator[tuple]:
+        recordings = chain([first], stream)
+        total = len(tasks) * episodes
+        for one in tqdm(recordings, total=total, desc="record", unit="episode"):
+            card = {"task": one.task, "seed": one.seed, "disturbed": one.disturbed}
+            kept.append(card | {"rows": len(one.actions)})
+            yield one.frames, one.states, one.actions, one.instruction, one.labels
+
+    write_v3(out, stored(), first.fps, Storage(robot=first.robot))
+    found = {}
+    for task, seconds in tried.items():
+        rows = sum(episode["rows"] for episode in kept if episode["task"] == task)
+        found[task] = {
+            "tries": len(seconds),
+            "successes": episodes,
+            "mean_rows": rows / episodes,
+            "cpu_seconds_per_try": sum(seconds) / len(seconds),
+        }
     card = {
         "sim": order.sim,
         "settings": dict(order.settings),
@@ -94,112 +101,68 @@ def record(
         "recovery": order.recovery,
         "disturbed": order.disturbed,
         "seconds": time.monotonic() - begun,
-        "tasks": {
-            task: {
-                "tries": len(tries),
-                "successes": episodes,
-                "mean_rows": sum(rows[task]) / episodes,
-                "cpu_seconds_per_try": sum(r.seconds for r in tries) / len(tries),
-            }
-            for task, tries in tried.items()
-        },
+        "tasks": found,
         "episodes": kept,
     }
     (Path(out) / CARD).write_text(json.dumps(card, indent=1))
     return card
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`evaluate.py record`."""
-    parser = argparse.ArgumentParser(
-        "python -m scripts.record",
-        description="Records a simulator's scripted experts as a LeRobot v3.0 dataset.",
-    )
-    parser.add_argument("--sim", required=True, help="a file of worlds/, or a module on PYTHONPATH")
-    parser.add_argument("--tasks", required=True, help="with commas")
-    parser.add_argument("--episodes", type=int, default=50, help="successes per task")
-    parser.add_argument("--out", required=True, help="folder of the dataset, which must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of what disturbs")
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.0,
-        help="std of noise on what is done, in robot units; what is meant is stored",
-    )
-    parser.add_argument(
-        "--recovery",
-        type=float,
-        default=0.0,
-        help="std of shoves, about one a second, from which the expert recovers",
-    )
-    parser.add_argument(
-        "--disturbed",
-        type=float,
-        default=0.5,
-        help="share of the episodes that are disturbed, if any are",
-    )
-    parser.add_argument("--after", type=int, default=4, help="rows kept from success on")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="settings of the simulator, such as size=96",
-    )
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m scripts.record", description=__doc__)
+    add = parser.add_argument
+    add("--sim", required=True, help="a file of worlds/, or a module on PYTHONPATH")
+    add("--tasks", required=True, help="with commas")
+    add("--episodes", type=int, default=50, help="successes per task")
+    add("--out", required=True, help="folder of the dataset, which must not exist")
+    add("--seed", type=int, default=0, help="of the scenes and of what disturbs")
+    add("--noise", type=float, default=0.0, help="std of noise on actions; the clean one is stored")
+    add("--recovery", type=float, default=0.0, help="std of shoves, about one a second")
+    add("--disturbed", type=float, default=0.5, help="share of episodes that are disturbed")
+    add("--after", type=int, default=4, help="rows kept from success on")
+    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the simulator")
     args = parser.parse_args(argv)
-    tasks = names(args.tasks, tuple(simulator(args.sim).TASKS), "--tasks")
-    if (
-        min(args.episodes, args.workers, args.after) < 1
-        or min(args.seed, args.noise, args.recovery) < 0
-        or not 0 <= args.disturbed <= 1
-    ):
-        raise ValueError(
-            f"--episodes {args.episodes}, --workers {args.workers}, --after {args.after} are at least 1, --seed {args.seed}, "
-            f"--noise {args.noise}, --recovery {args.recovery} at least 0, --disturbed {args.disturbed} is in 0..1"
-        )
+    least = dict(episodes=1, workers=1, after=1, seed=0, noise=0, recovery=0, disturbed=0)
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise ValueError(f"--{name} {getattr(args, name)}; expected at least {bound}")
+    if args.disturbed > 1:
+        raise ValueError(f"--disturbed {args.disturbed}; expected a share from 0 to 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    tasks = names(args.tasks, simulator(args.sim).TASKS, "--tasks")
+    settings = settings_of(args.sim, args.set)
     order = Order(
         args.sim,
-        settings=tuple(settings_of(args.sim, args.set).items()),
+        # Several values are one here, as cameras=corner4,gripperPOV.
+        settings=tuple(
+            (k, v[0] if len(v) == 1 else ",".join(map(str, v))) for k, v in settings.items()
+        ),
         noise=args.noise,
         recovery=args.recovery,
         disturbed=args.disturbed,
         after=args.after,
     )
     card = record(order, tasks, args.episodes, args.out, args.seed, args.workers)
+    lines = [("task", "expert %", "rows", "CPU s per try")]
+    for task, found in card["tasks"].items():
+        rate = percent(rated(found["successes"], found["tries"]))
+        seconds = f"{found['cpu_seconds_per_try']:.2f}"
+        lines.append((task, rate, f"{found['mean_rows']:.1f}", seconds))
+    print(columns(*lines))
+    size = sum(path.stat().st_size for path in Path(args.out).rglob("*.*"))
+    rows = sum(episode["rows"] for episode in card["episodes"])
     print(
-        columns(
-            ("task", "expert %", "rows", "CPU s per try"),
-            *(
-                (
-                    task,
-                    rate(
-                        {
-                            task: {
-                                **found,
-                                "episodes": found["tries"],
-                                "rate": found["successes"] / found["tries"],
-                                "interval": wilson(found["successes"], found["tries"]),
-                            }
-                        },
-                        task,
-                    ),
-                    f"{found['mean_rows']:.1f}",
-                    f"{found['cpu_seconds_per_try']:.2f}",
-                )
-                for task, found in card["tasks"].items()
-            ),
-        )
-    )
-    size, rows = (
-        sum(path.stat().st_size for path in Path(args.out).rglob("*.*")),
-        sum(e["rows"] for e in card["episodes"]),
-    )
-    print(
-        f"wrote {args.out}: {len(card['episodes'])} episodes, {rows} rows at {card['fps']:g} per second, {size / 1e6:.1f} MB, "
-        f"{card['seconds']:.0f} s"
+        f"wrote {args.out}: {len(card['episodes'])} episodes, {rows} rows at {card['fps']:g} per "
+        f"second, {size / 1e6:.1f} MB, {card['seconds']:.0f} s"
     )
 
 
 if __name__ == "__main__":
+    # Every process runs the imports of this file; so they are run once.
+    PROCESSES.set_forkserver_preload(["scripts.record"])
     run_command(main)

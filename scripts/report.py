@@ -1,7 +1,7 @@
 """Puts what a run of all stages measured on one page: `report.md` and `report.html`, pictures and
 one table.
 
-    python report.py --run runs/demo
+    python -m scripts.report --run runs/demo
 
 Reads what the other commands wrote into the run's folder (`make demo`): figures.json,
 evaluation.json, log.csv and pictures. It measures nothing itself. What is missing is named, not
@@ -10,204 +10,124 @@ skipped.
 
 import argparse
 import csv
-import html
 import json
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
-STAGES = {
-    "stage1": "1 video generation",
-    "latent": "latent actions",
-    "stage2": "2 unified, latent actions",
-    "stage3": "3 target robot",
-}
-MODES = ("joint", "vla", "world_model", "idm", "vgm")
+from markdown import markdown
+
+from flow import MODES
+from motus import STAGES
+from weights.files import run_command
+
+FOLDERS = [stage if stage == "latent" else f"stage{stage}" for stage in STAGES]
+LOSSES = ("video", "action", "reconstruction", "alignment")
+BASELINES = ("model", "copy", "mean", "vae")
+STYLE = """<!doctype html><meta charset=utf-8><title>Motus</title><style>
+body { font: 15px sans-serif; max-width: 70em; margin: 2em auto; color-scheme: light dark }
+td { padding: 2px 10px } img { margin: 4px }
+</style>
+"""
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(
-            f"{path} is missing; run the commands of `make demo` into {path.parent.parent} first"
-        )
-    return json.loads(path.read_text())
+        raise ValueError(f"{path} is missing; run the commands of `make demo` first")
+    return path.read_text()
 
 
-def last(log: Path, column: str, rows: int = 20) -> float | None:
-    """Mean of the last rows of a log's column."""
-    with log.open(newline="") as file:
-        values = [float(row[column]) for row in csv.DictReader(file) if row.get(column)][-rows:]
-    return sum(values) / len(values) if values else None
-
-
-def success(row: dict) -> str:
-    low, high = row["interval"]
-    return f"{100 * row['rate']:.1f} % [{100 * low:.0f}, {100 * high:.0f}] of {row['episodes']}"
-
-
-def targets(run: Path) -> list[tuple[str, str]]:
+def targets(run: Path) -> Iterator[tuple[str, str]]:
     """The figures that matter most, in a line each."""
-    figures, rows = (
-        read(run / "samples" / "figures.json")["figures"],
-        read(run / "evaluation" / "evaluation.json")["rows"],
+    for row in json.loads(read(run / "evaluation" / "evaluation.json"))["rows"]:
+        low, high = (100 * bound for bound in row["all"]["interval"])
+        settings = [f"{name}={value}" for name, value in row["settings"].items()]
+        yield (
+            ", ".join(["closed-loop success", row["policy"], *settings]),
+            f"{100 * row['all']['rate']:.1f} % [{low:.0f}, {high:.0f}] of {row['all']['episodes']}",
+        )
+    figures = json.loads(read(run / "samples" / "figures.json"))["figures"]
+    idm = figures["idm"]["action MSE"]
+    ratio = idm["model"] / idm["mean"]
+    yield (
+        "IDM action MSE / predict-the-mean",
+        f"{idm['model']:.3f} / {idm['mean']:.3f} = {ratio:.2f}",
     )
-    lines = [
-        (
-            f"closed-loop success, {row['policy']}, {row['split']}, {row['look']}",
-            success(row["all"]),
-        )
-        for row in rows
-    ]
-    idm, world = figures["idm"]["action MSE"], figures["world_model"]["PSNR moving (dB)"]
-    lines.append(
-        (
-            "IDM action MSE / predict-the-mean",
-            f"{idm['model']:.3f} / {idm['mean']:.3f} = {idm['model'] / idm['mean']:.2f}",
-        )
+    world = figures["world_model"]["PSNR moving (dB)"]
+    gain = world["model"] - world["copy"]
+    yield (
+        "world-model PSNR on the moving region, above copy-last-frame",
+        f"{world['model']:.2f} - {world['copy']:.2f} = {gain:+.2f} dB, "
+        f"VAE ceiling {world['vae']:.2f}",
     )
-    lines.append(
-        (
-            "world-model PSNR on the moving region, above copy-last-frame",
-            f"{world['model']:.2f} - {world['copy']:.2f} = {world['model'] - world['copy']:+.2f} dB, VAE ceiling {world['vae']:.2f}",
-        )
-    )
-    for name, values in read(run / "latent" / "figures.json")["probe R2 (x, y, opening)"].items():
-        lines.append(
-            (
-                f"latent actions, {name}: probe R2 of x, y, opening",
-                ", ".join(f"{v:.2f}" for v in values),
-            )
-        )
-    return lines
+    probes = json.loads(read(run / "latent" / "figures.json"))["probe R2 (x, y, opening)"]
+    for name, values in probes.items():
+        known = ", ".join(f"{value:.2f}" for value in values)
+        yield f"latent actions, {name}: probe R2 of x, y, opening", known
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(
-        "| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)
-    )
+def losses(run: Path) -> Iterator[tuple[str, str, str]]:
+    """Of each stage the number of steps, and the losses over the last rows of its log."""
+    for folder in FOLDERS:
+        rows = list(csv.DictReader(read(run / folder / "log.csv").splitlines()))
+        cells = []
+        for name in LOSSES:
+            if values := [float(row[name]) for row in rows if row.get(name)]:
+                cells.append(f"{fmean(values[-20:]):.4f} ({name})")
+        yield folder, rows[-1]["step"], ", ".join(cells)
+
+
+def table(*lines: Sequence[str]) -> str:
+    head, *rows = ("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
+
+
+def pictures(run: Path, pattern: str, count: int) -> str:
+    paths = [path.relative_to(run) for path in sorted(run.glob(pattern))[:count]]
+    return "\n".join(f"![{path.stem}]({path})" for path in paths)
 
 
 def page(run: Path) -> str:
     """The report in Markdown; pictures by relative path."""
-    figures = read(run / "samples" / "figures.json")
-    losses = []
-    for name, title in STAGES.items():
-        log = run / name / "log.csv"
-        if not log.is_file():
-            raise ValueError(f"{log} is missing; train {name} into {run} first (`make demo`)")
-        columns = ("reconstruction", "alignment") if name == "latent" else ("video", "action")
-        with log.open(newline="") as file:
-            steps = [row["step"] for row in csv.DictReader(file)][-1]
-        losses.append(
-            [
-                title,
-                steps,
-                *("-" if (v := last(log, c)) is None else f"{v:.4f} ({c})" for c in columns),
-            ]
-        )
-    lines = [
+    samples = json.loads(read(run / "samples" / "figures.json"))
+    figures = []
+    for mode, rows in samples["figures"].items():
+        for name, row in rows.items():
+            cells = [f"{row[key]:.4f}" if key in row else "" for key in BASELINES]
+            figures.append((mode, name, *cells))
+    head = ("mode", "figure", "model", "copy last frame", "predict the mean", "VAE ceiling")
+    blocks = [
         f"# Motus, {run.name}",
-        "",
-        table(["figure", "measured"], [list(line) for line in targets(run)]),
-        "",
+        table(("figure", "measured"), *targets(run)),
         "## Training",
-        "",
-        table(["stage", "steps", "loss", "loss"], losses),
-        "",
-    ]
-    lines += [f"![losses of {name}]({name}/curve.png)" for name in STAGES]
-    lines += [
-        "",
-        f"## The five modes, {figures['episodes']} held-out windows, {figures['steps']} Euler steps",
-        "",
-    ]
-    rows = [
-        [
-            mode,
-            name,
-            *(f"{row[k]:.4f}" if k in row else "" for k in ("model", "copy", "mean", "vae")),
-        ]
-        for mode, part in figures["figures"].items()
-        for name, row in part.items()
-    ]
-    lines += [
-        table(
-            ["mode", "figure", "model", "copy last frame", "predict the mean", "VAE ceiling"], rows
-        ),
-        "",
+        table(("stage", "steps", "losses"), *losses(run)),
+        *(f"![losses of {folder}]({folder}/curve.png)" for folder in FOLDERS),
+        f"## The five modes, {samples['episodes']} held-out windows, "
+        f"{samples['steps']} Euler steps",
+        table(head, *figures),
     ]
     for mode in MODES:
-        lines += [f"### {mode}", "", f"![{mode}](samples/{mode}.png)", ""]
-        lines += [
-            f"![{mode} film](samples/{p.name})"
-            for p in sorted((run / "samples").glob(f"{mode}_*.gif"))[:2]
-        ] + [""]
-    lines += ["## Closed loop", ""] + [
-        f"![rollout](evaluation/{p.name})" for p in sorted((run / "evaluation").glob("*.gif"))[:6]
-    ]
-    return "\n".join(lines) + "\n"
+        blocks += [f"### {mode}", f"![{mode}](samples/{mode}.png)"]
+        blocks.append(pictures(run, f"samples/{mode}_*.gif", 2))
+    blocks += ["## Closed loop", pictures(run, "evaluation/*.gif", 6)]
+    return "\n\n".join(blocks) + "\n"
 
 
-def as_html(markdown: str) -> str:
-    """The same page as html: headings, tables and pictures are all the Markdown it has."""
-    out, rows = [], []
-
-    def flush() -> None:
-        if rows:
-            out.append(
-                "<table>"
-                + "".join(
-                    "<tr>"
-                    + "".join(f"<td>{html.escape(c.strip())}</td>" for c in r.strip("|").split("|"))
-                    + "</tr>"
-                    for i, r in enumerate(rows)
-                    if i != 1
-                )
-                + "</table>"
-            )
-            rows.clear()
-
-    for line in markdown.splitlines():
-        if line.startswith("|"):
-            rows.append(line)
-            continue
-        flush()
-        if line.startswith("#"):
-            level = len(line) - len(line.lstrip("#"))
-            out.append(f"<h{level}>{html.escape(line[level + 1 :])}</h{level}>")
-        elif line.startswith("!["):
-            name, path = line[2:-1].split("](")
-            out.append(f'<img alt="{html.escape(name)}" src="{html.escape(path)}">')
-    flush()
-    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto;color-scheme:light dark}td{padding:2px 10px}img{margin:4px}"
-    return (
-        f"<!doctype html><meta charset=utf-8><title>Motus</title><style>{style}</style>\n"
-        + "\n".join(out)
-        + "\n"
-    )
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m scripts.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--run",
-        required=True,
-        type=Path,
-        help="folder of a run of all stages, as `make demo` writes it",
-    )
+    parser.add_argument("--run", required=True, type=Path, help="folder of a run of all stages")
     run = parser.parse_args(argv).run
     text = page(run)
     (run / "report.md").write_text(text)
-    (run / "report.html").write_text(as_html(text))
+    (run / "report.html").write_text(STYLE + markdown(text, extensions=["tables"]))
     for name, value in targets(run):
         print(f"{name:75} {value}")
     print(f"wrote {run / 'report.md'} and {run / 'report.html'}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(main)

@@ -1,492 +1,152 @@
 """Episodes to batches: two rates in one window, masks past the end, an order that depends on seed
-and step alone. And the way of one's own data: record, inspect, check, convert, train, sample."""
+and step alone; windows that are encoded when needed or beforehand. And the way of one's own data:
+inspect, check, convert, train, sample."""
 
 import csv
+import itertools
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import data
 import sample
 import train
-from backbones.frozen import backbones_of
+from formats.cards import Pyramid
+from formats.inspect import convert
 from formats.lerobot import DEFAULTS, write_v3
-from motus import Inputs, preset
-from scale import checkpoints
-from scripts import evaluate, pretrain, record
+from latent_action import LatentActionConfig, LatentActionModel
+from motus import PRESETS, Inputs, preset
+from scripts import pretrain
 from weights.card import Card, newest_step
 from weights.files import save_safetensors
 from worlds.fleet import Order
 
 CONFIG = preset("toy")  # 4 frames, 3 actions per frame: 12 actions
+LATENT = preset("toy", "2")  # 4 latent actions
 
 
 @pytest.fixture(scope="module")
-def episodes():
-    return data.toy_episodes((6,), 3, seed=5)
+def pyramid() -> Pyramid:
+    """Three demonstrations of the toy's robot."""
+    return data.open_pyramid(None, "3", "toy", episodes=3, seed=5)
 
 
-def test_a_window_is_action_dense_and_video_sparse(episodes):
+@pytest.fixture(scope="module")
+def robots(pyramid) -> tuple[data.Statistics, ...]:
+    return pyramid.robots(acting=True)
+
+
+def batch_of(pyramid, robots, *rows) -> data.Batch:
+    return data.batch_of(pyramid, torch.tensor(rows), "real", robots, CONFIG)
+
+
+# -- windows --------------------------------------------------------------------------------------
+
+
+def test_a_window_is_action_dense_and_video_sparse(pyramid, robots):
     """Frames at s, s+3, ..., s+12; actions s, s+1, ..., s+11; state at s."""
-    episode, start = episodes[1], 4
-    stats = data.statistics(episodes)
-    batch = data.collect(episodes, [(1, start)], CONFIG, stats)
+    episode, start = pyramid.opened[0].reader.episode(1), 4
+    batch = batch_of(pyramid, robots, (0, 1, start))
     assert torch.equal(batch.frames[0], torch.from_numpy(episode.frames[[4, 7, 10, 13, 16]]))
-    actions = stats.actions.invert(batch.actions[0])
+    actions = robots[0].actions.invert(batch.actions[0])
     torch.testing.assert_close(actions, torch.from_numpy(episode.actions[4:16]))
-    torch.testing.assert_close(
-        stats.state.invert(batch.state[0]), torch.from_numpy(episode.states[4])
-    )
+    state = robots[0].state.invert(batch.state[0])
+    torch.testing.assert_close(state, torch.from_numpy(episode.states[4]))
     assert batch.action_mask.all() and batch.video_mask.all()
 
 
-def test_what_lies_past_the_end_is_repeated_and_masked(episodes):
+def test_what_lies_past_the_end_is_repeated_and_masked(pyramid, robots):
     """Seven actions before the end: five are padding, and so is the latent frame that needs the
     missing video frames."""
-    episode = episodes[0]
-    start = len(episode.actions) - 7
-    batch = data.collect(episodes, [(0, start)], CONFIG, data.statistics(episodes))
+    episode = pyramid.opened[0].reader.episode(0)
+    batch = batch_of(pyramid, robots, (0, 0, len(episode.actions) - 7))
     assert batch.action_mask[0, :, 0].tolist() == [True] * 7 + [False] * 5
     assert batch.video_mask[0].tolist() == [True, False]
-    assert torch.equal(batch.frames[0, -1], torch.from_numpy(episode.frames[-1]))
+    assert torch.equal(batch.frames[0, -1], torch.from_numpy(episode.frames[-2]))
+    assert torch.equal(batch.actions[0, 7:], batch.actions[0, 6].expand(5, -1))
 
 
-def test_latent_actions_are_taken_at_the_video_rate(episodes):
-    """Row i of a latent file spans steps i to i + 3, so a chunk of four takes every third row."""
-    config = preset("toy", finetune=False, ratio=1, action_dim=14)
-    rows = [np.arange(len(e.actions), dtype=np.float32)[:, None].repeat(14, 1) for e in episodes]
-    batch = data.collect(episodes, [(2, 5)], config, latents=rows)
-    assert batch.actions[0, :, 0].tolist() == [5, 8, 11, 14] and batch.state is None
-
-
-def test_video_without_actions_has_none(episodes):
+def test_video_without_actions_has_none():
     """Stage 1 sees pixels and words."""
-    batch = data.collect(data.toy_episodes((2,), 2, seed=0), [(0, 0), (1, 0)], CONFIG)
-    assert batch.actions is None and batch.state is None and batch.level.tolist() == [2, 2]
+    pyramid = data.open_pyramid(None, "1", "toy", episodes=1)
+    batch = data.batch_of(pyramid, torch.tensor([(0, 0, 0), (1, 0, 0)]), "none", (), CONFIG)
+    assert batch.actions is batch.action_mask is batch.state is None and len(batch.frames) == 2
 
 
-def test_normalisation_round_trips_and_survives_json(episodes):
-    """A checkpoint always knows its robot's units."""
-    stats = data.statistics(episodes)
-    x = torch.randn(5, 3)
-    torch.testing.assert_close(stats.actions.invert(stats.actions.apply(x)), x)
-    assert data.Statistics.from_json(stats.as_json()) == stats
-    rows = stats.actions.apply(torch.from_numpy(np.concatenate([e.actions for e in episodes])))
-    torch.testing.assert_close(rows.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(rows.std(0), torch.ones(3), atol=1e-2, rtol=0)
+def test_a_network_is_as_wide_as_the_robots_it_acts_for(pyramid):
+    """Before stage 3 its actions are 14 numbers of a video, whatever the robots."""
+    config = data.network_for(pyramid, "toy", "3")
+    assert (config.ratio, config.action_dim, config.state_dim) == (3, 3, 3)
+    assert data.network_for(pyramid, "toy", "2") == LATENT
 
 
-def test_a_dimension_that_never_moves_keeps_its_scale():
-    """No division by zero."""
-    assert data.Normaliser.fit(np.array([[1.0, 2.0], [1.0, 4.0]])).std == (1.0, 1.0)
+def test_a_preset_without_data_asks_for_some():
+    with pytest.raises(ValueError, match="preset 'full' has no data of its own.*--data"):
+        data.open_pyramid(None, "3", "full")
 
 
-def test_statistics_refuse_bad_input(episodes):
-    """NaN, two robots at once, unknown fields: one clear error each."""
-    with pytest.raises(ValueError, match="1 are not finite"):
-        data.Normaliser.fit(np.array([[np.nan, 1.0], [0.0, 1.0]]))
-    with pytest.raises(ValueError, match="belong to one robot"):
-        data.statistics([*episodes, *data.toy_episodes((5,), 2, seed=0)])
-    with pytest.raises(ValueError, match="unknown fields.*colour"):
-        data.Statistics.from_json({"embodiment": "x", "rate": 3, "colour": 1})
+def test_held_out_windows_are_what_the_checkpoint_sees(robots):
+    """Whole windows of other layouts, at its rates and in its numbers; before stage 3 without
+    actions."""
+    batch = data.held_out(None, "3", "toy", CONFIG, robots[0], 5, 0)
+    assert batch.frames.shape == (5, 5, 48, 48, 3) and batch.action_mask.all()
+    assert batch.actions.shape == (5, 12, 3) and len(set(batch.instruction)) > 1
+    again = data.held_out(None, "3", "toy", CONFIG, robots[0], 5, 0)
+    assert torch.equal(batch.frames, again.frames) and torch.equal(batch.actions, again.actions)
+    assert data.held_out(None, "1", "toy", LATENT, None, 3, 0).actions is None
 
 
-def test_batches_are_a_function_of_seed_and_step_and_mix_levels_in_equal_shares():
-    """The same rows whatever was drawn before; each level gets its share."""
-    level = torch.tensor([2] * 50 + [3] * 5 + [5] * 500)
-    pool = data.Pool(
-        Inputs(torch.zeros(555, 1, 1, 1, 1), torch.zeros(555, 1, 1), torch.ones(555)), level
-    )
-    rows = pool.rows(30, seed=1, step=7)
-    assert torch.equal(rows, pool.rows(30, 1, 7))
-    assert not torch.equal(rows, pool.rows(30, 1, 8)) and not torch.equal(rows, pool.rows(30, 2, 7))
-    assert {int(v): int((level[rows] == v).sum()) for v in (2, 3, 5)} == {2: 10, 3: 10, 5: 10}
+# -- latent actions -------------------------------------------------------------------------------
 
 
-def test_grounding_targets_are_where_the_named_disc_is():
-    """The target's pixel has the colour that the sentence names."""
-    web = pretrain.ToyWeb(2, seed=0)
-    pictures, texts, targets = web.grounded(3, size=64)
-    ink = {
-        "red": (0, 1),
-        "green": (1, 0),
-        "blue": (2, 0),
-        "yellow": (0, 2),
-    }  # strongest channel, a weaker one
-    hits = 0
-    for picture, text, target in zip(pictures, texts, targets):
-        strong, weak = ink[text.split()[2]]
-        x, y = (target[:2] * picture.shape[0]).long().clamp(0, picture.shape[0] - 1)
-        hits += int(picture[y, x, strong]) > int(picture[y, x, weak])
-    assert hits > 0.8 * len(texts)  # a robot may cover the disc
+def latent_model(interval: int = 3, folder: Path | None = None) -> LatentActionModel:
+    """An encoder that was not trained; of a run, if a folder is given."""
+    torch.manual_seed(0)
+    row = PRESETS["toy"].latent | {"interval": interval}
+    model = LatentActionModel(LatentActionConfig.of(row)).eval()
+    if folder:
+        folder.mkdir()
+        model.save(folder / data.LATENT_FILE)
+    return model
 
 
-@pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    """Twenty episodes of the walking point, as `python evaluate.py record` writes them, the last of
-    which is held out."""
-    pytest.importorskip("pyarrow"), pytest.importorskip("av")
-    out = tmp_path_factory.mktemp("line") / "set"
-    record.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
-    return out
-
-
-def web_of(path, folder, **card):
-    """What backbones learn from a card with this dataset alone."""
-    (folder / "card.json").write_text(
-        json.dumps({"size": [32, 64], "sources": [{"path": str(path)} | card]})
-    )
-    return pretrain.CardWeb(data.Pyramid(folder, name="sim"), 9, 0), pretrain.CardWeb(
-        data.Pyramid(folder, name="sim"), 9, 0, held_out=True
-    )
-
-
-@pytest.mark.parametrize(
-    "cameras",
-    (["observation.images.front"], ["observation.images.front", "observation.images.side"]),
-)
-def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras):
-    """The light is at the labelled place of the picture, be it framed in black or one of two;
-    trained-on and held-out episodes differ."""
-    web, held = web_of(line, tmp_path, mapping={"cameras": cameras})
-    assert web.targets == ("object x", "object y", "walked") and (
-        len(web.videos),
-        len(held.videos),
-    ) == (9, 1)
-    assert web.sentences == ["walk to the light"] and web.clips(1, 3).shape == (3, 5, 32, 64, 3)
-    pictures, texts, targets = web.grounded(3, 40)
-    columns = pictures[:, 16, :, 0].float().argmax(dim=1)
-    assert (
-        texts == ["walk to the light"] * 40
-        and (columns - targets[:, 0] * 64).abs().max() < 1
-        and (targets[:, 1] == 0.5).all()
-    )
-    assert columns.unique().numel() > 3 and targets[:, 2].unique().numel() > 5
-
-
-def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
-    """Head, left and right become one T; the label follows the spot in the head's picture into it."""
-    pytest.importorskip("pyarrow"), pytest.importorskip("av")
-    dark, spots = np.zeros((12, 48, 64, 3), np.uint8), [(30, 20), (10, 40)]  # x, y
-    episodes = []
-    for x, y in spots:
-        head = dark.copy()
-        head[:, y - 3 : y + 3, x - 3 : x + 3] = 255
-        labels = {"object x": np.full(12, x / 64), "object y": np.full(12, y / 48)}
-        numbers = np.random.default_rng(x).normal(size=(12, 2)).astype(np.float32)
-        episodes.append(
-            (
-                {"head": head, "left_wrist": dark, "right_wrist": dark},
-                numbers,
-                numbers,
-                "hand it over",
-                labels,
-            )
-        )
-    write_v3(tmp_path / "arms", episodes, 10)
-    (tmp_path / "card.json").write_text(
-        json.dumps(
-            {"size": [96, 96], "sources": [{"path": "arms", "held_out": 0, "embodiment": "arms"}]}
-        )
-    )
-    web = pretrain.CardWeb(data.Pyramid(tmp_path / "card.json", name="sim"), 9, 0)
-    pictures, _, targets = web.grounded(0, 16)
-    for picture, (x, y) in zip(pictures.numpy(), targets.numpy() * 96):
-        assert np.abs(np.argwhere(picture[..., 0] > 128).mean(0) + 0.5 - (y, x)).max() < 1
-
-
-def test_labels_reach_no_policy(line):
-    """The column is neither state nor action nor in any window, and the widths of a network do not
-    count it."""
-    pyramid = data.Pyramid(line, name="sim")
+def test_latent_actions_of_a_source_that_knows_its_flow_are_encoded_when_needed(tmp_path):
+    """Row i of an episode spans steps i to i + 3, so a chunk of four takes every third; an episode
+    is encoded once."""
+    model = latent_model(3, tmp_path / "run")
+    pyramid = data.open_pyramid(None, "2", "toy", 2, latent=tmp_path / "run")
+    batch = data.batch_of(pyramid, torch.tensor([(0, 1, 5)]), "latent", (), LATENT)
     reader = pyramid.opened[0].reader
-    assert (reader.state_key, reader.action_key, reader.widths) == (
-        "observation.state",
-        "action",
-        (2, 1),
-    ) and reader.labels(0)
-    assert pyramid.window((0, 0, 0), "real")[5].shape == (2,) and set(reader.rows(0)) - {
-        "observation.state",
-        "action",
-    } == set(DEFAULTS)
-    assert (pyramid.config(preset("sim")).state_dim, pyramid.config(preset("sim")).action_dim) == (
-        2,
-        1,
-    )
+    ((flow, valid),) = reader.flows(1, 3)
+    with torch.no_grad():
+        latents, _ = model.tokens_to_latent(model.flow_to_tokens(torch.from_numpy(flow)))
+    wanted = model.standardise(latents)[[5, 8, 11, 14]]
+    torch.testing.assert_close(batch.actions[0], wanted, atol=1e-4, rtol=1e-4)
+    assert batch.action_mask.all() and batch.state is None
+    assert list(pyramid.opened[0].encoded) == [1]
+    late = torch.tensor([(0, 1, int(reader.lengths[1]) - 8)])  # the last rows are not valid
+    late = data.batch_of(pyramid, late, "latent", (), LATENT)
+    assert late.action_mask[0, :, 0].tolist() == [True, True, False, False] and not valid[-1]
 
 
-def test_backbones_need_labels_and_held_out_episodes(line, card, tmp_path):
-    """A dataset of a real robot has no labels, one without held-out episodes no figures: both are
-    told what to do."""
-    with pytest.raises(ValueError, match=r"has the labels \[\].*record the dataset"):
-        pretrain.CardWeb(data.Pyramid(card, (6,)), 2, 0)
-    with pytest.raises(ValueError, match="no episode is held out"):
-        web_of(line, tmp_path, held_out=0)
-
-
-# -- one's own data -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def card(tmp_path_factory):
-    """The toy pyramid on disk: `python data.py record`."""
-    pytest.importorskip("pyarrow")
-    pytest.importorskip("av")
-    out = tmp_path_factory.mktemp("recorded") / "toy"
-    data.main(
-        ["record", "--out", str(out), "--levels", "2,5,6", "--episodes", "4", "--held-out", "2"]
-    )
-    return out / "card.json"
-
-
-def log(path) -> list[dict]:
-    """The rows of a run's log, without what a machine makes of them."""
-    rows = csv.DictReader((path / "log.csv").open())
-    return [{k: v for k, v in row.items() if not k.endswith(("_s", "mfu", "_gb"))} for row in rows]
-
-
-def test_a_run_from_a_card_knows_its_robot_and_is_sampled_in_its_units(card, tmp_path, capsys):
-    """Stage 3 on windows encoded beforehand: the checkpoint holds rates, camera, picture size,
-    robot and ranges; the five modes run on held-out episodes; actions come out in the robot's own
-    range; the report was printed."""
-    train.main(
-        [
-            "--stage",
-            "3",
-            "--data",
-            str(card),
-            "--run",
-            str(tmp_path / "run"),
-            "--steps",
-            "2",
-            "--set",
-            "batch=4",
-            "windows=8",
-        ]
-    )
-    assert "video at 5 Hz" in capsys.readouterr().err
-    known = Card.read(newest_step(tmp_path / "run") / "config.json").statistics
-    assert [known[k] for k in ("embodiment", "rate", "action_hz", "cameras", "size")] == [
-        "gripper",
-        3,
-        15,
-        ["front"],
-        [48, 48],
-    ]
-    ranges = known["actions"]
-    assert (
-        len(ranges["q01"]) == len(known["state"]["max"]) == 3
-        and -1 <= ranges["min"][0] < ranges["max"][0] <= 1
-    )
-    sample.main(
-        [
-            "--ckpt",
-            str(tmp_path / "run"),
-            "--data",
-            str(card),
-            "--mode",
-            "all",
-            "--steps",
-            "1",
-            "--episodes",
-            "2",
-        ]
-    )
-    figures = json.loads((newest_step(tmp_path / "run") / "samples/figures.json").read_text())[
-        "figures"
-    ]
-    assert set(figures) == {"joint", "vla", "world_model", "idm", "vgm"}
-    policy = sample.Policy.load(tmp_path / "run", steps=1)
-    actions = policy.act(
-        np.zeros((1, 96, 96, 3), np.uint8),
-        np.zeros((1, 3), np.float32),
-        ["push the red disc to the left"],
-    )
-    robot = policy.statistics.actions
-    normalised = robot.apply(torch.from_numpy(actions))
-    assert (
-        actions.shape == (1, 12, 3)
-        and normalised.abs().max() < 20
-        and not torch.allclose(normalised, torch.from_numpy(actions))
-    )
-
-
-def test_two_robots_train_together_and_each_acts_in_its_own_numbers(card, tmp_path):
-    """Four-dimensional arm and three-dimensional gripper in one stage 3: the checkpoint knows both,
-    and acts as the one that is named."""
-    stored = json.loads(card.read_text())
-    for source in stored["sources"]:
-        source |= {
-            "path": str(card.parent / source["path"]),
-            "level": 6 if source["embodiment"] in ("arm", "gripper") else 5,
-        }
-    (tmp_path / "card.json").write_text(json.dumps(stored))
-    train.main(
-        [
-            "--stage",
-            "3",
-            "--data",
-            str(tmp_path),
-            "--run",
-            str(tmp_path / "run"),
-            "--steps",
-            "1",
-            "--set",
-            "batch=4",
-            "windows=0",
-        ]
-    )
-    with pytest.raises(ValueError, match="this checkpoint knows 'arm', 'gripper'"):
-        sample.Policy.load(tmp_path / "run")
-    for robot, width in (("arm", 4), ("gripper", 3)):
-        policy = sample.Policy.load(tmp_path / "run", steps=1, robot=robot)
-        actions = policy.act(
-            np.zeros((1, 48, 48, 3), np.uint8),
-            np.zeros((1, width), np.float32),
-            ["push the red disc to the left"],
-        )
-        assert actions.shape == (1, 12, width) and policy.statistics.embodiment == robot
-    sample.main(
-        [
-            "--ckpt",
-            str(tmp_path / "run"),
-            "--robot",
-            "arm",
-            "--data",
-            str(tmp_path),
-            "--mode",
-            "idm",
-            "--steps",
-            "1",
-            "--episodes",
-            "1",
-        ]
-    )
-    few = ["--episodes", "2", "--max-steps", "8", "--steps", "1", "--looks", "clean"]
-    evaluate.main(
-        [
-            "--ckpt",
-            str(tmp_path / "run"),
-            "--robot",
-            "arm",
-            "--out",
-            str(tmp_path / "out"),
-            "--random",
-            *few,
-        ]
-    )
-    rows = json.loads((tmp_path / "out/evaluation.json").read_text())["rows"]
-    assert [row["policy"] for row in rows] == ["joint", "random"]
-    with pytest.raises(ValueError, match="this checkpoint knows 'arm', 'gripper'"):
-        evaluate.main(["--ckpt", str(tmp_path / "run"), "--out", str(tmp_path / "out"), *few])
-
-
-def test_windows_encoded_when_needed_resume_to_the_sample(card, tmp_path):
-    """windows=0: four steps at once, and two and two more, write the same log; the wait for data is
-    measured."""
-    argv = ["--stage", "3", "--data", str(card), "--steps", "4"]
-    settings = ["--set", "batch=4", "windows=0", "log_every=1", "save_every=2"]
-    train.main([*argv, "--run", str(tmp_path / "whole"), *settings])
-    stop = checkpoints.save_checkpoint
-
-    def stop_after_two(run, step, *rest):
-        stop(run, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-
-    checkpoints.save_checkpoint = stop_after_two
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train.main([*argv, "--run", str(tmp_path / "part"), *settings])
-    finally:
-        checkpoints.save_checkpoint = stop
-    train.main([*argv, "--run", str(tmp_path / "part"), "--resume", *settings])
-    assert log(tmp_path / "whole") == log(tmp_path / "part") and len(log(tmp_path / "whole")) == 4
-    assert all(
-        float(row["data_wait_s"]) >= 0
-        for row in csv.DictReader((tmp_path / "whole/log.csv").open())
-    )
-
-
-def test_a_cache_of_a_card_trains_as_the_card_does(card, tmp_path):
-    """`data.py cache --data` and then `--cache` gives the same losses; a cache of another stage is
-    refused."""
-    file = tmp_path / "windows.safetensors"
-    data.main(["cache", "--data", str(card), "--stage", "3", "--windows", "8", "--out", str(file)])
-    for name, source in (("card", ["--data", str(card)]), ("cache", ["--cache", str(file)])):
-        train.main(
-            [
-                "--stage",
-                "3",
-                *source,
-                "--run",
-                str(tmp_path / name),
-                "--steps",
-                "2",
-                "--set",
-                "batch=4",
-                "windows=8",
-                "log_every=1",
-            ]
-        )
-    assert log(tmp_path / "card") == log(tmp_path / "cache")
-    with pytest.raises(ValueError, match="stage is ''; with --data it is one of 1, 2, 3"):
-        data.main(["cache", "--data", str(card), "--out", str(file)])
-    with pytest.raises(ValueError, match="cut for another model|holds levels"):
-        train.main(
-            ["--stage", "1", "--cache", str(file), "--run", str(tmp_path / "wrong"), "--steps", "1"]
-        )
-
-
-def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
-    """`--cache FILE --data CARD` trains as the windows encoded under that card's weights would be
-    mixed; a run does not go on with other weights, and a card of other sources is refused."""
-    file, other, fewer = (
-        tmp_path / "windows.safetensors",
-        card.parent / "other.json",
-        card.parent / "fewer.json",
-    )
-    data.main(["cache", "--data", str(card), "--stage", "1", "--windows", "64", "--out", str(file)])
-    lines = json.loads(card.read_text())
-    names = [Path(line["path"]).name for line in lines["sources"] if line.get("level") in (2, 3, 5)]
-    for line in lines["sources"]:
-        line["weight"] = 1000.0 if Path(line["path"]).name == names[0] else 0.001
-    other.write_text(json.dumps(lines))
-    fewer.write_text(json.dumps({**lines, "sources": lines["sources"][:1]}))
-    config = preset("toy", **data.about_cache(file)["sizes"], finetune=False)
-    pool = data.Pool.load(file, backbones_of("toy", config), config)
-    before, digest = set(pool.source[pool.rows(32, 0, 0)].tolist()), pool.digest()
-    pool.mix(data.Pyramid(other, (2, 3, 5)))
-    assert (
-        len(before) == len(names) > 1
-        and set(pool.source[pool.rows(32, 0, 0)].tolist()) == {0}
-        and pool.digest() != digest
-    )
-    with pytest.raises(ValueError, match="same sources"):
-        pool.mix(data.Pyramid(fewer, (2, 3, 5)))
-    argv = [
-        "--stage",
-        "1",
-        "--cache",
-        str(file),
-        "--run",
-        str(tmp_path / "run"),
-        "--steps",
-        "2",
-        "--set",
-        "batch=4",
-    ]
-    train.main([*argv, "--data", str(other)])
-    with pytest.raises(ValueError, match="resume with the same data"):
-        train.main([*argv, "--resume"])
+def test_stage_2_says_where_its_latent_actions_may_come_from(tmp_path):
+    """Neither files nor an encoder: both are named. Another interval is refused."""
+    with pytest.raises(ValueError, match="scripts.latents encode.*or name.*--latent RUN"):
+        data.open_pyramid(None, "2", "toy", 1).window((0, 0, 0), "latent")
+    latent_model(6, tmp_path / "run")
+    with pytest.raises(ValueError, match="spans 0.4 s, a video step 0.2 s"):
+        pyramid = data.open_pyramid(None, "2", "toy", 1, latent=tmp_path / "run")
+        pyramid.window((0, 0, 0), "latent")
 
 
 def write_latents(folder, lengths, interval=3, skipped=()):
-    """What `latent_action.py encode` leaves: row i is 100 e + i in all of its 14 columns, with mean
+    """What `scripts.latents encode` leaves: row i is 100 e + i in all of its 14 columns, with mean
     10 and std 2; the last are unknown."""
     for e, length in enumerate(lengths):
         rows = torch.arange(length - 1, dtype=torch.float32)[:, None].repeat(1, 14) + 100 * e
@@ -503,129 +163,501 @@ def write_latents(folder, lengths, interval=3, skipped=()):
     )
 
 
-def test_stages_1_and_2_train_from_a_card(card, tmp_path):
-    """Video of several robots; then on latent actions, once they are there. The checkpoint knows
-    all robots."""
-    shutil.copytree(card.parent, tmp_path / "toy")
-    ours, settings = (
-        tmp_path / "toy/card.json",
-        ["--steps", "1", "--set", "batch=4", "windows=0", "log_every=1"],
-    )
-    train.main(["--stage", "1", "--data", str(ours), "--run", str(tmp_path / "s1"), *settings])
-    stored = Card.read(newest_step(tmp_path / "s1") / "config.json")
-    assert [r["embodiment"] for r in stored.statistics["robots"]] == ["arm", "gantry", "hand"]
-    with pytest.raises(ValueError, match="holds no latent actions.*latent_action.py encode"):
-        train.main(["--stage", "2", "--data", str(ours), "--run", str(tmp_path / "no"), *settings])
-    for o in data.Pyramid(ours).opened:
-        write_latents(o.folder, o.reader.lengths.tolist())
-    train.main(
-        [
-            "--stage",
-            "2",
-            "--data",
-            str(ours),
-            "--init",
-            str(tmp_path / "s1"),
-            "--run",
-            str(tmp_path / "s2"),
-            *settings,
-        ]
-    )
-    assert float(log(tmp_path / "s2")[0]["action"]) > 0
-    sample.main(
-        [
-            "--ckpt",
-            str(tmp_path / "s2"),
-            "--data",
-            str(ours),
-            "--mode",
-            "joint",
-            "--steps",
-            "1",
-            "--episodes",
-            "2",
-        ]
-    )
-
-
 def test_latent_actions_of_a_dataset_are_standardised_and_masked(card, tmp_path):
     """Rows s, s + 3, ..., less the mean, by the std; unknown past the end and in skipped episodes;
     another interval is refused."""
     shutil.copytree(card.parent, tmp_path / "toy")
-    pyramid, config = (
-        data.Pyramid(tmp_path / "toy", (2,)),
-        preset("toy", finetune=False, ratio=1, action_dim=14),
-    )
+    pyramid = opened(tmp_path / "toy", (2,))
     lengths = pyramid.opened[0].reader.lengths.tolist()
     write_latents(pyramid.opened[0].folder, lengths, skipped=(1,))
-    batch = data.batch_of(
-        pyramid,
-        torch.tensor([(0, 2, 5), (0, 2, lengths[2] - 8), (0, 1, 0)]),
-        "latent",
-        config=config,
-    )
+    rows = torch.tensor([(0, 2, 5), (0, 2, lengths[2] - 8), (0, 1, 0)])
+    batch = data.batch_of(pyramid, rows, "latent", (), LATENT)
     assert batch.actions[0, :, 3].tolist() == [(200 + i - 10) / 2 for i in (5, 8, 11, 14)]
-    assert batch.action_mask[:, :, 0].tolist() == [
-        [True] * 4,
-        [True, True, False, False],
-        [False] * 4,
-    ]
+    masks = [[True] * 4, [True, True, False, False], [False] * 4]
+    assert batch.action_mask[:, :, 0].tolist() == masks
     write_latents(pyramid.opened[0].folder, lengths, interval=6)
     with pytest.raises(ValueError, match="spans 0.4 s, a video step 0.2 s"):
-        data.Pyramid(tmp_path / "toy", (2,)).window((0, 0, 0), "latent")
+        opened(tmp_path / "toy", (2,)).window((0, 0, 0), "latent")
+
+
+# -- windows encoded when needed ------------------------------------------------------------------
+
+
+def equal(a: data.Batch, b: data.Batch, rows: slice = slice(None)) -> None:
+    assert torch.equal(a.frames[rows], b.frames) and torch.equal(a.actions[rows], b.actions)
+    assert torch.equal(a.action_mask[rows], b.action_mask) and torch.equal(a.state[rows], b.state)
+    assert a.instruction[rows] == b.instruction
+
+
+class Decoded(torch.utils.data.Dataset):
+    """What a worker of a loader reads of a stream."""
+
+    def __init__(self, stream: data.Stream):
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> data.Batch:
+        return self.stream.decoded(4, 5, step)
+
+
+def test_a_stream_resumes_to_the_sample(pyramid, robots):
+    """Batches from step 3 on are those of the uninterrupted run, whole or in the halves of two
+    ranks, one by one or every other, and in workers of a loader."""
+
+    def run(steps, *rank: int) -> list[data.Batch]:
+        stream = data.Stream(pyramid, None, CONFIG, "3", robots)
+        return [stream.decoded(4, 5, step, *rank) for step in steps]
+
+    whole = run(range(6))
+    for step, batch in enumerate(run(range(3, 6)), 3):
+        equal(whole[step], batch)
+    for step, batch in zip((0, 2, 4), run((0, 2, 4), 1, 2)):
+        equal(whole[step], batch, slice(2, 4))
+    stream = data.Stream(pyramid, None, CONFIG, "3", robots)
+    stream.decoded(4, 5, 0)  # begins threads, which a worker does not inherit
+    loader = DataLoader(
+        Decoded(stream), None, sampler=range(6), collate_fn=lambda x: x, num_workers=2
+    )
+    for ours, theirs in zip(whole, loader):
+        equal(ours, theirs)
+
+
+def test_only_the_next_batches_are_decoded_ahead(pyramid, robots, monkeypatch):
+    """Step by step each window is decoded once, and no more than three batches beyond the one that
+    was asked for have been begun."""
+    asked = []
+    real = Pyramid.window
+
+    def window(self, row, actions):
+        asked.append(tuple(row))
+        return real(self, row, actions)
+
+    monkeypatch.setattr(Pyramid, "window", window)
+    stream = data.Stream(pyramid, None, CONFIG, "3", robots)
+    for step in range(3):
+        stream.decoded(4, 5, step)
+    stream.ahead.close()
+    wanted = [tuple(row) for step in range(6) for row in stream.rows(4, 5, step).tolist()]
+    assert sorted(asked[:12]) != sorted(asked) and len(asked) <= 24
+    assert sorted(asked) == sorted(wanted[: len(asked)])
+
+
+def test_work_ahead_comes_in_order_and_is_bounded():
+    """A slow first item holds the others back; its error is raised where it belongs."""
+    running, most = [], []
+    lock = threading.Lock()
+
+    def work(item: int) -> int:
+        with lock:
+            running.append(item)
+            most.append(len(running))
+        if item == 7:
+            raise ValueError("seven")
+        with lock:
+            running.remove(item)
+        return item
+
+    taken = []
+    items = (taken.append(i) or i for i in itertools.count())
+    found = data.in_order(work, items, threads=2)
+    assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4] and max(taken) <= 7
+    assert max(most) <= 2
+    with pytest.raises(ValueError, match="seven"):
+        list(found)
+
+
+# -- windows encoded beforehand -------------------------------------------------------------------
+
+
+def pool_of(sources: list[int], weights: list[float]) -> data.Pool:
+    rows = torch.arange(len(sources))
+    inputs = Inputs(rows, rows, rows)
+    return data.Pool(inputs, torch.tensor(sources), CONFIG, (), None, [], weights, {})
+
+
+def test_batches_are_a_function_of_seed_and_step_and_mix_sources_by_weight():
+    """The same rows whatever was drawn before; each source gets its share, however many windows it
+    has; one without any gets none."""
+    pool = pool_of([0] * 50 + [1] * 5 + [3] * 500, [1, 1, 5, 1])
+    rows = pool.rows(30, seed=1, step=7)
+    assert torch.equal(rows, pool.rows(30, 1, 7))
+    assert not torch.equal(rows, pool.rows(30, 1, 8)) and not torch.equal(rows, pool.rows(30, 2, 7))
+    assert pool.source[rows].bincount().tolist() == [10, 10, 0, 10]
+    assert torch.equal(pool.batch(30, 1, 7, rank=1, world=3).latents, rows[10:20])
+    digest, pool.weights = pool.digest(), [4, 1, 5, 1]
+    assert pool.digest() != digest
+    assert pool.source[pool.rows(60, 1, 7)].bincount().tolist() == [40, 10, 0, 10]
+
+
+@pytest.fixture(scope="module")
+def pool(pyramid, robots) -> data.Pool:
+    return data.windows_of(pyramid, robots, CONFIG, "3", "toy", 9, 0)
+
+
+def test_a_pool_holds_each_window_once_and_no_more_than_there_are(pyramid, robots, pool, tmp_path):
+    """Nine of many; of few windows all but for chance."""
+    assert len(pool) == 9 and pool.interval is None and pool.config == CONFIG
+    source = {"path": "world:toy", "episodes": 1}
+    (tmp_path / "card.json").write_text(json.dumps({"sources": [source]}))
+    few = opened(tmp_path)
+    windows = few.opened[0].windows
+    encoded = data.windows_of(few, few.robots(True), CONFIG, "3", "toy", 100, 0)
+    assert 0.9 * windows < len(encoded) <= windows < 100
+
+
+def test_windows_encoded_before_are_those_encoded_when_needed(pyramid, robots, pool):
+    """The first windows of a pool, by the row they came from."""
+    stream = data.windows_of(pyramid, robots, CONFIG, "3", "toy", 0, 0)
+    rows = torch.tensor(list(dict.fromkeys(map(tuple, stream.rows(36, 0, 0).tolist())))[:9])
+    for name, value in vars(stream.encode(stream.cut(rows))).items():
+        torch.testing.assert_close(value, getattr(pool.inputs, name))
+
+
+def test_a_cache_gives_the_batches_that_it_was_made_of(pool, tmp_path):
+    """Every tensor, the robots, the sources and how they are mixed."""
+    pool.save(tmp_path / "pool.safetensors")
+    back = data.Pool.load(tmp_path / "pool.safetensors", "toy", "3")
+    assert (back.robots, back.sources, back.weights) == (pool.robots, pool.sources, pool.weights)
+    assert back.digest() == pool.digest() and back.config == CONFIG and len(back) == 9
+    for name, value in vars(pool.batch(4, 0, 1)).items():
+        found = getattr(back.batch(4, 0, 1), name)
+        assert value is found is None or torch.equal(value, found), name
+
+
+def test_a_stale_or_foreign_cache_is_refused_by_name(pool, tmp_path, monkeypatch):
+    """Another VAE, another network, another stage, a latent-action encoder that is not there or is
+    another one; a file that is no cache."""
+    path = tmp_path / "pool.safetensors"
+    pool.save(path)
+    with pytest.raises(ValueError, match="is stale: stage was 3, is 1"):
+        data.Pool.load(path, "toy", "1")
+    with pytest.raises(ValueError, match="is no cache of windows"):
+        data.Pool.load(PRESETS["toy"].backbones / "vae.safetensors", "toy", "3")
+    folder = tmp_path / "backbones"
+    shutil.copytree(PRESETS["toy"].backbones, folder)
+    words = (folder / "vlm.json").read_text()
+    (folder / "vlm.json").write_text(words.replace('"red"', '"crimson"'))
+    monkeypatch.setenv("MOTUS_BACKBONES", str(folder))
+    with pytest.raises(ValueError, match=r"is stale: vlm was \w+, is (?!.*(text|vae) was)"):
+        data.Pool.load(path, "toy", "3")
+    monkeypatch.delenv("MOTUS_BACKBONES")
+    latent_model(3, tmp_path / "run")
+    pool.made_by["latent"] = data.LatentEncoder(tmp_path / "run").fingerprint
+    pool.save(path)
+    assert len(data.Pool.load(path, "toy", "3", tmp_path / "run")) == 9
+    with pytest.raises(ValueError, match="is stale: latent was .*, is None.*--latent"):
+        data.Pool.load(path, "toy", "3")
+    pool.made_by["latent"] = "0123"
+    pool.save(path)
+    with pytest.raises(ValueError, match="is stale: latent was 0123, is"):
+        data.Pool.load(path, "toy", "3", tmp_path / "run")
+
+
+def test_the_cache_command_writes_what_each_stage_reads(tmp_path, capsys):
+    """Stage 3 with actions and state, stage 2 with latent actions, stage 1 with neither, and
+    without understanding."""
+    latent_model(3, tmp_path / "run")
+    few = ["--episodes", "1", "--windows", "3"]
+    for stage, numbers in (("1", 0), ("2", 14), ("3", 3)):
+        file, latent = tmp_path / f"{stage}.safetensors", tmp_path / "run" if stage == "2" else None
+        argv = ["cache", "--stage", stage, *few, "--out", str(file)]
+        data.main(argv + (["--latent", str(latent)] if latent else []))
+        assert "3 windows" in capsys.readouterr().out
+        pool = data.Pool.load(file, "toy", stage, latent)
+        assert pool.interval == (3 if stage == "2" else None)
+        assert (pool.inputs.und is None) == (stage == "1")
+        assert (pool.inputs.state is None) == (stage != "3")
+        assert (0 if pool.inputs.actions is None else pool.inputs.actions.shape[2]) == numbers
+
+
+def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
+    """Windows that are encoded already are drawn as those encoded under that card's weights would
+    be; a card of other sources is refused."""
+    pyramid = opened(card, (2, 5))
+    pool = data.windows_of(pyramid, pyramid.robots(False), LATENT, "1", "toy", 24, 0)
+    before, digest = set(pool.source[pool.rows(32, 0, 0)].tolist()), pool.digest()
+    lines = json.loads(card.read_text())
+    for i, line in enumerate(lines["sources"]):
+        line["weight"] = 0.001 if i else 1000.0
+        line["path"] = str(card.parent / line["path"])
+    (tmp_path / "other.json").write_text(json.dumps(lines))
+    pool.mix(opened(tmp_path / "other.json", (2, 5)))
+    assert before == {0, 1, 2} and pool.digest() != digest
+    assert set(pool.source[pool.rows(32, 0, 0)].tolist()) == {0}
+    with pytest.raises(ValueError, match="same sources"):
+        pool.mix(opened(card, (5,)))
+
+
+# -- one's own data -------------------------------------------------------------------------------
+
+
+def opened(path, levels=(6,), **more) -> Pyramid:
+    return Pyramid(path, levels, CONFIG.frames, (48, 48), **more)
+
+
+@pytest.fixture(scope="module")
+def card(tmp_path_factory) -> Path:
+    """A few episodes on disk, as `python data.py convert` writes them."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("recorded")
+    lines = [
+        {"level": 2, "embodiment": "hand"},
+        {"level": 5, "embodiment": "arm"},
+        {"level": 5, "embodiment": "gantry"},
+        {"level": 6, "embodiment": "gripper"},
+    ]
+    sources = [{"path": "world:toy", "episodes": 3, "held_out": 2} | line for line in lines]
+    (folder / "card.json").write_text(json.dumps({"action_hz": 15, "sources": sources}))
+    data.main(["convert", str(folder), str(folder / "toy")])
+    return folder / "toy/card.json"
+
+
+def log(path) -> list[dict]:
+    """The rows of a run's log, without what a machine makes of them."""
+    rows = csv.DictReader((path / "log.csv").open())
+    return [{k: v for k, v in row.items() if not k.endswith(("_s", "mfu", "_gb"))} for row in rows]
+
+
+def trained(stage: str, out: Path, *argv: object, steps: int = 1, sets=("windows=0",)) -> Path:
+    """The folder of a run of a few steps."""
+    settings = ["--steps", str(steps), "--set", "batch=4", "log_every=1", *sets]
+    train.main(["--stage", stage, "--out", str(out), *map(str, argv), *settings])
+    return out
+
+
+def test_a_run_from_a_card_knows_its_robot_and_is_sampled_in_its_units(card, tmp_path, capsys):
+    """Stage 3 on windows encoded beforehand: the checkpoint holds rates, camera, picture size,
+    robot and ranges; the five modes run on held-out episodes; actions come out in the robot's own
+    range; the report was printed."""
+    run = trained("3", tmp_path / "run", "--data", card, sets=("windows=8",))
+    assert "video at 5 Hz" in capsys.readouterr().err
+    known = Card.read(newest_step(run) / "config.json").statistics
+    facts = [known[k] for k in ("embodiment", "rate", "action_hz", "cameras", "size")]
+    assert facts == ["gripper", 3, 15, ["top"], [48, 48]]
+    ranges = known["actions"]
+    assert len(ranges["q01"]) == len(known["state"]["max"]) == 3
+    assert -1 <= ranges["min"][0] < ranges["max"][0] <= 1
+    few = ["--data", str(card), "--steps", "1", "--episodes", "2"]
+    sample.main(["--ckpt", str(run), "--mode", "all", *few])
+    figures = json.loads((newest_step(run) / "samples/figures.json").read_text())["figures"]
+    assert set(figures) == {"joint", "vla", "world_model", "idm", "vgm"}
+    policy = sample.Policy.load(run, steps=1)
+    picture, state = np.zeros((1, 96, 96, 3), np.uint8), np.zeros((1, 3), np.float32)
+    actions = policy.act(picture, state, ["push the red disc to the left"])
+    normalised = policy.statistics.actions.apply(torch.from_numpy(actions))
+    assert actions.shape == (1, 12, 3) and normalised.abs().max() < 20
+    assert not torch.allclose(normalised, torch.from_numpy(actions))
+
+
+def test_two_robots_train_together_and_each_acts_in_its_own_numbers(card, tmp_path):
+    """Four-dimensional arm and three-dimensional gripper in one stage 3: the checkpoint knows both,
+    and acts as the one that is named."""
+    from scripts import evaluate
+
+    stored = json.loads(card.read_text())
+    for source in stored["sources"]:
+        source["path"] = str(card.parent / source["path"])
+        source["level"] = 6 if source["embodiment"] in ("arm", "gripper") else 5
+    (tmp_path / "card.json").write_text(json.dumps(stored))
+    run = trained("3", tmp_path / "run", "--data", tmp_path)
+    with pytest.raises(ValueError, match="this checkpoint knows 'arm', 'gripper'"):
+        sample.Policy.load(run)
+    picture = np.zeros((1, 48, 48, 3), np.uint8)
+    for robot, width in (("arm", 4), ("gripper", 3)):
+        policy = sample.Policy.load(run, steps=1, robot=robot)
+        state = np.zeros((1, width), np.float32)
+        actions = policy.act(picture, state, ["push the red disc to the left"])
+        assert actions.shape == (1, 12, width) and policy.statistics.embodiment == robot
+    arm = ["--ckpt", str(run), "--robot", "arm", "--steps", "1"]
+    sample.main([*arm, "--data", str(tmp_path), "--mode", "idm", "--episodes", "1"])
+    few = ["--episodes", "2", "--max-steps", "8", "--out", str(tmp_path / "out")]
+    evaluate.main([*arm, "--random", *few])
+    rows = json.loads((tmp_path / "out/evaluation.json").read_text())["rows"]
+    assert {row["policy"] for row in rows} == {"joint", "random"}
+    with pytest.raises(ValueError, match="this checkpoint knows 'arm', 'gripper'"):
+        evaluate.main(["--ckpt", str(run), *few])
+
+
+def test_windows_encoded_when_needed_resume_to_the_sample(card, tmp_path):
+    """windows=0: four steps at once, and two and two more, write the same log; the wait for data is
+    measured."""
+    sets = ("windows=0", "save_every=2", "keep=9")
+    whole = trained("3", tmp_path / "whole", "--data", card, steps=4, sets=sets)
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "step_000004")
+    trained("3", part, "--data", card, "--resume", steps=4, sets=sets)
+    assert log(whole) == log(part) and len(log(whole)) == 4
+    waits = csv.DictReader((whole / "log.csv").open())
+    assert all(float(row["data_wait_s"]) >= 0 for row in waits)
+
+
+def test_a_cache_of_a_card_trains_as_the_card_does(card, tmp_path):
+    """`data.py cache --data` and then `--cache` gives the same losses; a cache of another stage is
+    refused."""
+    file = tmp_path / "windows.safetensors"
+    argv = ["cache", "--data", str(card), "--stage", "3", "--windows", "8", "--out", str(file)]
+    data.main(argv)
+    logs = [
+        log(trained("3", tmp_path / name[2:], name, source, steps=2, sets=("windows=8",)))
+        for name, source in (("--data", card), ("--cache", file))
+    ]
+    assert logs[0] == logs[1]
+    with pytest.raises(ValueError, match="stage was 3, is 1"):
+        trained("1", tmp_path / "wrong", "--cache", file)
+
+
+def test_stages_1_and_2_train_from_a_card(card, tmp_path):
+    """Video of several robots; then on latent actions, once they are there. The checkpoint knows
+    all robots."""
+    shutil.copytree(card.parent, tmp_path / "toy")
+    ours = tmp_path / "toy/card.json"
+    first = trained("1", tmp_path / "s1", "--data", ours)
+    stored = Card.read(newest_step(first) / "config.json")
+    assert [r["embodiment"] for r in stored.statistics["robots"]] == ["arm", "gantry", "hand"]
+    with pytest.raises(ValueError, match="holds no latent actions.*scripts.latents encode"):
+        trained("2", tmp_path / "no", "--data", ours, "--init", first)
+    for o in opened(ours, (2, 5)).opened:
+        write_latents(o.folder, o.reader.lengths.tolist())
+    second = trained("2", tmp_path / "s2", "--data", ours, "--init", first)
+    assert float(log(second)[0]["action"]) > 0
+    few = ["--steps", "1", "--episodes", "2"]
+    sample.main(["--ckpt", str(second), "--data", str(ours), "--mode", "joint", *few])
 
 
 def test_inspect_says_what_is_used_and_writes_a_card_with_every_choice(card, tmp_path, capsys):
     """A bare dataset becomes a card that gives the same windows; the picture shows some of them."""
-    folder = str(card.parent / "level6_gripper")
-    data.main(
-        [
-            "inspect",
-            folder,
-            "--out",
-            str(tmp_path / "look.png"),
-            "--card",
-            str(tmp_path / "card.json"),
-        ]
-    )
+    folder, file, out = card.parent / "level6_gripper", tmp_path / "card.json", tmp_path / "a.png"
+    data.main(["inspect", str(folder), "--out", str(out), "--card", str(file)])
     text = capsys.readouterr().out
-    assert (
-        "LeRobot v3.0, robot gripper" in text
-        and "no fault found" in text
-        and (tmp_path / "look.png").stat().st_size > 10_000
-    )
-    a, b = data.Pyramid(folder), data.Pyramid(tmp_path / "card.json")
-    assert (
-        b.card["sources"][0]["mapping"]["action"] == "" or b.opened[0].reader.action_key == "action"
-    )
-    for x, y in zip(a.window((0, 1, 3), "real"), b.window((0, 1, 3), "real")):
-        assert np.array_equal(x, y)
+    assert "LeRobot v3.0, robot gripper" in text and "no fault found" in text
+    assert out.stat().st_size > 10_000
+    bare, written = opened(folder), opened(file)
+    ours, theirs = (p.window((0, 1, 3), "real") for p in (bare, written))
+    for name, value in vars(ours).items():
+        assert np.array_equal(value, getattr(theirs, name)), name
 
 
-def test_check_names_every_fault_and_convert_copies(card, tmp_path, capsys):
-    """A sound dataset passes, also after conversion to v2.1; two damaged files are two named
-    faults."""
-    data.main(
-        [
-            "convert",
-            str(card.parent / "level6_gripper"),
-            str(tmp_path / "v2"),
-            "--to",
-            "lerobot-v2.1",
-        ]
-    )
-    data.main(["check", str(tmp_path / "v2")])
+def test_inspect_and_check_take_a_world_too(tmp_path, capsys):
+    """A card of rendered episodes has no faults and keeps its lines."""
+    source = {"path": "world:toy", "level": 5, "embodiment": "arm", "episodes": 1}
+    (tmp_path / "card.json").write_text(json.dumps({"sources": [source]}))
+    again = str(tmp_path / "again.json")
+    data.main(["inspect", str(tmp_path), "--out", str(tmp_path / "a.png"), "--card", again])
+    data.main(["check", again])
+    assert capsys.readouterr().out.count("no fault found") == 2
+
+
+def test_convert_copies_and_check_names_every_fault(card, tmp_path, capsys):
+    """A sound dataset passes, also after conversion; two damaged files are two named faults."""
+    data.main(["convert", str(card.parent / "level6_gripper"), str(tmp_path / "copy")])
+    data.main(["check", str(tmp_path / "copy")])
     assert "no fault found" in capsys.readouterr().out
-    for name in (
-        "data/chunk-000/episode_000001.parquet",
-        "videos/chunk-000/observation.images.front/episode_000003.mp4",
-    ):
-        path = tmp_path / "v2" / name
-        path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(
-        ValueError,
-        match=r"(?s)2 faults.*episode 1, data: .*parquet.*episode 3, observation.images.front",
-    ):
-        data.main(["check", str(tmp_path / "v2")])
-    with pytest.raises(ValueError, match="--to is 'rlds'; allowed: lerobot"):
-        data.main(["convert", str(tmp_path / "v2"), str(tmp_path / "x"), "--to", "rlds"])
+    for path in (tmp_path / "copy/level6_gripper").rglob("file-000.*"):
+        if "meta" not in path.parts:
+            path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"(?s)faults.*parquet.*observation.images.top"):
+        data.main(["check", str(tmp_path / "copy")])
+
+
+def test_an_official_copy_is_written_with_its_levels_and_texts(tmp_path):
+    """The card of a copy keeps level, weight, robot and words; rates are those of the card."""
+    source = {"path": "world:toy", "level": 4, "episodes": 1, "weight": 2.0}
+    source["mapping"] = {"instruction": "play"}
+    (tmp_path / "card.json").write_text(json.dumps({"video_hz": 3, "sources": [source]}))
+    pytest.importorskip("av")
+    convert(opened(tmp_path, (4,)), tmp_path / "copy", lossless=True)
+    copy = opened(tmp_path / "copy", (4,))
+    kept = copy.opened[0].source
+    assert (kept.level, kept.weight, kept.embodiment) == (4, 2.0, "gripper")
+    assert (copy.video_hz, copy.action_hz, copy.ratio) == (3, 15, 5)
+    assert copy.window((0, 0, 0), "real").instruction == "play"
+
+
+# -- what frozen backbones learn from -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Twenty episodes of the walking point, as `python -m scripts.record` writes them, the last of
+    which is held out."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("av")
+    from scripts import record
+
+    out = tmp_path_factory.mktemp("line") / "set"
+    record.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
+    return out
+
+
+def wide(path, **more) -> Pyramid:
+    return Pyramid(path, (2, 3, 4, 5, 6), 4, (96, 96), **more)
+
+
+def corpora_of(path, folder, **card) -> list[pretrain.Corpus]:
+    """What backbones learn from a card with this dataset alone, and what they are tried on."""
+    stored = {"size": [32, 64], "sources": [{"path": str(path)} | card]}
+    (folder / "card.json").write_text(json.dumps(stored))
+    return [pretrain.Corpus(wide(folder), 9, 0, held_out) for held_out in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "cameras",
+    (["observation.images.front"], ["observation.images.front", "observation.images.side"]),
+)
+def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras):
+    """The light is at the labelled place of the picture, be it framed in black or one of two;
+    trained-on and held-out episodes differ."""
+    corpus, held = corpora_of(line, tmp_path, mapping={"cameras": cameras})
+    assert corpus.targets == ("object x", "object y", "walked")
+    assert (len(corpus.episodes), len(held.episodes)) == (9, 1)
+    assert corpus.sentences == ["walk to the light"]
+    assert corpus.clips(1, 3).shape == (3, 5, 32, 64, 3)
+    pictures, texts, targets = corpus.grounded(3, 40)
+    columns = pictures[:, 16, :, 0].float().argmax(dim=1)
+    assert texts == ["walk to the light"] * 40 and (targets[:, 1] == 0.5).all()
+    assert (columns - targets[:, 0] * 64).abs().max() < 1
+    assert columns.unique().numel() > 3 and targets[:, 2].unique().numel() > 5
+
+
+def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
+    """Head, left and right become one T; the label follows the head's spot into it."""
+    pytest.importorskip("av")
+    dark, spots = np.zeros((12, 48, 64, 3), np.uint8), [(30, 20), (10, 40)]  # x, y
+    episodes = []
+    for x, y in spots:
+        head = dark.copy()
+        head[:, y - 3 : y + 3, x - 3 : x + 3] = 255
+        labels = {"object x": np.full(12, x / 64), "object y": np.full(12, y / 48)}
+        numbers = np.random.default_rng(x).normal(size=(12, 2)).astype(np.float32)
+        views = {"head": head, "left_wrist": dark, "right_wrist": dark}
+        episodes.append((views, numbers, numbers, "hand it over", labels))
+    write_v3(tmp_path / "arms", episodes, 10)
+    sources = [{"path": "arms", "held_out": 0, "embodiment": "arms"}]
+    (tmp_path / "card.json").write_text(json.dumps({"size": [96, 96], "sources": sources}))
+    corpus = pretrain.Corpus(wide(tmp_path / "card.json"), 9, 0)
+    pictures, _, targets = corpus.grounded(0, 16)
+    for picture, (x, y) in zip(pictures.numpy(), targets.numpy() * 96):
+        assert np.abs(np.argwhere(picture[..., 0] > 128).mean(0) + 0.5 - (y, x)).max() < 1
+
+
+def test_labels_reach_no_policy(line):
+    """The column is neither state nor action nor in any window, and the widths of a network do not
+    count it."""
+    pyramid = wide(line)
+    reader = pyramid.opened[0].reader
+    assert (reader.state_key, reader.action_key) == ("observation.state", "action")
+    assert reader.widths == (2, 1) and reader.labels(0)
+    assert pyramid.window((0, 0, 0), "real").state.shape == (2,)
+    assert set(reader.rows(0)) - {"observation.state", "action"} == set(DEFAULTS)
+    config = data.network_for(pyramid, "sim", "3")
+    assert (config.state_dim, config.action_dim) == (2, 1)
+
+
+def test_backbones_need_labels_and_held_out_episodes(line, card, tmp_path):
+    """A dataset of a real robot has no labels, one without held-out episodes no figures: both are
+    told what to do."""
+    with pytest.raises(ValueError, match="labels.*record"):
+        pretrain.Corpus(opened(card), 2, 0)
+    with pytest.raises(ValueError, match="held"):
+        corpora_of(line, tmp_path, held_out=0)

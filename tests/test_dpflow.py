@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tables import expected
 
 from backbones.dpflow import (
     DISFlow,
@@ -21,7 +22,7 @@ from backbones.dpflow import (
     pyramid_levels,
 )
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
-from weights.layouts import dpflow_own, expected
+from weights.layouts import dpflow_own
 
 THIN = DPFlowConfig(stem=(16, 24), width=32, depth=1)
 

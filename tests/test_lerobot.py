@@ -1,4 +1,4 @@
-"""LeRobot datasets: what is written is read back, by time; what is broken is named."""
+"""LeRobot datasets: recordings are read back, by time; faults are named."""
 
 import io
 import json
@@ -12,6 +12,7 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,17 @@ from PIL import Image
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 av = pytest.importorskip("av")
+from lerobot_files import SINGLE, as_v21, with_images  # noqa: E402
+
 from formats import lerobot, recordings  # noqa: E402
-from formats.lerobot import LeRobotDataset, write_v3, write_v21  # noqa: E402
+from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
 from formats.recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout, t_place  # noqa: E402
 
 FPS, CAMERAS, LENGTHS = 10, ("high", "left", "right"), (11, 14, 12, 13)
-WRITERS = {"v3.0": write_v3, "v2.1": write_v21}
 
 
 def picture(camera: int, episode: int, row: int, size: tuple[int, int] = (16, 48)) -> np.ndarray:
-    """A picture that says in 12 vertical bars, in any codec, which camera, episode and row it is."""
+    """A picture that says in 12 vertical bars, in any codec, which camera, episode, row it is."""
     number = camera << 10 | episode << 6 | row
     bars = np.array([number >> k & 1 for k in range(12)], np.uint8) * 200 + 20
     return np.repeat(np.broadcast_to(np.repeat(bars, size[1] // 12), size)[..., None], 3, axis=-1)
@@ -59,22 +61,25 @@ def key(camera: str) -> str:
     return f"observation.images.{camera}"
 
 
-def opened(root: Path, mapping=None, **options) -> LeRobotDataset:
-    return LeRobotDataset.open(root, mapping, quiet=True, **options)
+def opened(root: Path, mapping=None) -> LeRobotDataset:
+    return LeRobotDataset.open(root, mapping, quiet=True)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> dict[str, Path]:
     """A sound dataset of each kind."""
     folder = tmp_path_factory.mktemp("whole")
-    for version, write in WRITERS.items():
-        write(folder / version, episodes(), FPS)
-        write(
-            folder / f"{version}-images",
-            episodes(cameras=("high", "left")),
-            FPS,
-            Storage(images=True),
+    for version in ("v3.0", "v2.1"):
+        write_v3(folder / version, episodes(), FPS, SINGLE if version == "v2.1" else Storage())
+        images = folder / f"{version}-images"
+        write_v3(images, episodes(cameras=()), FPS, SINGLE if version == "v2.1" else Storage())
+        with_images(
+            images,
+            (16, 48),
+            {key(name): partial(picture, c) for c, name in enumerate(("high", "left"))},
         )
+    for name in ("v2.1", "v2.1-images"):
+        as_v21(folder / name)
     return {path.name: path for path in folder.iterdir()}
 
 
@@ -87,9 +92,7 @@ def test_what_is_written_is_read_back(whole, kind):
     in any order of access."""
     dataset, order = opened(whole[kind]), np.random.default_rng(0)
     assert (
-        dataset.check() == []
-        and [e.length for e in dataset.episodes] == list(LENGTHS)
-        and dataset.fps == FPS
+        dataset.check() == [] and dataset.lengths.tolist() == list(LENGTHS) and dataset.fps == FPS
     )
     truth = list(episodes(cameras=tuple(k.rsplit(".", 1)[1] for k in dataset.cameras)))
     for e, row in order.permutation([(e, i) for e, n in enumerate(LENGTHS) for i in range(n)]):
@@ -135,8 +138,7 @@ def test_a_lossless_codec_returns_the_same_pictures(tmp_path):
     )
 
 
-@pytest.mark.parametrize("version", WRITERS)
-def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, version):
+def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path):
     """Labels come back under their names and change nothing else; numbers that are not finite, or
     too few of them, are refused, and so are names that do not fit."""
     plain = list(episodes(cameras=("one",)))
@@ -144,10 +146,8 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, versio
         {"cup x": np.arange(len(states)) / 8, "cup y": np.zeros(len(states))}
         for _, states, _, _ in plain
     ]
-    WRITERS[version](
-        tmp_path / "d", [(*episode, known) for episode, known in zip(plain, labels)], FPS
-    )
-    WRITERS[version](tmp_path / "plain", plain, FPS)
+    write_v3(tmp_path / "d", [(*episode, known) for episode, known in zip(plain, labels)], FPS)
+    write_v3(tmp_path / "plain", plain, FPS)
     with_labels, without = opened(tmp_path / "d"), opened(tmp_path / "plain")
     for e, known in enumerate(labels):
         assert {k: v.tolist() for k, v in with_labels.labels(e).items()} == {
@@ -163,7 +163,7 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path, versio
     assert not with_labels.check()
     for wrong in ({"cup x": [np.nan] * len(plain[0][1])}, {"cup x": [0.0]}):
         with pytest.raises(ValueError, match="observation.environment_state: is .* give finite"):
-            WRITERS[version](tmp_path / "wrong", [(*plain[0], wrong)], FPS)
+            write_v3(tmp_path / "wrong", [(*plain[0], wrong)], FPS)
     info = json.loads((tmp_path / "d/meta/info.json").read_text())
     info["features"][lerobot.LABELS]["names"] = ["cup x"]
     (tmp_path / "d/meta/info.json").write_text(json.dumps(info))
@@ -185,7 +185,8 @@ def test_v3_files_roll_over_and_number_on(tmp_path):
         "data/chunk-001/file-001.parquet" in names
         and sum(n.startswith("videos") for n in names) < 4
     )
-    dataset = opened(tmp_path / "d", verify=True)
+    dataset = opened(tmp_path / "d")
+    assert dataset.check() == []
     assert [number(next(dataset.pictures(e, key("one"), [3]))) for e in range(4)] == [
         (0, e, 3) for e in range(4)
     ]
@@ -206,19 +207,18 @@ def test_times_become_the_nearest_rows_and_the_rest_is_masked(whole):
 
 
 @pytest.mark.parametrize(
-    "start, video, tolerance, named",
+    "start, video, named",
     [
-        (1.4, [0], None, "start_time"),
-        (-0.1, [0], None, "start_time"),
-        (float("nan"), [0], None, "start_time"),
-        (0, [float("inf")], None, "video_times"),
-        (0, [0, 0.14], 0.01, "video_times"),
+        (1.4, [0], "start_time"),
+        (-0.1, [0], "start_time"),
+        (float("nan"), [0], "start_time"),
+        (0, [float("inf")], "video_times"),
     ],
 )
-def test_impossible_times_are_refused(whole, start, video, tolerance, named):
-    """Outside the episode, not finite, or farther from any row than the caller's tolerance."""
+def test_impossible_times_are_refused(whole, start, video, named):
+    """Outside the episode, or not finite."""
     with pytest.raises(ValueError, match=rf"dataset .*, episode 1, {named}: .*; "):
-        opened(whole["v3.0"]).window(1, start, video, [0], tolerance=tolerance)
+        opened(whole["v3.0"]).window(1, start, video, [0])
 
 
 def test_windows_decoded_by_threads_equal_windows_alone(whole):
@@ -241,28 +241,28 @@ def test_windows_decoded_by_threads_equal_windows_alone(whole):
 # -- choices, layouts, the hub --------------------------------------------------------------------
 
 
-def test_a_shelf_survives_threads_that_take_and_give_at_every_moment():
+def test_open_files_survive_threads_that_take_and_put_at_every_moment():
     """In a process of its own, for it used to crash there: comparing keys, and the end of an item,
     let other threads in halfway."""
     code = """if True:
         import sys, threading
         from pathlib import Path
-        from formats.recordings import Shelf
+        from formats.recordings import OpenFiles
         sys.setswitchinterval(1e-6)
-        shelf, faults = Shelf(2), []
-        class Film:
+        opened, faults = OpenFiles(2), []
+        class Video:
             def __del__(self):
                 return [i for i in range(20)]
         def work(n):
             try:
                 for i in range(40_000):
                     key = "video", Path(f"/a/{i * n % 3}")
-                    shelf.give(key, shelf.take(key) or Film())
+                    opened.put(key, opened.take(key) or Video())
             except BaseException as error:
                 faults.append(repr(error))
         threads = [threading.Thread(target=work, args=(7 + n,)) for n in range(4)]
         [thread.start() for thread in threads], [thread.join() for thread in threads]
-        assert not faults and len(shelf.items) <= 2, (faults, shelf.items)
+        assert not faults and len(opened.items) <= 2, (faults, opened.items)
         """
     root = Path(recordings.__file__).parents[1]
     run = subprocess.run(
@@ -297,7 +297,7 @@ def test_the_t_layout_has_the_official_sizes():
 
 @pytest.mark.parametrize("head", ((240, 320), (96, 128), (100, 100)))
 def test_a_place_in_the_head_picture_is_found_in_the_t(head):
-    """A white spot of the head picture is where `t_place` says, whatever the shape of the camera."""
+    """A white spot of the head picture is where `t_place` says, whatever the camera's shape."""
     picture, wrist = np.zeros((*head, 3), np.uint8), np.zeros((*head, 3), np.uint8)
     picture[20:28, 60:68] = 255
     spot = np.argwhere(t_layout(picture, wrist, wrist)[..., 0] > 128).mean(0) + 0.5
@@ -321,11 +321,8 @@ def test_defaults_are_chosen_and_printed(whole, capsys):
     """State, action and all cameras without being asked; the T-layout finds its three by name; a
     prefix stands before the task."""
     dataset = LeRobotDataset.open(whole["v2.1"])
-    assert (dataset.state_key, dataset.action_key, dataset.cameras) == (
-        "observation.state",
-        "action",
-        tuple(map(key, CAMERAS)),
-    )
+    assert dataset.titles == {"state": "observation.state", "action": "action"}
+    assert dataset.cameras == tuple(map(key, CAMERAS))
     said = capsys.readouterr().err
     assert all(
         word in said
@@ -355,7 +352,7 @@ def test_defaults_are_chosen_and_printed(whole, capsys):
 @pytest.mark.parametrize(
     "mapping, named",
     [
-        ({"stat": "x"}, "unknown fields"),
+        ({"stat": "x"}, "unknown key 'stat'.*'state'"),
         ({"state": "observation.pose"}, "observation.pose: .*choose from"),
         ({"action": key("left")}, "is chosen as action"),
         ({"cameras": ["action"]}, "is chosen as a camera"),
@@ -379,7 +376,7 @@ def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
         snapshot_download=lambda *a, **k: asked.append((a, k["revision"])) or str(whole["v3.0"])
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert len(opened("user/pick-place@v1").episodes) == 4 and asked == [
+    assert len(opened("user/pick-place@v1").lengths) == 4 and asked == [
         (("user/pick-place",), "v1")
     ]
     with pytest.raises(ValueError, match="no hub name"):
@@ -429,15 +426,14 @@ GOOD = list(episodes((4,), ("one",)))[0]
         ((GOOD[0], GOOD[1], GOOD[2][:, :1], "t"), "features"),
     ],
 )
-@pytest.mark.parametrize("version", WRITERS)
-def test_bad_episodes_are_not_written(tmp_path, version, bad, named):
+def test_bad_episodes_are_not_written(tmp_path, bad, named):
     """The fault is named with its episode, and no half-written folder stays."""
     with pytest.raises(ValueError, match=rf"episode 1, .*{named}"):
-        WRITERS[version](tmp_path / "d", [GOOD, bad], FPS)
+        write_v3(tmp_path / "d", [GOOD, bad], FPS)
     assert not list(tmp_path.iterdir())
     (tmp_path / "d").mkdir()
     with pytest.raises(ValueError, match="exists"):
-        WRITERS[version](tmp_path / "d", [GOOD], FPS)
+        write_v3(tmp_path / "d", [GOOD], FPS)
 
 
 # -- the lerobot package itself -------------------------------------------------------------------
@@ -451,13 +447,16 @@ import lerobot.datasets.lerobot_dataset as oracle
 
 def decode(path, timestamps, tolerance, *_):
     with av.open(str(path)) as file:
-        frames = {float(f.pts * f.time_base): f.to_ndarray(format="rgb24") for f in file.decode(video=0)}
+        decoded = file.decode(video=0)
+        frames = {float(f.pts * f.time_base): f.to_ndarray(format="rgb24") for f in decoded}
     nearest = [min(frames, key=lambda t: abs(t - wanted)) for wanted in timestamps]
     assert all(abs(a - b) < tolerance for a, b in zip(nearest, timestamps))
-    return torch.stack([torch.from_numpy(frames[t]).permute(2, 0, 1).float() / 255 for t in nearest])
+    pictures = [torch.from_numpy(frames[t]) for t in nearest]
+    return torch.stack([picture.permute(2, 0, 1).float() / 255 for picture in pictures])
 
 oracle.decode_video_frames = decode
-dataset = oracle.LeRobotDataset("some/name", root=sys.argv[1], delta_timestamps={"action": [i / 10 for i in range(5)]})
+times = {"action": [i / 10 for i in range(5)]}
+dataset = oracle.LeRobotDataset("some/name", root=sys.argv[1], delta_timestamps=times)
 rows = [dataset[i] for i in range(len(dataset))]
 np.savez(sys.argv[2], **{k: np.stack([np.asarray(row[k]) for row in rows]) for k in rows[0]})
 """
@@ -601,10 +600,10 @@ def garble(raw: bytearray) -> bytearray:
 
 def encode(fps: int, count: int, size=(16, 48)):
     def mutate(root: Path) -> None:
-        film = recordings.Film(video_file(root), fps, size, Storage())
+        video = recordings.VideoWriter(video_file(root), fps, size, Storage())
         for i in range(count):
-            film.add(picture(1, 1, i, size), i == 0)
-        film.close()
+            video.add(picture(1, 1, i, size), i == 0)
+        video.close()
 
     return mutate
 
@@ -652,7 +651,8 @@ def many_rows(root: Path) -> None:
 def twice(root: Path) -> None:
     shutil.rmtree(root)
     first, second = list(episodes((9, 12)))
-    write_v21(root, [first, second, first], FPS)
+    write_v3(root, [first, second, first], FPS, SINGLE)
+    as_v21(root)
 
 
 def ragged(table):
@@ -693,9 +693,18 @@ def both(*mutations):
     return mutate
 
 
-half = lambda raw: raw[: len(raw) // 2]
-nan_in = lambda old: [float("nan"), *old[1:]]
-shift = lambda name, by: edit_table(column(name, lambda v: [v[0], v[1] + by, *v[2:]]), episode_rows)
+def half(raw):
+    return raw[: len(raw) // 2]
+
+
+def nan_in(old):
+    return [float("nan"), *old[1:]]
+
+
+def shift(name: str, by: float):
+    return edit_table(column(name, lambda v: [v[0], v[1] + by, *v[2:]]), episode_rows)
+
+
 left_video = f"videos/{key('left')}"
 MUTANTS = {
     # numbers
@@ -718,12 +727,12 @@ MUTANTS = {
         edit_table(
             lambda t: t.set_column(1, "action", t["action"].cast(pa.list_(pa.float64(), 2)))
         ),
-        "action: is of type",
+        "action: has .* of type",
     ),
     "actions as text": (
         "v2.1",
         edit_table(column("action", lambda v: ["left"] * len(v))),
-        "episode 1, action: is of type string",
+        "episode 1, action: has .* of type string",
     ),
     "actions as whole numbers": (
         "v2.1",
@@ -754,12 +763,12 @@ MUTANTS = {
     "a row less": (
         "v2.1",
         edit_table(lambda t: t.slice(0, 13)),
-        "episode 1, data: .*13 rows where 14",
+        "episode 1, data: .*13 rows, expected 14",
     ),
     "a row more": (
         "v3.0",
         edit_table(lambda t: pa.concat_tables([t, t.slice(0, 1)])),
-        "51 rows where 50",
+        "51 rows, expected 50",
     ),
     "a row left out": (
         "v2.1",
@@ -826,7 +835,7 @@ MUTANTS = {
     "tasks without text": (
         "v3.0",
         edit_table(lambda t: t.select(["task_index"]), lambda r: r / "meta/tasks.parquet"),
-        "tasks.parquet: task 0",
+        "__index_level_0__: tasks.parquet has no such column",
     ),
     "an episode without tasks": ("v2.1", rows_of(1, tasks=[]), "episode 1, tasks"),
     "an episode index twice": ("v2.1", rows_of(2, episode_index=1), "episode_index: is 1"),
@@ -838,19 +847,23 @@ MUTANTS = {
     "an episode row less": (
         "v2.1",
         edit_lines("episodes", lambda rows: rows[:-1]),
-        "total_episodes: is 4 .* 3",
+        "meta/episodes.*has 3 rows, info.json says 4",
     ),
     "an episode row more": (
         "v3.0",
         edit_table(lambda t: pa.concat_tables([t, t.slice(3, 1)]), episode_rows),
-        "total_episodes: is 4 .* 5",
+        "meta/episodes.*has 5 rows, info.json says 4",
     ),
     "an episode twice in v3.0": (
         "v3.0",
         edit_table(column("episode_index", lambda v: [0, 1, 1, 3]), episode_rows),
         "episode 2, episode_index",
     ),
-    "a length that is text": ("v2.1", rows_of(1, length="14"), "episodes.jsonl: line 2"),
+    "a length that is text": (
+        "v2.1",
+        rows_of(1, length="14"),
+        "episodes.jsonl: .*from number to string",
+    ),
     "a length of 31 digits": ("v2.1", rows_of(1, length=10**30), "meta/episodes"),
     "a length below zero": (
         "v3.0",
@@ -860,12 +873,12 @@ MUTANTS = {
     "deep json": (
         "v2.1",
         lambda root: (root / "meta/episodes.jsonl").write_text("[" * 100_000),
-        "episodes.jsonl: line 1",
+        "episodes.jsonl: cannot be read",
     ),
     "10^9 frames in info": (
         "v3.0",
         edit_info(total_frames=10**9),
-        "total_frames: is 1000000000 .* 50",
+        "total_frames: is 1000000000, .* 50",
     ),
     "10^9 rows in an episode": (
         "v2.1",
@@ -876,9 +889,9 @@ MUTANTS = {
     "rows that only metadata claims": (
         "v2.1",
         both(rows_of(1, length=15), edit_info(total_frames=51)),
-        "episode 1, data: .*14 rows where 15",
+        "episode 1, data: .*14 rows, expected 15",
     ),
-    "millions of packed rows": ("v2.1", many_rows, "episode 1, data: .*2000000 rows where 14"),
+    "millions of packed rows": ("v2.1", many_rows, "episode 1, data: .*2000000 rows, expected 14"),
     "dataset_from_index off by one": (
         "v3.0",
         shift("dataset_from_index", 1),
@@ -949,7 +962,7 @@ MUTANTS = {
     "an empty info.json": (
         "v2.1",
         edit_bytes(lambda r: r / "meta/info.json", lambda raw: b""),
-        "meta/info.json: is empty",
+        "meta/info.json: .*not valid json",
     ),
     "info.json as a list": (
         "v2.1",
@@ -957,7 +970,7 @@ MUTANTS = {
         "meta/info.json",
     ),
     "fps of zero": ("v3.0", edit_info(fps=0), "fps: is 0"),
-    "fps that is NaN": ("v3.0", edit_info(fps=float("nan")), "fps: is nan"),
+    "fps that is NaN": ("v3.0", edit_info(fps=float("nan")), "info.json: .*NaN"),
     "fps as text": ("v2.1", edit_info(fps="10"), "fps: is '10'"),
     "a feature without a shape": ("v3.0", feature("action", shape=None), "action: feature is"),
     "a camera of 10^9 rows": (
@@ -1068,12 +1081,12 @@ MUTANTS = {
     "an mp4 with a frame less": (
         "v2.1",
         encode(FPS, 13),
-        f"episode 1, {key('left')}: .*13 frames where 14",
+        f"episode 1, {key('left')}: .*13 frames, expected 14",
     ),
     "an mp4 with a frame more": (
         "v2.1",
         encode(FPS, 15),
-        f"episode 1, {key('left')}: .*15 frames where 14",
+        f"episode 1, {key('left')}: .*15 frames, expected 14",
     ),
     "an mp4 of another size": (
         "v2.1",
@@ -1093,14 +1106,14 @@ MUTANTS = {
     "two episodes' videos swapped": (
         "v2.1",
         swap(lambda r: video_file(r, "left", 0), lambda r: video_file(r, "left", 3)),
-        f"{key('left')}: .*frames where",
+        f"{key('left')}: .*frames, expected",
     ),
     # pictures in parquet
     "half a PNG": ("v3.0-images", cell(half), f"episode 1, {key('left')}: picture of row 1"),
     "a PNG of another size": (
         "v3.0-images",
         cell(lambda raw: png((16, 16))),
-        f"episode 1, {key('left')}: .*16 x 16",
+        rf"episode 1, {key('left')}: .*\(16, 16\)",
     ),
     "a PNG of 16 bits": (
         "v3.0-images",
@@ -1149,12 +1162,13 @@ def test_a_broken_dataset_is_refused_by_name(whole, tmp_path, mutant):
     mutate(root)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=rf"(?s)dataset \S*mutant, ?.*({named}).*; "):
-        opened(root, verify=True)
+        faults = opened(root).check()
+        raise ValueError("\n".join(faults))
     if mutant not in SEEN_BY_CHECK_ALONE:
         with pytest.raises(ValueError, match=r"dataset \S*mutant, .*: .*; "):
             dataset = opened(root)
-            for e, info in enumerate(dataset.episodes):
-                dataset.window(e, 0, np.arange(info.length) / FPS, [0])
+            for e, length in enumerate(dataset.lengths):
+                dataset.window(e, 0, np.arange(length) / FPS, [0])
     assert (
         time.process_time() - start < 2
         and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024

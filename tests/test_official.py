@@ -1,5 +1,5 @@
-"""Official Motus folders: read as the official code reads them, converted both ways, and refused by
-name where broken."""
+"""Official Motus folders: read as the official code reads them, converted to LeRobot, and refused
+by name where broken."""
 
 import json
 import os
@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("pyarrow")
 av = pytest.importorskip("av")
-from formats.cards import Pyramid
-from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
-from formats.official import WORDINGS, OfficialFolder, convert, is_official  # noqa: E402
-from formats.recordings import ROBOTWIN_SCENE, Film, Storage  # noqa: E402
+from formats.cards import Pyramid  # noqa: E402
+from formats.lerobot import LeRobotDataset  # noqa: E402
+from formats.official import OfficialFolder, convert, is_official  # noqa: E402
+from formats.recordings import ROBOTWIN_SCENE, Storage, VideoWriter  # noqa: E402
 
 EXACT = Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),))
 LENGTHS = {
@@ -38,7 +38,7 @@ def film(
     path: Path, count: int, shade: int = 50, fps: int = 30, size: tuple[int, int] = (48, 32)
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    video = Film(path, Fraction(fps), size, EXACT)
+    video = VideoWriter(path, Fraction(fps), size, EXACT)
     for i in range(count):
         video.add(picture(shade, i)[: size[0], : size[1]], first=i == 0)
     video.close()
@@ -81,12 +81,12 @@ def whole(tmp_path_factory) -> dict[str, Path]:
     return {form: write(folder / form, form) for form in ("robotwin", "ac_one", "latent_action")}
 
 
-def card(where: Path, **source) -> Path:
+def pyramid_of(where: Path, **source) -> Pyramid:
     """RoboTwin's rates: actions at 10 Hz, video at 5 Hz, from 30 fps."""
-    (where / "card.json").write_text(
-        json.dumps({"video_hz": 5, "action_hz": 10, "size": [48, 32], "sources": [source]})
-    )
-    return where / "card.json"
+    where.mkdir(exist_ok=True)
+    card = {"video_hz": 5, "action_hz": 10, "sources": [source]}
+    (where / "card.json").write_text(json.dumps(card))
+    return Pyramid(where / "card.json", (source.get("level", 6),), 8, (48, 32))
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -96,41 +96,33 @@ def test_robotwin_windows_are_those_of_the_official_code(whole, tmp_path):
     """Official indices, written out: action i is qpos[c + 3 (i + 1)], clamped to the last; frame j
     is at action (j + 1) 2 - 1; the state is qpos[c]; no normalisation. What they repeat past the
     end is masked here."""
-    pyramid = Pyramid(card(tmp_path, path=str(whole["robotwin"]), normalise="none"), name="full")
+    pyramid = pyramid_of(tmp_path, path=str(whole["robotwin"]), normalise="none")
     files = [(str(leaf), name) for leaf, name in pyramid.opened[0].reader.files]
-    for episode, c in (
-        (files.index(("clean/lift_cup", "7")), 4),
-        (files.index(("clean/lift_cup", "12")), 5),
-    ):
-        leaf, name = files[episode]
-        truth, last = (
-            torch.load(whole["robotwin"] / leaf / "qpos" / f"{name}.pt", weights_only=True),
-            LENGTHS[f"{leaf}/{name}"] - 1,
-        )
+    for name, c in (("7", 4), ("12", 5)):
+        episode = files.index(("clean/lift_cup", name))
+        path = whole["robotwin"] / "clean/lift_cup/qpos" / f"{name}.pt"
+        truth = torch.load(path, weights_only=True)
+        last = len(truth) - 1
         action_at = [c + (i + 1) * 3 for i in range(16)]
         video_at = [c, *(action_at[(j + 1) * 2 - 1] for j in range(8))]
-        _, frames, video_mask, actions, mask, state, text = pyramid.window((0, episode, c), "real")
-        assert np.array_equal(actions, truth[[min(i, last) for i in action_at]]) and np.array_equal(
-            state, truth[c]
-        )
-        shade = int(frames[0, 31, 31, 0])
-        assert all(
-            np.array_equal(f, picture(shade, min(i, last))) for f, i in zip(frames, video_at)
-        )
-        assert mask.tolist() == [i <= last for i in action_at] and video_mask.tolist() == [
-            i <= last for i in video_at
-        ]
-        assert text.startswith(f"{ROBOTWIN_SCENE}lift_cup {name} wording")
+        seen = pyramid.window((0, episode, c), "real")
+        assert np.array_equal(seen.actions, truth[[min(i, last) for i in action_at]])
+        assert np.array_equal(seen.state, truth[c])
+        shade = int(seen.frames[0, 31, 31, 0])
+        for frame, i in zip(seen.frames, video_at, strict=True):
+            assert np.array_equal(frame, picture(shade, min(i, last)))
+        assert seen.action_mask.tolist() == [i <= last for i in action_at]
+        assert seen.video_mask.tolist() == [i <= last for i in video_at]
+        assert seen.instruction.startswith(f"{ROBOTWIN_SCENE}lift_cup {name} wording")
     (robot,) = pyramid.robots(acting=True)
-    assert (
-        torch.equal(robot.actions.apply(truth), truth) and robot.rate == 2 and robot.action_hz == 10
-    )
+    assert torch.equal(robot.actions.apply(truth), truth)
+    assert robot.rate == 2 and robot.action_hz == 10
 
 
 def test_robotwin_tasks_are_drawn_alike_and_wordings_vary(whole):
     """Clean and randomized episodes of a task are one pool; windows of an episode meet each of its
     wordings."""
-    pyramid = Pyramid(whole["robotwin"], name="full")
+    pyramid = Pyramid(whole["robotwin"], (6,), 8, (48, 32))
     rows = pyramid.draw(600, 0, 0)
     doors = [e for e in range(4) if pyramid.opened[0].reader.group(e) == "open_door"]
     share = np.isin(rows[:, 1].numpy(), doors).mean() / max(1, len(doors))
@@ -164,95 +156,49 @@ def test_real_robots_have_one_text_per_episode_or_task(whole, tmp_path):
 
 def test_latent_actions_are_taken_at_the_video_rate(whole, tmp_path):
     """Official rows c + 6 i and frames c + 6 j; one row less than frames."""
-    pyramid = Pyramid(card(tmp_path, path=str(whole["latent_action"]), level=5), (5,), "full")
+    pyramid = pyramid_of(tmp_path, path=str(whole["latent_action"]), level=5)
     reader = pyramid.opened[0].reader
     e = reader.files.index((Path("clean/lift_cup"), "7"))
-    _, frames, _, rows, mask, _, _ = pyramid.window((0, e, 3), "latent")
-    assert (
-        np.array_equal(rows, reader.latents(e)[3 + 6 * np.arange(8)])
-        and mask.all()
-        and len(reader.latents(e)) == 59
-    )
-    assert np.array_equal(frames[2], picture(int(frames[0, 31, 31, 0]), 15)) and reader.widths == (
-        0,
-        0,
-    )
+    seen = pyramid.window((0, e, 3), "latent")
+    assert np.array_equal(seen.actions, reader.latents(e)[3 + 6 * np.arange(8)])
+    assert seen.action_mask.all() and len(reader.latents(e)) == 59
+    assert np.array_equal(seen.frames[2], picture(int(seen.frames[0, 31, 31, 0]), 15))
+    assert reader.widths == (0, 0)
 
 
 # -- converting -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["robotwin", "ac_one"])
-@pytest.mark.parametrize("version", ["lerobot", "lerobot-v2.1"])
-def test_there_and_back_changes_nothing(whole, tmp_path, form, version):
-    """Official to LeRobot and back: the same qpos, pictures and wordings of every episode."""
+def test_converting_changes_nothing(whole, tmp_path, form):
+    """Official to LeRobot: the same qpos and pictures of every episode, and its first wording; the
+    action is the next position, at the end the last."""
     source = OfficialFolder(whole[form])
-    convert(source, tmp_path / "there", version, lossless=True)
-    between = LeRobotDataset.open(tmp_path / "there", quiet=True)
-    assert between.check() == [] and between.version == {"lerobot": "v3.0"}.get(version, "v2.1")
-    convert(between, tmp_path / "back", form, lossless=True)
-    back = OfficialFolder(tmp_path / "back")
-    key = lambda reader, e: reader.numbers(e)[0].tobytes()
-    where = {key(back, e): e for e in range(len(back.lengths))}
+    convert(source, tmp_path / "there", lossless=True)
+    copy = LeRobotDataset.open(tmp_path / "there", quiet=True)
+    assert copy.check() == [] and copy.version == "v3.0" and copy.fps == source.fps
+    assert is_official(whole[form]) and not is_official(tmp_path / "there")
     for e, length in enumerate(source.lengths.tolist()):
-        b = where[key(source, e)]
-        assert back.texts(b) == source.texts(e)
-        (ours,), (theirs,) = (
-            source.views(e, range(length)).values(),
-            back.views(b, range(length)).values(),
-        )
+        qpos = source.numbers(e)[0]
+        state, action = copy.numbers(e)
+        assert np.array_equal(state, qpos)
+        assert np.array_equal(action, np.concatenate([qpos[1:], qpos[-1:]]))
+        assert copy.texts(e) == source.texts(e)[:1] == [copy.group(e)]
+        (ours,) = source.views(e, range(length)).values()
+        (theirs,) = copy.views(e, range(length)).values()
         assert all(np.array_equal(x, y) for x, y in zip(ours, theirs, strict=True))
-    state, action = between.numbers(0)
-    assert np.array_equal(action[:-1], state[1:]) and np.array_equal(action[-1], state[-1])
-    assert (tmp_path / "there" / WORDINGS).exists() == (form == "robotwin")
 
 
 def test_a_converted_dataset_gives_the_same_windows(whole, tmp_path):
-    """With the state as actions and `ahead`, LeRobot's copy is drawn like the folder it came from."""
-    convert(OfficialFolder(whole["ac_one"]), tmp_path / "lero", "lerobot", lossless=True)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+    """With the state as actions and `ahead`, LeRobot's copy is drawn like its folder."""
+    convert(OfficialFolder(whole["ac_one"]), tmp_path / "lero", lossless=True)
+    official = pyramid_of(tmp_path / "a", path=str(whole["ac_one"]))
     mapping = {"action": "observation.state"}
-    official = Pyramid(card(tmp_path / "a", path=str(whole["ac_one"])), name="full")
-    lerobot = Pyramid(
-        card(tmp_path / "b", path=str(tmp_path / "lero"), mapping=mapping, ahead=True), name="full"
-    )
+    copy = pyramid_of(tmp_path / "b", path=str(tmp_path / "lero"), mapping=mapping, ahead=True)
     for e in range(4):
-        for a, b in zip(official.window((0, e, 2), "real"), lerobot.window((0, e, 2), "real")):
-            assert np.array_equal(a, b)
-
-
-def test_three_cameras_are_written_as_the_t_layout(tmp_path):
-    """Head above two wrists of half its size, as one video; text with RoboTwin's scene before it."""
-    rows, shades = (
-        np.random.default_rng(0).normal(size=(9, 14)),
-        {"cam_high": 60, "cam_left_wrist": 120, "cam_right_wrist": 180},
-    )
-    write_v3(
-        tmp_path / "lero",
-        [
-            (
-                {k: [np.full((32, 48, 3), v, np.uint8)] * 9 for k, v in shades.items()},
-                rows,
-                rows,
-                "fold it",
-            )
-        ],
-        30,
-        Storage(images=True),
-    )
-    convert(
-        LeRobotDataset.open(tmp_path / "lero", quiet=True),
-        tmp_path / "out",
-        "robotwin",
-        lossless=True,
-    )
-    reader = OfficialFolder(tmp_path / "out")
-    page = next(iter(reader.views(0, [3])["cam_concatenated"]))
-    assert page.shape == (48, 48, 3) and [
-        int(page[y, x, 0]) for y, x in ((9, 9), (40, 9), (40, 40))
-    ] == [60, 120, 180]
-    assert reader.texts(0) == [ROBOTWIN_SCENE + "fold it"] and is_official(tmp_path / "out")
+        a = vars(official.window((0, e, 2), "real"))
+        b = vars(copy.window((0, e, 2), "real"))
+        assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 # -- mutants --------------------------------------------------------------------------------------
@@ -306,7 +252,10 @@ def shaped(*strides):
     return save(torch.as_strided(torch.zeros(4), (10**8, 14), strides))
 
 
-half = lambda data: data[: len(data) // 2]
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
 MUTANTS = {
     "no qpos": ("robotwin", gone("qpos/7.pt"), "episode 1, qpos: .*missing"),
     "no video": (
@@ -335,12 +284,12 @@ MUTANTS = {
     "a row less": (
         "robotwin",
         save(qpos(59, 0)),
-        "episode 1, videos: 7.mp4 has 60 frames where 59",
+        "episode 1, cam_concatenated: 7.mp4 has 60 frames, expected 59",
     ),
     "a row more": (
         "robotwin",
         save(qpos(61, 0)),
-        "episode 1, videos: 7.mp4 has 60 frames where 61",
+        "episode 1, cam_concatenated: 7.mp4 has 60 frames, expected 61",
     ),
     "another width": (
         "robotwin",
@@ -373,22 +322,26 @@ MUTANTS = {
     ),
     "a pt that runs code": ("robotwin", save(Path("/tmp")), "episode 1, qpos: .*pickle names"),
     "an empty pt": ("ac_one", raw("qpos/7.pt", lambda _: b""), "episode 1, qpos"),
-    "half an mp4": ("robotwin", raw("videos/7.mp4", half), "episode 1, videos: 7.mp4"),
-    "an mp4 of text": ("robotwin", raw("videos/7.mp4", lambda _: b"no film"), "episode 1, videos"),
+    "half an mp4": ("robotwin", raw("videos/7.mp4", half), "episode 1, cam_concatenated: 7.mp4"),
+    "an mp4 of text": (
+        "robotwin",
+        raw("videos/7.mp4", lambda _: b"no film"),
+        "episode 1, cam_concatenated",
+    ),
     "a frame less": (
         "ac_one",
         lambda root: film(root / LEAF / "videos/7.mp4", 59),
-        "videos: 7.mp4 has 59 frames where 60",
+        "cam_concatenated: 7.mp4 has 59 frames, expected 60",
     ),
     "another size": (
         "robotwin",
         lambda root: film(root / LEAF / "videos/7.mp4", 60, size=(32, 32)),
-        "videos: 7.mp4 is 32 x 32",
+        "cam_concatenated: 7.mp4 is 32 x 32",
     ),
     "another fps": (
         "robotwin",
         lambda root: film(root / LEAF / "videos/7.mp4", 60, fps=25),
-        "videos: 7.mp4 .*other fps",
+        "cam_concatenated: 7.mp4 .*other fps",
     ),
     "a link for a pt": ("robotwin", linked("qpos/7.pt"), "episode 1, qpos: .*link"),
     "a link for a video": ("robotwin", linked("videos/7.mp4"), "episode 1, videos: .*link"),
@@ -401,7 +354,7 @@ MUTANTS = {
     "latents one too many": (
         "latent_action",
         save(qpos(60, 0), "latent_action_dim14"),
-        "videos: 7.mp4 has 60 frames where 61",
+        "cam_concatenated: 7.mp4 has 60 frames, expected 61",
     ),
     "two kinds of folder": (
         "robotwin",
@@ -427,4 +380,5 @@ def test_a_broken_folder_is_refused_by_name(whole, tmp_path, mutant):
     shutil.copytree(whole[form], tmp_path / "mutant")
     mutate(tmp_path / "mutant")
     with pytest.raises(ValueError, match=rf"(?s)dataset \S*mutant,? .*({named}).*; "):
-        OfficialFolder.open(tmp_path / "mutant", verify=True, quiet=True)
+        faults = OfficialFolder.open(tmp_path / "mutant", quiet=True).check()
+        raise ValueError("\n".join(faults))

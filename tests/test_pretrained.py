@@ -1,29 +1,32 @@
-"""Published weights in the model: every layout and stage, the frozen backbones, prepared text,
-caches, memory, and what is refused."""
+"""Published weights in the model: every layout and stage, the VLM inside, memory, and what is
+refused."""
+
+# ruff: noqa: F811
 
 import json
 import shutil
-from dataclasses import asdict, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tables import expected
+from test_frozen import SENTENCES, frames, houses  # noqa: F401
 
-import data
-import motus
 import sample
-from backbones import frozen, published
+from backbones import published
 from backbones.frozen import Backbones
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
-from backbones.umt5 import UMT5Config, UMT5Encoder
+from backbones.umt5 import UMT5Config
 from backbones.wan import WanConfig, WanModel
 from backbones.wan_vae import WanVAE, WanVAEConfig
+from formats.statistics import Statistics
 from motus import Inputs, Motus, MotusConfig, preset
-from scripts.pretrain import word_tokenizer
-from weights import files, layouts
+from weights import convert, files, hub, layouts
 from weights.card import Card
-from weights.load import save_part
 
 TINY = MotusConfig(
     video=WanConfig(
@@ -53,7 +56,7 @@ def checkpoint(folder: Path, stage: str) -> tuple[Motus, Path]:
     """A checkpoint of ours with random weights."""
     model = model_of(FORMS[stage])
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(Card(FORMS[stage], stage).as_json())
+    (folder / "config.json").write_text(Card(FORMS[stage].as_json(), stage).as_json())
     files.save_safetensors(folder / "ema.safetensors", model.state_dict())
     return model, folder
 
@@ -61,7 +64,10 @@ def checkpoint(folder: Path, stage: str) -> tuple[Motus, Path]:
 @torch.no_grad()
 def velocities(model: Motus) -> list[torch.Tensor]:
     config, g = model.config, torch.Generator().manual_seed(1)
-    normal = lambda *shape: torch.randn(*shape, generator=g)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
     inputs = Inputs(
         normal(2, config.video.latent, config.latent_frames, 4, 4),
         normal(2, 4, config.video.text_dim),
@@ -72,7 +78,11 @@ def velocities(model: Motus) -> list[torch.Tensor]:
         normal(2, config.chunk, config.action_dim),
     )
     times = torch.tensor([0.6, 0.2]), torch.tensor([0.5, 0.9])
-    return list(model.velocity(inputs.latents, inputs.actions, *times, model.conditions(inputs)))
+    return list(model(inputs.latents, inputs.actions, *times, model.conditioning(inputs)))
+
+
+def evidence(shapes: dict, stated: dict | None = None) -> published.Evidence:
+    return published.Evidence(Path("x"), shapes, stated or {})
 
 
 def same(a: Motus, b: Motus) -> bool:
@@ -97,8 +107,8 @@ def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
     """Our checkpoint, its official export, that converted to one file, and that file in a folder
     are one model of one stage."""
     model, own = checkpoint(tmp_path / "run" / "step_000001", stage)
-    layouts.export(own / "ema.safetensors", tmp_path / "official", dtype=torch.float32)
-    layouts.convert(tmp_path / "official", tmp_path / "converted" / "motus.safetensors")
+    convert.export(own / "ema.safetensors", tmp_path / "official", dtype=torch.float32)
+    convert.convert(tmp_path / "official", tmp_path / "converted" / "motus.safetensors")
     deep = tmp_path / "deep"
     shutil.copytree(tmp_path / "official", deep / "pytorch_model")
     (deep / "pytorch_model" / "config.json").rename(deep / "config.json")
@@ -118,7 +128,7 @@ def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
 def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
     """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; `dtype`
     decides otherwise."""
-    layouts.export(
+    convert.export(
         checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors", tmp_path / "official"
     )
     assert {p.dtype for p in Motus.from_pretrained(tmp_path / "official")[0].parameters()} == {
@@ -172,25 +182,22 @@ def test_files_of_the_official_code_load_with_the_config_that_its_trainer_writes
     video = WanConfig(
         width=size["video_width"], ffn=size["video_ffn"], layers=2, heads=2, latent=4, text_dim=20
     )
-    assert card == Card(
-        MotusConfig(
-            video=video,
-            frames=8,
-            ratio=size["ratio"],
-            action_width=32,
-            und_width=16,
-            vlm_dim=24,
-            finetune=stage == "3",
-        ),
-        stage,
-        "full",
-        card.statistics,
+    wanted = MotusConfig(
+        video=video,
+        frames=8,
+        ratio=size["ratio"],
+        action_width=32,
+        und_width=16,
+        vlm_dim=24,
+        finetune=stage == "3",
     )
+    assert model.config == wanted
+    assert (card.stage, card.preset) == (stage, "full")
     assert (card.statistics is not None) == (stage == "3")  # RoboTwin's rates: raw numbers
     with files.open_source(tmp_path) as source:
         assert torch.equal(model.und.blocks[1].qkv, source.read("und_expert.blocks.1.wan_und_qkv"))
     if stage == "3":
-        statistics = data.Statistics.from_json(card.statistics)
+        statistics = Statistics.from_json(card.statistics)
         assert statistics.embodiment == "robotwin" and torch.equal(
             statistics.actions.apply(torch.ones(2, 14)), torch.ones(2, 14)
         )
@@ -204,7 +211,7 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight)
     tensors = model.state_dict()
-    theirs = {layouts.wan_from_diffusers(name): name for name in layouts.expected("wan-diffusers")}
+    theirs = {layouts.wan_from_diffusers(name): name for name in expected("wan-diffusers")}
     stated = {
         "_class_name": "WanModel",
         "dim": config.width,
@@ -252,7 +259,7 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
                 path / shard, {names[n]: t for n, t in tensors.items() if index[names[n]] == shard}
             )
         (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    layouts.convert(paths["diffusers"], folder / "converted.safetensors")
+    convert.convert(paths["diffusers"], folder / "converted.safetensors")
     return model, paths | {"converted": folder / "converted.safetensors"}
 
 
@@ -274,7 +281,7 @@ def test_a_video_expert_loads_from_every_layout_and_the_rest_starts_fresh_and_sa
         model, card = Motus.from_pretrained(path)
         with torch.no_grad():
             assert torch.equal(model.video(*args), wan(*args))
-        assert card.stage == "1" and card.motus.video == config and not card.motus.finetune
+        assert card.stage == "1" and model.config.video == config and not model.config.finetune
         assert "start fresh" in (said := capsys.readouterr().err) and "action.*, und.*" in said
         assert (
             not any(p.is_meta for p in model.parameters())
@@ -351,7 +358,7 @@ WRONG = {
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("official")
-    layouts.export(
+    convert.export(
         checkpoint(folder / "step_000001", "3")[1] / "ema.safetensors",
         folder / "official",
         dtype=torch.float32,
@@ -382,7 +389,7 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
         with pytest.raises(ValueError, match=message):
             Motus.from_pretrained(copy)
         shutil.rmtree(copy)
-    assert published.wan_config(Path("x"), layouts.expected("wan"), {}) == WanConfig()
+    assert published.wan_config(evidence(expected("wan"))) == WanConfig()
     with pytest.raises(ValueError, match="holds umt5 weights"):
         Motus.from_pretrained(GOLDEN / "umt5.pth")
 
@@ -390,22 +397,26 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
 def test_our_own_card_is_checked_by_itself(tmp_path):
     """Bad json, missing keys, unknown keys and values of the wrong kind: a ValueError that names
     the file."""
-    good = json.loads(Card(TINY, "3").as_json())
-    changed = [
-        json.dumps(good | {"motus": good["motus"] | change})
-        for change in ({"frames": "four"}, {"frame": 4}, {"video": 7})
-    ]
+    good = json.loads(Card(TINY.as_json(), "3").as_json())
+    path = tmp_path / "config.json"
     for change in (
         "{",
         "[1]",
         "{}",
         json.dumps({"motus": 3, "stage": "3"}),
         json.dumps({"motus": good["motus"]}),
-        *changed,
+        json.dumps(good | {"stage": "4"}),
+        json.dumps(good | {"stages": "3"}),
+        json.dumps(good | {"motus": good["motus"] | {"frames": "four"}}),
+        json.dumps(good | {"motus": good["motus"] | {"video": 7}}),
     ):
-        (tmp_path / "config.json").write_text(change)
+        path.write_text(change)
         with pytest.raises(ValueError, match="config.json"):
-            Card.read(tmp_path / "config.json")
+            Card.read(path)
+    files.save_safetensors(tmp_path / "ema.safetensors", {"a": torch.ones(1)})
+    path.write_text(json.dumps(good | {"motus": good["motus"] | {"frame": 4}}))
+    with pytest.raises(ValueError, match="unknown key 'frame'"):
+        Motus.from_pretrained(tmp_path)
 
 
 def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
@@ -413,19 +424,13 @@ def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
     not fetched again."""
     calls = []
     monkeypatch.chdir(tmp_path)
-    hub = type(
-        "hub",
-        (),
-        {
-            "snapshot_download": staticmethod(
-                lambda *args, local_dir, **_: (
-                    calls.append(args),
-                    shutil.copytree(official, local_dir, dirs_exist_ok=True),
-                )
-            )
-        },
-    )
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", hub)
+
+    def snapshot_download(*args, local_dir: Path, **_) -> None:
+        calls.append(args)
+        shutil.copytree(official, local_dir, dirs_exist_ok=True)
+
+    fake = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     for name in ("motus-stage3", "motus-robotics/Motus_robotwin2", "motus-stage3"):
         assert Motus.from_pretrained(name)[1].stage == "3"
     assert calls == [("motus-robotics/Motus_robotwin2",)] and hub.fetched("elsewhere") == Path(
@@ -437,134 +442,6 @@ def test_a_hub_name_is_downloaded_once(official, tmp_path, monkeypatch):
 
 # -- the frozen backbones -------------------------------------------------------------------------
 
-SENTENCES = ["put the red disc at the top", "push the blue disc to the left"]
-VAE = WanVAEConfig(
-    dim=8,
-    dec_dim=8,
-    z_dim=4,
-    dim_mult=(1, 2, 2),
-    num_res_blocks=1,
-    temporal_downsample=(True, True),
-    mean=(0.1, -0.2, 0.3, 0.0),
-    std=(0.5, 1.0, 2.0, 0.25),
-)
-
-
-def vlm_size(tokenizer: Path) -> Qwen3VLConfig:
-    tokens = motus.read_tokenizer(tokenizer)
-    return Qwen3VLConfig(
-        vocab=tokens.get_vocab_size(),
-        width=8,
-        ffn=24,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        head_dim=12,
-        rope_theta=1e4,
-        mrope=(2, 2, 2),
-        image_token=tokens.token_to_id("<|image_pad|>"),
-        vision_width=16,
-        vision_ffn=24,
-        vision_layers=2,
-        vision_heads=2,
-        taps=(0,),
-        side=6,
-        patch=8,
-        merge=2,
-        min_pixels=256,
-        max_pixels=2304,
-    )
-
-
-@pytest.fixture(scope="module")
-def houses(tmp_path_factory) -> tuple[Path, Path]:
-    """The same random backbones in a folder of ours and in the published layout."""
-    ours, theirs = (tmp_path_factory.mktemp(name) for name in ("ours", "theirs"))
-    torch.manual_seed(0)
-    word_tokenizer(ours / "text.json", ["</s>"], SENTENCES)
-    specials = [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|image_pad|>",
-        "<|vision_end|>",
-        "user",
-        "assistant",
-    ]
-    word_tokenizer(ours / "vlm.json", specials, SENTENCES)
-    size = vlm_size(ours / "vlm.json")
-    text = UMT5Config(
-        vocab=motus.read_tokenizer(ours / "text.json").get_vocab_size(),
-        dim=12,
-        dim_attn=8,
-        dim_ffn=16,
-        heads=2,
-        layers=2,
-    )
-    vae, text, vlm = WanVAE(VAE), UMT5Encoder(text), Qwen3VL(size)
-    for name, part in (("vae", vae), ("text", text), ("vlm", vlm)):
-        save_part(ours / f"{name}.safetensors", part)
-    (theirs / "wan" / "google" / "umt5-xxl").mkdir(parents=True)
-    torch.save(vae.state_dict(), theirs / "wan" / "Wan2.2_VAE.pth")
-    torch.save(text.state_dict(), theirs / "wan" / "models_t5_umt5-xxl-enc-bf16.pth")
-    (theirs / "wan" / "config.json").write_text(
-        json.dumps({"latents_mean": VAE.mean, "latents_std": VAE.std})
-    )
-    shutil.copy(ours / "text.json", theirs / "wan" / "google" / "umt5-xxl" / "tokenizer.json")
-    (qwen := theirs / "qwen3vl").mkdir()
-    files.save_safetensors(
-        qwen / "model.safetensors",
-        {f"model.{name}": tensor for name, tensor in vlm.state_dict().items()},
-    )
-    shutil.copy(ours / "vlm.json", qwen / "tokenizer.json")
-    (qwen / "config.json").write_text(
-        json.dumps(
-            {
-                "text_config": {
-                    "hidden_size": 8,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 4,
-                    "rope_theta": 1e4,
-                    "rms_norm_eps": 1e-6,
-                    "rope_scaling": {
-                        "mrope_section": [2, 2, 2],
-                        "mrope_interleaved": True,
-                        "rope_type": "default",
-                    },
-                },
-                "vision_config": {
-                    "depth": 2,
-                    "num_heads": 2,
-                    "deepstack_visual_indexes": [0],
-                    "patch_size": 8,
-                },
-                "image_token_id": size.image_token,
-            }
-        )
-    )
-    (qwen / "preprocessor_config.json").write_text(
-        json.dumps({"size": {"shortest_edge": 256, "longest_edge": 2304}, "patch_size": 8})
-    )
-    return ours, theirs
-
-
-def frames() -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 5, 32, 32, 3), np.uint8))
-
-
-def test_published_backbones_compute_what_ours_do(houses):
-    """VAE, UMT5 and Qwen3-VL in the published layout: the same inputs, bit for bit; the decoder is
-    bf16, and pictures differ by that."""
-    ours, theirs = (Backbones.load(folder, 16) for folder in houses)
-    a, b = (backbones.inputs(frames(), SENTENCES) for backbones in (ours, theirs))
-    for name in ("latents", "context", "context_len", "und", "und_mask"):
-        assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert (
-        theirs.vae.conv1.weight.dtype == torch.float32
-        and theirs.vae.decoder.conv1.weight.dtype == torch.bfloat16
-    )
-    assert sample.psnr(theirs.decode_video(a.latents), ours.decode_video(a.latents)) > 45
-
 
 def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
     """Then the Qwen3-VL folder needs configs and a tokenizer only; a policy of a folder without a
@@ -575,10 +452,10 @@ def test_the_vlm_inside_an_official_motus_file_is_taken(houses, tmp_path):
         f"vlm.{name}": tensor for name, tensor in vlm.state_dict().items()
     }
     files.save_safetensors(
-        tmp_path / "all.safetensors", tensors, {"config": json.dumps(asdict(TINY))}
+        tmp_path / "all.safetensors", tensors, {"config": json.dumps(TINY.as_json())}
     )
-    layouts.export(tmp_path / "all.safetensors", tmp_path / "official", dtype=torch.float32)
-    layouts.export(tmp_path / "all.safetensors", tmp_path / "half")
+    convert.export(tmp_path / "all.safetensors", tmp_path / "official", dtype=torch.float32)
+    convert.export(tmp_path / "all.safetensors", tmp_path / "half")
     assert same(Motus.from_pretrained(tmp_path / "official")[0], model)
     shutil.copytree(
         houses[1] / "qwen3vl", tmp_path / "qwen3vl", ignore=shutil.ignore_patterns("*.safetensors")
@@ -617,24 +494,18 @@ def test_a_backbone_that_says_too_little_is_refused(houses, tmp_path):
 def test_the_published_configs_are_the_defaults_of_ours():
     """From the tables of the published files alone, without any config.json, come the sizes that
     this repository has as defaults."""
-    assert published.text_config(Path("x"), layouts.expected("umt5")) == UMT5Config()
-    assert published.vae_config(Path("x"), layouts.expected("wan-vae"), {}) == WanVAEConfig()
-    assert (
-        published.vlm_config(
-            Path("x"), {layouts.qwen_own(k): v for k, v in layouts.expected("qwen3vl").items()}, {}
-        )
-        == Qwen3VLConfig()
-    )
+    assert published.text_config(evidence(expected("umt5"))) == UMT5Config()
+    assert published.vae_config(evidence(expected("wan-vae"))) == WanVAEConfig()
+    names = {layouts.qwen_own(name): shape for name, shape in expected("qwen3vl").items()}
+    assert published.vlm_config(evidence(names)) == Qwen3VLConfig()
     stated = {
         "common.num_video_frames": 8,
         "common.video_action_freq_ratio": 2,
         "action_expert.norm_eps": 1e-5,
         "und_expert.norm_eps": 1e-5,
     }
-    shapes = {
-        layouts.own_name(name): shape for name, shape in layouts.expected("motus-stage3").items()
-    }
-    assert MotusConfig(**published.motus_fields(Path("x"), shapes, stated, (22,))) == preset("full")
+    names = {layouts.own_name(name): shape for name, shape in expected("motus-stage3").items()}
+    assert MotusConfig.of(published.motus_fields(evidence(names, stated), 22)) == preset("full")
 
 
 def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
@@ -647,7 +518,10 @@ def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
             Qwen3VL(Qwen3VLConfig()).bfloat16(),
             WanVAE(WanVAEConfig()),
         )
-    size = lambda part: sum(tensor.nbytes for tensor in part.state_dict().values())
+
+    def size(part: torch.nn.Module) -> int:
+        return sum(tensor.nbytes for tensor in part.state_dict().values())
+
     experts = size(model) + size(vlm)
     assert round((experts + size(vae)) / 1e9, 2) == 18.86
     vae.decoder.bfloat16(), vae.conv2.bfloat16()
@@ -655,56 +529,15 @@ def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():
     assert round((experts + size(vae.encoder) + size(vae.conv1)) / 1e9, 1) == 16.6
 
 
-# -- prepared text --------------------------------------------------------------------------------
-
-
-def test_prepared_text_stands_in_for_the_text_encoder(houses, tmp_path, monkeypatch, capsys):
-    """`sample.py --encode-text` writes states; backbones without a text encoder read them, and name
-    an instruction they lack."""
-    monkeypatch.setitem(frozen.BACKBONES, "full", houses[1])
-    monkeypatch.setitem(motus.PRESETS, "full", TINY)
-    file, config = tmp_path / "states.safetensors", preset("full")
-    for sentence in SENTENCES:
-        sample.main(["--encode-text", sentence, "--text", str(file)])
-    assert "2 instructions" in capsys.readouterr().out
-    whole, light = frozen.backbones_of("full", config), frozen.backbones_of("full", config, file)
-    assert light.text is None and light.fingerprint() == whole.fingerprint()
-    a, b = (x.inputs(frames(), SENTENCES) for x in (whole, light))
-    assert all(
-        torch.equal(getattr(a, name), getattr(b, name))
-        for name in vars(a)
-        if getattr(a, name) is not None
-    )
-    with pytest.raises(
-        ValueError, match="'fly' is among no prepared text states(.|\n)*--encode-text"
-    ):
-        light.inputs(frames(), ["fly", "fly"])
-    with pytest.raises(ValueError, match="--text; name one"):
-        sample.main(["--encode-text", "fly"])
-
-
-def test_text_states_of_another_encoder_are_refused(houses, tmp_path):
-    """The digest of encoder and tokenizer decides; so does the width."""
-    backbones = Backbones.load(houses[0], 16, ("text",))
-    backbones.encode_text(SENTENCES)
-    backbones.save_text(tmp_path / "a.safetensors")
-    other = Backbones.load(houses[0], 16, ("text",))
-    other.load_text(tmp_path / "a.safetensors", 12)
-    other.text.norm.weight.data += 1
-    other.digests.clear()
-    with pytest.raises(ValueError, match="made by text encoder"):
-        other.load_text(tmp_path / "a.safetensors", 12)
-    for path, width in ((tmp_path / "a.safetensors", 48), (houses[0] / "text.safetensors", 12)):
-        with pytest.raises(ValueError, match=f"no text states of width {width}"):
-            other.load_text(path, width)
+# -- acting ---------------------------------------------------------------------------------------
 
 
 def test_an_official_model_acts_without_a_text_encoder(houses, tmp_path, monkeypatch):
     """Official folder, published backbones, prepared text: images, states and words in, actions in
     robot units out."""
-    monkeypatch.setitem(frozen.BACKBONES, "full", houses[1])
+    monkeypatch.setenv("MOTUS_BACKBONES", str(houses[1]))
     _, own = checkpoint(tmp_path / "step_000001", "3")
-    layouts.export(own / "ema.safetensors", tmp_path / "official")
+    convert.export(own / "ema.safetensors", tmp_path / "official")
     edit(tmp_path / "official", lambda c: c["common"].update(global_downsample_rate=3))
     encoder = Backbones.load(houses[1], 10, ("text",))
     encoder.encode_text(SENTENCES)
@@ -717,82 +550,3 @@ def test_an_official_model_acts_without_a_text_encoder(houses, tmp_path, monkeyp
         actions.shape == (2, 8, 3) and np.isfinite(actions).all() and policy.backbones.text is None
     )
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
-
-
-# -- caches ---------------------------------------------------------------------------------------
-
-WINDOWS = replace(TINY, frames=4, ratio=3, state_dim=3, video=replace(TINY.video, text_len=16))
-
-
-@pytest.fixture(scope="module")
-def pool(houses) -> tuple[data.Pool, Backbones, data.Statistics]:
-    episodes, backbones = data.toy_episodes((6,), 2, seed=0), Backbones.load(houses[0], 16)
-    episodes = [replace(e, instruction=SENTENCES[i % 2]) for i, e in enumerate(episodes)]
-    stats = data.statistics(episodes)
-    return (
-        data.Pool.encode(episodes, backbones, WINDOWS, 6, 0, stats, progress=False),
-        backbones,
-        stats,
-    )
-
-
-def test_a_cache_gives_the_batches_that_it_was_made_of(pool, tmp_path):
-    """Every tensor, the levels, the statistics and what was said about the windows."""
-    pool, backbones, stats = pool
-    pool.save(tmp_path / "pool.safetensors", backbones.fingerprint(), WINDOWS, stats, levels=[6])
-    back = data.Pool.load(tmp_path / "pool.safetensors", backbones, WINDOWS)
-    assert back.statistics == stats and back.about == {"levels": [6]} and len(back) == len(pool)
-    for name, value in vars(pool.batch(4, 0, 1)).items():
-        assert value is getattr(back.batch(4, 0, 1), name) is None or torch.equal(
-            value, getattr(back.batch(4, 0, 1), name)
-        ), name
-
-
-def test_a_stale_or_foreign_cache_is_refused_by_name(pool, houses, tmp_path):
-    """Another VAE, other text states, another chunk, a latent-action encoder that is not there; a
-    file that is no cache."""
-    pool, backbones, _ = pool
-    path, prints = tmp_path / "pool.safetensors", backbones.fingerprint()
-    pool.save(path, prints | {"latent": "0123"}, WINDOWS)
-    data.Pool.load(path, prints | {"latent": "0123"}, WINDOWS)
-    with pytest.raises(ValueError, match="is stale: latent was 0123, is None"):
-        data.Pool.load(path, prints, WINDOWS)
-    changed = Backbones.load(houses[0], 16)
-    changed.vae.conv1.bias.data[0] += 1e-3
-    pool.save(path, prints, WINDOWS)
-    with pytest.raises(ValueError, match=f"is stale: vae was {prints['vae']}, is (?!.*text was)"):
-        data.Pool.load(path, changed, WINDOWS)
-    with pytest.raises(
-        ValueError,
-        match="cut for another model: frames is 4, this model has 8; ratio is 3, this model has 2",
-    ):
-        data.Pool.load(path, backbones, replace(WINDOWS, frames=8, ratio=2))
-    with pytest.raises(ValueError, match="is no cache of windows"):
-        data.Pool.load(houses[0] / "vae.safetensors", backbones, WINDOWS)
-
-
-def test_the_cache_command_writes_what_training_reads(houses, tmp_path, monkeypatch, capsys):
-    """Level 6 with actions and state; levels before it without, and without understanding, so the
-    VLM does not matter."""
-    monkeypatch.setitem(frozen.BACKBONES, "toy", houses[0])
-    real = data.toy_episodes
-    monkeypatch.setattr(
-        data,
-        "toy_episodes",
-        lambda *args: [replace(e, instruction=SENTENCES[0]) for e in real(*args)],
-    )
-    for levels, acting in (("6", True), ("2,3", False)):
-        file = tmp_path / f"{levels}.safetensors"
-        data.main(
-            ["cache", "--levels", levels, "--episodes", "1", "--windows", "3", "--out", str(file)]
-        )
-        assert "3 windows" in capsys.readouterr().out
-        config = preset("toy") if acting else preset("toy", finetune=False, ratio=1, action_dim=14)
-        pool = data.Pool.load(file, frozen.backbones_of("toy", config), config)
-        assert (
-            (pool.inputs.actions is not None)
-            == (pool.inputs.und is not None)
-            == (pool.statistics is not None)
-            == acting
-        )
-        assert pool.about["levels"] == [int(level) for level in levels.split(",")]

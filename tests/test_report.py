@@ -10,7 +10,7 @@ from scripts import report
 @pytest.fixture
 def run(tmp_path):
     """A run's folder with one figure of each kind."""
-    for stage in report.STAGES:
+    for stage in report.FOLDERS:
         (tmp_path / stage).mkdir()
         names = ("reconstruction", "alignment") if stage == "latent" else ("video", "action")
         (tmp_path / stage / "log.csv").write_text(
@@ -31,8 +31,7 @@ def run(tmp_path):
     (tmp_path / "evaluation").mkdir()
     row = {
         "policy": "joint",
-        "split": "eval",
-        "look": "clean",
+        "settings": {"split": "eval"},
         "all": {"rate": 0.85, "interval": [0.77, 0.9], "episodes": 100},
     }
     (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps({"rows": [row]}))
@@ -40,9 +39,9 @@ def run(tmp_path):
 
 
 def test_the_table_holds_what_was_measured(run):
-    """Success with its interval, IDM against the mean, the world model against copying, the probe."""
+    """Success with its interval, IDM against the mean, world model against copying, the probe."""
     lines = dict(report.targets(run))
-    assert lines["closed-loop success, joint, eval, clean"] == "85.0 % [77, 90] of 100"
+    assert lines["closed-loop success, joint, split=eval"] == "85.0 % [77, 90] of 100"
     assert lines["IDM action MSE / predict-the-mean"] == "0.200 / 1.000 = 0.20"
     assert "+3.50 dB" in lines["world-model PSNR on the moving region, above copy-last-frame"]
     assert lines["latent actions, target robot: probe R2 of x, y, opening"] == "0.90, 0.80, 0.10"

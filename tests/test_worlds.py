@@ -1,10 +1,6 @@
-"""Simulators: worlds that depend on seed and actions alone, fleets that equal single worlds,
-experts whose own actions are stored."""
+"""Simulators: worlds that depend on seed and actions alone, and experts that solve them."""
 
 import importlib.util
-import os
-import sys
-from dataclasses import replace
 
 import fake_world
 import numpy as np
@@ -16,18 +12,12 @@ from worlds import (
     World,
     aloha,
     episode_seeds,
-    fleet,
     libero,
     metaworld,
-    robotwin,
     simulator,
     toy,
 )
-from worlds.fleet import Fleet, Order, attempt, attempts
-
-
-def front(images: dict) -> np.ndarray:
-    return images["front"]
+from worlds.fleet import Order, attempt
 
 
 def play(world: World, seed: int, actions: np.ndarray) -> tuple:
@@ -74,7 +64,7 @@ def conforms(world: World, other: World, actions: np.ndarray) -> None:
     )
     assert world.success is False or not world.success
     for wrong in (np.zeros(world.action_dim + 1), np.full(world.action_dim, np.nan)):
-        with pytest.raises(ValueError, match=f"takes {world.action_dim} finite numbers"):
+        with pytest.raises(ValueError, match=f"expected {world.action_dim} finite numbers"):
             world.step(wrong)
 
 
@@ -98,9 +88,40 @@ def test_the_toy_keeps_the_promises_of_a_world(task):
     instruction is of the task."""
     actions = np.random.default_rng(0).uniform(-1, 1, (4, 3))
     conforms(toy.make(task), toy.make(task), actions)
-    assert solved(world := toy.make(task), range(4)) >= 3 and world.instruction.startswith(
-        {"place": "put", "push": "push"}[task]
-    )
+    world = toy.make(task)
+    assert solved(world, range(4)) >= 3
+    assert world.instruction.startswith({"place": "put", "push": "push"}[task])
+    labels = world.labels()
+    assert list(labels)[:2] == ["object x", "object y"] and labels["push"] == (task == "push")
+    assert labels["hand x"] == pytest.approx((world.state()[0] + 1) / 2)
+
+
+def test_many_tabletops_are_as_many_single_ones():
+    """The same seeds are the same worlds, one by one and all at once; each seed draws its task, of
+    those that are asked for; the expert answers for what is not solved."""
+    seeds = [4, 5, 6]
+    many = toy.many(["push"], 8)
+    many.reset(seeds)
+    assert many.size == 8 and many.n == 3 and many.group == ["push"] * 3
+    alone = [toy.make("push", split="eval") for _ in seeds]
+    seen = [world.reset(seed) for world, seed in zip(alone, seeds)]
+    for _ in range(40):
+        assert np.array_equal(many.observe()["image"], [one["images"]["top"] for one in seen])
+        live = ~many.success
+        actions = np.zeros((3, many.action_dim))
+        actions[live] = many.expert()
+        expected = np.stack([world.expert() for world in alone])
+        assert np.array_equal(actions[live], expected[live])
+        actions[~live] = expected[~live]
+        many.advance(actions)
+        for world, action in zip(alone, actions):
+            world.step(action)
+        seen = [world.observe() for world in alone]
+        assert many.success.tolist() == [world.success for world in alone]
+    assert many.success.any()
+    both = toy.many(["place", "push"], 20)
+    both.reset(range(20))
+    assert set(both.group) == {"place", "push"}
 
 
 def test_a_file_of_thirty_lines_is_a_simulator():
@@ -111,16 +132,16 @@ def test_a_file_of_thirty_lines_is_a_simulator():
 
 
 def test_what_is_no_simulator_is_refused():
-    """An unknown module, one without tasks, a world that lacks a method, a world without an expert."""
+    """An unknown module, one without tasks, a world without a method or without an expert."""
     with pytest.raises(ValueError, match="'nowhere' is not found"):
         simulator("nowhere")
-    with pytest.raises(ValueError, match="json is no simulator; it needs TASKS and make"):
+    with pytest.raises(ValueError, match="json is no simulator; expected TASKS and make"):
         simulator("json")
     with pytest.raises(TypeError, match="render"):
         type("Half", (World,), {name: lambda self: None for name in ("reset", "step", "state")})()
     with pytest.raises(ValueError, match="no scripted expert"):
         World.expert(toy.make("push"))
-    with pytest.raises(ValueError, match="task is 'fly'; allowed: place, push"):
+    with pytest.raises(ValueError, match="task is 'fly'; expected one of place, push"):
         toy.make("fly")
 
 
@@ -128,91 +149,6 @@ def test_scenes_to_record_are_not_scenes_to_be_tried_on():
     """Of each stream the first k of more seeds are the same k; the streams share none."""
     assert episode_seeds(3, RECORDED, 5) == episode_seeds(3, RECORDED, 500)[:5]
     assert not set(episode_seeds(0, RECORDED, 500)) & set(episode_seeds(0, EVALUATED, 500))
-
-
-# -- processes ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", (1, 2))
-def test_a_fleet_is_as_many_single_worlds(workers):
-    """Three worlds in one process or two see, bit for bit, what three worlds by themselves do; a
-    solved one stays as it is."""
-    alone = [fake_world.make("walk", size=12) for _ in range(3)]
-    seeds = [5, 60, 7]
-    with Fleet("fake_world", "walk", 4, front, {"size": 12}, workers) as ships:
-        ships.reset(seeds)
-        for world, seed in zip(alone, seeds):
-            world.reset(seed)
-        for _ in range(9):
-            seen = ships.observe()
-            live = ~ships.success
-            assert np.array_equal(seen["state"][live], np.stack([w.state() for w in alone])[live])
-            assert np.array_equal(seen["image"], np.stack([w.render()["front"] for w in alone]))
-            assert seen["instruction"] == ["walk to the light"] * 3
-            actions = np.zeros((3, 1))
-            actions[live] = ships.expert()
-            assert np.array_equal(actions[live], np.stack([w.expert() for w in alone])[live])
-            ships.advance(actions)
-            [w.step(a) for w, a, on in zip(alone, actions, live) if on]
-            assert ships.success.tolist() == [w.success for w in alone]
-            if ships.success.all():
-                break
-        assert ships.success.all() and (
-            ships.robot,
-            ships.fps,
-            ships.max_steps,
-            ships.action_dim,
-        ) == ("point", 10, 30, 1)
-        with pytest.raises(ValueError, match="5 seeds for 4 worlds"):
-            ships.reset(range(5))
-
-
-def test_what_fails_in_a_process_is_told():
-    """An error there is a ValueError here that says what it was; so is a process that is gone."""
-    with pytest.raises(ValueError, match="KeyError: 'swim'"):
-        Fleet("fake_world", "swim", 2, front)
-    with Fleet("fake_world", "walk", 1, front) as ships:
-        ships.processes[0].kill()
-        ships.processes[0].join()
-        with pytest.raises(ValueError, match="ended without a word"):
-            ships.reset([1])
-
-
-def test_the_stored_action_is_the_experts_whatever_is_done():
-    """With noise and shoves the executed actions move the point elsewhere; each row holds what the
-    expert would do where it then is."""
-    plain = attempt(order := Order("fake_world", "walk", seed=8, after=2))
-    noisy = attempt(replace(order, noise=0.5, recovery=1.0, disturbed=1.0))
-    assert plain.success and not plain.disturbed and noisy.disturbed
-    assert len(plain.frames["front"]) == len(plain.actions) == len(plain.states)
-    goal = 3 + (8 + len("walk")) % 10
-    for recording in (plain, noisy):
-        assert np.allclose(recording.actions[:, 0], np.clip(goal - recording.states[:, 0], -1, 1))
-    assert np.allclose(np.diff(plain.states[:, 0]), plain.actions[:-1, 0])
-    assert not np.allclose(np.diff(noisy.states[:, 0]), noisy.actions[:-1, 0])
-    assert (
-        np.abs(plain.states[:, 0] - goal) < 0.5
-    ).sum() == 1  # success shows in one row, then `after` is over
-    assert (
-        attempt(replace(order, noise=0.5, disturbed=0.0)).actions.tolist() == plain.actions.tolist()
-    )
-
-
-def test_attempts_come_in_order_and_a_failure_holds_no_pictures():
-    """The stumbling expert stands still in every second scene; what two processes make equals what
-    one makes."""
-    orders = [Order("fake_world", "stumble", seed=seed, noise=0.3) for seed in range(5)]
-    found = list(attempts(orders, 2))
-    assert [r.seed for r in found] == list(range(5)) and [r.success for r in found] == [
-        seed % 2 == 1 for seed in range(5)
-    ]
-    assert found[0].frames == {} and found[0].actions is None
-    assert all(
-        np.array_equal(r.actions, attempt(order).actions)
-        for r, order in zip(found, orders)
-        if r.success
-    )
-    assert fleet.opened.cache_info().currsize == 1
 
 
 # -- the simulators -------------------------------------------------------------------------------
@@ -380,80 +316,3 @@ def test_libero_keeps_the_promises_of_a_world():
     world = libero.make("libero_goal/0", size=64)
     conforms(world, world, np.random.default_rng(0).uniform(-1, 1, (2, 7)))
     assert world.instruction and world.state().shape == (8,)
-
-
-STAND_IN = {
-    "envs/__init__.py": "",
-    "envs/utils/__init__.py": "",
-    "envs/utils/create_actor.py": "class UnStableError(Exception): pass\n",
-    "envs/click_bell.py": """
-import numpy as np
-from envs.utils.create_actor import UnStableError
-class click_bell:
-    def __init__(self): self.log, self.plan_success = [], True
-    def setup_demo(self, now_ep_num, seed, is_test, **settings):
-        assert is_test and settings["eval_mode"] and settings["left_embodiment_config"] == {"arm": "x"} and settings["dual_arm_embodied"]
-        self.log.append(("setup", seed)); self.eval_success, self.count = False, 0
-        if seed % 10 == 0: raise UnStableError
-        self.plan_success, self.place = seed % 10 > 1, seed
-    def play_once(self): return {"info": {"{A}": "bell"}}
-    def check_success(self): return True
-    def close_env(self): self.log.append("close")
-    def set_instruction(self, instruction): self.told = instruction
-    def take_action(self, action, action_type): self.count += 1; self.eval_success = self.count >= 2; assert action_type == "qpos"
-    def get_obs(self):
-        picture = lambda k: {"rgb": np.full((24, 32, 3), (self.place + k) % 251, np.uint8)}
-        return {"observation": {c: picture(k) for k, c in enumerate(("head_camera", "left_camera", "right_camera"))},
-                "joint_action": {"vector": np.full(14, self.count)}}
-""",
-    "description/utils/generate_episode_instructions.py": "def generate_episode_descriptions(task, episodes, most): return [{'seen': [], 'unseen': ['ring the ' + episodes[0]['{A}']]}]\n",
-    "task_config/demo_randomized.yml": "embodiment: [aloha-agilex]\ncamera: {head_camera_type: D435}\n",
-    "task_config/_embodiment_config.yml": "aloha-agilex: {file_path: arms}\n",
-    "arms/config.yml": "arm: x\n",
-    "task_config/_camera_config.yml": "D435: {h: 24, w: 32}\n",
-    "task_config/_eval_step_limit.yml": "click_bell: 40\n",
-}
-
-
-def test_robotwin_is_asked_as_its_own_evaluation_asks(tmp_path, monkeypatch):
-    """Against a stand-in: unstable scenes and those that the planner fails are passed over, each
-    scene is set up for the planner and again for the policy, the instruction is of the unseen kind,
-    success ends at what RoboTwin calls success."""
-    pytest.importorskip("yaml")
-    for name, text in STAND_IN.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    here = os.getcwd()
-    try:
-        world = robotwin.make("click_bell", root=str(tmp_path))
-        look = world.reset(10)
-        assert world.env.log == [
-            ("setup", 10),
-            "close",
-            ("setup", 11),
-            "close",
-            ("setup", 12),
-            "close",
-            ("setup", 12),
-        ]
-        assert world.instruction == world.env.told == "ring the bell" and world.max_steps == 40
-        assert (
-            list(look["images"]) == ["head_camera", "left_camera", "right_camera"]
-            and look["state"].tolist() == [0] * 14
-        )
-        world.step(np.zeros(14))
-        assert not world.success and world.state().tolist() == [1] * 14
-        world.step(np.zeros(14))
-        assert world.success
-        conforms(world, world, np.zeros((1, 14)))
-        with pytest.raises(ValueError, match="has no envs/turn_switch.py; --set root=FOLDER"):
-            robotwin.make("turn_switch", root=str(tmp_path))
-    finally:
-        os.chdir(here)
-        for name in [
-            name
-            for name in sys.modules
-            if name.split(".")[0] in ("envs", "generate_episode_instructions")
-        ]:
-            del sys.modules[name]

@@ -9,7 +9,7 @@ from weights.files import check_keys, read_json
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint knows about itself: `config.json` beside its weights."""
+    """The facts that a checkpoint stores: `config.json` beside its weights."""
 
     motus: dict  # fields of `motus.MotusConfig`, as json has them
     stage: str  # "1", "2" or "3"
@@ -19,11 +19,8 @@ class Card:
     )
     latent_interval: int | None = None  # action steps that one latent action spans, stage 2
     step: int = 0
-    backbones: dict | None = (
-        # digests of the frozen networks it was trained with (`Backbones.fingerprint`); small
-        # presets
-        None
-    )
+    # digests of the frozen networks it was trained with (`Backbones.fingerprint`)
+    backbones: dict | None = None
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -37,21 +34,25 @@ class Card:
             )
         stored = read_json(path)
         check_keys(stored, cls, path)
-        try:
-            return cls(**stored)
-        except TypeError as error:
+        network = stored.get("motus")
+        sizes = dict(network) if isinstance(network, dict) else {}
+        video = sizes.pop("video", None)
+        sound = isinstance(video, dict) and all(isinstance(n, (int, float)) for n in sizes.values())
+        if not sound or stored.get("stage") not in ("1", "2", "3"):
             raise ValueError(
-                f"{path} is no checkpoint's: {error!r}; name a folder that train.py wrote, or"
-                " published weights"
-            ) from error
+                f"{path} is no checkpoint's: motus is {network!r:.100}, stage is"
+                f" {stored.get('stage')!r:.50}, expected sizes of a network and 1, 2 or 3; name a"
+                " folder that train.py wrote, or published weights"
+            )
+        return cls(**stored)
 
 
 def newest_step(path: str | Path) -> Path:
     """A run folder -> its newest complete checkpoint; a checkpoint folder -> itself."""
     path = Path(path)
-    steps = sorted(path.glob("step_" + "[0-9]" * 6))
     if path.name.startswith("step_") or (path / "config.json").is_file():
         return path
+    steps = sorted(path.glob("step_" + "[0-9]" * 6))
     if not steps:
         raise ValueError(
             f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder"

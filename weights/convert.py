@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,16 +30,14 @@ def convert(src: str | Path, dst: str | Path) -> None:
     with open_source(src) as source:
         kind, stage = identify(source.names())
         if kind not in KINDS:
-            raise ValueError(f"{source.path}: layout not known, allowed {', '.join(KINDS)}")
-        if kind.startswith(
-            "dcae"
-        ):  # the one layout in which a tensor of the file may be three of ours
+            raise ValueError(f"{source.path}: the layout is not known, expected {', '.join(KINDS)}")
+        rename = renaming(source.names())
+        if kind.startswith("dcae"):  # where a tensor of the file may be three of ours
             source.tensors = canonical(source.tensors)
-        plan, _ = plan_names(source, str if kind.startswith("dcae") else renaming(source.names()))
-        metadata = source.metadata | {
-            "format": "pt",
-            "kind": re.sub("-(diffusers|transformers|own)$", "", kind),
-        }
+            rename = str
+        plan, _ = plan_names(source, rename)
+        kind = re.sub("-(diffusers|transformers|own)$", "", kind)
+        metadata = source.metadata | {"format": "pt", "kind": kind}
         if stage:
             metadata["stage"] = str(stage)
         if POSITIONS in source.tensors:
@@ -51,9 +50,8 @@ def convert(src: str | Path, dst: str | Path) -> None:
 def position_table(rows: int, width: int) -> Tensor:
     """The action expert's fixed sine and cosine table (1, rows, width), float32, computed in
     float64 as officially."""
-    angle = torch.arange(rows, dtype=torch.float64)[:, None] * 10000.0 ** (
-        -torch.arange(width // 2, dtype=torch.float64) / (width // 2)
-    )
+    power = -torch.arange(0, width, 2, dtype=torch.float64) / width
+    angle = torch.outer(torch.arange(rows, dtype=torch.float64), 10000.0**power)
     return torch.cat([angle.sin(), angle.cos()], 1)[None].float()
 
 
@@ -70,56 +68,44 @@ def export(
     with open_source(src) as source:
         config = config_beside(source)
         own = config.get("motus") or json.loads(source.metadata.get("config", "{}"))
-        chunk = own.get("frames", 0) * own.get("ratio", 0)
-        rows = (
-            rows
-            or int(source.metadata.get("pos_embedding_rows", 0))
-            or chunk + (2 + own["registers"] if own.get("finetune") else 0)
-        )
-        if not identify(source.names())[0].startswith("motus") or not rows:
+        motus = identify(source.names())[0].startswith("motus")
+        rows = rows or int(source.metadata.get("pos_embedding_rows", 0))
+        if motus and own and not rows:
+            rows = own["frames"] * own["ratio"]
+            rows += 2 + own["registers"] if own["finetune"] else 0
+        if not motus or not rows:
             raise ValueError(
-                f"{source.path}: needs Motus weights and the rows of the position table (found"
+                f"{source.path}: expected Motus weights and the rows of the position table (found"
                 f" {rows}); pass --rows CHUNK+6 for fine-tuned weights, --rows CHUNK for"
                 " pre-trained ones"
             )
-        module = {
-            official_name(key): source.read(name).to(dtype)
-            for key, name in plan_names(source, own_name)[0].items()
-        }
+        plan, _ = plan_names(source, own_name)
+        module = {official_name(key): source.read(name).to(dtype) for key, name in plan.items()}
         width = module["action_expert.blocks.0.modulation"].shape[-1]
         module[POSITIONS] = position_table(rows, width).to(dtype)
-        if (
-            embedding := module.get("vlm_model.model.language_model.embed_tokens.weight")
-        ) is not None:
-            module["vlm_model.lm_head.weight"] = embedding
+        embedding = "vlm_model.model.language_model.embed_tokens.weight"
+        if embedding in module:
+            module["vlm_model.lm_head.weight"] = module[embedding]
         for wrapper, part in WRAPPERS:
-            module |= {
-                wrapper + name: tensor for name, tensor in module.items() if name.startswith(part)
-            }
-        replace_file(
-            Path(dst) / "mp_rank_00_model_states.pt",
-            lambda temporary: torch.save({"module": module}, temporary),
-        )
-        if official := official_config(own) if own else config:
-            replace_file(
-                Path(dst) / "config.json",
-                lambda temporary: temporary.write_text(json.dumps(official, indent=2)),
-            )
+            inner = [name for name in module if name.startswith(part)]
+            module |= {wrapper + name: module[name] for name in inner}
+        weights = {"module": module}
+        replace_file(Path(dst) / "mp_rank_00_model_states.pt", partial(torch.save, weights))
+        text = json.dumps(official_config(own) if own else config, indent=2)
+        if own or config:
+            replace_file(Path(dst) / "config.json", lambda path: path.write_text(text))
 
 
 def official_config(own: Mapping) -> dict:
     """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for
     readers of ours, holds what neither the official file nor a shape says of the video expert."""
-    config: dict = (
-        {"wan": {field: own["video"][field] for field in ("eps", "text_len")}}
-        if "video" in own
-        else {}
-    )
-    for field, (dotted,) in MOTUS_FIELDS.items():
-        *sections, key = dotted.split(".")
+    config = {}
+    if "video" in own:
+        config["wan"] = {field: own["video"][field] for field in ("eps", "text_len")}
+    for field in MOTUS_FIELDS.keys() & own.keys():
+        *sections, key = MOTUS_FIELDS[field].split(".")
         place = config
         for section in sections:
             place = place.setdefault(section, {})
-        if field in own:
-            place[key] = own[field]
+        place[key] = own[field]
     return config

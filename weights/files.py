@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import math
-import mmap
 import os
 import pickletools
 import re
@@ -22,16 +21,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weights.layouts import MOTUS_PARTS, identify, renaming
 
-MAX_HEADER = (
-    16 << 20
-)  # bytes of json or pickle; the largest honest one (a whole Motus file) is below 2 MiB
+# Bytes of json or pickle; the largest honest one (a whole Motus file) is below 2 MiB.
+MAX_HEADER = 16 << 20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,13 +44,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CASTABLE = {
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-}  # any of these may be loaded as any other
-
+# Any of these may be loaded as any other.
+CASTABLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 # -- reading --------------------------------------------------------------------------------------
 
@@ -68,13 +62,15 @@ def refuse(path: Path, what: str, problems: list[str]) -> None:
 
 
 def parse_json(path: Path, raw: bytes) -> dict:
-    def unique(pairs):
-        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if twice:
+    """A json object without doubled keys, NaN or infinities."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        counts = Counter(key for key, _ in pairs)
+        if twice := [key for key in counts if counts[key] > 1]:
             raise ValueError(f"key {twice[0][:80]!r} appears twice")
         return dict(pairs)
 
-    def no_constant(word):
+    def no_constant(word: str) -> None:
         raise ValueError(f"{word} is not json")
 
     try:
@@ -82,7 +78,7 @@ def parse_json(path: Path, raw: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid json: {str(error)[:300]}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: json object wanted, found {type(value).__name__}")
+        raise ValueError(f"{path}: is {type(value).__name__}, expected a json object")
     return value
 
 
@@ -90,97 +86,33 @@ def read_json(path: Path) -> dict:
     """A json object. ValueError if it is something else, unsound or suspiciously large."""
     if path.stat().st_size > MAX_HEADER:
         raise ValueError(
-            f"{path}: {path.stat().st_size} bytes, a config or index has at most {MAX_HEADER}"
+            f"{path}: is {path.stat().st_size} bytes long, expected a config or index of at most"
+            f" {MAX_HEADER}"
         )
     return parse_json(path, path.read_bytes())
 
 
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63  # bool is an int to Python, not to us
-
-
-class Entry(NamedTuple):
-    """A tensor of a safetensors file: its bytes, from where data start, and how to read them."""
-
-    begin: int
-    end: int
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def checked_entry(name: str, entry: object) -> Entry:
-    """A line of a safetensors header. ValueError for what is wrong with it."""
-    found = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{name}: dtype {dtype!r}, allowed {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > 16 or not all(map(is_count, shape)):
-        raise ValueError(
-            f"{name}: shape {str(shape)[:80]} is not a list of at most 16 numbers >= 0"
-        )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
-        raise ValueError(f"{name}: data_offsets {str(offsets)[:80]} are not two numbers >= 0")
-    begin, end = offsets
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes {begin} to {end}")
-    return Entry(begin, end, name, DTYPES[dtype], tuple(shape))
-
-
-def read_header(path: Path) -> tuple[list[Entry], dict[str, str], int]:
-    """Checked header of a safetensors file: entries in file order, metadata, where data start."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else -1
-        if not 2 <= length <= min(size - 8, MAX_HEADER):
-            raise ValueError(
-                f"{path}: not a safetensors file: {size} bytes long, header length {length} "
-                f"(allowed 2 to {MAX_HEADER}, and within the file); is the download complete?"
-            )
-        table = parse_json(path, file.read(length))
-    metadata = table.pop("__metadata__", {})
-    texts = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    if not texts:
-        raise ValueError(f"{path}: __metadata__ must map strings to strings")
-    entries, problems = [], []
-    for name, line in table.items():
-        try:
-            entries.append(checked_entry(name, line))
-        except ValueError as error:
-            problems.append(str(error))
-    refuse(path, "bad entries in the safetensors header", problems)
-    entries.sort(key=lambda entry: entry[:3])
-    at = 0
-    for entry in entries:
-        if entry.begin != at:
-            kind = "gap" if entry.begin > at else "overlap"
-            problems.append(
-                f"{entry.name}: starts at byte {entry.begin}, the tensor before it ends at {at}"
-                f" ({kind})"
-            )
-        at = entry.end
-    if at != size - 8 - length:
-        problems.append(
-            f"tensors end at byte {at}, the data at {size - 8 - length}; is the download complete?"
-        )
-    refuse(path, "tensors and data do not match", problems)
-    return entries, metadata, 8 + length
+def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    wrong = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
+    problems = [f"{name}: is {tensors[name].dtype}, expected {', '.join(DTYPES)}" for name in wrong]
+    refuse(path, "kinds of numbers that are not read or written here", problems)
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors mapped from the file by name, and its metadata."""
-    entries, metadata, start = read_header(path)
+    """Tensors mapped from the file by name, in file order, and its metadata. The library checks
+    that the header is sound and that its tensors fill the file without gap or overlap."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file: {str(error)[:300]}; is the download complete?"
+        ) from error
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    tensors = {}
-    for entry in entries:
-        count = math.prod(entry.shape)
-        if count:
-            at = start + entry.begin
-            flat = torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=at)
-            tensors[entry.name] = flat.view(entry.shape)
-        else:
-            tensors[entry.name] = torch.empty(entry.shape, dtype=entry.dtype)
+        length = int.from_bytes(file.read(8), "little")
+        parse_json(path, file.read(length))  # refuses a name that is there twice
+    check_dtypes(path, tensors)
     return tensors, metadata
 
 
@@ -198,21 +130,20 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     shards = sorted(set(listed.values()))
     plain = re.compile(r"[\w\-][\w\-.]*\.safetensors")
     strange = [shard for shard in shards if not plain.fullmatch(shard)]
-    problems = [f"{shard!r} is not a plain .safetensors name" for shard in strange]
-    refuse(path, "shards outside the folder", problems)
+    refuse(path, "shards that are no plain .safetensors names", strange)
     outside = [shard for shard in shards if (folder / shard).resolve().parent not in homes]
-    problems = [f"{shard} leads out of the folder" for shard in outside]
-    refuse(path, "shards outside the folder", problems)
-    refuse(path, "missing shards", [shard for shard in shards if not (folder / shard).is_file()])
-    tensors, metadata = {}, {}
+    refuse(path, "shards that lead out of the folder", outside)
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    refuse(path, "missing shards", missing)
+    problems = []
+    tensors = {}
     for shard in shards:
         found, metadata = open_safetensors(folder / shard)
         wanted = {name for name, home in listed.items() if home == shard}
-        for name in sorted(found.keys() - wanted):
+        for name in sorted(found.keys() ^ wanted):
+            where = "lies" if name in found else "does not lie"
             says = listed.get(name, "nothing")
-            problems.append(f"{name}: lies in {shard}, the index says {says}")
-        for name in sorted(wanted - found.keys()):
-            problems.append(f"{name}: is not in {shard}, where the index puts it")
+            problems.append(f"{name}: {where} in {shard}, the index says {says}")
         tensors |= found
     refuse(path, "index and shards disagree", problems)
     return tensors, metadata
@@ -222,11 +153,9 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # that the file does not hold.
 PICKLE_NAMES = re.compile(
     r"collections (OrderedDict|Counter)|(builtins|__builtin__) set|_codecs encode"
-    r"|torch\._utils _rebuild_(tensor_v2|parameter)|torch"
-    r" (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+    r"|torch (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
 )
-
-
 # Opcodes that build objects without naming them in one piece.
 PICKLE_BUILDERS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ", "NEWOBJ_EX")
 BROKEN_ZIP = (
@@ -241,7 +170,7 @@ BROKEN_ZIP = (
 
 
 def zip_problems(infos: list[zipfile.ZipInfo], size: int) -> list[str]:
-    """What is wrong with the records of a torch zip file of `size` bytes."""
+    """Faults in the records of a torch zip file of `size` bytes."""
     problems = []
     for info in infos:
         packed = info.compress_type or info.file_size != info.compress_size
@@ -289,14 +218,12 @@ def check_torch_zip(path: Path) -> Counter[int]:
 
 
 def read_torch(path: Path) -> tuple[object, Counter]:
-    """What a .pt or .pth file holds, its tensors mapped, and how many records of each size it has.
-    Nothing in it is run."""
+    """The content of a .pt or .pth file, its tensors mapped, and how many records of each size it
+    has. Nothing in it is run."""
     records = check_torch_zip(path)
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True), records
-    except (
-        Exception
-    ) as error:  # torch raises many kinds; all mean that this file is not what it claims to be
+    except Exception as error:  # torch raises many kinds; all mean that the file is not sound
         raise ValueError(f"{path}: torch refuses the file: {str(error)[:300]}") from error
 
 
@@ -308,27 +235,26 @@ def open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         inner = [content[key] for key in ("module", "model", "state_dict") if key in content]
         content = inner[0] if inner else content
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: no dictionary of tensors, found {type(content).__name__}")
-    problems, storages = [], {}
+        raise ValueError(f"{path}: is {type(content).__name__}, expected a dictionary of tensors")
+    problems = []
+    storages = {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            problems.append(
-                f"{str(name)[:80]!r}: is {kind}, every entry must be a tensor with a name"
-            )
-            continue
-        plain = value.layout == torch.strided and value.device.type == "cpu"
-        size = value.untyped_storage().nbytes() if plain else 0
-        if value.dtype not in DTYPE_NAMES or not plain:
-            about = f"{value.dtype} {value.layout} on {value.device}"
-            problems.append(f"{name}: {about} is not a plain tensor")
-        elif value.nbytes > size:
-            problems.append(f"{name}: claims {value.nbytes} bytes, its storage has {size}")
-        elif size:
-            storages[value.untyped_storage().data_ptr()] = size
+            problems.append(f"{str(name)[:80]!r}: is {kind}, expected a tensor with a name")
+        elif value.layout != torch.strided or value.device.type != "cpu":
+            problems.append(f"{name}: {value.layout} on {value.device} is not a plain tensor")
+        else:
+            storage = value.untyped_storage()
+            if value.nbytes > storage.nbytes():
+                claim = f"claims {value.nbytes} bytes, its storage has {storage.nbytes()}"
+                problems.append(f"{name}: {claim}")
+            elif storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
     for size in Counter(storages.values()) - records:
         problems.append(f"a storage claims {size} bytes, no record has that size")
     refuse(path, "not a dictionary of tensors", problems)
+    check_dtypes(path, content)
     return {name: value.detach() for name, value in content.items()}, {}
 
 
@@ -340,9 +266,8 @@ class TensorSource:
     path: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    mapped: frozenset[
-        int
-    ]  # where the storages in the mapped file begin; other tensors are ordinary memory
+    # Where the storages in the mapped file begin; other tensors are ordinary memory.
+    mapped: frozenset[int]
 
     def names(self) -> list[str]:
         """All names, in file order."""
@@ -359,31 +284,25 @@ class TensorSource:
         return self.tensors[name]
 
     def describe(self) -> str:
-        """What the file is: kind, stage, parts with parameter counts, dtypes, names that are
-        dropped."""
+        """Kind, stage, parts with parameter counts, dtypes, how many names are dropped."""
         kind, stage = identify(self.tensors)
         rename = renaming(self.tensors)
-        kept = {
-            rename(name): tensor
-            for name, tensor in self.tensors.items()
-            if rename(name) is not None
-        }
+        kept = {rename(name): tensor for name, tensor in self.tensors.items()}
+        kept.pop(None, None)
         dtypes = Counter(DTYPE_NAMES[tensor.dtype] for tensor in kept.values())
-        lines = [
-            f"{self.path}: {kind}" + (f", Motus stage {stage}" if stage else ""),
-            f"  {len(kept)} tensors, {sum(t.numel() for t in kept.values()):,} parameters, "
-            + ", ".join(f"{name} x {count}" for name, count in dtypes.items()),
-        ]
-        for prefix, part in MOTUS_PARTS.items() if kind.startswith("motus") else ():
+        counts = ", ".join(f"{name} x {count}" for name, count in dtypes.items())
+        total = sum(tensor.numel() for tensor in kept.values())
+        lines = [f"{self.path}: {kind}" + (f", Motus stage {stage}" if stage else "")]
+        lines.append(f"  {len(kept)} tensors, {total:,} parameters, {counts}")
+        for prefix, part in MOTUS_PARTS.items():
             sizes = [tensor.numel() for name, tensor in kept.items() if name.startswith(prefix)]
-            lines.append(f"  {part:22} {len(sizes):5} tensors {sum(sizes):15,} parameters")
+            if sizes:
+                lines.append(f"  {part:22} {len(sizes):5} tensors {sum(sizes):15,} parameters")
         if len(kept) < len(self.tensors):
-            lines.append(
-                f"  {len(self.tensors) - len(kept)} second names and fixed tables are not loaded"
-            )
-        return "\n".join(
-            lines + [f"  {key}: {value[:200]}" for key, value in self.metadata.items()]
-        )
+            dropped = len(self.tensors) - len(kept)
+            lines.append(f"  {dropped} second names and fixed tables are not loaded")
+        lines += [f"  {key}: {value[:200]}" for key, value in self.metadata.items()]
+        return "\n".join(lines)
 
     def __enter__(self) -> TensorSource:
         return self
@@ -402,48 +321,47 @@ WEIGHT_FILES = (
 
 
 def find_weights(folder: Path) -> Path:
-    """The weight file of a folder: the first pattern of WEIGHT_FILES that something fits must fit
-    one file."""
-    found = next((found for pattern in WEIGHT_FILES if (found := sorted(folder.glob(pattern)))), [])
+    """The weight file of a folder: of the first pattern that fits any there must be one."""
+    for pattern in WEIGHT_FILES:
+        found = sorted(folder.glob(pattern))
+        if found:
+            break
     if len(found) != 1:
+        names = ", ".join(file.name for file in found[:10]) or "none fits"
         raise ValueError(
-            f"{folder}: {len(found)} weight files, name one:"
-            f" {', '.join(file.name for file in found[:10]) or 'none fits'} (looked for"
+            f"{folder}: has {len(found)} weight files, expected one: {names} (looked for"
             f" {', '.join(WEIGHT_FILES)})"
         )
     return found[0]
 
 
+READERS = {".safetensors": open_safetensors, ".json": open_index}
+READERS |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), open_torch)
+
+
 def open_source(path: str | Path) -> TensorSource:
-    """Open a weight file (.safetensors, .safetensors.index.json, torch zip file) or folder.
-    ValueError naming the file if not sound."""
-    path = find_weights(Path(path)) if Path(path).is_dir() else Path(path)
+    """Opens a weight file (.safetensors, .safetensors.index.json, torch zip file) or the one of a
+    folder. ValueError naming the file if it is not sound."""
+    path = Path(path)
+    if path.is_dir():
+        path = find_weights(path)
     if not path.is_file():
         raise ValueError(
             f"{path}: no such weight file; `python -m weights download NAME` fetches the published"
             " ones"
         )
-    readers = {".safetensors": open_safetensors, ".json": open_index} | dict.fromkeys(
-        (".pt", ".pth", ".bin", ".ckpt"), open_torch
-    )
-    if path.suffix not in readers:
+    if path.suffix not in READERS:
         raise ValueError(
-            f"{path}: unknown kind of weight file {path.suffix!r}, allowed {', '.join(readers)}"
+            f"{path}: is a {path.suffix or 'nameless'} file, expected {', '.join(READERS)}"
         )
-    tensors, metadata = readers[path.suffix](path)
-    return TensorSource(
-        path,
-        tensors,
-        metadata,
-        frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors.values()),
-    )
+    tensors, metadata = READERS[path.suffix](path)
+    mapped = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return TensorSource(path, tensors, metadata, mapped)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such weight file; name one that exists")
-    return read_header(Path(path))[1]
+    """The metadata of a weight file."""
+    return open_source(path).metadata
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -472,54 +390,43 @@ def safetensors_header(
 ) -> tuple[bytes, dict[str, int], int]:
     """The beginning of a safetensors file with tensors of these dtypes and shapes, the byte of the
     file at which each of them begins, in file order, and the size of the file."""
-    order = sorted(
-        tensors, key=lambda name: (-tensors[name][0].itemsize, name)
-    )  # widest first keeps every tensor aligned
-    header, begins, at = {"__metadata__": dict(metadata)} if metadata else {}, {}, 0
-    for name in order:
+    header = {"__metadata__": dict(metadata)} if metadata else {}
+    begins = {}
+    end = 0
+    # Widest first keeps every tensor aligned.
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
         dtype, shape = tensors[name]
-        begins[name], at = at, at + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begins[name], at],
-        }
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
-    return (
-        struct.pack("<Q", len(raw)) + raw,
-        {name: start + begin for name, begin in begins.items()},
-        start + at,
-    )
+        begins[name] = end
+        end += math.prod(shape) * dtype.itemsize
+        offsets = [begins[name], end]
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = struct.pack("<Q", len(text)) + text
+    begins = {name: len(start) + begin for name, begin in begins.items()}
+    return start, begins, len(start) + end
+
+
+def raw_bytes(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def save_safetensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype the
+    """Writes tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype that the
     format has no name for here."""
-    path = Path(path)
-    refuse(
-        path,
-        "cannot be saved",
-        [
-            f"{name}: {tensor.dtype}, allowed {', '.join(DTYPES)}"
-            for name, tensor in tensors.items()
-            if tensor.dtype not in DTYPE_NAMES
-        ],
-    )
-    header, begins, _ = safetensors_header(
-        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata
-    )
+    check_dtypes(Path(path), tensors)
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    start, begins, _ = safetensors_header(kinds, metadata)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(header)
+            file.write(start)
             for name in begins:
-                file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+                file.write(raw_bytes(tensors[name]))
 
-    replace_file(path, write)
+    replace_file(Path(path), write)
 
 
 def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
@@ -527,9 +434,9 @@ def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
     with `about`."""
     state = hashlib.sha256(json.dumps(about).encode())
     for name in sorted(tensors):
-        value = tensors[name].detach()
+        value = tensors[name]
         state.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        state.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+        state.update(raw_bytes(value))
     return state.hexdigest()[:16]
 
 
@@ -538,12 +445,11 @@ def config_beside(source: TensorSource) -> dict:
     else, for folders of DeepSpeed, above it."""
     if "official_config" in source.metadata:
         return parse_json(source.path, source.metadata["official_config"].encode())
-    for folder in (
-        source.path.parent,
-        *[source.path.parent.parent] * (source.path.parent.name == "pytorch_model"),
-    ):
-        if (path := folder / "config.json").is_file():
-            return read_json(path)
+    folder = source.path.parent
+    folders = [folder, folder.parent] if folder.name == "pytorch_model" else [folder]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return read_json(folder / "config.json")
     return {}
 
 
@@ -557,6 +463,21 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
                 f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}?"
                 f" (allowed: {', '.join(names)})"
             )
+
+
+def same_config(path: str | Path, found: dict, wanted: dict) -> None:
+    """ValueError that lists the fields in which two configurations differ."""
+    wanted = json.loads(json.dumps(wanted))  # json makes lists of tuples
+    different = [
+        f"{key}={found.get(key)} instead of {wanted.get(key)}"
+        for key in wanted | found
+        if found.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{path}: made with {', '.join(different)}; "
+            "use a file of the same configuration, or change the configuration"
+        )
 
 
 def run_command(main: Callable[[], object]) -> None:

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import torch
 
-# -- the hub and the command line -----------------------------------------------------------------
-
-
 # Published folders: repository, revision, files, gigabytes, licence.
 HUB = {
     "wan": (
@@ -30,9 +27,19 @@ HUB = {
     "motus-stage2": ("motus-robotics/Motus", "main", ["*"], 16, "Apache-2.0"),
     "motus-stage3": ("motus-robotics/Motus_robotwin2", "main", ["*"], 16, "Apache-2.0"),
     "dcae": ("mit-han-lab/dc-ae-f128c512-in-1.0", "main", ["*"], 4.5, "Apache-2.0"),
+    # A release on GitHub, not on the hub.
     "dpflow": ("hmorimitsu/ptlflow", "weights1", [], 0.04, "academic and research use only"),
-}  # a release on GitHub, not on the hub
+}
 COMPLETE = ".complete"  # lies in a folder whose download has ended
+
+
+def snapshot(repository: str, revision: str | None, files: list[str], **options: object) -> str:
+    """The folder with files of a repository on the hub, downloaded by huggingface_hub."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ValueError("the hub needs huggingface_hub: pip install 'motus[hub]'") from error
+    return snapshot_download(repository, revision=revision, allow_patterns=files, **options)
 
 
 def fetched(path: str | Path) -> Path:
@@ -48,10 +55,10 @@ def fetched(path: str | Path) -> Path:
 
 
 def download(name: str, folder: str | Path) -> None:
-    """Fetch a published folder; a broken download goes on where it stopped. ValueError if the name
-    or huggingface_hub is missing."""
+    """Fetches a published folder; a broken download goes on where it stopped. ValueError if the
+    name or huggingface_hub is missing."""
     if name not in HUB:
-        raise ValueError(f"download: {name!r} is not known, allowed {', '.join(HUB)}")
+        raise ValueError(f"download: name is {name!r}, expected one of {', '.join(HUB)}")
     repository, revision, files, gigabytes, licence = HUB[name]
     print(
         f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read"
@@ -60,13 +67,7 @@ def download(name: str, folder: str | Path) -> None:
     if name == "dpflow":
         fetch("things", folder)
     else:
-        try:
-            from huggingface_hub import snapshot_download
-        except ImportError as error:
-            raise ValueError(
-                "download needs the package huggingface_hub: pip install 'motus[hub]'"
-            ) from error
-        snapshot_download(repository, revision=revision, allow_patterns=files, local_dir=folder)
+        snapshot(repository, revision, files, local_dir=folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / COMPLETE).write_text(revision)
 
@@ -90,12 +91,10 @@ CHECKPOINTS = {
 
 
 def fetch(name: str, folder: str | Path) -> Path:
-    """Download one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints
+    """Downloads one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints
     the weights' licence on stderr."""
     if name not in CHECKPOINTS:
-        raise ValueError(
-            f"DPFlow weights {name!r} are not known; choose one of {', '.join(CHECKPOINTS)}"
-        )
+        raise ValueError(f"DPFlow weights are {name!r}, expected one of {', '.join(CHECKPOINTS)}")
     print(LICENCE_NOTICE, file=sys.stderr)
     path = Path(folder) / CHECKPOINTS[name]
     if not path.exists():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from functools import partial
 
 from torch import Tensor
 
@@ -94,16 +94,16 @@ UMT5_TRANSFORMERS = {
 }
 # Where the official config.json of Motus has a field of MotusConfig.
 MOTUS_FIELDS = {
-    "frames": ("common.num_video_frames",),
-    "ratio": ("common.video_action_freq_ratio",),
-    "action_dim": ("common.action_dim",),
-    "state_dim": ("common.state_dim",),
-    "action_width": ("action_expert.hidden_size",),
-    "action_eps": ("action_expert.norm_eps",),
-    "expert_ffn": ("action_expert.ffn_dim_multiplier",),
-    "und_width": ("und_expert.hidden_size",),
-    "und_eps": ("und_expert.norm_eps",),
-    "vlm_dim": ("und_expert.vlm.input_dim",),
+    "frames": "common.num_video_frames",
+    "ratio": "common.video_action_freq_ratio",
+    "action_dim": "common.action_dim",
+    "state_dim": "common.state_dim",
+    "action_width": "action_expert.hidden_size",
+    "action_eps": "action_expert.norm_eps",
+    "expert_ffn": "action_expert.ffn_dim_multiplier",
+    "und_width": "und_expert.hidden_size",
+    "und_eps": "und_expert.norm_eps",
+    "vlm_dim": "und_expert.vlm.input_dim",
 }
 
 
@@ -166,16 +166,12 @@ def alias_of(name: str) -> str | None:
     )
 
 
-def motus_canonical(name: str) -> str | None:
-    """The one official name of a tensor in an official Motus file; None for second names and for
-    the fixed position table."""
-    return None if alias_of(name) or name == POSITIONS else name
-
-
 def own_name(name: str) -> str | None:
-    """Name in our modules of a tensor of an official Motus file: video. action. und. vlm.; None as
-    for `motus_canonical`."""
-    return motus_canonical(name) and substitute(name, OWN_NAMES)
+    """Name in our modules of a tensor of an official Motus file: video. action. und. vlm.; None for
+    second names and for the fixed position table."""
+    if alias_of(name) or name == POSITIONS:
+        return None
+    return substitute(name, OWN_NAMES)
 
 
 def official_name(name: str) -> str:
@@ -190,24 +186,21 @@ def qwen_own(name: str) -> str | None:
     return None if alias_of(name) else name.removeprefix("model.")
 
 
-DCAE_ORIGINAL = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\.(main|op_list)\b", ""),  # wrappers of residual sums and of sequences
-        (r"\.conv\.(weight|bias)$", r".\1"),  # every convolution sits in a wrapper
-        (r"^encoder\.stages\.", "encoder.down_blocks."),
-        (r"^decoder\.stages\.", "decoder.up_blocks."),
-        (r"\.project_in\.", ".conv_in."),
-        (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
-        (r"\.project_out\.[02]\.", ".conv_out."),
-        (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
-        (r"\.context_module\.proj\.", ".attn.to_out."),
-        (r"\.context_module\.", ".attn."),
-        (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
-        (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
-        (r"\.conv2\.norm\.", ".norm."),
-    )
-]
+DCAE_ORIGINAL = (
+    (r"\.(main|op_list)\b", ""),  # wrappers of residual sums and of sequences
+    (r"\.conv\.(weight|bias)$", r".\1"),  # every convolution sits in a wrapper
+    (r"^encoder\.stages\.", "encoder.down_blocks."),
+    (r"^decoder\.stages\.", "decoder.up_blocks."),
+    (r"\.project_in\.", ".conv_in."),
+    (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
+    (r"\.project_out\.[02]\.", ".conv_out."),
+    (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
+    (r"\.context_module\.proj\.", ".attn.to_out."),
+    (r"\.context_module\.", ".attn."),
+    (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
+    (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
+    (r"\.conv2\.norm\.", ".norm."),
+)
 
 
 def dcae_own(name: str) -> str:
@@ -218,68 +211,54 @@ def dcae_own(name: str) -> str:
     and to_v below each other.
     """
     if re.search(r"\.(stages|project_in|project_out)\.", name):
-        for pattern, new in DCAE_ORIGINAL:
-            name = pattern.sub(new, name)
+        return substitute(name, DCAE_ORIGINAL)
     return name
 
 
 def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a published file, 434 in the original or 474 in the diffusers format -> the same
-    under our names, in our shapes.
-
-    All are views, so tensors mapped from a file stay unread. What does not belong keeps its name,
-    for the loader to complain about.
-    """
+    """Tensors of a published DC-AE, 434 in the original or 474 in the diffusers format -> the same
+    under our names, in our shapes. All are views, so tensors mapped from a file stay unread. A
+    tensor of another kind keeps its name, for the loader to complain about."""
     ours = {}
     for name, tensor in tensors.items():
         key = dcae_own(name)
+        found = {key: tensor}
         if key.endswith(".attn.qkv.weight") and tensor.ndim == 4:
-            found = {
-                key.replace("qkv", f"to_{part}"): third
-                for part, third in zip("qkv", tensor.chunk(3))
-            }
-        else:
-            matrix = (
-                ".attn.to_" in key and tensor.ndim == 2
-            )  # diffusers stores the weights of attention without the 1 x 1
-            found = {key: tensor[:, :, None, None] if matrix else tensor}
+            thirds = zip("qkv", tensor.chunk(3))
+            found = {key.replace("qkv", f"to_{part}"): third for part, third in thirds}
+        elif ".attn.to_" in key and tensor.ndim == 2:  # diffusers stores them without the 1 x 1
+            found = {key: tensor[:, :, None, None]}
         if twice := ours.keys() & found.keys():
             raise ValueError(
-                f"tensor {name!r}: {min(twice)} has been given before; a file holds one format, not"
-                " both"
+                f"tensor {name!r}: {min(twice)} is there twice; expected one format, not both"
             )
         ours |= found
     return ours
 
 
-DPFLOW_ORIGINAL = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"^(state_dict\.)?(model\.)?", ""),
-        (r"^fnet\.", "encoder."),
-        (r"^update_block\.encoder\.", "update.motion."),
-        (r"^update_block\.", "update."),
-        (r"\.gru_list\.0\.", ".gru."),
-        (r"\.conv_transition\.proj\.", ".transition."),
-        (r"\.downsample\.0\.", ".skip."),
-        (r"\.conv_cross\.merge_fc_g\.", ".merge."),
-        (r"\.fc1_g\.", ".gate_in."),
-        (r"\.fc1_[xy]\.", ".value_in."),
-        (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
-        (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
-        (r"\.fc2\.", ".out."),
-        (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
-        (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
-    )
-]
+DPFLOW_ORIGINAL = (
+    (r"^(state_dict\.)?(model\.)?", ""),
+    (r"^fnet\.", "encoder."),
+    (r"^update_block\.encoder\.", "update.motion."),
+    (r"^update_block\.", "update."),
+    (r"\.gru_list\.0\.", ".gru."),
+    (r"\.conv_transition\.proj\.", ".transition."),
+    (r"\.downsample\.0\.", ".skip."),
+    (r"\.conv_cross\.merge_fc_g\.", ".merge."),
+    (r"\.fc1_g\.", ".gate_in."),
+    (r"\.fc1_[xy]\.", ".value_in."),
+    (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
+    (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
+    (r"\.fc2\.", ".out."),
+    (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
+    (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
+)
 
 
 def dpflow_own(key: str) -> str:
     """Name of a tensor in a published .ckpt -> its name here. One to one: all 498 tensors have a
     place and every place a tensor."""
-    for pattern, new in DPFLOW_ORIGINAL:
-        key = pattern.sub(new, key)
-    return key
+    return substitute(key, DPFLOW_ORIGINAL)
 
 
 # Layouts: a tensor that only this layout has, and the way from its names to ours.
@@ -315,44 +294,10 @@ def identify(names: Iterable[str]) -> tuple[str, int | None]:
 
 def renaming(names: Iterable[str]) -> Callable[[str], str | None]:
     """The way from the names of a file to ours; names that no layout has stay as they are."""
-    kind = identify(names := list(names))[0]
+    names = list(names)
+    kind, _ = identify(names)
     if kind == "wan-vae-diffusers":
-        blocks = len(
-            {
-                name.split(".")[4]
-                for name in names
-                if name.startswith("encoder.down_blocks.0.resnets.")
-            }
-        )
-        return lambda name: vae_from_diffusers(name, blocks)
+        pattern = re.compile(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+        blocks = len({match[1] for match in map(pattern.match, names) if match})
+        return partial(vae_from_diffusers, num_res_blocks=blocks)
     return KINDS[kind][1] if kind in KINDS else str
-
-
-# -- the tables of expected tensors ---------------------------------------------------------------
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Write out braces: `a.{0-2}.{q,k}` is a.0.q, a.0.k, a.1.q, ..."""
-    group = re.search(r"\{([^{}]*)\}", pattern)
-    if not group:
-        return [pattern]
-    first, _, last = group[1].partition("-")
-    options = map(str, range(int(first), int(last) + 1)) if last else group[1].split(",")
-    return [
-        name
-        for option in options
-        for name in expand_braces(pattern[: group.start()] + option + pattern[group.end() :])
-    ]
-
-
-def expected(table: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the published file `table` holds (keys/TABLE.txt, where the source is
-    stated)."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for line in (Path(__file__).parent / "keys" / f"{table}.txt").read_text().splitlines():
-        pattern, *rest = line.split()
-        if pattern.startswith("@"):  # include another table under a prefix
-            shapes |= {"".join(rest) + name: shape for name, shape in expected(pattern[1:]).items()}
-        elif pattern != "#":
-            shapes |= dict.fromkeys(expand_braces(pattern), tuple(map(int, rest)))
-    return shapes

@@ -15,10 +15,10 @@ import json
 import mmap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from weights.files import (
     CASTABLE,
     TensorSource,
     open_source,
-    read_metadata,
+    raw_bytes,
     refuse,
     save_safetensors,
 )
@@ -36,30 +36,25 @@ from weights.layouts import alias_of
 
 
 def advise(tensor: Tensor, advice: str) -> None:
-    """Tell the kernel how the pages under a tensor will be used: WILLNEED, DONTNEED (mapped files
+    """Tells the kernel how the pages under a tensor will be used: WILLNEED, DONTNEED (mapped files
     only: it forgets them), RANDOM (nothing around them is wanted) or HUGEPAGE."""
-    if (
-        not tensor.is_contiguous() and tensor.stride(-1) == 1
-    ):  # a part along an inner axis is many runs
+    if not tensor.is_contiguous() and tensor.stride(-1) == 1:  # a part along an inner axis
         for run in tensor:
             advise(run, advice)
         return
     storage = tensor.untyped_storage()
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     end = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
-    if end > start and hasattr(mmap, f"MADV_{advice}"):
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), getattr(mmap, f"MADV_{advice}")
-        )
+    code = getattr(mmap, f"MADV_{advice}", None)
+    if end > start and code is not None:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), code)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same bytes (NaN equals NaN)."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return a.data_ptr() == b.data_ptr() or torch.equal(
-        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
-    )
+    return a.data_ptr() == b.data_ptr() or np.array_equal(raw_bytes(a), raw_bytes(b))
 
 
 def plan_names(
@@ -67,27 +62,30 @@ def plan_names(
 ) -> tuple[dict[str, str], list[str]]:
     """(our name -> name in the file, names knowingly dropped). Second names must equal the tensor
     they repeat."""
-    plan, dropped, problems = {}, [], []
+    plan = {}
+    dropped = []
+    problems = []
     for name in source.names():
-        key, original = rename(name), alias_of(name)
-        if key is None:
+        key = rename(name)
+        original = alias_of(name)
+        if key in plan:
+            problems.append(f"{name} and {plan[key]} are both {key}")
+        elif key is not None:
+            plan[key] = name
+        else:
             dropped.append(name)
             if original and original not in source.tensors:
                 problems.append(f"{name}: the tensor it repeats, {original}, is not in the file")
             elif original and not same_bytes(source.read(name), source.read(original)):
                 problems.append(f"{name}: differs from {original}, of which it should be a copy")
-        elif key in plan:
-            problems.append(f"{name} and {plan[key]} are both {key}")
-        else:
-            plan[key] = name
     refuse(source.path, "tensors that contradict each other", problems)
     return plan, dropped
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a load did; `fresh` and `dropped` are names, `ignored` names of the file that the caller
-    asked not to load."""
+    """The outcome of a load; `fresh` and `dropped` are names, `ignored` names of the file that the
+    caller asked not to load."""
 
     path: Path
     loaded: int
@@ -139,66 +137,46 @@ def read_shards(source: TensorSource, wanted: Sequence[tuple[str, Tensor]]) -> I
     tensor that is sharded, nothing but the part is fetched; the kernel would read megabytes around
     it."""
 
-    def mapped(tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in source.mapped
+    def advise_mapped(tensor: Tensor | None, advice: str) -> None:
+        if tensor is not None and tensor.untyped_storage().data_ptr() in source.mapped:
+            advise(tensor, advice)
 
     views = []
     for name, tensor in wanted:
         whole = source.read(name)
-        view = shard_of(tensor, whole)
-        if view.numel() < whole.numel() and mapped(view):
-            advise(whole, "RANDOM")
-        views.append(view)
-
-    with ThreadPoolExecutor(1) as ahead:
-
-        def fetch(view: Tensor) -> Future | None:
-            return ahead.submit(advise, view, "WILLNEED") if mapped(view) else None
-
-        coming = fetch(views[0]) if views else None
-        for view, following in zip(views, [*views[1:], None]):
-            if coming is not None:
-                coming.result()
-            coming = None if following is None else fetch(following)
+        views.append(shard_of(tensor, whole))
+        if views[-1].numel() < whole.numel():
+            advise_mapped(whole, "RANDOM")
+    for view, following in zip([None, *views], [*views, None]):
+        advise_mapped(following, "WILLNEED")
+        if view is not None:
             yield view
-            if mapped(view):
-                advise(view, "DONTNEED")
+            advise_mapped(view, "DONTNEED")
 
 
 def misfits(
-    module: nn.Module,
+    wanted: Mapping[str, Tensor],
     source: TensorSource,
     plan: Mapping[str, str],
     fresh: tuple[str, ...],
-) -> list[str]:
-    """Everything that keeps the planned tensors from filling the module: missing, unexpected, of
-    another shape or kind, or never initialised."""
-    wanted = module.state_dict(keep_vars=True)
-    problems = []
+) -> Iterator[str]:
+    """Everything that keeps the planned tensors from filling the wanted ones: missing, unexpected,
+    of another shape or kind, or never initialised."""
     for key, tensor in wanted.items():
         if key not in plan and not key.startswith(fresh):
-            problems.append(f"missing: {key} {tuple(tensor.shape)}")
+            yield f"missing: {key} {tuple(tensor.shape)}"
+        elif key not in plan and tensor.is_meta:
+            yield f"not initialised: {key} starts fresh but is on meta"
     for key, name in plan.items():
-        want, found = wanted.get(key), source.read(name)
+        found = source.read(name)
+        want = wanted.get(key)
         if want is None:
-            problems.append(f"unexpected: {name} {source.shape(name)}")
+            yield f"unexpected: {name} {tuple(found.shape)}"
         elif want.shape != found.shape:
             shapes = f"{tuple(found.shape)} in the file, {tuple(want.shape)} in the module"
-            problems.append(f"shape: {key} is {shapes}")
+            yield f"shape: {key} is {shapes}"
         elif want.dtype != found.dtype and not {want.dtype, found.dtype} <= CASTABLE:
-            problems.append(
-                f"dtype: {key} is {found.dtype} in the file, {want.dtype} in the module"
-            )
-    for key, tensor in wanted.items():
-        if key not in plan and key.startswith(fresh) and tensor.is_meta:
-            problems.append(f"not initialised: {key} starts fresh but is on meta")
-    for key, buffer in module.named_buffers():
-        if buffer.is_meta and key not in wanted:
-            problems.append(
-                f"not initialised: buffer {key} is on meta and in no file; build it on a real"
-                " device"
-            )
-    return problems
+            yield f"dtype: {key} is {found.dtype} in the file, {want.dtype} in the module"
 
 
 @torch.no_grad()
@@ -228,7 +206,11 @@ def load_into(
     wanted = module.state_dict(keep_vars=True)
     plan, dropped = plan_names(source, rename)
     ignored = [plan.pop(key) for key in list(plan) if key.startswith(ignore)]
-    problems = misfits(module, source, plan, fresh)
+    problems = list(misfits(wanted, source, plan, fresh))
+    for key, buffer in module.named_buffers():
+        if buffer.is_meta and key not in wanted:
+            reason = "is on meta and in no file; build it on a real device"
+            problems.append(f"not initialised: buffer {key} {reason}")
     refuse(source.path, f"does not fit {type(module).__name__}", problems)
 
     nbytes = 0
@@ -256,14 +238,15 @@ def load_into(
 def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
     """Builds a network from its own file: config from the metadata, weights with every key
     accounted for."""
-    metadata = read_metadata(path)
-    if "config" not in metadata:
-        raise ValueError(f"{path} has no 'config' in its metadata; expected a file of `save_part`")
-    stored = json.loads(metadata["config"])
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    with torch.device("meta"):
-        network = module(config(**fields))
     with open_source(path) as source:
+        if "config" not in source.metadata:
+            raise ValueError(
+                f"{path} has no 'config' in its metadata; expected a file of `save_part`"
+            )
+        stored = json.loads(source.metadata["config"])
+        sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+        with torch.device("meta"):
+            network = module(config(**sizes))
         load_into(network, source)
     return network
 
@@ -275,7 +258,3 @@ def save_part(path: Path, network: nn.Module, dtype: torch.dtype | None = None) 
         cast = dtype is not None and value.is_floating_point()
         tensors[name] = value.to(dtype) if cast else value
     save_safetensors(path, tensors, {"config": json.dumps(asdict(network.config))})
-
-
-# Old names, until every caller has followed.
-held, part, place, parts = local_shard, shard_of, copy_shard, read_shards

@@ -1,5 +1,5 @@
-"""Worlds to act in, and what evaluate.py asks of a simulator: one scene with one robot behind the
-few methods of `World`.
+"""Worlds to act in, and the few methods that scripts.evaluate asks of one: `World`, one scene with
+one robot.
 
 A simulator is a module with TASKS, the instruction of each task, and `make(task, **settings) ->
 World`. Those of the repository are files of this folder; yours may lie anywhere that Python finds
@@ -18,11 +18,14 @@ it, for example my_robot.py:
         def step(self, action): ...; self.success |= bool(...)
         def state(self): return np.float32([...])
         def render(self): return {"front": picture}
-        def expert(self): return action                                       # only to record demonstrations
+        def expert(self): return action                 # only to record demonstrations
 
     make = Cup
 
-    python evaluate.py --sim my_robot --tasks lift --ckpt runs/lift           # in the folder of my_robot.py: PYTHONPATH=.
+    python -m scripts.evaluate --sim my_robot --ckpt runs/lift     # PYTHONPATH=. in its folder
+
+A simulator that holds many worlds at once may offer `many(tasks, n, **settings)` too, with the
+members of fleet.Fleet (toy.py); each seed then draws one of the tasks.
 
 Shapes: H W pixels, A action dimensions, P state dimensions.
 """
@@ -35,7 +38,9 @@ from types import ModuleType
 
 import numpy as np
 
-RECORDED, EVALUATED = 0, 1  # streams of seeds: what is recorded is never what a policy is tried on
+# Streams of seeds: no scene that is recorded is one that a policy is tried on.
+RECORDED = 0
+EVALUATED = 1
 
 
 class World(ABC):
@@ -60,7 +65,7 @@ class World(ABC):
 
     @abstractmethod
     def state(self) -> np.ndarray:
-        """What the robot knows of itself: (P,) float32, and nothing that a real one would not know."""
+        """The robot's own sense of itself: (P,) float32, nothing that a real one would not know."""
 
     @abstractmethod
     def render(self) -> dict[str, np.ndarray]:
@@ -68,20 +73,21 @@ class World(ABC):
         and switches."""
 
     def observe(self) -> dict:
-        """What a policy sees now: `images` as rendered, and `state`."""
+        """All that a policy sees now: `images` as rendered, and `state`."""
         return {"images": self.render(), "state": self.state()}
 
     def labels(self) -> dict[str, float]:
-        """What the simulator knows and no robot would, for recordings: first "object x" and "object
-        y", the place of the thing that the instruction names in the first camera's picture (0 to 1
-        from left and top), then what else is worth seeing. The frozen backbones learn to tell it
-        from picture and instruction (`train.py --stage backbones`); a policy is never given it."""
+        """Knowledge of the simulator that no robot has, for recordings: first "object x" and
+        "object y", the place of the thing that the instruction names in the first camera's picture
+        (0 to 1 from left and top), then what else is worth seeing. The frozen backbones learn to
+        tell it from picture and instruction (`scripts.pretrain`); a policy is never given it."""
         return {}
 
     def expert(self) -> np.ndarray:
         """The scripted expert's action (A,) for the present state, within what the robot can do."""
         raise ValueError(
-            f"{type(self).__name__} has no scripted expert; bring demonstrations as a LeRobot dataset"
+            f"{type(self).__name__} has no scripted expert; bring demonstrations as a LeRobot "
+            "dataset"
         )
 
 
@@ -90,7 +96,7 @@ def checked(action: np.ndarray, world: World) -> np.ndarray:
     action = np.asarray(action, float)
     if action.shape != (world.action_dim,) or not np.isfinite(action).all():
         raise ValueError(
-            f"action is {action}; {world.robot} takes {world.action_dim} finite numbers"
+            f"action is {action}; expected {world.action_dim} finite numbers for {world.robot}"
         )
     return action
 
@@ -100,22 +106,20 @@ def as_labels(
 ) -> dict[str, float]:
     """`World.labels` of named points in metres, with their places (n, 2) in the first camera's
     picture where there is one."""
-    seen = (
-        {}
-        if places is None
-        else {f"{name} {axis}": v for name, at in zip(points, places) for axis, v in zip("xy", at)}
-    )
-    return (
-        seen
-        | {"opening": opening}
-        | {f"{name} {axis} m": v for name, at in points.items() for axis, v in zip("xyz", at)}
-    )
+    found = {}
+    if places is not None:
+        for name, place in zip(points, places):
+            found |= {f"{name} x": place[0], f"{name} y": place[1]}
+    found["opening"] = opening
+    for name, point in points.items():
+        found |= {f"{name} {axis} m": value for axis, value in zip("xyz", point)}
+    return found
 
 
 def choice(value: str, allowed: Sequence[str], field: str = "task") -> str:
     """The value, if it is one of these."""
     if value not in allowed:
-        raise ValueError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"{field} is {value!r}; expected one of {', '.join(allowed)}")
     return value
 
 
@@ -128,13 +132,13 @@ def simulator(name: str) -> ModuleType:
         )
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"simulator {name!r} is not found ({error}); name a file of worlds/, or a module on PYTHONPATH"
+            f"simulator {name!r} is not found ({error}); name a file of worlds/, or a module on "
+            "PYTHONPATH"
         ) from error
-    if not isinstance(getattr(found, "TASKS", None), dict) or not callable(
-        getattr(found, "make", None)
-    ):
+    if not (hasattr(found, "TASKS") and hasattr(found, "make")):
         raise ValueError(
-            f"module {found.__name__} is no simulator; it needs TASKS and make(task, **settings), as worlds/__init__.py says"
+            f"module {found.__name__} is no simulator; expected TASKS and make(task, **settings), "
+            "as worlds/__init__.py says"
         )
     return found
 

@@ -4,9 +4,11 @@ install --no-deps gym-aloha`).
 The scene is gym-aloha's, of which only the model files are read; MuJoCo steps it here, 0.02 s per
 step as there.
 
-    action     14: absolute joint positions of the left arm (6, radians), its gripper (0 closed, 1 open), and the same of the right arm
+    action     14: absolute joint positions of the left arm (6, radians), its gripper (0 closed, 1
+               open), and the same of the right arm
     state      14: where they are, in the same order
-    pictures   head (above the table), left_wrist and right_wrist, 4 : 3, in the order of the official T-layout
+    pictures   head (above the table), left_wrist and right_wrist, 4 : 3, in the order of the
+               official T-layout
 
 - The 14 numbers and three cameras are those of the official Motus robot, so this is the small
   stand-in for it.
@@ -31,19 +33,16 @@ TASKS = {
     "transfer-cube": "pick up the red cube with the right arm and hand it over to the left arm"
 }
 CAMERAS = {"head": "top", "left_wrist": "left_wrist", "right_wrist": "right_wrist"}
-MISSING = "gym-aloha is not installed: pip install 'motus[sim]', pip install --no-deps gym-aloha, apt-get install libosmesa6"
-CLOSED, OPEN = 0.01844, 0.05800  # metres of a finger's joint
+MISSING = (
+    "gym-aloha is not installed: pip install 'motus[sim]', pip install --no-deps gym-aloha, "
+    "apt-get install libosmesa6"
+)
+# Metres of a finger's joint.
+CLOSED = 0.01844
+OPEN = 0.05800
 START = [0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239]  # of each arm and its fingers
 MEET = np.array([0, 0.5, 0.25])  # where the cube changes hands, metres
 ARMS = {"left": 0, "right": 8}  # first of the 6 joints and 2 fingers in qpos and ctrl
-
-
-def turn(axis: int, degrees: float) -> np.ndarray:
-    """Rotation matrix about one of the axes."""
-    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    matrix, (i, j) = np.eye(3), [(1, 2), (2, 0), (0, 1)][axis]
-    matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
-    return matrix
 
 
 def tip(data: object, hand: int) -> np.ndarray:
@@ -54,7 +53,9 @@ def tip(data: object, hand: int) -> np.ndarray:
 class TransferCube(World):
     """`size` is the width of the pictures in pixels, `hold` the simulator's steps per action."""
 
-    robot, action_dim, instruction = "aloha", 14, TASKS["transfer-cube"]
+    robot = "aloha"
+    action_dim = 14
+    instruction = TASKS["transfer-cube"]
 
     def __init__(
         self,
@@ -68,48 +69,45 @@ class TransferCube(World):
         if package is None or importlib.util.find_spec("mujoco") is None:
             raise ValueError(MISSING)
         import mujoco
+        from scipy.spatial.transform import Rotation
 
         if not 16 <= size <= 640 or size % 4 or hold not in (1, 2, 2.5, 5, 10):
             raise ValueError(
-                f"size is {size}, hold is {hold}; allowed: a multiple of 4 from 16 to 640, and 1, 2, 2.5, 5, 10"
+                f"size is {size}, hold is {hold}; expected a multiple of 4 from 16 to 640, and 1, "
+                "2, 2.5, 5 or 10"
             )
-        self.mujoco, self.hold, self.fps, self.max_steps = (
-            mujoco,
-            hold,
-            round(50 / hold),
-            round(400 / hold),
-        )
-        self.cameras = tuple(
-            choice(name, tuple(CAMERAS), "camera") for name in cameras.split(",") if name
-        )
-        scene = (
-            Path(package.submodule_search_locations[0])
-            / "assets"
-            / "bimanual_viperx_transfer_cube.xml"
-        )
+        self.mujoco = mujoco
+        self.Rotation = Rotation
+        self.hold = hold
+        self.fps = round(50 / hold)
+        self.max_steps = round(400 / hold)
+        names = [name for name in cameras.split(",") if name]
+        self.cameras = [choice(name, tuple(CAMERAS), "camera") for name in names]
+        folder = Path(package.submodule_search_locations[0])
+        scene = folder / "assets" / "bimanual_viperx_transfer_cube.xml"
         self.model = mujoco.MjModel.from_xml_path(str(scene))
-        self.commands = (
-            int(hold) if hold == int(hold) else int(2 * hold)
-        )  # of one action: every 0.02 s, or 0.01
-        self.data, self.substeps = (
-            mujoco.MjData(self.model),
-            round(0.02 * hold / self.commands / self.model.opt.timestep),
-        )
-        names = ("red_box", "table", "vx300s_left/10_left_gripper_finger")
-        self.cube, self.table, self.finger = (self.model.geom(name).id for name in names)
+        self.data = mujoco.MjData(self.model)
+        # Of one action: every 0.02 s, or 0.01.
+        self.commands = int(hold if hold == int(hold) else 2 * hold)
+        self.substeps = round(0.02 * hold / self.commands / self.model.opt.timestep)
+        geoms = ("red_box", "table", "vx300s_left/10_left_gripper_finger")
+        self.cube, self.table, self.finger = (self.model.geom(name).id for name in geoms)
+        self.hands = {arm: self.model.body(f"vx300s_{arm}/gripper_link").id for arm in ARMS}
         self.eye = Eye(self.model, size * 3 // 4, size) if self.cameras else None
 
     def reset(self, seed: int) -> dict:
         self.mujoco.mj_resetData(self.model, self.data)
-        place = np.random.default_rng(seed).uniform(
-            [0.0, 0.4], [0.2, 0.6]
-        )  # of the cube, as gym-aloha draws it
+        # Of the cube, as gym-aloha draws it.
+        place = np.random.default_rng(seed).uniform([0.0, 0.4], [0.2, 0.6])
         for first in ARMS.values():
             self.data.qpos[first : first + 8] = START
         self.data.qpos[16:23] = [*place, 0.05, 1, 0, 0, 0]
         self.data.ctrl[:] = self.data.qpos[:16]
         self.mujoco.mj_forward(self.model, self.data)
-        self.last, self.plan, self.done, self.success = self.state().astype(float), None, 0, False
+        self.last = self.state().astype(float)
+        self.plan = None
+        self.done = 0
+        self.success = False
         return self.observe()
 
     def step(self, action: np.ndarray) -> None:
@@ -121,46 +119,34 @@ class TransferCube(World):
                 self.data.ctrl[first : first + 8] = [*arm[:6], opening, -opening]
             self.mujoco.mj_step(self.model, self.data, self.substeps)
             touching = {frozenset(pair) for pair in self.data.contact.geom.tolist()}
-            self.success |= (
-                frozenset((self.cube, self.finger)) in touching
-                and frozenset((self.cube, self.table)) not in touching
-            )
-        self.last, self.done = action, self.done + 1
+            held = frozenset((self.cube, self.finger)) in touching
+            self.success |= held and frozenset((self.cube, self.table)) not in touching
+        self.last = action
+        self.done += 1
 
     def state(self) -> np.ndarray:
-        arms = [
-            [
-                *self.data.qpos[first : first + 6],
-                (self.data.qpos[first + 6] - CLOSED) / (OPEN - CLOSED),
-            ]
-            for first in ARMS.values()
-        ]
-        return np.concatenate(arms).astype(np.float32)
+        numbers = []
+        for first in ARMS.values():
+            *joints, finger = self.data.qpos[first : first + 7]
+            numbers += [*joints, (finger - CLOSED) / (OPEN - CLOSED)]
+        return np.float32(numbers)
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
 
     def labels(self) -> dict[str, float]:
-        cube, hand = (
-            self.data.geom_xpos[self.cube],
-            tip(self.data, self.model.body("vx300s_right/gripper_link").id),
-        )
-        points = {"object": cube, "goal": MEET, "hand": hand}
-        seen = (
-            Eye.places(
-                self.model,
-                self.data,
-                CAMERAS[self.cameras[0]],
-                np.stack(list(points.values())),
-                4 / 3,
-            )
-            if self.cameras
-            else None
-        )
+        cube = self.data.geom_xpos[self.cube]
+        points = {"object": cube, "goal": MEET, "hand": tip(self.data, self.hands["right"])}
+        seen = None
+        if self.cameras:
+            camera = CAMERAS[self.cameras[0]]
+            places = np.stack(list(points.values()))
+            seen = Eye.places(self.model, self.data, camera, places, 4 / 3)
         return as_labels(points, self.state()[13], seen)
 
     def expert(self) -> np.ndarray:
-        self.plan = self._plan() if self.plan is None else self.plan
+        if self.plan is None:
+            self.plan = self._plan()
         return self.plan[min(self.done, len(self.plan) - 1)]
 
     # The expert.
@@ -171,21 +157,16 @@ class TransferCube(World):
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        hands = {arm: self.model.body(f"vx300s_{arm}/gripper_link").id for arm in ARMS}
-        begin = {
-            arm: (tip(ghost, hand), ghost.xmat[hand].reshape(3, 3).copy())
-            for arm, hand in hands.items()
-        }
-        cube, straight, down, side = (
-            np.array([*self.data.qpos[16:18], 0.02]),
-            np.eye(3),
-            turn(1, -60),
-            turn(0, 90),
-        )
-        near, over, beside = MEET - [0.1, 0, 0.02], cube + [0, 0, 0.08], MEET + [0.1, 0, 0]
+        place = {arm: tip(ghost, hand) for arm, hand in self.hands.items()}
+        pose = {arm: self._turned(ghost, hand) for arm, hand in self.hands.items()}
+        cube = np.array([*self.data.qpos[16:18], 0.02])
+        near = MEET - [0.1, 0, 0.02]
+        over = cube + [0, 0, 0.08]
+        beside = MEET + [0.1, 0, 0]
+        straight, down, side = self.Rotation.from_euler("yx", [(0, 0), (-60, 0), (0, 90)], True)
         ways = {
             "left": [
-                (0, begin["left"][0], straight, 0),
+                (0, place["left"], straight, 0),
                 (100, near, side, 1),
                 (220, near, side, 1),
                 (260, MEET, side, 1),
@@ -193,7 +174,7 @@ class TransferCube(World):
                 (360, near, side, 0),
             ],
             "right": [
-                (0, begin["right"][0], straight, 0),
+                (0, place["right"], straight, 0),
                 (90, over, down, 1),
                 (130, cube, down, 1),
                 (170, cube, down, 0),
@@ -205,73 +186,39 @@ class TransferCube(World):
         }
         plan = []
         for now in self.hold * np.arange(1, self.max_steps + 1):
-            row = []
             for arm, first in ARMS.items():
-                times = [way[0] for way in ways[arm]]
-                i = min(np.searchsorted(times, now), len(times) - 1)
-                (t0, place0, turn0, grip0), (t1, place1, turn1, grip1) = (
-                    ways[arm][i - 1],
-                    ways[arm][i],
-                )
+                way = ways[arm]
+                i = min(np.searchsorted([point[0] for point in way], now), len(way) - 1)
+                t0, place0, turn0, grip0 = way[i - 1]
+                t1, place1, turn1, grip1 = way[i]
                 part = min(1.0, (now - t0) / (t1 - t0))
-                self._solve(
-                    ghost,
-                    hands[arm],
-                    first,
-                    place0 + part * (place1 - place0),
-                    between(turn0, turn1, part) @ begin[arm][1],
-                )
-                row += [*ghost.qpos[first : first + 6], grip0 + part * (grip1 - grip0)]
-            plan.append(row)
-        return np.array(plan)
+                goal = place0 + part * (place1 - place0)
+                turn = turn0 * (turn0.inv() * turn1) ** part * pose[arm]
+                self._solve(ghost, self.hands[arm], first, goal, turn)
+                plan += [*ghost.qpos[first : first + 6], grip0 + part * (grip1 - grip0)]
+        return np.reshape(plan, (-1, 14))
 
-    def _solve(
-        self, ghost: object, hand: int, first: int, place: np.ndarray, matrix: np.ndarray
-    ) -> None:
-        """Moves the six joints from `first` until the fingertips are at a place and the hand turned
-        as `matrix`: damped least squares."""
-        shift, spin = np.zeros((3, self.model.nv)), np.zeros((3, self.model.nv))
+    def _turned(self, data: object, hand: int) -> object:
+        return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
+
+    def _solve(self, ghost: object, hand: int, first: int, place: np.ndarray, turn: object) -> None:
+        """Moves the six joints from `first` until the fingertips are at a place and the hand has
+        the rotation `turn`: damped least squares."""
+        joints = slice(first, first + 6)
+        low, high = self.model.actuator_ctrlrange[joints].T
+        jacobian = np.zeros((6, self.model.nv))
         for _ in range(20):
             self.mujoco.mj_kinematics(self.model, ghost)
             self.mujoco.mj_comPos(self.model, ghost)
-            miss = np.concatenate(
-                [
-                    place - tip(ghost, hand),
-                    rotation_vector(matrix @ ghost.xmat[hand].reshape(3, 3).T),
-                ]
-            )
+            at = tip(ghost, hand)
+            spin = (turn * self._turned(ghost, hand).inv()).as_rotvec()
+            miss = np.concatenate([place - at, spin])
             if np.abs(miss).max() < 1e-4:
                 return
-            self.mujoco.mj_jac(self.model, ghost, shift, spin, tip(ghost, hand), hand)
-            jacobian = np.concatenate([shift, spin])[:, first : first + 6]
-            joints = ghost.qpos[first : first + 6] + jacobian.T @ np.linalg.solve(
-                jacobian @ jacobian.T + 1e-4 * np.eye(6), miss
-            )
-            ghost.qpos[first : first + 6] = np.clip(
-                joints, *self.model.actuator_ctrlrange[first : first + 6].T
-            )
-
-
-def rotation_vector(matrix: np.ndarray) -> np.ndarray:
-    """Axis times angle of a rotation matrix, for angles under 180 degrees."""
-    vector = (
-        np.array(
-            [matrix[2, 1] - matrix[1, 2], matrix[0, 2] - matrix[2, 0], matrix[1, 0] - matrix[0, 1]]
-        )
-        / 2
-    )
-    sine, cosine = np.linalg.norm(vector), (np.trace(matrix) - 1) / 2
-    return vector * (np.arctan2(sine, cosine) / sine) if sine > 1e-9 else vector
-
-
-def between(a: np.ndarray, b: np.ndarray, part: float) -> np.ndarray:
-    """The rotation matrix that is `part` of the way from a to b."""
-    x, y, z = part * rotation_vector(a.T @ b)
-    angle = np.sqrt(x * x + y * y + z * z)
-    if angle < 1e-9:
-        return a
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) / angle
-    return a @ (np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
+            self.mujoco.mj_jac(self.model, ghost, jacobian[:3], jacobian[3:], at, hand)
+            own = jacobian[:, joints]
+            step = own.T @ np.linalg.solve(own @ own.T + 1e-4 * np.eye(6), miss)
+            ghost.qpos[joints] = np.clip(ghost.qpos[joints] + step, low, high)
 
 
 make = TransferCube

@@ -21,24 +21,20 @@ class Eye:
         import mujoco
 
         model.vis.quality.offsamples = 0
-        model.vis.global_.offheight, model.vis.global_.offwidth = (
-            max(480, 2 * height),
-            max(640, 2 * width),
-        )
-        self.renderer, self.option = (
-            mujoco.Renderer(model, 2 * height, 2 * width),
-            mujoco.MjvOption(),
-        )
+        model.vis.global_.offheight = max(480, 2 * height)
+        model.vis.global_.offwidth = max(640, 2 * width)
+        self.renderer = mujoco.Renderer(model, 2 * height, 2 * width)
+        self.option = mujoco.MjvOption()
         for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.renderer.scene.flags[effect] = 0
 
     def picture(self, data: object, camera: str) -> np.ndarray:
-        """What a camera of the model sees, (height, width, 3) uint8."""
+        """The picture of a camera of the model, (height, width, 3) uint8."""
         self.renderer.update_scene(data, camera=camera, scene_option=self.option)
         twice = self.renderer.render().astype(np.uint16)
-        return (
-            (twice[::2, ::2] + twice[1::2, ::2] + twice[::2, 1::2] + twice[1::2, 1::2] + 2) // 4
-        ).astype(np.uint8)
+        rows = twice[::2] + twice[1::2]
+        sums = rows[:, ::2] + rows[:, 1::2]
+        return ((sums + 2) // 4).astype(np.uint8)
 
     @staticmethod
     def places(
@@ -46,11 +42,13 @@ class Eye:
     ) -> np.ndarray:
         """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as
         high: (n, 2), 0 to 1 from left and top, at most one side outside."""
-        seen = (points - data.camera(camera).xpos) @ data.camera(camera).xmat.reshape(
-            3, 3
-        )  # x right, y up, z towards the camera
-        half = np.maximum(-seen[:, 2:], 1e-3) * np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
-        return np.clip(0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half, -1, 2)
+        here = data.camera(camera)
+        # x right, y up, z towards the camera
+        seen = (points - here.xpos) @ here.xmat.reshape(3, 3)
+        slope = np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
+        half = np.maximum(-seen[:, 2:], 1e-3) * slope
+        place = 0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half
+        return np.clip(place, -1, 2)
 
     def __del__(self):
         # MuJoCo deletes an old renderer's textures in whatever context is current: in that of

@@ -25,7 +25,8 @@ from worlds import World, simulator
 # A server that has opened no context and no threads forks the processes.
 PROCESSES = multiprocessing.get_context("forkserver")
 LOST = "ended without a word (killed, or out of memory?)"
-SHOVES, SHOVE = 1.0, 0.2  # shoves per second on average, seconds that each lasts
+SHOVES = 1.0  # per second, on average
+SHOVE = 0.2  # seconds that each lasts
 
 
 @lru_cache(maxsize=1)
@@ -47,19 +48,11 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
         pipe.send((None, (robot.robot, robot.fps, robot.max_steps, robot.action_dim)))
         while (order := pipe.recv()) is not None:
             name, arguments = order
-            given = [
-                None if a is None else getattr(world, name)(*a)
-                for world, a in zip(worlds, arguments)
-            ]
-            pipe.send(
-                (
-                    None,
-                    [
-                        (g, world.success, getattr(world, "instruction", ""))
-                        for g, world in zip(given, worlds)
-                    ],
-                )
-            )
+            answers = []
+            for world, given in zip(worlds, arguments):
+                result = None if given is None else getattr(world, name)(*given)
+                answers.append((result, world.success, getattr(world, "instruction", "")))
+            pipe.send((None, answers))
     except (EOFError, KeyboardInterrupt):  # the other side is gone
         return
     except Exception as error:
@@ -81,24 +74,24 @@ class Fleet:
         workers: int = 1,
     ):
         if min(n, workers) < 1:
-            raise ValueError(f"{n} worlds in {workers} processes; at least one of each is due")
-        self.view, shares = (
-            view,
-            [len(part) for part in np.array_split(np.arange(n), min(n, workers))],
-        )
-        self.edges, self.pipes, self.processes = np.cumsum(shares)[:-1], [], []
+            raise ValueError(f"{n} worlds in {workers} processes; expected at least one of each")
+        self.size = n
+        self.task = task
+        self.view = view
+        shares = [len(share) for share in np.array_split(np.arange(n), min(n, workers))]
+        self.edges = np.cumsum(shares)[:-1]
+        self.pipes = []
+        self.processes = []
         for share in shares:
             ours, theirs = PROCESSES.Pipe()
-            process = PROCESSES.Process(
-                target=serve, args=(theirs, sim, task, settings or {}, share), daemon=True
-            )
+            arguments = (theirs, sim, task, settings or {}, share)
+            process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
-            self.pipes.append(ours), self.processes.append(process)
-        self.size, (self.robot, self.fps, self.max_steps, self.action_dim) = (
-            n,
-            [self._answer(pipe) for pipe in self.pipes][0],
-        )
+            self.pipes.append(ours)
+            self.processes.append(process)
+        for pipe in self.pipes:
+            self.robot, self.fps, self.max_steps, self.action_dim = self._answer(pipe)
 
     def _answer(self, pipe: Connection) -> object:
         try:
@@ -111,29 +104,33 @@ class Fleet:
         return answer
 
     def call(self, name: str, arguments: Sequence[tuple | None]) -> list:
-        """Calls a method of every world that has arguments; what each gave."""
+        """Calls a method of every world that has arguments; the result of each."""
         arguments = [*arguments, *[None] * (self.size - len(arguments))]
-        for pipe, (low, high) in zip(self.pipes, zip([0, *self.edges], [*self.edges, self.size])):
+        for pipe, share in zip(self.pipes, np.split(np.arange(self.size), self.edges)):
             with suppress(BrokenPipeError):  # `_answer` tells what has happened
-                pipe.send((name, arguments[low:high]))
-        given, success, instruction = zip(
-            *[row for pipe in self.pipes for row in self._answer(pipe)]
-        )
-        self.success, self.instruction = np.array(success[: self.n]), list(instruction[: self.n])
-        return list(given[: self.n])
+                pipe.send((name, [arguments[i] for i in share]))
+        answers = [row for pipe in self.pipes for row in self._answer(pipe)]
+        given, success, instruction = zip(*answers[: self.n])
+        self.success = np.array(success)
+        self.instruction = list(instruction)
+        return list(given)
+
+    def call_unsolved(self, name: str) -> list:
+        """The results of a method without arguments; None where a world is solved."""
+        return self.call(name, [None if done else () for done in self.success])
 
     def reset(self, seeds: Sequence[int]) -> None:
         """One world for each seed, at most `size`."""
         if not 1 <= len(seeds) <= self.size:
             raise ValueError(f"{len(seeds)} seeds for {self.size} worlds")
-        self.n, self.skill = len(seeds), np.zeros(len(seeds), int)
+        self.n = len(seeds)
+        self.group = [self.task] * self.n
         self.seen = self.call("reset", [(seed,) for seed in seeds])
 
     def observe(self) -> dict:
         """image (n, H, W, 3) uint8, state (n, P), instruction; of a solved world what was last
         seen."""
-        now = self.call("observe", [None if done else () for done in self.success])
-        self.seen = [new or old for new, old in zip(now, self.seen)]
+        self.seen = [new or old for new, old in zip(self.call_unsolved("observe"), self.seen)]
         return {
             "image": np.stack([self.view(seen["images"]) for seen in self.seen]),
             "state": np.stack([seen["state"] for seen in self.seen]),
@@ -141,24 +138,17 @@ class Fleet:
         }
 
     def render(self) -> np.ndarray:
-        """What the policy would see, (n, H, W, 3) uint8, of all worlds."""
+        """Pictures as a policy would see them, (n, H, W, 3) uint8, of all worlds."""
         return np.stack([self.view(images) for images in self.call("render", [()] * self.n)])
 
     def advance(self, actions: np.ndarray) -> None:
         """actions (n, A), one for each world that is not solved."""
-        self.call(
-            "step", [None if done else (action,) for done, action in zip(self.success, actions)]
-        )
+        pairs = zip(self.success, actions)
+        self.call("step", [None if done else (action,) for done, action in pairs])
 
     def expert(self) -> np.ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
-        return np.stack(
-            [
-                action
-                for action in self.call("expert", [None if done else () for done in self.success])
-                if action is not None
-            ]
-        )
+        return np.stack([action for action in self.call_unsolved("expert") if action is not None])
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -190,22 +180,19 @@ class Recording:
     seconds: float  # of processor time
     robot: str
     fps: float
-    frames: dict[str, list[np.ndarray]] = field(
-        default_factory=dict
-    )  # camera -> T pictures (H, W, 3); empty without success
+    instruction: str = ""
+    # Empty without success: camera -> T pictures (H, W, 3), and name -> T numbers, `World.labels`.
+    frames: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    labels: dict[str, list[float]] = field(default_factory=dict)
     states: np.ndarray | None = None  # (T, P)
     actions: np.ndarray | None = None  # (T, A)
-    labels: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # name -> T numbers: `World.labels`
-    instruction: str = ""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What to record: a share `disturbed` of the episodes is executed with `noise`, the std of what
-    is added to every action, and `recovery`, the std of shoves that last a moment, both in robot
-    units. Rows end `after` actions after success."""
+    """An episode to record: a share `disturbed` of the episodes is executed with `noise`, the std
+    of what is added to every action, and `recovery`, the std of shoves that last a moment, both in
+    robot units. Rows end `after` actions after success."""
 
     sim: str
     task: str = ""
@@ -220,48 +207,43 @@ class Order:
 def attempt(order: Order) -> Recording:
     """Plays the expert once. The disturbed teach how to recover, for what is stored is what the
     expert would have done."""
-    begun, world, rng = (
-        time.process_time(),
-        opened(order.sim, order.task, order.settings),
-        np.random.default_rng([order.seed, 2]),
-    )
+    begun = time.process_time()
+    world = opened(order.sim, order.task, order.settings)
+    rng = np.random.default_rng([order.seed, 2])
     disturbed = (order.noise > 0 or order.recovery > 0) and rng.random() < order.disturbed
-    seen, rows, left, shove, pushed = world.reset(order.seed), [], order.after, 0.0, 0
+    seen = world.reset(order.seed)
+    rows = []
+    left = order.after
+    shove = 0.0
+    pushed = 0
     while len(rows) < world.max_steps and left > 0:
         action = world.expert()
         rows.append((seen["images"], seen["state"], action, world.labels()))
         if disturbed:
             if pushed == 0 and rng.random() < SHOVES / world.fps:
-                shove, pushed = (
-                    order.recovery * rng.standard_normal(action.shape),
-                    max(1, round(SHOVE * world.fps)),
-                )
-            action, pushed = (
-                action + order.noise * rng.standard_normal(action.shape) + shove * (pushed > 0),
-                max(0, pushed - 1),
-            )
+                shove = order.recovery * rng.standard_normal(action.shape)
+                pushed = max(1, round(SHOVE * world.fps))
+            action = action + order.noise * rng.standard_normal(action.shape)
+            if pushed > 0:
+                action = action + shove
+                pushed -= 1
         world.step(action)
         left -= world.success
         seen = world.observe()
+    seconds = time.process_time() - begun
     result = Recording(
-        order.task,
-        order.seed,
-        disturbed,
-        world.success,
-        time.process_time() - begun,
-        world.robot,
-        world.fps,
+        order.task, order.seed, disturbed, world.success, seconds, world.robot, world.fps
     )
     if not world.success:
         return result
     images, states, actions, labels = zip(*rows)
     return replace(
         result,
+        instruction=world.instruction,
         frames={camera: [image[camera] for image in images] for camera in images[0]},
+        labels={name: [row[name] for row in labels] for name in labels[0]},
         states=np.stack(states),
         actions=np.stack(actions).astype(np.float32),
-        labels={name: [row[name] for row in labels] for name in labels[0]},
-        instruction=world.instruction,
     )
 
 

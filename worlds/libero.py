@@ -4,8 +4,9 @@ same imports).
 
     action     7 in [-1, 1]: displacement of the hand, its rotation, gripper (-1 opens), at 20 Hz
     state      8: place of the hand, rotation vector, both fingers
-    pictures   agentview and robot0_eye_in_hand, mirrored: published policies turn robosuite's bottom-up pictures by 180 degrees, which
-               sets them upright with left and right exchanged
+    pictures   agentview and robot0_eye_in_hand, mirrored: published policies turn robosuite's
+               bottom-up pictures by 180 degrees, which sets them upright with left and right
+               exchanged
 
 - A task is a suite and a number, libero_goal/0 to libero_goal/9; instructions are the package's.
 - A seed picks one of the task's initial states (50, as published), so seeds repeat scenes; the
@@ -20,7 +21,7 @@ import os
 
 import numpy as np
 
-from worlds import World, checked, choice, eye  # noqa: F401   eye first: it says which renderer MuJoCo takes
+from worlds import World, checked, choice, eye  # noqa: F401   it says which renderer MuJoCo takes
 
 STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
 TASKS = {f"{suite}/{i}": "" for suite in STEPS for i in range(10)}
@@ -31,7 +32,9 @@ IDLE = np.array([0, 0, 0, 0, 0, 0, -1.0])
 class Libero(World):
     """`size` of the square pictures in pixels."""
 
-    robot, action_dim, fps = "panda", 7, 20
+    robot = "panda"
+    action_dim = 7
+    fps = 20
 
     def __init__(self, task: str, size: int = 128, cameras: str = "agentview,robot0_eye_in_hand"):
         suite, number = choice(task, tuple(TASKS)).split("/")
@@ -51,20 +54,21 @@ class Libero(World):
             has_offscreen_renderer=False,
             hard_reset=False,
         )
-        self.instruction, self.max_steps = chosen.language, STEPS[suite]
+        self.instruction = chosen.language
+        self.max_steps = STEPS[suite]
         self.cameras = tuple(name for name in cameras.split(",") if name)
-        model, self.data = self.env.sim.model._model, self.env.sim.data._data
-        self.renderer, self.look = mujoco.Renderer(model, size, size), mujoco.MjvOption()
+        model = self.env.sim.model._model
+        self.data = self.env.sim.data._data
+        self.renderer = mujoco.Renderer(model, size, size)
+        self.look = mujoco.MjvOption()
         self.look.geomgroup[0] = 0  # shapes that only collide
 
     def reset(self, seed: int) -> dict:
         self.env.seed(0)  # it draws from numpy's one generator
         self.env.reset()
         self.env.robots[0].gripper.current_action = np.zeros(1)  # which a reset forgets
-        self.seen, self.success = (
-            self.env.set_init_state(self.starts[seed % len(self.starts)]),
-            False,
-        )
+        self.seen = self.env.set_init_state(self.starts[seed % len(self.starts)])
+        self.success = False
         for _ in range(10):
             self.seen = self.env.step(IDLE)[0]
         return self.observe()

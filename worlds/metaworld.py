@@ -1,8 +1,10 @@
 """MetaWorld: a Sawyer arm at a table, fifty tasks, in MuJoCo with software rendering (pip install
 'motus[sim]'; apt: libosmesa6).
 
-    action     4 in [-1, 1]: the hand's target moves by 1 cm per unit and step of the simulator; the gripper closes at +1, opens at -1
-    state      4: the hand's place in metres, the opening of the gripper in 0..1. All else that the simulator tells is privileged.
+    action     4 in [-1, 1]: the hand's target moves by 1 cm per unit and step of the simulator;
+               the gripper closes at +1, opens at -1
+    state      4: the hand's place in metres, the opening of the gripper in 0..1. All else that the
+               simulator tells is privileged.
     pictures   of corner4, which shows the table, and gripperPOV, which the hand carries
 
 Where this departs from MetaWorld as it comes:
@@ -63,14 +65,18 @@ TASKS = {
 MARKED = ("reach", "push", "pick-place")
 ALIKE = {"faucet-close": "faucet-open"}  # starts where the other task starts
 CAMERAS = ("corner4", "gripperPOV", "topview", "corner", "corner2", "corner3", "behindGripper")
-MISSING = "MetaWorld is not installed: pip install 'motus[sim]', and apt-get install libosmesa6 (or libegl1, with MUJOCO_GL=egl)"
+MISSING = (
+    "MetaWorld is not installed: pip install 'motus[sim]', and apt-get install libosmesa6 (or "
+    "libegl1, with MUJOCO_GL=egl)"
+)
 
 
 class MetaWorld(World):
     """One task. `size` of the square pictures in pixels, `cameras` with commas, `hold` steps of the
     simulator per action."""
 
-    robot, action_dim = "sawyer", 4
+    robot = "sawyer"
+    action_dim = 4
 
     def __init__(
         self, task: str, size: int = 96, cameras: str = "corner4,gripperPOV", hold: int = 4
@@ -84,22 +90,19 @@ class MetaWorld(World):
         self.cameras = tuple(choice(name, CAMERAS, "camera") for name in cameras.split(",") if name)
         if not 16 <= size <= 512 or hold not in (1, 2, 4, 5, 8):
             raise ValueError(
-                f"size is {size}, hold is {hold}; allowed: 16 to 512, and 1, 2, 4, 5, 8"
+                f"size is {size}, hold is {hold}; expected 16 to 512, and 1, 2, 4, 5 or 8"
             )
-        self.instruction, self.fps, self.max_steps, self.hold = (
-            TASKS[choice(task, tuple(TASKS))],
-            80 // hold,
-            240 // hold,
-            hold,
-        )
+        self.instruction = TASKS[choice(task, tuple(TASKS))]
+        self.fps = 80 // hold
+        self.max_steps = 240 // hold
+        self.hold = hold
         # The class makes an environment whose layout is frozen; these lines make it draw one from
         # each seed instead.
         self.forward = mujoco.mj_forward
-        self.env, self.script = (
-            CLASSES[f"{task}-v3-goal-observable"](seed=0),
-            ENV_POLICY_MAP[f"{task}-v3"],
-        )
-        self.env._freeze_rand_vec, self.env.seeded_rand_vec = False, True
+        self.env = CLASSES[f"{task}-v3-goal-observable"](seed=0)
+        self.script = ENV_POLICY_MAP[f"{task}-v3"]
+        self.env._freeze_rand_vec = False
+        self.env.seeded_rand_vec = True
         self.env.max_path_length = 1_000_000  # who acts decides when an episode ends
         if task in ALIKE:
             self.env._random_reset_space = CLASSES[f"{ALIKE[task]}-v3-goal-observable"](
@@ -114,7 +117,8 @@ class MetaWorld(World):
         self.env.reset()
         self.forward(self.env.model, self.env.data)
         self.full = self.env._get_obs()
-        self.success, self.policy = False, self.script()
+        self.success = False
+        self.policy = self.script()
         return self.observe()
 
     def step(self, action: np.ndarray) -> None:

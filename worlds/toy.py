@@ -1,31 +1,65 @@
 """The toy tabletop as a simulator: what `--sim` does, without a simulator to install.
 
-python evaluate.py record --sim toy --tasks place,push --episodes 50 --out data/toy
+python -m scripts.record --sim toy --tasks place,push --episodes 50 --out data/toy
 """
 
 import numpy as np
 
-from worlds import World, checked, choice, tabletop
+from worlds import World, checked, choice
+from worlds.tabletop import Tabletop, labels, record
+
+__all__ = ["TASKS", "make", "many", "record"]
 
 TASKS = {"place": "put the ... disc at the ...", "push": "push the ... disc to the ..."}
 
 
-class Toy(World):
-    """One tabletop whose instructions are of one skill; colour and side come with the seed. `split`
-    and `randomized` as in `Tabletop`."""
+class Tabletops(Tabletop):
+    """Up to n tabletops at once, behind the methods of a `Fleet`; each seed draws one of the tasks.
+    `split`, `randomized` and `embodiment` as in `Tabletop`; nobody has trained on split `eval`."""
 
-    fps, max_steps = 10, 100
+    fps = 15
+    max_steps = 100
+
+    def __init__(
+        self,
+        tasks: list[str],
+        n: int,
+        split: str = "eval",
+        randomized: bool = False,
+        embodiment: str = "gripper",
+    ):
+        super().__init__(n, embodiment, randomized, split)
+        self.size = n
+        self.robot = embodiment
+        self.action_dim = self.embodiment.action_dim
+        self.tasks = [task for task in self.tasks if task[0] in tasks]
+
+    def reset(self, seeds: list[int]) -> dict:
+        self.n = len(seeds)
+        return super().reset(seeds)
+
+    def expert(self) -> np.ndarray:
+        """The expert's actions (k, A) in the k worlds that are not solved."""
+        return super().expert()[~self.success]
+
+
+class Toy(World):
+    """One tabletop whose instructions are of one skill; colour and side come with the seed."""
+
+    fps = Tabletops.fps
+    max_steps = Tabletops.max_steps
 
     def __init__(
         self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"
     ):
-        self.world = tabletop.Tabletop(1, embodiment, randomized, split)
-        self.world.tasks = [t for t in self.world.tasks if t[0] == choice(task, tuple(TASKS))]
-        self.robot, self.action_dim = f"toy {embodiment}", self.world.embodiment.action_dim
+        self.world = Tabletops([choice(task, tuple(TASKS))], 1, split, randomized, embodiment)
+        self.robot = self.world.robot
+        self.action_dim = self.world.action_dim
 
     def reset(self, seed: int) -> dict:
         self.world.reset([seed])
-        self.success, self.instruction = False, self.world.instruction[0]
+        self.success = False
+        self.instruction = self.world.instruction[0]
         return self.observe()
 
     def step(self, action: np.ndarray) -> None:
@@ -38,8 +72,13 @@ class Toy(World):
     def render(self) -> dict[str, np.ndarray]:
         return {"top": self.world.render()[0]}
 
+    def labels(self) -> dict[str, float]:
+        found = labels(self.world.snapshot(), self.world.task[0])
+        return {name: float(value[0]) for name, value in found.items()}
+
     def expert(self) -> np.ndarray:
-        return self.world.expert()[0]
+        return Tabletop.expert(self.world)[0]
 
 
 make = Toy
+many = Tabletops

@@ -1,4 +1,4 @@
-"""Dataset cards: what a stage draws from, in which mix, in whose units; and cards that are refused."""
+"""Dataset cards: what a stage draws from, in which mix, in whose units; cards that are refused."""
 
 import json
 import shutil
@@ -15,25 +15,41 @@ from formats import cards
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 from formats.cards import Pyramid, shares
-from formats.lerobot import write_v3  # noqa: E402
-from formats.recordings import Storage  # noqa: E402
-from formats.statistics import Moments, Normaliser, Sample
+from formats.inspect import convert
+from formats.lerobot import write_v3
+from formats.recordings import Storage
+from formats.statistics import Statistics, as_stored
 from motus import preset
 
 CONFIG = preset("toy")
+EXACT = Storage(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),))
+LINES = [
+    {"level": 2, "embodiment": "hand", "episodes": 4, "held_out": 2},
+    {"level": 5, "embodiment": "arm", "episodes": 2, "held_out": 1, "weight": 0.5},
+    {"level": 5, "embodiment": "gantry", "episodes": 2, "held_out": 1, "weight": 0.5},
+    {"level": 6, "embodiment": "gripper", "episodes": 4, "held_out": 2},
+]
+
+
+def opened(path, levels=(6,), **more) -> Pyramid:
+    return Pyramid(path, levels, CONFIG.frames, (48, 48), seed=3, **more)
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory) -> Path:
-    """The toy pyramid on disk, pictures exact."""
-    return data.record(
-        tmp_path_factory.mktemp("toy") / "set",
-        (2, 5, 6),
-        episodes=4,
-        held_out=2,
-        seed=3,
-        lossless=True,
-    )
+def rendered(tmp_path_factory) -> Path:
+    """A card of a few episodes that the toy world renders."""
+    file = tmp_path_factory.mktemp("rendered") / "card.json"
+    sources = [{"path": "world:toy"} | line for line in LINES]
+    file.write_text(json.dumps({"video_hz": 5, "action_hz": 15, "sources": sources}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def card(rendered, tmp_path_factory) -> Path:
+    """The same on disk, pictures exact: `python data.py convert`."""
+    out = tmp_path_factory.mktemp("toy") / "set"
+    convert(opened(rendered, (2, 5, 6)), out, lossless=True)
+    return out / "card.json"
 
 
 def changed(card: Path, where: Path, **changes) -> Path:
@@ -54,68 +70,44 @@ def changed(card: Path, where: Path, **changes) -> Path:
 # -- windows --------------------------------------------------------------------------------------
 
 
-def test_windows_of_a_recorded_dataset_are_those_of_the_toy(card):
-    """Pixels, words, masks to the last bit; numbers after both are back in the robot's units. The
-    frame after the last action is not in a dataset, so windows that need it differ there and
-    nowhere else."""
-    episodes, pyramid = data.toy_episodes((6,), 4, seed=3), Pyramid(card, (6,))
-    stats, robots = data.statistics(episodes), pyramid.robots(acting=True)
-    starts = [
-        (e, s)
-        for e, episode in enumerate(episodes)
-        for s in (0, 5, len(episode.actions) - 14, len(episode.actions) - 7)
+def test_windows_of_a_dataset_on_disk_are_those_of_the_world_that_rendered_it(rendered, card):
+    """Pixels, words and masks to the last bit; numbers too, and so the statistics."""
+    theirs, ours = opened(rendered, (2, 5, 6)), opened(card, (2, 5, 6))
+    assert ours.robots(acting=True) == theirs.robots(acting=True)
+    rows = [
+        (i, e, s)
+        for i, o in enumerate(theirs.opened)
+        for e, length in enumerate(o.reader.lengths.tolist())
+        for s in (0, 5, length - 14, length - 7)
     ]
-    ours = data.batch_of(
-        pyramid, torch.tensor([(0, e, s) for e, s in starts]), "real", robots, CONFIG
-    )
-    toy = data.collect(episodes, starts, CONFIG, stats)
-    whole = torch.tensor([s + 12 < len(episodes[e].actions) for e, s in starts])
-    assert torch.equal(ours.frames[whole], toy.frames[whole]) and torch.equal(
-        ours.frames[:, :2], toy.frames[:, :2]
-    )
-    assert ours.instruction == toy.instruction and torch.equal(ours.level, toy.level)
-    assert torch.equal(ours.action_mask, toy.action_mask) and torch.equal(
-        ours.video_mask, toy.video_mask
-    )
-    assert whole.any() and not ours.action_mask.all() and not ours.video_mask.all()
-    (robot,) = robots
-    torch.testing.assert_close(
-        robot.actions.invert(ours.actions), stats.actions.invert(toy.actions), atol=1e-6, rtol=0
-    )
-    torch.testing.assert_close(
-        robot.state.invert(ours.state), stats.state.invert(toy.state), atol=1e-6, rtol=0
-    )
+    for row in rows:
+        a, b = ours.window(row, "real"), theirs.window(row, "real")
+        assert np.array_equal(a.frames, b.frames) and a.instruction == b.instruction
+        assert np.array_equal(a.video_mask, b.video_mask)
+        for name in ("actions", "state"):
+            found, wanted = getattr(a, name), getattr(b, name)
+            assert found is wanted is None or np.array_equal(found, wanted)
 
 
-def test_level_6_is_recorded_for_each_robot_that_is_named(tmp_path):
-    """As many demonstrations of each, the target robot's as if it were alone; a hand, whose actions
-    nobody has, cannot demonstrate."""
-    two = Pyramid(data.record(tmp_path / "two", (6,), 2, 1, 3, robots=("gripper", "arm")), (6,))
-    one = Pyramid(data.record(tmp_path / "one", (6,), 2, 1, 3), (6,))
-    assert [
-        (o.source.embodiment, o.trained, len(o.reader.lengths), o.reader.widths) for o in two.opened
-    ] == [("gripper", 2, 3, (3, 3)), ("arm", 2, 3, (4, 4))]
-    for episode in range(3):
-        for ours, theirs in zip(
-            two.opened[0].reader.numbers(episode), one.opened[0].reader.numbers(episode)
-        ):
-            assert np.array_equal(ours, theirs)
-    with pytest.raises(
-        ValueError, match=r"robots are \['hand'\].*allowed: \['gripper', 'arm', 'gantry'\]"
-    ):
-        data.record(tmp_path / "no", (6,), 1, 0, robots=("hand",))
-    with pytest.raises(ValueError, match="level is 7; the tabletop records levels"):
-        data.record(tmp_path / "no", (7,), 1, 0)
-    with pytest.raises(ValueError, match="episodes is 0; record at least one"):
-        data.record(tmp_path / "no", (6,), 0, 1)
+def test_a_robot_s_demonstrations_are_the_same_whatever_others_there_are(tmp_path):
+    """Level 6 has as many of each robot; a hand, whose actions nobody has, has none."""
+    sources = [{"path": "world:toy", "embodiment": robot} for robot in ("gripper", "arm", "hand")]
+    (tmp_path / "card.json").write_text(json.dumps({"sources": sources}))
+    (tmp_path / "one.json").write_text(json.dumps({"sources": sources[:1]}))
+    several, one = opened(tmp_path, episodes=6), opened(tmp_path / "one.json", episodes=2)
+    widths = [(o.source.embodiment, o.trained, o.reader.widths) for o in several.opened]
+    assert widths == [("gripper", 2, (3, 3)), ("arm", 2, (4, 4)), ("hand", 2, (0, 0))]
+    for episode in range(2):
+        ours, theirs = (p.opened[0].reader.numbers(episode) for p in (several, one))
+        assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_compressed_video_shows_the_same_but_for_the_codec(tmp_path):
+def test_compressed_video_shows_the_same_but_for_the_codec(rendered, card, tmp_path):
     """Above 30 dB of the recorded pixels."""
-    episodes = data.toy_episodes((6,), 1, seed=3)
-    pyramid = Pyramid(data.record(tmp_path / "set", (6,), 1, 0, 3), (6,))
-    frames = pyramid.window((0, 0, 4), "real")[1].astype(float)
-    assert 10 * np.log10(255**2 / ((frames - episodes[0].frames[4:17:3]) ** 2).mean()) > 30
+    whole = opened(rendered)
+    convert(whole, tmp_path, lossless=False)
+    true, seen = (p.window((0, 0, 4), "real").frames for p in (whole, opened(tmp_path)))
+    assert 10 * np.log10(255**2 / ((true.astype(float) - seen) ** 2).mean()) > 30
 
 
 @pytest.mark.parametrize(
@@ -140,45 +132,37 @@ def test_windows_take_the_rows_nearest_to_the_configured_rates(tmp_path, fps, hz
             )
         ],
         fps,
-        Storage(images=True),
+        EXACT,
     )
     (tmp_path / "card.json").write_text(
         json.dumps({"video_hz": hz[0], "action_hz": hz[1], "sources": [{"path": "set"}]})
     )
-    pyramid = Pyramid(tmp_path)
-    _, frames, _, actions, mask, state, _ = pyramid.window((0, 0, 3), "real")
-    assert frames[:, 0, 0, 0].tolist() == [5 * (3 + i) for i in rows[0]] and actions[
-        :, 0
-    ].tolist() == [3 + i for i in rows[1]]
-    assert state.tolist() == [3, 3.5] and mask.all()
+    pyramid = opened(tmp_path)
+    seen = pyramid.window((0, 0, 3), "real")
+    assert seen.frames[:, 0, 0, 0].tolist() == [5 * (3 + i) for i in rows[0]]
+    assert seen.actions[:, 0].tolist() == [3 + i for i in rows[1]]
+    assert seen.state.tolist() == [3, 3.5] and seen.action_mask.all()
     assert ("beside the wanted times" in pyramid.describe()) == (fps == 12)
 
 
 def test_actions_may_be_later_positions(card, tmp_path):
     """With `ahead` action i is the number one action period after time i: what official Motus
     trains on, from the state column."""
-    plain = Pyramid(changed(card, tmp_path, _3={"mapping": {"action": "observation.state"}}), (6,))
+    plain = opened(changed(card, tmp_path, _3={"mapping": {"action": "observation.state"}}))
     (tmp_path / "b").mkdir()
-    ahead = Pyramid(
-        changed(
-            card, tmp_path / "b", _3={"mapping": {"action": "observation.state"}, "ahead": True}
-        ),
-        (6,),
-    )
+    later = {"mapping": {"action": "observation.state"}, "ahead": True}
+    ahead = opened(changed(card, tmp_path / "b", _3=later))
     a, b = (p.window((0, 1, 2), "real") for p in (plain, ahead))
-    assert (
-        np.array_equal(a[3][1:], b[3][:-1])
-        and np.array_equal(a[3][0], a[5])
-        and not np.array_equal(b[3][0], b[5])
-    )
+    assert np.array_equal(a.actions[1:], b.actions[:-1])
+    assert np.array_equal(a.actions[0], a.state) and not np.array_equal(b.actions[0], b.state)
 
 
 def test_robots_of_different_width_and_none_share_a_batch(card, tmp_path):
     """Numbers are padded with zeros and masked; a source without actions is masked altogether; each
     robot has its own units."""
     wide = changed(card, tmp_path, _0={"level": 6}, _1={"level": 6}, _2={"level": 6})
-    pyramid = Pyramid(wide, (6,))
-    config, robots = pyramid.config(CONFIG), pyramid.robots(acting=True)
+    pyramid = opened(wide)
+    config, robots = data.network_for(pyramid, "toy", "3"), pyramid.robots(acting=True)
     assert (config.action_dim, config.state_dim, config.ratio) == (4, 4, 3)
     assert [(r.embodiment, len(r.actions.mean)) for r in robots] == [
         ("arm", 4),
@@ -195,11 +179,11 @@ def test_robots_of_different_width_and_none_share_a_batch(card, tmp_path):
         and not batch.state[2:, 3].any()
         and batch.state[1].any()
     )
-    assert data.Statistics.from_json(data.as_stored(robots), "arm") == robots[0]
+    assert Statistics.from_json(as_stored(robots), "arm") == robots[0]
     with pytest.raises(
         ValueError, match="robot is ''; this checkpoint knows 'arm', 'gantry', 'gripper'"
     ):
-        data.Statistics.from_json(data.as_stored(robots))
+        Statistics.from_json(as_stored(robots))
 
 
 def three_cameras(root: Path, names=("cam_high", "cam_left_wrist", "cam_right_wrist")) -> Path:
@@ -216,7 +200,7 @@ def three_cameras(root: Path, names=("cam_high", "cam_left_wrist", "cam_right_wr
             )
         ],
         5,
-        Storage(images=True),
+        EXACT,
     )
     return root
 
@@ -224,25 +208,19 @@ def three_cameras(root: Path, names=("cam_high", "cam_left_wrist", "cam_right_wr
 def test_three_cameras_become_the_t_layout_unless_others_are_chosen(tmp_path):
     """Head above two wrists at half its size, by the cameras' names; otherwise the first camera, or
     those chosen side by side."""
-    picture = Pyramid(three_cameras(tmp_path / "a")).window((0, 0, 0), "none")[1][0, :, :, 0]
+
+    def first_picture(path) -> np.ndarray:
+        return opened(path).window((0, 0, 0), "none").frames[0, :, :, 0]
+
+    picture = first_picture(three_cameras(tmp_path / "a"))
     assert [int(picture[16, 24]), int(picture[40, 8]), int(picture[40, 40])] == [60, 120, 180]
-    other = Pyramid(three_cameras(tmp_path / "b", ("x", "y", "z")))
-    assert other.window((0, 0, 0), "none")[1][0, 24, 24, 0] == 60 and other.robots(False)[
-        0
-    ].cameras == ("x",)
-    (tmp_path / "card.json").write_text(
-        json.dumps(
-            {
-                "sources": [
-                    {
-                        "path": "b",
-                        "mapping": {"cameras": ["observation.images.y", "observation.images.z"]},
-                    }
-                ]
-            }
-        )
-    )
-    picture = Pyramid(tmp_path).window((0, 0, 0), "none")[1][0, 24, :, 0]
+    other = three_cameras(tmp_path / "b", ("x", "y", "z"))
+    assert first_picture(other)[24, 24] == 60
+    assert opened(other).robots(False)[0].cameras == ("x",)
+    views = ["observation.images.y", "observation.images.z"]
+    sources = [{"path": "b", "mapping": {"cameras": views}}]
+    (tmp_path / "card.json").write_text(json.dumps({"sources": sources}))
+    picture = first_picture(tmp_path)[24]
     assert [int(picture[4]), int(picture[-4])] == [120, 180]
 
 
@@ -252,13 +230,13 @@ def test_three_cameras_become_the_t_layout_unless_others_are_chosen(tmp_path):
 def test_a_stage_picks_its_levels_and_mixes_by_weight(card, tmp_path):
     """Within one of its share in every batch; the same for any number of ranks, which take turns
     with the rows; no held-out episode."""
-    pyramid = Pyramid(changed(card, tmp_path, _0={"weight": 3}), (2, 5))
+    pyramid = opened(changed(card, tmp_path, _0={"weight": 3}), (2, 5))
     assert [o.source.embodiment for o in pyramid.opened] == ["hand", "arm", "gantry"]
     total = Counter()
     for step in range(40):
         rows = pyramid.draw(10, seed=1, step=step)
         count = Counter(rows[:, 0].tolist())
-        assert abs(count[0] - 7.5) <= 1 and abs(count[1] - 1.25) <= 1 and abs(count[2] - 1.25) <= 1
+        assert all(abs(count[i] - share) <= 1 for i, share in enumerate((7.5, 1.25, 1.25)))
         total += count
         assert all(
             e < pyramid.opened[i].trained and s < pyramid.opened[i].counts[e]
@@ -295,134 +273,48 @@ def test_tasks_can_be_drawn_alike(tmp_path):
     (tmp_path / "card.json").write_text(
         json.dumps({"sources": [{"path": "set", "draw": "tasks", "held_out": 0}]})
     )
-    drawn = Pyramid(tmp_path).draw(400, 0, 0)
+    drawn = opened(tmp_path).draw(400, 0, 0)
     assert 160 < int((drawn[:, 1] == 0).sum()) < 240
-
-
-def test_a_stream_resumes_to_the_sample_and_never_holds_more_than_it_may(card):
-    """Batches from step 3 on are those of the uninterrupted run, for one thread and for three,
-    whole or in the halves of two ranks, one by one or every other; what is decoded ahead is
-    bounded."""
-    pyramid = Pyramid(card, (6,))
-    robots = pyramid.robots(acting=True)
-
-    def run(steps, threads: int, *rank: int) -> list[data.Batch]:
-        stream, found = (
-            data.Stream(pyramid, None, CONFIG, "real", robots, ahead=2, threads=threads),
-            [],
-        )
-        for step in steps:
-            found.append(stream.decoded(4, 5, step, *rank))
-            assert stream.waited >= 0 and len(stream.pending) == 2
-        return found
-
-    def equal(a: data.Batch, b: data.Batch, rows: slice = slice(None)) -> None:
-        assert (
-            torch.equal(a.frames[rows], b.frames)
-            and torch.equal(a.actions[rows], b.actions)
-            and a.instruction[rows] == b.instruction
-        )
-        assert torch.equal(a.action_mask[rows], b.action_mask) and torch.equal(
-            a.state[rows], b.state
-        )
-
-    whole = run(range(6), 1)
-    for step, batch in enumerate(run(range(3, 6), 3), 3):
-        equal(whole[step], batch)
-    for step, batch in zip((0, 2, 4), run((0, 2, 4), 2, 1, 2)):
-        equal(whole[step], batch, slice(2, 4))
-
-
-def test_only_the_next_batches_are_decoded_ahead(card):
-    """Step by step each window is decoded once; a loader process that sees every other step looks
-    that far ahead."""
-    pyramid, asked = Pyramid(card, (6,)), []
-    stream = data.Stream(pyramid, None, CONFIG, "none", ahead=2)
-    real, rows = pyramid.window, lambda step: stream.rows(4, 5, step).tolist()
-    pyramid.window = lambda row, actions: asked.append(row) or real(row, actions)
-    for step in (0, 1, 2):
-        stream.decoded(4, 5, step)
-    stream.decoders.shutdown()
-    assert sorted(asked) == sorted(row for step in range(5) for row in rows(step))
-    other = data.Stream(pyramid, None, CONFIG, "none", ahead=2)
-    for step in (1, 3):
-        other.decoded(4, 5, step)
-    assert sorted(key[2] for key in other.pending) == [5, 7]
 
 
 def test_the_report_says_what_is_used(card):
     """Hours, episodes, rows and share per source and level; rates; held-out episodes."""
-    text = Pyramid(card).describe()
-    assert text.count("33.3 %") == 5 and text.count("16.7 %") == 2 and "0.00" in text
-    assert (
-        "video at 5 Hz" in text
-        and "actions at 15 Hz (3 per frame)" in text
-        and "6 episodes held out" in text
-    )
+    text = opened(card, (2, 5, 6)).describe()
+    assert text.count("33.3%") == 2 and text.count("16.7%") == 2 and "0.00" in text
+    assert "video at 5 Hz" in text and "actions at 15 Hz (3 per frame)" in text
+    assert "6 episodes held out" in text
     assert "observation.state (4), chosen automatically" in text
 
 
 # -- statistics -----------------------------------------------------------------------------------
 
 
-def test_moments_of_parts_add_up_to_those_of_the_whole():
-    """Mean, std and range equal numpy's over all rows at once."""
-    rows = np.random.default_rng(0).normal(3, 2, (1000, 4)) * [1, 10, 100, 0]
-    whole = sum(
-        (Moments.of(part) for part in np.split(rows, [1, 20, 700])[1:]), Moments.of(rows[:1])
-    )
-    np.testing.assert_allclose(whole.mean, rows.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(np.sqrt(whole.square / whole.count), rows.std(0), rtol=1e-12)
-    assert np.array_equal(whole.min, rows.min(0)) and np.array_equal(whole.max, rows.max(0))
-
-
-def test_quantiles_are_exact_for_few_rows_and_near_for_many(monkeypatch):
-    """Up to MOST rows numpy's own; beyond, a sample whose rank is off by less than half a percent;
-    the order of merging does not matter."""
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(3000, 2))
-    found = Normaliser.fit(rows)
-    np.testing.assert_allclose(found.q01, np.quantile(rows, 0.01, axis=0))
-    monkeypatch.setattr(Sample, "MOST", 1500)
-    parts = [Sample(rng.random(1000), part) for part in np.split(rows, 3)]
-    one, other = parts[0] + parts[1] + parts[2], parts[2] + (parts[1] + parts[0])
-    assert len(one.rows) == 1500 and np.array_equal(one.rows, other.rows)
-    assert abs((rows < np.quantile(one.rows, 0.01, axis=0)).mean() - 0.01) < 0.005
-
-
-@pytest.mark.parametrize(
-    "kind, low, high",
-    [("min_max", 0, 1), ("quantile", -1.2, 1.2), ("none", -40, 40), ("mean_std", -4, 4)],
-)
-def test_every_normalisation_inverts(kind, low, high):
-    """Official min-max gives [0, 1], quantiles [-1, 1] but for the outermost; a still dimension
-    stays finite."""
-    rows = np.concatenate(
-        [np.random.default_rng(0).uniform(-40, 40, (500, 2)), np.full((500, 1), 7.0)], axis=1
-    )
-    stats = Normaliser(**{**vars(Normaliser.fit(rows)), "kind": kind})
-    seen = stats.apply(torch.from_numpy(rows))
-    assert seen[:, :2].min() >= low and seen[:, :2].max() <= high and seen.isfinite().all()
-    torch.testing.assert_close(stats.invert(seen), torch.from_numpy(rows))
-    assert kind != "min_max" or (seen[:, :2].min(), seen[:, :2].max()) == (0, 1)
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_statistics_are_the_same_for_any_number_of_ranks(card, monkeypatch, world):
     """Bit for bit; each rank reads its share of the blocks."""
     monkeypatch.setattr(cards, "BLOCK", 1)
-    pyramid = Pyramid(card, (5, 6))
-    alone, parts = (
-        pyramid.robots(acting=True),
-        [pyramid.measure(rank, world) for rank in range(world)],
-    )
-    assert pyramid.robots(True, parts) == alone and [robot.embodiment for robot in alone] == [
-        "arm",
-        "gantry",
-        "gripper",
-    ]
-    blocks = [{key for key in part if json.loads(key)[2] is not None} for part in parts]
-    assert all(blocks) and sum(map(len, blocks)) == len(set.union(*blocks)) == 16
+    pyramid = opened(card, (5, 6))
+    alone = pyramid.robots(acting=True)
+    parts = [pyramid.measure(rank, world) for rank in range(world)]
+    assert pyramid.robots(True, parts) == alone
+    assert [robot.embodiment for robot in alone] == ["arm", "gantry", "gripper"]
+    assert all(parts) and sum(map(len, parts)) == len(set().union(*parts)) == 32
+    assert "moments/gripper/actions/000004" in parts[4 % world]
+
+
+def test_held_out_episodes_do_not_count(card):
+    """The mean is that of the episodes that are trained on."""
+    pyramid = opened(card)
+    (robot,), o = pyramid.robots(acting=True), pyramid.opened[0]
+    rows = np.concatenate([o.reader.numbers(e)[1] for e in range(o.trained)])
+    np.testing.assert_allclose(robot.actions.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_share_of_a_dataset_can_be_taken(card, tmp_path):
+    """`episodes` of a line: the first so many are drawn, the last ones stay held out."""
+    pyramid = opened(changed(card, tmp_path, _3={"episodes": 1}))
+    assert pyramid.opened[0].trained == 1 and not pyramid.draw(20, 0, 0)[:, 1].any()
+    assert set(pyramid.held_out(9, 0)[:, 1].tolist()) <= {1, 2, 3, 4, 5}
 
 
 # -- cards that are refused -----------------------------------------------------------------------
@@ -476,7 +368,7 @@ MUTANTS = {
     "a mapping that is a list": (line(mapping=["action"]), "mapping is"),
     "an unknown field of a mapping": (
         line(mapping={"actions": "action"}),
-        "unknown fields.*actions",
+        "unknown key 'actions'",
     ),
     "a mapping to no column": (line(mapping={"action": "motors"}), "motors"),
     "a mapping to no camera": (
@@ -490,6 +382,12 @@ MUTANTS = {
     "an unknown way to draw": (line(draw="episodes"), "draw is 'episodes'"),
     "all episodes held out": (line(held_out=6), "held_out is 6 of 6"),
     "half an episode held out": (line(held_out=0.5), "held_out is 0.5"),
+    "fewer than no episodes": (line(episodes=-1), "episodes is -1"),
+    "a world that is not there": (line(path="world:moon"), "simulator 'moon'"),
+    "a level that a world lacks": (
+        line(path="world:toy", embodiment="claw"),
+        "embodiment is 'claw'",
+    ),
     "a video rate of zero": (top(video_hz=0), "video_hz is 0"),
     "an action rate that is NaN": (top(action_hz=float("nan")), "action_hz is nan|NaN"),
     "rates that do not divide": (top(action_hz=12), "action_hz 12 is 2.4 times video_hz 5"),
@@ -531,8 +429,9 @@ def test_a_broken_card_is_refused_by_name(card, tmp_path, mutant):
     edit(stored)
     (tmp_path / "card.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=rf"(?s)card.*({named})"):
-        pyramid = Pyramid(tmp_path / "card.json", (6,))
-        pyramid.config(CONFIG), pyramid.robots(acting=True)
+        pyramid = opened(tmp_path / "card.json")
+        data.network_for(pyramid, "toy", "3")
+        pyramid.robots(acting=True)
 
 
 @pytest.mark.parametrize(
@@ -542,15 +441,14 @@ def test_a_card_that_is_no_json_object_is_refused(tmp_path, raw):
     """Empty, cut, a list, no text, a field twice, deep."""
     (tmp_path / "card.json").write_bytes(raw)
     with pytest.raises(ValueError, match="card.json|sources"):
-        Pyramid(tmp_path)
+        opened(tmp_path)
 
 
 def test_an_episode_in_two_sources_is_found(card, tmp_path):
     """It would be trained on more than its weight says, or on what is held out."""
     shutil.copytree(card.parent / "level6_gripper", tmp_path / "again")
-    pyramid = Pyramid(
-        changed(card, tmp_path, _1={"path": "again", "level": 6, "embodiment": "gripper"}), (6,)
-    )
+    again = {"path": "again", "level": 6, "embodiment": "gripper"}
+    pyramid = opened(changed(card, tmp_path, _1=again))
     assert (
         "source again, episode 0: equals episode 0" in "\n".join(pyramid.check())
         or "equals episode 0 of again" in pyramid.check()[0]
@@ -561,7 +459,7 @@ def test_several_datasets_in_a_folder_need_no_card(card, tmp_path):
     """Each is a source of equal weight."""
     for name in ("level5_gantry", "level6_gripper"):
         (tmp_path / name).symlink_to(card.parent / name)
-    pyramid = Pyramid(tmp_path, (6,))
+    pyramid = opened(tmp_path)
     assert [o.source.embodiment for o in pyramid.opened] == [
         "gantry",
         "gripper",

@@ -1,0 +1,118 @@
+"""Episodes that a world renders instead of decoding them: a source of recordings like a folder.
+
+A line of a card names the world as `world:NAME`, with the level of the data pyramid and the robot.
+The world is asked for all episodes of a split at once, when the first of them is needed. Episodes
+that are trained on come first: there what is executed is disturbed, and what the expert meant is
+recorded. Held-out ones have layouts that training never sees and are not disturbed: a world model
+is asked what an action does, so the one recorded must be the one executed.
+
+Of an episode's T + 1 frames the last, after which nothing is done, is left out of its rows.
+
+Shapes: T rows of an episode, H W pixels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from formats.recordings import Recordings
+from worlds import motions, simulator, tabletop
+
+PREFIX = "world:"  # of a source's path
+CAMERA = "top"  # as the world names it
+
+
+class Lengths:
+    """Rows of each episode; only the split that is asked for is rendered."""
+
+    def __init__(self, reader: "Rendered"):
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return self.reader.count + self.reader.held_out
+
+    def __getitem__(self, index: int | slice) -> int | np.ndarray:
+        if isinstance(index, slice):
+            return np.array([self[e] for e in range(len(self))[index]], int)
+        return len(self.reader.episode(index).motion) - 1
+
+    def tolist(self) -> list[int]:
+        return self[:].tolist()
+
+
+class Rendered(Recordings):
+    """`count` episodes to train on and `held_out` more of one level and robot ("": the level's
+    own). ValueError for a level or robot that the world does not record."""
+
+    def __init__(
+        self,
+        path: str,
+        level: int,
+        robot: str,
+        count: int,
+        held_out: int,
+        seed: int = 0,
+        mapping: Mapping | None = None,
+    ):
+        super().__init__(path, mapping)
+        self.world, self.level, self.seed = path.removeprefix(PREFIX), level, seed
+        self.count, self.held_out, self.robot = count, held_out, robot or None
+        self.fps = float(simulator(self.world).make.fps)
+        self.cameras = (CAMERA,)
+        self.lengths = Lengths(self)
+        (first,) = self._record(1, pictures=False)
+        self.robot = first.embodiment
+        acts = first.actions is not None
+        self.widths = (first.states.shape[1], first.actions.shape[1]) if acts else (0, 0)
+        self.titles = {"state": "state", "action": "actions"} if acts else {}
+
+    def _record(self, count: int, split: str = "train", **more) -> list:
+        record = simulator(self.world).record
+        return record(self.level, count, self.seed, self.robot, split, **more)
+
+    @cached_property
+    def trained(self) -> list:
+        return self._record(self.count)
+
+    @cached_property
+    def untrained(self) -> list:
+        return self._record(self.held_out, "eval", disturbed=False)
+
+    def episode(self, number: int):
+        """As the world recorded it (`worlds.tabletop.Episode`)."""
+        if number < self.count:
+            return self.trained[number]
+        return self.untrained[number - self.count]
+
+    def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not self.titles:
+            return None, None
+        return self.episode(episode).states[:-1], self.episode(episode).actions
+
+    def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
+        return dict(zip(self.titles, self.numbers(episode))), []
+
+    def texts(self, episode: int, row: int = 0) -> list[str]:
+        return [self.episode(episode).instruction or "no task"]
+
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+        return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}
+
+    def labels(self, episode: int) -> dict[str, np.ndarray]:
+        shown = self.episode(episode)
+        found = tabletop.labels(shown.snapshots[:-1], shown.task) if shown.task else {}
+        return {name: np.array(values) for name, values in found.items()}
+
+    def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        yield motions.flows(self.episode(episode), interval)
+
+    def motions(self, episode: int, interval: int) -> np.ndarray:
+        return motions.labels(self.episode(episode), interval)
+
+    def describe(self) -> str:
+        return (
+            f"{self.name}: level {self.level} with {self.robot}, {self.count} episodes and "
+            f"{self.held_out} of other layouts at {self.fps:g} fps, seed {self.seed}\n"
+            f"  state ({self.widths[0]}), actions ({self.widths[1]}), camera {CAMERA}"
+        )

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import expected
 from torch import nn
 
 from backbones.dcae import DCAE, DCAEConfig, LinearAttention
 from weights.files import open_source, save_safetensors
-from weights.layouts import canonical, dcae_own, expected
+from weights.layouts import canonical, dcae_own
 from weights.load import load_into
 
 FULL = DCAEConfig()

@@ -244,9 +244,7 @@ def widened(x: np.ndarray | Tensor, width: int) -> Tensor:
 
 def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Which of several groups each of `size` places goes to, in random order: within one of its
-    share by weight, in every batch. Equal weights take turns."""
-    if np.ptp(weights) == 0:
-        return rng.permutation(np.arange(size) % len(weights))
+    share by weight, in every batch."""
     edges = np.cumsum(weights) / weights.sum()
     places = (np.arange(size) + rng.random()) / size
     return rng.permutation(np.searchsorted(edges[:-1], places, side="right"))

@@ -7,6 +7,7 @@ the same for any number of ranks.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ class Normaliser:
         found = centre, std, low.amin(0), high.amax(0), *ends
         return cls(*(tuple(values.tolist()) for values in found), kind)
 
-    @property
+    @cached_property
     def scale(self) -> tuple[float, ...]:
         spans = {
             "mean_std": self.std,
@@ -79,7 +80,7 @@ class Normaliser:
         }
         return tuple(float(span) if span > 1e-6 else 1.0 for span in spans[self.kind])
 
-    @property
+    @cached_property
     def offset(self) -> tuple[float, ...]:
         middles = {
             "mean_std": self.mean,

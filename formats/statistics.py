@@ -22,7 +22,8 @@ def measured(rows: np.ndarray, name: str, total: int, seed: int) -> dict[str, Te
     deviations, minimum, maximum) under moments/NAME, and rows for quantiles under rows/NAME: all of
     them, or a share if the robot has more than MOST in `total`."""
     rows = torch.from_numpy(rows).double()
-    count, mean = torch.full_like(rows[0], len(rows)), rows.mean(0)
+    count = torch.full_like(rows[0], len(rows))
+    mean = rows.mean(0)
     square = (rows - mean).square().sum(0)
     drawn = np.random.default_rng(seed).random(len(rows)) < MOST / total
     return {

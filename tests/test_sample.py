@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import sample
+from formats.statistics import Normaliser, Statistics
 from motus import Motus, preset
 from sample import Policy, action_figures, film, moving_region, psnr, sheet, ssim, video_figures
 from weights.card import Card
@@ -28,8 +29,8 @@ def write_checkpoint(folder: Path, stage: str, /, **changes) -> Path:
         preset("toy") if stage == "3" else preset("toy", finetune=False, ratio=1, action_dim=14)
     )
     config = replace(config, video=replace(config.video, layers=1))
-    robot = data.Normaliser((0.1, -0.2, 0.3), (0.5, 0.25, 2.0))
-    statistics = data.Statistics("gripper", 3, robot, robot).as_json() if stage == "3" else None
+    robot = Normaliser((0.1, -0.2, 0.3), (0.5, 0.25, 2.0))
+    statistics = Statistics("gripper", 3, robot, robot).as_json() if stage == "3" else None
     card = replace(
         Card(
             config,
@@ -126,7 +127,7 @@ def test_copying_the_observation_is_the_baseline_of_the_video():
 
 def test_predicting_the_mean_is_the_baseline_of_the_actions():
     """Zeros are the mean of normalised actions; robot units weigh each dimension by its std."""
-    truth, robot = torch.tensor([[[1.0, 2.0]]]), data.Normaliser((5.0, 5.0), (1.0, 0.5))
+    truth, robot = torch.tensor([[[1.0, 2.0]]]), Normaliser((5.0, 5.0), (1.0, 0.5))
     figures = action_figures(torch.tensor([[[1.0, 0.0]]]), truth, robot)
     assert figures == {
         "action MSE": {"model": 2.0, "mean": 2.5},

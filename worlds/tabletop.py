@@ -444,19 +444,6 @@ def eased(way: ndarray) -> ndarray:
     return way * np.minimum(1, np.minimum(0.35 * length + 0.006, 0.034) / length)
 
 
-LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
-
-
-def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
-    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
-    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
-    skill, colour, side = task
-    disc = shot.discs[shot.colours == COLOURS.index(colour)]
-    toward = DIRECTIONS[SIDES.index(side)]
-    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
-    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
-
-
 # -- recording ------------------------------------------------------------------------------------
 
 
@@ -468,7 +455,6 @@ class Episode:
     states: ndarray  # (T+1, P) float32
     # (T, A) float32: what the expert meant; None for a body whose actions nobody records
     actions: ndarray | None
-    task: tuple[str, str, str] | None  # skill, colour, side
     instruction: str
     embodiment: str
     level: int
@@ -591,7 +577,6 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
             frames[: t + 1, i].copy(),
             states[: t + 1, i].copy(),
             actions[:t, i].copy() if world.embodiment.has_actions else None,
-            None if world.task_agnostic else world.task[i],
             world.instruction[i],
             world.embodiment.name,
             level,

@@ -576,23 +576,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long", action="store_true", help="the preset's long recipe")
     names = ", ".join(f.name for f in fields(Settings))
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
-    add(
-        "--plan",
-        action="store_true",
-        help="say memory, FLOPs and hours, train nothing: docs/plan.md",
-    )
-    args, others = parser.parse_known_args(argv)
-    if others and not args.plan:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    return args
+    plan.add_options(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.plan:
-        plan.main(argv)  # which has options of its own
-        return
     preset(args.preset)
+    if args.plan:
+        plan.main(args)
+        return
     jobs = planned(args)
     settings = {job.stage: settings_of(job) for job in jobs}
     needs = [need for job in jobs for need in missing(job)]

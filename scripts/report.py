@@ -61,9 +61,9 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         f"VAE ceiling {world['vae']:.2f}",
     )
     probes = json.loads(read(run / "latent" / "figures.json"))["probe R2"]
-    for level, who in (("level 6", "target robot"), ("level 2", "never labelled")):
-        known = ", ".join(f"{value:.2f}" for value in probes.get(level, ()))
-        yield f"latent actions, {level}, {who}: probe R2", known
+    for name, values in probes.items():
+        known = ", ".join(f"{value:.2f}" for value in values)
+        yield f"latent actions, {name}: probe R2 of the motion", known
 
 
 def losses(run: Path) -> Iterator[tuple[str, str, str]]:

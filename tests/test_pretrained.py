@@ -211,7 +211,8 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight)
     tensors = model.state_dict()
-    theirs = {layouts.wan_from_diffusers(name): name for name in expected("wan-diffusers")}
+    rename = layouts.rename_from("wan-diffusers")
+    theirs = {rename(name): name for name in expected("wan-diffusers")}
     stated = {
         "_class_name": "WanModel",
         "dim": config.width,
@@ -496,7 +497,8 @@ def test_the_published_configs_are_the_defaults_of_ours():
     this repository has as defaults."""
     assert published.text_config(evidence(expected("umt5"))) == UMT5Config()
     assert published.vae_config(evidence(expected("wan-vae"))) == WanVAEConfig()
-    names = {layouts.qwen_own(name): shape for name, shape in expected("qwen3vl").items()}
+    rename = layouts.rename_from("qwen3vl")
+    names = {rename(name): shape for name, shape in expected("qwen3vl").items()}
     assert published.vlm_config(evidence(names)) == Qwen3VLConfig()
     stated = {
         "common.num_video_frames": 8,
@@ -504,7 +506,8 @@ def test_the_published_configs_are_the_defaults_of_ours():
         "action_expert.norm_eps": 1e-5,
         "und_expert.norm_eps": 1e-5,
     }
-    names = {layouts.own_name(name): shape for name, shape in expected("motus-stage3").items()}
+    rename = layouts.rename_from("motus")
+    names = {rename(name): shape for name, shape in expected("motus-stage3").items()}
     assert MotusConfig.of(published.motus_fields(evidence(names, stated), 22)) == preset("full")
 
 

@@ -18,7 +18,6 @@ from weights.layouts import (
     canonical,
     identify,
     official_name,
-    own_name,
     renaming,
 )
 from weights.load import plan_names
@@ -35,7 +34,7 @@ def convert(src: str | Path, dst: str | Path) -> None:
         if kind.startswith("dcae"):  # where a tensor of the file may be three of ours
             source.tensors = canonical(source.tensors)
             rename = str
-        plan, _ = plan_names(source, rename)
+        plan = plan_names(source, rename)
         kind = re.sub("-(diffusers|transformers|own)$", "", kind)
         metadata = source.metadata | {"format": "pt", "kind": kind}
         if stage:
@@ -79,15 +78,15 @@ def export(
                 f" {rows}); pass --rows CHUNK+6 for fine-tuned weights, --rows CHUNK for"
                 " pre-trained ones"
             )
-        plan, _ = plan_names(source, own_name)
+        plan = plan_names(source, renaming(source.names()))
         module = {official_name(key): source.read(name).to(dtype) for key, name in plan.items()}
         width = module["action_expert.blocks.0.modulation"].shape[-1]
         module[POSITIONS] = position_table(rows, width).to(dtype)
         embedding = "vlm_model.model.language_model.embed_tokens.weight"
         if embedding in module:
             module["vlm_model.lm_head.weight"] = module[embedding]
-        for wrapper, part in WRAPPERS:
-            inner = [name for name in module if name.startswith(part)]
+        for wrapper, parts in WRAPPERS.items():
+            inner = [name for name in module if name.startswith(parts)]
             module |= {wrapper + name: module[name] for name in inner}
         weights = {"module": module}
         replace_file(Path(dst) / "mp_rank_00_model_states.pt", partial(torch.save, weights))

@@ -1,27 +1,46 @@
-"""Checkpoints."""
+"""Checkpoints that all ranks write together, and how a run goes on from one.
 
+    Saver         writes run/step_NNNNNN in parallel, in a thread, atomically
+    RunState      all that a run is made of: its files, and the way back from them
+    fill          tensors from a file, read by any number of ranks
+
+A slice of an axis is a few runs of bytes of a safetensors file, so every rank writes its own runs
+into the same files: nothing is gathered, and the result is what one process would have written,
+byte for byte. It is at once the sharded checkpoint, the consolidated export, and readable by any
+number of ranks. The folder must lie on a file system that all ranks share.
+
+Torch's own distributed checkpoint (DCP) was looked at: its usual format pickles the metadata, its
+safetensors writer leaves a file per rank, and to consolidate them it writes everything again.
+"""
+
+import hashlib
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from motus import Motus
 from scale.ranks import Ranks
-from weights.files import TensorSource, refuse, safetensors_header
-from weights.load import held, parts
+from weights.card import Card
+from weights.files import TensorSource, open_source, refuse, safetensors_header
+from weights.load import load_into, local_shard, read_shards
 
-# -- checkpoints ----------------------------------------------------------------------------------
+# -- writing --------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """What a rank holds of a tensor: a copy of its values, the axis along which it is cut and where
-    it begins there."""
+class ShardCopy(NamedTuple):
+    """A copy of what a rank holds of a tensor, the axis along which it is cut and where it begins
+    there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]  # of the whole tensor
@@ -30,33 +49,27 @@ class Part(NamedTuple):
     start: int
 
     @classmethod
-    def of(cls, tensor: Tensor, rank: int) -> "Part":
-        values, axis, start = held(tensor)
+    def of(cls, tensor: Tensor, rank: int) -> "ShardCopy":
+        values, axis, start = local_shard(tensor)
+        writes = rank == 0
         if isinstance(tensor, DTensor):  # the first of the replicas writes
-            ours = all(
-                i == 0
-                for i, placement in zip(tensor.device_mesh.get_coordinate(), tensor.placements)
-                if not placement.is_shard()
-            )
-        else:
-            ours = rank == 0
-        copy = (
-            values.detach().to("cpu", copy=True).contiguous() if ours and values.numel() else None
-        )
+            placed = zip(tensor.device_mesh.get_coordinate(), tensor.placements)
+            writes = all(i == 0 for i, placement in placed if not placement.is_shard())
+        copy = None
+        if writes and values.numel():
+            copy = values.detach().to("cpu", copy=True).contiguous()
         return cls(tensor.dtype, tuple(tensor.shape), copy, axis, start)
 
     def runs(self, begin: int) -> Iterator[tuple[int, Any]]:
         """(offset, bytes) of the tensor's runs in a file where the whole tensor begins at byte
         `begin`."""
-        before, row = (
-            math.prod(self.shape[: self.axis]),
-            math.prod(self.shape[self.axis + 1 :]) * self.dtype.itemsize,
-        )
+        if self.values is None:
+            return
+        before = math.prod(self.shape[: self.axis])
+        row = math.prod(self.shape[self.axis + 1 :]) * self.dtype.itemsize
+        whole = self.shape[self.axis] if self.shape else 0
         for i, run in enumerate(self.values.reshape(before, -1).view(torch.uint8)):
-            yield (
-                begin + (i * self.shape[self.axis] + self.start if self.shape else 0) * row,
-                run.numpy(),
-            )
+            yield begin + (i * whole + self.start) * row, run.numpy()
 
 
 def sync(path: Path) -> None:
@@ -66,14 +79,20 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+Files = Mapping[str, Mapping[str, ShardCopy]]  # what a rank writes, by file and name of tensor
+
+
 class Saver:
     """Writes checkpoints run/step_NNNNNN in a thread, from copies made at once. All ranks write
     into a folder with a temporary name; when all have flushed what they wrote, rank 0 renames it. A
     failure on any rank leaves earlier checkpoints as they were."""
 
     def __init__(self, run: Path, ranks: Ranks, keep: int):
-        self.run, self.ranks, self.keep = run, ranks, keep
-        self.thread, self.pending = ThreadPoolExecutor(1, "checkpoint"), None
+        self.run = run
+        self.ranks = ranks
+        self.keep = keep
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
@@ -81,11 +100,11 @@ class Saver:
         """Begins to write step `step`: safetensors files by name, and small text files. Waits for
         the one before."""
         self.wait()
-        parts = {
-            file: {name: Part.of(tensor, self.ranks.rank) for name, tensor in named.items()}
+        files = {
+            file: {name: ShardCopy.of(tensor, self.ranks.rank) for name, tensor in named.items()}
             for file, named in tensors.items()
         }
-        self.pending: Future | None = self.thread.submit(self._write, step, parts, texts)
+        self.pending = self.thread.submit(self._write, f"step_{step:06d}", files, texts)
 
     def wait(self) -> None:
         """Until the last checkpoint is complete. ValueError on every rank if any could not write."""
@@ -95,22 +114,18 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        return (
-            self.pending is not None
-            and self.pending.done()
-            and self.pending.exception() is not None
-        )
+        done = self.pending is not None and self.pending.done()
+        return done and self.pending.exception() is not None
 
-    def _write(
-        self, step: int, parts: Mapping[str, Mapping[str, Part]], texts: Mapping[str, str]
-    ) -> None:
-        final, temporary = self.run / f"step_{step:06d}", self.run / f".step_{step:06d}.tmp"
+    def _write(self, name: str, files: Files, texts: Mapping[str, str]) -> None:
+        temporary = self.run / f".{name}.tmp"
         headers = {
-            file: safetensors_header({name: part[:2] for name, part in named.items()})
-            for file, named in parts.items()
+            file: safetensors_header({name: copy[:2] for name, copy in named.items()})
+            for file, named in files.items()
         }
 
         def begin() -> None:
+            """Files of full length, without values."""
             for left in self.run.glob(".step_*"):  # by a process that was killed
                 shutil.rmtree(left)
             temporary.mkdir()
@@ -125,41 +140,52 @@ class Saver:
         def fill_in() -> None:
             for file, (_, begins, _) in headers.items():
                 with (temporary / file).open("r+b") as out:
-                    for name, part in parts[file].items():
-                        for offset, run in (
-                            part.runs(begins[name]) if part.values is not None else ()
-                        ):
+                    for name, copy in files[file].items():
+                        for offset, run in copy.runs(begins[name]):
                             out.seek(offset)
                             out.write(run)
                     out.flush()
                     os.fsync(out.fileno())
 
-        def finish() -> None:
-            sync(temporary)
-            if final.exists():  # the same step of the same run, saved before
-                os.replace(final, self.run / f".{final.name}.old")
-            os.replace(temporary, final)
-            sync(self.run)
-            for old in (
-                sorted(self.run.glob("step_" + "[0-9]" * 6))[: -self.keep] if self.keep else ()
-            ):
-                os.replace(
-                    old, self.run / f".{old.name}.old"
-                )  # never half a folder with a final name
-            for old in self.run.glob(".step_*.old"):
-                shutil.rmtree(old)
-
-        alone = lambda work: work if self.ranks.rank == 0 else lambda: None
         try:
-            for work in (alone(begin), fill_in, alone(finish)):
-                self.ranks.together(work, self.ranks.writing)
+            self._by_first(begin)
+            self.ranks.together(fill_in, self.ranks.writing)
+            self._by_first(lambda: self._publish(temporary, self.run / name))
         except (ValueError, OSError) as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise ValueError(
-                f"checkpoint {final} could not be written: {error}; free space or name another --run. "
-                "Earlier checkpoints are intact"
+                f"checkpoint {self.run / name} could not be written: {error}; free space or name "
+                "another --out. Earlier checkpoints are intact"
             ) from error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wait()
+
+    def _by_first(self, work: Callable[[], None]) -> None:
+        """Rank 0 works, all know how it ended."""
+        self.ranks.together(lambda: None if self.ranks.rank else work(), self.ranks.writing)
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """The final name, then older checkpoints away: renamed first, so that there never is half a
+        folder with a final name."""
+        sync(temporary)
+        old = [final] if final.exists() else []  # the same step of the same run, saved before
+        for folder in old:
+            os.replace(folder, self.run / f".{folder.name}.old")
+        os.replace(temporary, final)
+        sync(self.run)
+        steps = sorted(self.run.glob("step_" + "[0-9]" * 6))
+        for folder in steps[: -self.keep] if self.keep else ():
+            os.replace(folder, self.run / f".{folder.name}.old")
+        for folder in self.run.glob(".step_*.old"):
+            shutil.rmtree(folder)
+
+
+# -- reading --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -169,14 +195,128 @@ def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
     problems = [f"missing: {name}" for name in tensors if name not in source.tensors]
     problems += [f"unexpected: {name}" for name in source.names() if name not in tensors]
     for name in tensors.keys() & source.tensors.keys():
-        found, wanted = (
-            (source.dtype(name), source.shape(name)),
-            (tensors[name].dtype, tuple(tensors[name].shape)),
-        )
-        problems += [f"{name} is {found} in the file, {wanted} here"] * (found != wanted)
+        found = source.dtype(name), source.shape(name)
+        expected = tensors[name].dtype, tuple(tensors[name].shape)
+        if found != expected:
+            problems.append(f"{name} is {found} in the file, {expected} here")
     refuse(source.path, "does not fit this run", problems)
-    for tensor, values in zip(tensors.values(), parts(source, list(tensors.items()))):
-        held(tensor)[0].copy_(values)
+    for tensor, values in zip(tensors.values(), read_shards(source, list(tensors.items()))):
+        local_shard(tensor)[0].copy_(values)
 
 
-# -- checkpoints ----------------------------------------------------------------------------------
+# -- a run ----------------------------------------------------------------------------------------
+
+
+def claim(run: Path, resume: str | None, make: bool = True) -> None:
+    """The run's folder: new for a new run, existing for a resumed one; `make` it, or only look."""
+    exists = run.exists() and any(run.glob("[!.]*"))
+    if exists and not resume:
+        raise ValueError(
+            f"run folder {run} exists; continue it with --resume, or name another with --out"
+        )
+    if resume and not exists:
+        raise ValueError(f"--resume: run folder {run} does not exist; start it without --resume")
+    if make:
+        run.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass
+class RunState:
+    """All that a run is made of. Order and noise are functions of (seed, step), so there is no
+    random state."""
+
+    model: Motus
+    ema: dict[str, Tensor]
+    optimizers: Sequence[Optimizer]
+    card: Card
+    settings: dict
+    about: dict[str, str]  # digests of "code" and "data"
+
+    def moments(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Every trained parameter with what its optimizer keeps of it, which may be filled; in the
+        order that numbers them in checkpoints."""
+        found = []
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                found += [(p, optimizer.state[p]) for p in group["params"]]
+        return found
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{number}.{key}": torch.as_tensor(value)
+            for number, (_, state) in enumerate(self.moments())
+            for key, value in state.items()
+        }
+
+    def save(self, saver: Saver, step: int) -> None:
+        """Begins to write run/step_NNNNNN."""
+        tensors = {
+            "model.safetensors": self.model.state_dict(),
+            "ema.safetensors": self.ema,
+            "optimizer.safetensors": self.optimizer_tensors(),
+        }
+        texts = {
+            "config.json": replace(self.card, step=step).as_json(),
+            "settings.json": json.dumps(self.settings | self.about, indent=1),
+        }
+        saver.save(step, tensors, texts)
+
+    def resume(self, folder: Path, free: Collection[str], anyway: bool = False) -> int:
+        """Fills model, EMA and optimizers from a checkpoint of the same run, whatever number of
+        ranks wrote it; returns the number of steps done. Other settings than the `free` ones or
+        other data are refused; other code too, unless it is to go on `anyway`."""
+        stored = Card.read(folder / "config.json")
+        self.check(folder, stored, free, anyway)
+        with open_source(folder / "model.safetensors") as source:
+            load_into(self.model, source)
+        with open_source(folder / "ema.safetensors") as source:
+            fill(self.ema, source)
+        with open_source(folder / "optimizer.safetensors") as source:
+            moments = self.moments()
+            for name in source.names():
+                number, key = name.split(".")
+                parameter, state = moments[int(number)]
+                state[key] = torch.zeros_like(parameter)
+                if not source.shape(name):
+                    state[key] = torch.zeros((), device=parameter.device)
+            fill(self.optimizer_tensors(), source)
+        return stored.step
+
+    def check(self, folder: Path, stored: Card, free: Collection[str], anyway: bool) -> None:
+        """ValueError if a checkpoint is of another run."""
+        for name in ("motus", "stage", "preset", "statistics", "latent_interval"):
+            theirs, ours = getattr(stored, name), getattr(self.card, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"{folder} was trained with {name} {theirs}, this run has {ours}; resume with "
+                    "the settings it was started with, or start another run"
+                )
+        before = json.loads((folder / "settings.json").read_text())
+        for key, ours in self.settings.items():
+            theirs = before.get(key, ours)
+            if key not in free and theirs != ours:
+                raise ValueError(
+                    f"{folder} was trained with {key}={theirs}, this run has {key}={ours}; resume "
+                    f"with --set {key}={theirs}"
+                )
+        if before["data"] != self.about["data"]:
+            raise ValueError(
+                f"{folder} was trained on data {before['data']}, this run has "
+                f"{self.about['data']}; resume with the same data"
+            )
+        if before["code"] != self.about["code"] and not anyway:
+            raise ValueError(
+                f"{folder} was written by code {before['code']}, this is {self.about['code']}; "
+                "check out the code it began with, or continue with --resume-anyway, perhaps not "
+                "bit for bit"
+            )
+
+
+def code_digest() -> str:
+    """Sixteen hexadecimal digits that change with any source file of the repository."""
+    root, state = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        if {"tests", "docs", "runs", ".venv"} & set(path.relative_to(root).parts):
+            continue
+        state.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return state.hexdigest()[:16]

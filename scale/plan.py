@@ -1,11 +1,10 @@
-"""What a training run needs, told before anyone rents a GPU: parameters, bytes per rank, FLOPs,
-speed, hours.
+"""Memory, FLOPs, speed and hours of a training run, told before anyone rents a GPU.
 
     python train.py --full --plan --gpus 8 --memory 80          the paper's model on eight 80 GB cards
     python train.py --preset small --plan --gpus 1 --memory 24 --peak 165
 
 Between steps a rank holds its share of P parameters, T of them trained (FSDP2, W ranks;
-`scale.split_axis` says along which axis):
+`sharding.split_axis` says along which axis):
 
     weights      4 P / W     fp32; 2 P / W with --params bf16
     gradients    4 T / W     in the dtype of the weights
@@ -16,336 +15,107 @@ Between steps a rank holds its share of P parameters, T of them trained (FSDP2, 
 Within a step three more things come and go. Layer by layer the backward pass frees activations and
 fills in gradients, at a constant rate, so the worst moment is at its beginning or at its end:
 
-    gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead; the fp32 buffer in which the gradients
-                 of the layer before are reduced (one GPU gathers nothing)
-    activations  what the forward pass leaves behind for the backward pass. `none` keeps all of it; `full` keeps what goes into a layer and
-                 computes the layer again; `selective` also keeps what matrix products and attentions give, and computes only norms,
-                 modulation and GELU again, which costs next to no FLOPs (`scale.kept`)
-    working      the layer whose backward pass runs: what was computed again, temporaries, its gradients before they are reduced
+    gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead; the fp32 buffer in
+                 which the gradients of the layer before are reduced (one GPU gathers nothing)
+    activations  what the forward pass leaves behind for the backward pass. `none` keeps all of it; `full` keeps what
+                 goes into a layer and computes the layer again; `selective` also keeps what matrix products and
+                 attentions give, and computes only norms, modulation and GELU again (`sharding.keep_expensive`)
+    working      the layer whose backward pass runs: what was computed again, its gradients before they are reduced,
+                 and those of its widest activation
 
-The first list is arithmetic. Activations, working memory and FLOPs are measured: the real training
-step runs on fake tensors, which have shapes but no values, while every storage that is born or dies
-is counted. Outside the layers nothing depends on the depth, all layers are alike, and so are all
-samples: four steps, of 4 and 5 layers and 2 and 64 samples, give the figures of any depth and any
-micro-batch.
+Activations are counted in numbers that the linear maps of a layer put out, of all tokens: KEPT
+bytes of each are kept, norms and attentions included. That the same bytes serve every preset and
+stage, and that the sum is what a traced step of FSDP2 needs, are tests. FLOPs are torch's count.
 
-What the plan does not know: memory that the CUDA context, NCCL and a fragmented allocator take
-(RESERVE of the card is left to them); what compilation and the kernels save; an attention kernel
-that wants its mask written out (torch's own, where the number of keys is no multiple of 8). --mfu
-is a claim, not a measurement.
-
-Shapes: B samples of a micro-batch, T h w latent grid, S chunk, A action dimensions, P state
-dimensions, Lt text rows, Lu VLM tokens.
+The plan does not know memory that the CUDA context, NCCL and a fragmented allocator take (RESERVE
+of the card is left to them); what compilation and the kernels save; an attention kernel that wants
+its mask written out. --mfu is a claim, not a measurement.
 """
 
 import argparse
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-    shape_wrapper,
-)
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
-from attention import text_bias
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import UMT5Config, UMT5Encoder
-from backbones.wan import TextStates
 from backbones.wan_vae import WanVAE, WanVAEConfig
-from motus import PRESETS, Inputs, Motus, MotusConfig, preset
+from motus import EXPERTS, PRESETS, STAGES, Inputs, Motus, preset
 from scale import sharding
-from weights.files import open_source
+from weights.load import load_part
 
 GB = 1e9
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BYTES = {"fp32": 4, "bf16": 2}
+HOURS = {"1": 8000, "2": 10000, "3": 400}  # GPU-hours of the paper's stages (Tab. 1, appendix)
 RESERVE = 0.08  # share of a card's memory that no plan may touch
 IN_FLIGHT = 2  # gathered layers that exist at once
-POLICIES = tuple(sharding.CHECKPOINTING)
-DEPTHS, BATCHES = (4, 5), (2, 64)  # what is measured; see Curve
+TEXT = 128  # rows of text states
+PROMPT = 80  # tokens of the VLM around the picture, the instruction among them
+# Bytes kept for each number that a layer's linear maps put out, under each policy.
+KEPT = {"none": 8.8, "full": 0.0, "selective": 2.36}
+OUTSIDE = 3  # what is kept outside the layers, in multiples of what goes into one
 
-# -- what is trained, on what ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage as the paper ran it (Tab. 1 and appendix)."""
-
-    form: dict  # changes to the preset
-    experts: tuple[str, ...]  # which are trained
-    hours: float  # GPU-hours of the paper
-
-
-ALL = ("video", "action", "und")
-STAGES = {
-    "1": Stage(dict(finetune=False, ratio=1, action_dim=14), ("video",), 8000),
-    "2": Stage(dict(finetune=False, ratio=1, action_dim=14), ALL, 10000),
-    "3": Stage(dict(finetune=True), ALL, 400),
-}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Sizes of one training sample that the network's configuration leaves open."""
-
-    grid: tuple[int, int]  # h, w of the latents
-    text: int = 128  # rows of text states; padding beyond the longest text of a batch is one row
-    und: int = 200  # tokens of the VLM: 120 of the picture, the prompt around them, the instruction
-
-
-SAMPLES = {"toy": Sample((6, 6), 16, 40), "small": Sample((16, 16)), "full": Sample((24, 20))}
-
-
-def fake_inputs(
-    config: MotusConfig, sample: Sample, batch: int, acting: bool
-) -> tuple[Inputs, dict[str, Tensor]]:
-    """A micro-batch and its noise, of the right shapes and dtypes; without actions and VLM if not
-    `acting` (stage 1)."""
-    latents = torch.empty(batch, config.video.latent, config.latent_frames, *sample.grid)
-    context = torch.empty(batch, sample.text, config.video.text_dim, dtype=torch.bfloat16)
-    inputs = Inputs(latents, context, torch.empty(batch, dtype=torch.int64))
-    noise = dict(t_video=torch.empty(batch), video_noise=torch.empty_like(latents))
-    if acting:
-        actions = torch.empty(batch, config.chunk, config.action_dim)
-        inputs = replace(
-            inputs,
-            actions=actions,
-            action_mask=torch.empty_like(actions, dtype=torch.bool),
-            und=torch.empty(batch, sample.und, config.vlm_dim, dtype=torch.bfloat16),
-            und_mask=torch.empty(batch, sample.und, dtype=torch.bool),
-            state=torch.empty(batch, config.state_dim) if config.finetune else None,
-        )
-        noise |= dict(t_action=torch.empty(batch), action_noise=torch.empty_like(actions))
-    return inputs, noise
-
-
-# -- what a step leaves in memory -----------------------------------------------------------------
-
-aten = torch.ops.aten
-ATTENTION_FLOPS = {  # on a CPU; torch has the formulas of the other operations
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-FLOPS = flop_registry | {op: shape_wrapper(formula) for op, formula in ATTENTION_FLOPS.items()}
-
-
-class Meter(TorchDispatchMode):
-    """Counts bytes of the storages that are alive, the most there ever were, and FLOPs; of what is
-    made while it is on."""
-
-    def __init__(self, existing: Sequence[Tensor] = ()):
-        super().__init__()
-        self.now = self.peak = self.flops = 0
-        self.sizes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for tensor in existing:
-            self.sizes[tensor.untyped_storage()] = 0
-
-    def _died(self, size: int) -> None:
-        self.now -= size
-
-    def __torch_dispatch__(
-        self, op: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ):
-        out = op(*args, **(kwargs or {}))
-        if op.namespace == "prim":  # questions about a tensor
-            return out
-        for tensor in tree_leaves(out):
-            if (
-                isinstance(tensor, Tensor)
-                and (storage := tensor.untyped_storage()) not in self.sizes
-            ):
-                self.sizes[storage] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._died, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        if (formula := FLOPS.get(op.overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-class Cost(NamedTuple):
-    """Of a micro-batch on one device: bytes that the forward pass leaves behind, bytes at the worst
-    moment of the step, FLOPs."""
-
-    saved: float
-    peak: float
-    flops: float
-
-
-@contextmanager
-def fake_model(config: MotusConfig, params: str) -> Iterator[Motus]:
-    """The network on fake tensors, which the body may compute with."""
-    before = torch.get_default_dtype()
-    with FakeTensorMode():
-        try:
-            torch.set_default_dtype(DTYPES[params])
-            model = Motus(config)
-        finally:
-            torch.set_default_dtype(before)
-        # The one place of the network that reads values: how many rows the text has. The
-        # micro-batch has them all.
-        model.video.embed_text = lambda context, lengths: TextStates(
-            model.video.text_embedding(context),
-            text_bias(lengths, context.shape[1], config.video.text_len)[:, None, None],
-        )
-        yield model
-
-
-def drop_reduced(layers: Sequence[nn.Module]) -> None:
-    """Lets the gradients of a layer go when its backward pass is over, as FSDP does once it has
-    copied them out to reduce them."""
-    for i, layer in enumerate(layers):
-
-        def watch(
-            layer: nn.Module,
-            inputs: tuple,
-            outputs: tuple,
-            later: Sequence[nn.Module] = layers[i + 1 :],
-        ) -> None:
-            def over(gradient: Tensor) -> None:
-                for each in later:
-                    each.zero_grad(set_to_none=True)
-
-            outputs[0].register_hook(over)
-
-        layer.register_forward_hook(watch)
-
-
-def measure(
-    config: MotusConfig,
-    stage: Stage,
-    sample: Sample,
-    batch: int,
-    checkpointing: str,
-    params: str = "fp32",
-) -> Cost:
-    """Runs one training step of `batch` samples on fake tensors, on one device. Weights and inputs
-    are not counted; of gradients those that are not yet reduced."""
-    with fake_model(config, params) as model:
-        inputs, noise = fake_inputs(config, sample, batch, acting="action" in stage.experts)
-        step = sharding.parallelize(
-            model, stage.experts, checkpointing=checkpointing, precision="bf16"
-        )
-        drop_reduced(model.layers)
-        existing = [
-            x
-            for x in (*model.parameters(), *vars(inputs).values(), *noise.values())
-            if x is not None
-        ]
-        with Meter(existing) as meter:
-            loss = step(inputs, noise).total()
-            saved = meter.now
-            loss.backward()
-    return Cost(saved, meter.peak, meter.flops)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The cost of any depth and micro-batch from four measured ones. Saved bytes and FLOPs are
-    bilinear in both. The worst moment of a step can be another one at another size: its bytes are
-    exact in the depth, and between 2 and 64 samples never too few."""
-
-    corners: dict[tuple[int, int], Cost]  # by (layers, batch)
-
-    def at(self, layers: float, batch: float) -> Cost:
-        (l0, l1), (b0, b1) = DEPTHS, BATCHES
-        x, y = (layers - l0) / (l1 - l0), (batch - b0) / (b1 - b0)
-        shares = {
-            (l0, b0): (1 - x) * (1 - y),
-            (l0, b1): (1 - x) * y,
-            (l1, b0): x * (1 - y),
-            (l1, b1): x * y,
-        }
-        return Cost(
-            *(
-                sum(share * self.corners[corner][i] for corner, share in shares.items())
-                for i in range(len(Cost._fields))
-            )
-        )
+# -- a network and its inputs, without values -----------------------------------------------------
 
 
 @cache
-def curve(name: str, stage_name: str, checkpointing: str, params: str) -> Curve:
-    """The curve of a preset's stage, measured once."""
-    stage = STAGES[stage_name]
-    config = preset(name, **stage.form)
-    deep = {
-        layers: replace(config, video=replace(config.video, layers=layers)) for layers in DEPTHS
+def frozen_parts(name: str) -> dict[str, nn.Module]:
+    """The backbones of a preset: from its own files, else the published ones without values."""
+    networks = {
+        "vlm": (Qwen3VL, Qwen3VLConfig),
+        "vae": (WanVAE, WanVAEConfig),
+        "text": (UMT5Encoder, UMT5Config),
     }
-    return Curve(
-        {
-            (layers, batch): measure(
-                deep[layers], stage, SAMPLES[name], batch, checkpointing, params
-            )
-            for layers in DEPTHS
-            for batch in BATCHES
-        }
-    )
-
-
-@cache
-def sample_flops(name: str, stage_name: str, checkpointing: str) -> float:
-    """FLOPs of one sample of a preset's stage, without the rest of the curve."""
-    stage = STAGES[stage_name]
-    config = preset(name, **stage.form)
-    one, two = (
-        measure(
-            replace(config, video=replace(config.video, layers=layers)),
-            stage,
-            SAMPLES[name],
-            1,
-            checkpointing,
-        ).flops
-        for layers in (1, 2)
-    )
-    return one + (config.video.layers - 1) * (two - one)
-
-
-@cache
-def meta_model(name: str, stage_name: str) -> Motus:
-    """The network of a preset's stage without values."""
+    folder = PRESETS[name].backbones
+    if folder is not None and (folder / "vae.safetensors").is_file():
+        return {k: load_part(folder / f"{k}.safetensors", *v) for k, v in networks.items()}
     with torch.device("meta"):
-        return Motus(preset(name, **STAGES[stage_name].form))
+        return {k: network(config()) for k, (network, config) in networks.items()}
+
+
+@cache
+def meta_model(name: str, stage: str) -> Motus:
+    with torch.device("meta"):
+        return Motus(preset(name, stage))
+
+
+def parameters(*modules: nn.Module) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@cache
+def example(name: str, stage: str) -> Inputs:
+    """A sample of the shapes that a stage of a preset trains on."""
+    config = preset(name, stage)
+    height, width = PRESETS[name].size
+    parts = frozen_parts(name)
+    pixels = 2 ** len(parts["vae"].config.dim_mult)  # of a latent's side
+    merged = parts["vlm"].config.patch * parts["vlm"].config.merge  # of a VLM token's side
+    text = min(TEXT, config.video.text_len)
+    grid = (config.latent_frames, height // pixels, width // pixels)
+    inputs = Inputs(
+        torch.zeros(1, config.video.latent, *grid),
+        torch.zeros(1, text, config.video.text_dim),
+        torch.tensor([text]),
+    )
+    if STAGES[stage].actions != "none":
+        und = (height // merged) * (width // merged) + min(PROMPT, 2 * text)
+        inputs.und = torch.zeros(1, und, config.vlm_dim)
+        inputs.actions = torch.zeros(1, config.chunk, config.action_dim)
+        inputs.state = torch.zeros(1, config.state_dim) if config.finetune else None
+    return inputs
+
+
+@cache
+def sample_flops(name: str, stage: str) -> float:
+    """FLOPs of a training step per sample, nothing computed again."""
+    return sharding.count_flops(preset(name, stage), example(name, stage))
 
 
 # -- the plan -------------------------------------------------------------------------------------
-
-
-@cache
-def frozen_parts(name: str) -> dict[str, int]:
-    """Parameters of the backbones of a preset: of its own files, else of the published ones."""
-    folder = PRESETS[name].backbones
-    if folder and (folder / "vae.safetensors").is_file():
-        sources = {
-            part: open_source(folder / f"{part}.safetensors") for part in ("vlm", "vae", "text")
-        }
-        return {
-            part: sum(math.prod(source.shape(key)) for key in source.names())
-            for part, source in sources.items()
-        }
-    with torch.device("meta"):
-        parts = {
-            "vlm": Qwen3VL(Qwen3VLConfig()),
-            "vae": WanVAE(WanVAEConfig()),
-            "text": UMT5Encoder(UMT5Config()),
-        }
-    return {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -353,343 +123,306 @@ class Plan:
     """One stage of a preset on `gpus` cards of `memory` bytes. All sizes are bytes per rank."""
 
     name: str
-    stage_name: str
+    stage: str
     gpus: int
     memory: float
-    params: str = (
-        "fp32"  # dtype of weights, gradients and moments; the computation is bf16 either way
-    )
+    params: str = "fp32"  # dtype of weights, gradients and moments; the computation is in bf16
     frozen: str = "cached"  # or "live": the backbones are on the card too
     batch: int = 256  # global
 
     def __post_init__(self):
-        allowed = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
-        if self.gpus not in allowed:
+        if self.gpus < 1 or self.batch % self.gpus:
+            allowed = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
             raise ValueError(
-                f"--gpus is {self.gpus}; a batch of {self.batch} divides among {', '.join(map(str, allowed))}: choose one of "
-                "them, or another --batch"
+                f"--gpus is {self.gpus}; a batch of {self.batch} divides among "
+                f"{', '.join(map(str, allowed))}: choose one of them, or another --batch"
             )
         if self.memory <= 0:
             raise ValueError(
-                f"--memory is {self.memory / GB:g}; give the gigabytes of one card, such as 80"
+                f"--memory is {self.memory / GB:g}; expected the gigabytes of one card, such as 80"
             )
-
-    @property
-    def stage(self) -> Stage:
-        return STAGES[self.stage_name]
 
     @property
     def model(self) -> Motus:
-        return meta_model(self.name, self.stage_name)
-
-    def curve(self, checkpointing: str) -> Curve:
-        return curve(self.name, self.stage_name, checkpointing, self.params)
-
-    # -- what stays
-
-    def share(self, experts: Sequence[str]) -> int:
-        """Parameters of `experts` that the fullest rank holds."""
-
-        def held(p: Tensor) -> int:
-            axis = sharding.split_axis(p, self.gpus).dim
-            return p.numel() // p.shape[axis] * math.ceil(p.shape[axis] / self.gpus)
-
-        return sum(held(p) for expert in experts for p in getattr(self.model, expert).parameters())
+        return meta_model(self.name, self.stage)
 
     @cached_property
-    def resident(self) -> dict[str, float]:
-        """What a rank holds between steps; gradients too, as long as a batch takes several passes."""
-        width, every, trained = (
-            DTYPES[self.params].itemsize,
-            self.share(ALL),
-            self.share(self.stage.experts),
-        )
-        frozen = sum(frozen_parts(self.name).values()) if self.frozen == "live" else 0
-        return dict(
-            weights=width * every,
-            gradients=width * trained,
-            optimizer=2 * width * trained,
-            ema=4 * every,
-            frozen=2 * frozen,
-        )
-
-    # -- what comes and goes
+    def tokens(self) -> dict[str, int]:
+        """Of a sample, per expert, and rows of text."""
+        config = preset(self.name, self.stage)
+        inputs = example(self.name, self.stage)
+        grid = math.prod(inputs.latents.shape[2:])
+        found = {"video": grid // math.prod(config.video.patch)}
+        if inputs.und is not None:
+            found["action"] = config.chunk + (1 + config.registers if config.finetune else 0)
+            found["und"] = inputs.und.shape[1]
+        return found | {"text": inputs.context.shape[1]}
 
     @cached_property
-    def gathered(self) -> dict[str, float]:
-        """Whole parameters and the buffer that reduces a layer's gradients. Experts that a stage
-        does not train are not gathered."""
-        if self.gpus == 1:
-            return dict(root=0, layers=0, reducing=0)
-        size = lambda parts: sum(p.numel() for part in parts for p in part.parameters())
-        layer = size(getattr(self.model.layers[0], expert) for expert in self.stage.experts)
-        whole = size(getattr(self.model, expert) for expert in self.stage.experts)
-        width = DTYPES[self.params].itemsize
-        return dict(
-            root=width * (whole - layer * len(self.model.layers)),
-            layers=IN_FLIGHT * width * layer,
-            reducing=4 * layer,
-        )
+    def numbers(self) -> tuple[int, int, int]:
+        """Of a sample: those that go into a layer, those that the linear maps of a layer put out,
+        and those of its widest activation."""
+        config = preset(self.name, self.stage)
+        width = config.video.width
+        entering = self.tokens["video"] * width
+        widest = self.tokens["video"] * config.video.ffn
+        outputs = 7 * entering + widest + 2 * self.tokens["text"] * width
+        for expert, narrow in (("action", config.action_width), ("und", config.und_width)):
+            tokens = self.tokens.get(expert, 0)
+            entering += tokens * narrow
+            outputs += tokens * (3 * width + (2 + config.expert_ffn) * narrow)
+        return entering, outputs, widest
 
-    def peak(self, checkpointing: str, micro: int) -> float:
-        """Bytes at the worst moment of a training step with `micro` samples per rank and pass."""
-        depth, several = len(self.model.layers), micro * self.gpus < self.batch
-        fixed = (
-            sum(self.resident.values())
-            - self.resident["gradients"]
-            + self.gathered["root"]
-            + self.gathered["layers"]
-        )
-
-        def during(layer: int) -> float:
-            reduced = 1.0 if several else (depth - layer) / depth
-            reducing = self.gathered["reducing"] if layer < depth else 0
-            return (
-                self.curve(checkpointing).at(layer, micro).peak
-                + reducing
-                + reduced * self.resident["gradients"]
-            )
-
-        return fixed + max(during(layer) for layer in (depth, depth - 1, 1))
+    def trained(self, model: nn.Module) -> list[nn.Module]:
+        """The trained experts of the model, or of one of its layers."""
+        return [getattr(model, expert) for expert in STAGES[self.stage].experts]
 
     @property
     def usable(self) -> float:
         return (1 - RESERVE) * self.memory
 
-    def largest(self, checkpointing: str) -> int:
-        """The largest micro-batch that fits, 0 if none does; more than a rank's share of the batch
-        is never needed."""
+    def share(self, *modules: nn.Module) -> int:
+        """Parameters that the fullest rank holds."""
+        count = 0
+        for p in (p for module in modules for p in module.parameters()):
+            size = p.shape[sharding.split_axis(p, self.gpus).dim]
+            count += p.numel() // size * math.ceil(size / self.gpus)
+        return count
+
+    @cached_property
+    def layer(self) -> int:
+        """Trained parameters of a layer."""
+        return parameters(*self.trained(self.model.layers[0]))
+
+    @cached_property
+    def resident(self) -> dict[str, float]:
+        """What a rank holds between steps (gradients too, where a batch takes several passes), and
+        whole parameters that it gathers. Experts that a stage does not train are not gathered."""
+        width = BYTES[self.params]
+        experts = self.trained(self.model)
+        everything = self.share(self.model)
+        trained = self.share(*experts)
+        root = parameters(*experts) - len(self.model.layers) * self.layer
+        sizes = {
+            "weights": width * everything,
+            "gradients": width * trained,
+            "optimizer": 2 * width * trained,
+            "ema": 4 * everything,
+            "frozen": 2 * parameters(*frozen_parts(self.name).values()),
+            "root": width * root,
+            "layers": IN_FLIGHT * width * self.layer,
+            "reducing": 4 * self.layer,
+        }
+        absent = ["frozen"] if self.frozen == "cached" else []
+        absent += ["root", "layers", "reducing"] if self.gpus == 1 else []
+        return sizes | dict.fromkeys(absent, 0)
+
+    def saved(self, policy: str, layers: int, micro: int) -> float:
+        """Bytes that the forward pass of `layers` leaves behind. Autocast keeps bf16 copies of fp32
+        weights that no policy drops."""
+        entering, outputs, _ = self.numbers
+        copies = 2 * self.layer if policy == "none" and self.params == "fp32" else 0
+        kept = layers * KEPT[policy] * outputs
+        kept += 4 * entering * (OUTSIDE if policy == "none" else OUTSIDE + layers)
+        return micro * kept + layers * copies
+
+    def working(self, policy: str, micro: int) -> float:
+        """Bytes of the layer whose backward pass runs: what is computed again, its gradients, and
+        in both precisions those of its widest activation."""
+        _, outputs, widest = self.numbers
+        again = 0
+        if policy != "none":
+            again = (KEPT["none"] - KEPT[policy]) * micro * outputs + 2 * self.layer
+        return again + BYTES[self.params] * self.layer + 6 * micro * widest
+
+    def peak(self, policy: str, micro: int) -> float:
+        """Bytes at the worst moment of a training step with `micro` samples per rank and pass."""
+        sizes = dict(self.resident)
+        gradients = sizes.pop("gradients")
+        reducing = sizes.pop("reducing")
+        depth = len(self.model.layers)
+        moments = []
+        for layers in (depth, depth - 1, 1):  # that the backward pass has yet to do
+            moment = self.saved(policy, layers, micro)
+            several = micro * self.gpus < self.batch
+            moment += gradients if several else gradients * (1 - layers / depth)
+            moment += reducing if layers < depth else 0
+            moments.append(moment)
+        return sum(sizes.values()) + self.working(policy, micro) + max(moments)
+
+    def fitting(self, policy: str) -> list[int]:
+        """Micro-batches that fit; more than a rank's share of the batch is never needed."""
         sizes = range(1, self.batch // self.gpus + 1)
-        return max(
-            (micro for micro in sizes if self.peak(checkpointing, micro) <= self.usable), default=0
-        )
+        return [micro for micro in sizes if self.peak(policy, micro) <= self.usable]
 
-    def micro(self, checkpointing: str) -> int:
-        """The largest micro-batch that fits and divides the rank's share of the batch."""
+    def micro(self, policy: str) -> int:
+        """The largest micro-batch that fits and divides the rank's share of the batch, or 0."""
         share = self.batch // self.gpus
-        return max(
-            (m for m in range(1, self.largest(checkpointing) + 1) if share % m == 0), default=0
-        )
+        return max((micro for micro in self.fitting(policy) if share % micro == 0), default=0)
 
-    # -- speed
-
-    def flops(self, checkpointing: str) -> float:
-        """Per sample, what is computed again included."""
-        return self.curve(checkpointing).at(len(self.model.layers), BATCHES[0]).flops / BATCHES[0]
+    def flops(self, policy: str) -> float:
+        """Per sample; `full` runs the forward pass, a third of a step, again."""
+        return sample_flops(self.name, self.stage) * (4 / 3 if policy == "full" else 1)
 
     @property
     def best(self) -> str:
         """The policy that computes least among those that fit; of equals the one with the larger
-        micro-batch, then the simpler one."""
-        fitting = [name for name in POLICIES if self.micro(name)]
-        if not fitting:
+        micro-batch."""
+        possible = [policy for policy in KEPT if self.micro(policy)]
+        if not possible:
             raise ValueError(self.refusal())
-        least = min(self.flops(name) for name in fitting)
-        return min(
-            fitting, key=lambda name: (round(self.flops(name) / least, 2), -self.micro(name))
-        )
+        return min(possible, key=lambda policy: (self.flops(policy), -self.micro(policy)))
+
+    @property
+    def least(self) -> float:
+        """Bytes that one sample needs."""
+        return min(self.peak(policy, 1) for policy in KEPT)
 
     def refusal(self) -> str:
         """One line: what is missing and what would fit."""
-        need = lambda plan: min(plan.peak(name, 1) for name in POLICIES)
-        more = [
-            replace(self, gpus=n)
-            for n in range(self.gpus + 1, self.batch + 1)
-            if self.batch % n == 0
-        ]
-        ways = [f"--gpus {plan.gpus}" for plan in more if need(plan) <= plan.usable][:1]
-        ways += [f"--memory {math.ceil(need(self) / (1 - RESERVE) / GB)}"]
-        ways += (
-            ["--params bf16"]
-            if self.params == "fp32" and need(replace(self, params="bf16")) <= self.usable
-            else []
-        )
+        more = [n for n in range(self.gpus + 1, self.batch + 1) if self.batch % n == 0]
+        others = {f"--gpus {n}": replace(self, gpus=n) for n in more}
+        ways = [way for way, plan in others.items() if plan.least <= plan.usable][:1]
+        if replace(self, params="bf16").least <= self.usable:
+            ways.append("--params bf16")
+        ways.append(f"--memory {math.ceil(self.least / (1 - RESERVE) / GB)}")
         return (
-            f"{self.name}, stage {self.stage_name}, needs {need(self) / GB:.3g} GB per rank on {self.gpus} GPUs for one sample; "
-            f"{self.memory / GB:g} GB less {RESERVE:.0%} are {self.usable / GB:.3g}. It would fit with "
-            + " or ".join(ways)
+            f"{self.name}, stage {self.stage}, needs {self.least / GB:.3g} GB per rank on "
+            f"{self.gpus} GPUs for one sample; {self.memory / GB:g} GB less {RESERVE:.0%} are "
+            f"{self.usable / GB:.3g}. It would fit with {' or '.join(ways)}"
         )
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> list[str]:
+# -- what `--plan` prints -------------------------------------------------------------------------
+
+
+def table(*rows: tuple[str, ...]) -> list[str]:
     """Lines with columns aligned, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        indent
-        + "  ".join(
-            cell.ljust(n) if i == 0 else cell.rjust(n)
-            for i, (cell, n) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    names, *columns = zip(*rows)
+    lines = [name.ljust(max(map(len, names))) for name in names]
+    for column in columns:
+        width = 2 + max(map(len, column))
+        lines = [line + cell.rjust(width) for line, cell in zip(lines, column)]
+    return ["  " + line.rstrip() for line in lines]
+
+
+def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
+    """What a checkpointing policy needs; `rate` in FLOP/s of all cards."""
+    fitting = plan.fitting(policy)
+    depth = len(plan.model.layers)
+    one = plan.saved(policy, depth, 3) - plan.saved(policy, depth, 2)
+    row = (
+        policy + (" *" if policy == plan.best else ""),
+        f"{one / 1e6:.4g}",
+        f"{plan.flops(policy) / 1e12:.4g}",
+        str(fitting[-1]) if fitting else "none fits",
+    )
+    if not fitting:
+        return (*row, "", "", "", "")
+    micro = plan.micro(policy)
+    passes = plan.batch // plan.gpus // micro
+    memory = (
+        f"{plan.saved(policy, depth, micro) / GB:.4g}",
+        f"{plan.peak(policy, micro) / GB:.4g}",
+    )
+    return (*row, f"{micro} x {passes}", *memory, f"{rate / plan.flops(policy):.1f}")
+
+
+def stage_row(plan: Plan, stage: str, rate: float) -> tuple[str, ...]:
+    """What the paper's GPU-hours of a stage buy here."""
+    other = replace(plan, stage=stage)
+    samples = rate / other.flops(plan.best)
+    steps = HOURS[stage] * 3600 * samples / plan.gpus / plan.batch
+    return (
+        stage,
+        f"{parameters(*other.trained(other.model)) / 1e9:.3g}B",
+        f"{other.flops(plan.best) / 1e12:.4g}",
+        f"{samples:.1f}",
+        f"{HOURS[stage]:,}",
+        f"{steps:,.0f}",
+        f"{HOURS[stage] / plan.gpus / 24:.1f}",
+    )
+
+
+POLICY_HEAD = (
+    "checkpointing",
+    "saved MB/sample",
+    "TFLOP/sample",
+    "largest micro-batch",
+    "used",
+    "saved GB",
+    "peak GB",
+    "samples/s",
+)
 
 
 def report(plan: Plan, mfu: float, peak: float) -> str:
-    """What `--plan` prints. `peak` in TFLOP/s of one card; `mfu` the share of it that a step
-    without recomputation reaches."""
-    best, sample, config = plan.best, SAMPLES[plan.name], plan.model.config
-    gb = lambda size: f"{size / GB:.2f}" if size >= 1e7 else f"{size / GB:.2g}"
-    tokens = dict(
-        video=config.latent_frames * math.prod(sample.grid) // math.prod(config.video.patch),
-        action=config.chunk + (1 + config.registers) * config.finetune,
-        und=sample.und,
-    )
+    """`peak` in TFLOP/s of one card; `mfu` the share of it that a step without recomputation
+    reaches."""
+    best = plan.best
+    rate = plan.gpus * mfu * peak * 1e12
+    parts = []
+    for expert in EXPERTS:
+        use = "trained" if expert in STAGES[plan.stage].experts else "not used"
+        parts.append((expert, f"{parameters(getattr(plan.model, expert)):,}", use))
+    for part, network in frozen_parts(plan.name).items():
+        parts.append((part, f"{parameters(network):,}", "frozen"))
+    bought = f"steps of {plan.batch} they buy"
+    stage_head = ("stage", "trained", "TFLOP/sample", "samples/s", "paper's GPU-hours", bought)
     lines = [
-        f"{plan.name}, stage {plan.stage_name}: {plan.gpus} x {plan.memory / GB:g} GB, batch {plan.batch}, weights {plan.params}, "
-        f"computation bf16, frozen backbones {plan.frozen}",
-        "tokens of a sample: "
-        + ", ".join(f"{expert} {tokens[expert]}" for expert in plan.stage.experts)
-        + f"; text {sample.text}",
-    ]
-    counts = {
-        expert: sum(p.numel() for p in getattr(plan.model, expert).parameters()) for expert in ALL
-    }
-    rows = [
-        (part, f"{n:,}", "trained" if part in plan.stage.experts else "not used")
-        for part, n in counts.items()
-    ]
-    rows += [(part, f"{n:,}", "frozen") for part, n in frozen_parts(plan.name).items()]
-    lines += ["", "parameters", *table(rows)]
-    rows = [(part, gb(size)) for part, size in {**plan.resident, **plan.gathered}.items()]
-    lines += ["", "GB per rank, the same under every policy", *table(rows)]
-
-    rows = [
-        (
-            "checkpointing",
-            "saved MB/sample",
-            "TFLOP/sample",
-            "largest micro-batch",
-            "used",
-            "saved GB",
-            "peak GB",
-            "samples/s",
-        )
-    ]
-    for name in POLICIES:
-        depth, micro, largest = len(plan.model.layers), plan.micro(name), plan.largest(name)
-        one = plan.curve(name).at(depth, 3).saved - plan.curve(name).at(depth, 2).saved
-        row = (
-            name + " *" * (name == best),
-            f"{one / 1e6:.4g}",
-            f"{plan.flops(name) / 1e12:.4g}",
-            f"{largest}" if largest else "none fits",
-        )
-        used = (
-            (
-                f"{micro} x {plan.batch // plan.gpus // micro}",
-                gb(plan.curve(name).at(depth, micro).saved),
-                gb(plan.peak(name, micro)),
-                f"{plan.gpus * mfu * peak * 1e12 / plan.flops(name):.1f}",
-            )
-            if micro
-            else ("", "", "", "")
-        )
-        rows.append(row + used)
-    lines += [
+        f"{plan.name}, stage {plan.stage}: {plan.gpus} x {plan.memory / GB:g} GB, batch "
+        f"{plan.batch}, weights {plan.params}, computation bf16, frozen backbones {plan.frozen}",
+        f"tokens of a sample: {', '.join(f'{k} {n}' for k, n in plan.tokens.items())}",
         "",
-        f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB usable; used: micro-batch x passes; "
-        "* chosen",
-        *table(rows),
-    ]
-
-    rows = [
-        (
-            "stage",
-            "trained",
-            "TFLOP/sample",
-            "samples/s",
-            "paper's GPU-hours",
-            f"steps of {plan.batch} they buy",
-            "days here",
-        )
-    ]
-    for name, stage in STAGES.items():
-        other = meta_model(plan.name, name)
-        flops = plan.flops(best) if name == plan.stage_name else sample_flops(plan.name, name, best)
-        rate = mfu * peak * 1e12 / flops
-        trained = sum(
-            p.numel() for expert in stage.experts for p in getattr(other, expert).parameters()
-        )
-        rows.append(
-            (
-                name,
-                f"{trained / 1e9:.3g}B",
-                f"{flops / 1e12:.4g}",
-                f"{plan.gpus * rate:.1f}",
-                f"{stage.hours:,.0f}",
-                f"{stage.hours * 3600 * rate / plan.batch:,.0f}",
-                f"{stage.hours / plan.gpus / 24:.1f}",
-            )
-        )
-    lines += ["", f"stages of the paper, checkpointing {best}", *table(rows)]
-    lines += [
+        "parameters",
+        *table(*parts),
         "",
-        f"train.py ... --set batch={plan.batch} micro={plan.micro(best)} checkpointing={best} params={plan.params}",
+        "GB per rank, the same under every policy",
+        *table(*((part, f"{size / GB:.4g}") for part, size in plan.resident.items())),
+        "",
+        f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB "
+        "usable; used: micro-batch x passes; * chosen",
+        *table(POLICY_HEAD, *(policy_row(plan, policy, rate) for policy in KEPT)),
+        "",
+        f"stages of the paper, checkpointing {best}",
+        *table((*stage_head, "days here"), *(stage_row(plan, stage, rate) for stage in HOURS)),
+        "",
+        f"train.py ... --set batch={plan.batch} micro={plan.micro(best)} checkpointing={best} "
+        f"params={plan.params}",
     ]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="train.py --plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "train.py --plan", description=__doc__, formatter_class=formatter
     )
-    parser.add_argument("--plan", action="store_true", help="print this and train nothing")
-    parser.add_argument("--preset", default="full", help="row of the table in motus.py")
-    parser.add_argument(
-        "--full", dest="preset", action="store_const", const="full", help="short for --preset full"
-    )
-    parser.add_argument(
-        "--stage",
-        default="3",
-        choices=STAGES,
-        help="whose memory is planned (default 3, which needs most)",
-    )
-    parser.add_argument(
-        "--gpus", type=int, default=8, help="ranks that share one copy of the weights"
-    )
-    parser.add_argument("--memory", type=float, default=80, help="GB of one card")
-    parser.add_argument("--batch", type=int, default=256, help="global batch")
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        help="share of the peak that a step without recomputation reaches",
-    )
-    parser.add_argument(
-        "--peak",
-        type=float,
-        default=989,
-        help="dense bf16 TFLOP/s of one card (H100 and H200 SXM: 989)",
-    )
-    parser.add_argument(
-        "--params", default="fp32", choices=DTYPES, help="dtype of weights, gradients and moments"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--plan", action="store_true", help="print this and train nothing")
+    add("--preset", default="full", help="row of the table in presets.toml")
+    add("--full", dest="preset", action="store_const", const="full", help="--preset full")
+    add("--stage", default="3", choices=HOURS, help="whose memory is planned (default 3, the most)")
+    add("--gpus", type=int, default=8, help="ranks that share one copy of the weights")
+    add("--memory", type=float, default=80, help="GB of one card")
+    add("--batch", type=int, default=256, help="global batch")
+    add("--mfu", type=float, default=0.4, help="share of the peak, nothing computed again")
+    add("--peak", type=float, default=989, help="dense bf16 TFLOP/s of one card (H100, H200: 989)")
+    add("--params", default="fp32", choices=BYTES, help="dtype of weights, gradients and moments")
+    frozen = ("cached", "live")
+    add(
         "--frozen",
         default="cached",
-        choices=("cached", "live"),
+        choices=frozen,
         help="backbones: outputs from a cache, or on every card",
     )
     args = parser.parse_args(argv)
     preset(args.preset)
     if not 0 < args.mfu <= 1 or args.peak <= 0:
         raise ValueError(
-            f"--mfu is {args.mfu:g} and --peak {args.peak:g}; give a share in (0, 1] and TFLOP/s above 0"
+            f"--mfu is {args.mfu:g} and --peak {args.peak:g}; expected a share in (0, 1] and "
+            "TFLOP/s above 0"
         )
-    print(
-        report(
-            Plan(
-                args.preset,
-                args.stage,
-                args.gpus,
-                args.memory * GB,
-                args.params,
-                args.frozen,
-                args.batch,
-            ),
-            args.mfu,
-            args.peak,
-        )
-    )
+    memory = args.memory * GB
+    plan = Plan(args.preset, args.stage, args.gpus, memory, args.params, args.frozen, args.batch)
+    print(report(plan, args.mfu, args.peak))

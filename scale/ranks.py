@@ -1,8 +1,16 @@
-"""Ranks."""
+"""The processes of a run: how they start, how they agree, and what ends a run that stalls.
 
-import hashlib
+    launch      the ranks that torchrun started, or one process; without torchrun nothing here communicates
+    Ranks       what one rank refuses, all refuse by name, at once; facts that must be the same; sums over ranks
+    Watchdog    a rank that stalls ends all of them, in a message that says which one it was and what it was doing
+
+Ranks talk over gloo on the CPU, as bytes: nothing is unpickled, and no GPU waits for it.
+"""
+
+import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -10,8 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -20,8 +27,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
-
-# -- ranks ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -33,37 +38,34 @@ class Ranks:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: one process
-    control: Any = (
-        None  # gloo groups of all ranks: for the step, and for the thread that writes checkpoints
-    )
-    writing: Any = None
+    control: dist.ProcessGroup | None = None  # gloo, for the step
+    writing: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
 
-    def exchange(self, said: bytes, group: Any = None) -> list[bytes]:
-        """What every rank says, in their order: first how long it is, then the bytes."""
+    def exchange(self, said: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
+        """The bytes of every rank, in their order: first how many there are, then they."""
         if self.world == 1:
             return [said]
+        group = group or self.control
         heard = torch.empty(self.world, 1, dtype=torch.int64)
-        dist.all_gather(list(heard), torch.tensor([len(said)]), group=group or self.control)
+        dist.all_gather(list(heard), torch.tensor([len(said)]), group=group)
         lengths = heard.flatten().tolist()
-        heard = torch.empty(self.world, max(1, *lengths), dtype=torch.uint8)
-        padded = torch.frombuffer(bytearray(said.ljust(heard.shape[1], b"\0")), dtype=torch.uint8)
-        dist.all_gather(list(heard), padded, group=group or self.control)
+        longest = max(1, *lengths)
+        padded = torch.frombuffer(bytearray(said.ljust(longest, b"\0")), dtype=torch.uint8)
+        heard = torch.empty(self.world, longest, dtype=torch.uint8)
+        dist.all_gather(list(heard), padded, group=group)
         return [row[:length].numpy().tobytes() for row, length in zip(heard, lengths)]
 
-    def texts(self, text: str, group: Any = None) -> list[str]:
+    def texts(self, text: str, group: dist.ProcessGroup | None = None) -> list[str]:
         return [said.decode() for said in self.exchange(text.encode(), group)]
 
     def gather(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The named tensors of every rank, on the CPU. They travel as the bytes of a safetensors
-        file: nothing is unpickled."""
-        return [
-            safetensors.torch.load(said)
-            for said in self.exchange(safetensors.torch.save(dict(tensors)))
-        ]
+        """The named tensors of every rank, on the CPU, as the bytes of a safetensors file."""
+        sent = safetensors.torch.save(dict(tensors))
+        return [safetensors.torch.load(said) for said in self.exchange(sent)]
 
-    def together(self, work: Callable[[], T], group: Any = None) -> T:
-        """The result of `work`, which must not communicate. What it refuses on any rank is raised
-        on every one, as one ValueError."""
+    def together(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """The result of `work`, which must not communicate. An error of the user, the data or the
+        disk on any rank is raised on every one, as one ValueError."""
         result, problem = None, ""
         try:
             result = work()
@@ -74,20 +76,21 @@ class Ranks:
         problems = {i: text for i, text in enumerate(self.texts(problem, group)) if text}
         if problems:
             first, text = next(iter(problems.items()))
-            raise ValueError(
-                text if len(problems) == self.world else f"rank {first} of {self.world}: {text}"
-            )
+            alone = len(problems) < self.world
+            raise ValueError(f"rank {first} of {self.world}: {text}" if alone else text)
         return result
 
     def same(self, **facts: str) -> None:
         """ValueError on every rank if any fact differs between ranks."""
-        said = [json.loads(text) for text in self.texts(json.dumps(facts))]
-        for name, ours in said[0].items():
-            if other := next((i for i, theirs in enumerate(said) if theirs[name] != ours), None):
-                raise ValueError(
-                    f"ranks differ in {name}: rank 0 has {ours}, rank {other} has {said[other][name]}; start every rank with "
-                    "the same command, from the same checkout and the same files"
-                )
+        first, *others = [json.loads(text) for text in self.texts(json.dumps(facts))]
+        for rank, theirs in enumerate(others, 1):
+            for name, ours in first.items():
+                if theirs[name] != ours:
+                    raise ValueError(
+                        f"ranks differ in {name}: rank 0 has {ours}, rank {rank} has "
+                        f"{theirs[name]}; start every rank with the same command, from the same "
+                        "checkout and the same files"
+                    )
 
     def sums(self, *values: float) -> list[float]:
         """Each value summed over the ranks."""
@@ -98,134 +101,132 @@ class Ranks:
         return total.tolist()
 
 
+# -- starting -------------------------------------------------------------------------------------
+
+
+def environment(name: str, default: int) -> int:
+    """A number that torchrun put into the environment."""
+    return int(os.environ.get(name, default))
+
+
 @contextmanager
 def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     """The ranks that torchrun started; one without it. `shards` ranks share one copy of the
     weights, each such group holds a replica; 0 means all ranks of a node, whose links are fast. A
     rank that does not answer for `timeout` seconds is an error."""
-    number = lambda name, default: int(os.environ.get(name, default))
-    rank, world, local = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", environment("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if world == 1:
         yield Ranks(device=device)
         return
     patience = timedelta(seconds=1.2 * timeout + 10)  # the watchdog speaks first, and knows more
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=patience
-        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
-            f"rank {rank} of {world} met no others at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: "
-            f"{str(error).splitlines()[0]}; start all {world} ranks, with torchrun"
+            f"rank {rank} of {world} met no others at {address}: {str(error).splitlines()[0]}; "
+            f"start all {world} ranks, with torchrun"
         ) from error
     try:
-        ranks = Ranks(
-            rank,
-            world,
-            device,
-            control=dist.new_group(backend="gloo"),
-            writing=dist.new_group(backend="gloo"),
-        )
-
-        def check() -> None:
-            if device.type == "cuda" and local >= torch.cuda.device_count():
-                raise ValueError(
-                    f"local rank {local} has no GPU of its own, there are {torch.cuda.device_count()}; "
-                    f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
-                )
-            if world % size:
-                raise ValueError(
-                    f"{world} ranks cannot form groups of shards={size}; "
-                    f"allowed: {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
-                )
-
-        size = shards or number("LOCAL_WORLD_SIZE", world)
-        ranks.same(shards=str(size))
-        ranks.together(check)
-        if device.type == "cuda":
+        control, writing = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        ranks = Ranks(rank, world, device, control=control, writing=writing)
+        shards = shards or environment("LOCAL_WORLD_SIZE", world)
+        ranks.same(shards=str(shards))
+        ranks.together(lambda: check_launch(ranks, shards))
+        if cuda:
             torch.cuda.set_device(device)
-        shape, names = (
-            ((world,), ("shard",))
-            if size == world
-            else ((world // size, size), ("replicate", "shard"))
-        )
-        ranks.mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        mesh = {"replicate": world // shards, "shard": shards}
+        if shards == world:
+            mesh.pop("replicate")
+        shape = tuple(mesh.values())
+        ranks.mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(mesh))
         yield ranks
     finally:
         dist.destroy_process_group()
 
 
+def check_launch(ranks: Ranks, shards: int) -> None:
+    """ValueError if a rank has no GPU of its own, or the ranks do not fall into groups."""
+    gpus, local = torch.cuda.device_count(), ranks.device.index
+    if local is not None and local >= gpus:
+        raise ValueError(
+            f"local rank {local} has no GPU of its own, there are {gpus}; start torchrun with "
+            f"--nproc-per-node {gpus}"
+        )
+    if ranks.world % shards:
+        allowed = [str(n) for n in range(1, ranks.world + 1) if ranks.world % n == 0]
+        raise ValueError(
+            f"{ranks.world} ranks cannot form groups of shards={shards}; expected one of "
+            f"{', '.join(allowed)}"
+        )
+
+
+# -- ending ---------------------------------------------------------------------------------------
+
+
 class Watchdog:
-    """Ends this process when it does not `beat` for `timeout` seconds, naming the rank that is
-    behind all others and what it was doing. Every rank tells the store of torchrun how far it is; a
-    stopped process cannot, but its last word stays there."""
+    """Around the steps of a run. `stopped` is True after a SIGTERM. A process that does not `beat`
+    for `timeout` seconds ends, naming the rank that is behind all others and what it was doing:
+    every rank tells the store of torchrun how far it is; a stopped process cannot, but its last
+    word stays there."""
+
+    beats = itertools.count(1)  # over all stages of a process, so that ranks can be compared
 
     def __init__(self, ranks: Ranks, timeout: float):
-        self.ranks, self.timeout, self.count, self.doing, self.ended = (
-            ranks,
-            timeout,
-            0,
-            "starting",
-            threading.Event(),
-        )
-        self.since = time.monotonic()
-        if ranks.world > 1:
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
+        self.ranks = ranks
+        self.timeout = timeout
+        self.stopped = False
+        self.ended = threading.Event()
+        self.beat("starting")
+
+    def __enter__(self) -> "Watchdog":
+        self.previous = signal.signal(signal.SIGTERM, self._stop)
+        if self.ranks.world > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        signal.signal(signal.SIGTERM, self.previous)
+
+    def _stop(self, *_) -> None:
+        self.stopped = True
 
     def beat(self, doing: str) -> None:
-        self.count, self.doing, self.since = self.count + 1, doing, time.monotonic()
-
-    def stop(self) -> None:
-        self.ended.set()
+        self.count = next(self.beats)
+        self.doing = doing
+        self.since = time.monotonic()
 
     def _watch(self) -> None:
         try:
             self._compare()
         except dist.DistError:  # the store is gone, with the rank or the launcher that kept it
-            if self.ended.wait(10):
-                return
-            print(
-                f"error: rank {self.ranks.rank} ({self.doing}) is left alone, the others have ended; continue with --resume",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(3)
+            if not self.ended.wait(10):
+                self._end(
+                    f"rank {self.ranks.rank} ({self.doing}) is left alone, the others have ended; "
+                    "continue with --resume"
+                )
 
     def _compare(self) -> None:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=self.timeout),
-        )
-        key = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{{}}".format
+        address, port = os.environ["MASTER_ADDR"], environment("MASTER_PORT", 0)
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        key = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{{}}".format
         while not self.ended.wait(min(2.0, self.timeout / 4)):
             store.set(key(self.ranks.rank), json.dumps([self.count, self.doing]))
-            if (waited := time.monotonic() - self.since) > self.timeout:
-                far = {
-                    i: json.loads(store.get(key(i))) if store.check([key(i)]) else [0, "starting"]
-                    for i in range(self.ranks.world)
-                }
-                behind = [i for i in far if far[i][0] == min(count for count, _ in far.values())]
-                names = ", ".join(f"rank {i} ({far[i][1]})" for i in behind[:8])
-                print(
-                    f"error: no progress for {waited:.0f} s (--set timeout={self.timeout:g}): waiting for {names}; "
-                    "this run ends here, continue it with --resume",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(3)
+            waited = time.monotonic() - self.since
+            if waited <= self.timeout:
+                continue
+            said = {i: (0, "starting") for i in range(self.ranks.world)}
+            said |= {i: json.loads(store.get(key(i))) for i in said if store.check([key(i)])}
+            least = min(count for count, _ in said.values())
+            behind = [f"rank {i} ({doing})" for i, (count, doing) in said.items() if count == least]
+            self._end(
+                f"no progress for {waited:.0f} s (--set timeout={self.timeout:g}): waiting for "
+                f"{', '.join(behind[:8])}; this run ends here, continue it with --resume"
+            )
 
-
-def code_digest() -> str:
-    """Sixteen hexadecimal digits that change with any source file of the repository's root, its
-    backbones and formats."""
-    root, state = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if {"tests", "docs", "runs", ".venv"} & set(path.relative_to(root).parts):
-            continue
-        state.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return state.hexdigest()[:16]
+    def _end(self, why: str) -> None:
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        os._exit(3)

@@ -1,161 +1,168 @@
-"""Pre-trains backbones of toy size, so that a toy run starts where a user of the real model starts:
-from frozen networks that already see.
+"""Pre-trains frozen backbones of small size, so that a small run starts where a user of the real
+model starts: from networks that already see.
 
-The real backbones come from the web (Wan2.2, UMT5, Qwen3-VL); their toy instances are the same
-classes, taught here by three objectives:
+    python -m scripts.pretrain --preset toy --out FOLDER
+    python -m scripts.pretrain --preset sim --data CARD --out FOLDER
 
-    video VAE    reconstruct clips: L1 + squared error, a little KL; then the mean and std of its latents are measured and stored
-    text         predict masked words from the rest of the sentence
-    VLM          ground: after reading instruction and picture, the hidden states say, through linear maps that are thrown away, which
-                 image token holds the named object, where exactly it is, and where to take it
+The real backbones come from the web (Wan2.2, UMT5, Qwen3-VL); their small instances are the same
+classes, taught here on all levels of a card:
 
-Nothing here knows the world: pictures, sentences and targets come in as functions of a seed.
-`train.py --stage backbones` calls it.
+    vae     reconstruct clips: L1 + squared error, a little KL; then the mean and std of its latents
+            are measured and stored
+    text    predict masked words from the rest of the sentence
+    vlm     ground: after reading instruction and picture, the hidden states say, through linear
+            maps that are thrown away, which image token holds the named object, where exactly it
+            is, and everything else that a simulator knew (`worlds.World.labels`)
+    dcae    reconstruct optical flow, and keep what its labels say
 
-Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets.
+MOTUS_BACKBONES=FOLDER then names them to every other command.
+
+Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets, A labels of a motion.
 """
 
 import argparse
 import json
 import math
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
-import latent_action
-import motus
 from attention import mlp
-from backbones.optical_flow import mirrored
+from backbones.frozen import Backbones
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
-from backbones.wan_vae import WanVAE, WanVAEConfig
-from data import RATE, toy_episodes
+from backbones.wan_vae import WanVAE
+from data import motions, whole_pyramid
 from formats.cards import Pyramid, placed, tiled
-from formats.recordings import t_place
-from latent_action import LatentActionModel
-from motus import preset
-from train import settings_for
+from formats.recordings import Recordings, t_place
+from latent_action import LatentActionConfig, LatentActionModel, mirrored, rarest_motions
+from motus import PRESETS, preset
+from weights.files import run_command
 from weights.load import load_part, save_part
-from worlds import motions, robots
 
-# -- training -------------------------------------------------------------------------------------
+# -- what they learn from -------------------------------------------------------------------------
 
 
-def pretrain_dcae(
-    model: LatentActionModel,
-    flow: Tensor,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    steps: int = 3000,
-    batch: int = 32,
-    lr: float = 3e-3,
-    moving: float = 100.0,
-    seed: int = 0,
-) -> dict[str, list[float]]:
-    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each
-    step. Small moving things are a few percent of a picture: without a large `moving` the answer
-    stays white. With labels (N, A) and mask (N, A) bool, half of each batch is labelled and a head
-    that is thrown away reads the labels from the tokens, so that these keep what a small part of
-    the robot does. Half of that half are rows in which that part moves: those where the label that
-    is most often near zero is not."""
-    generator, dcae, config, device = (
-        torch.Generator().manual_seed(seed),
-        model.dcae,
-        model.config,
-        model.token_mean.device,
-    )
-    dcae.requires_grad_(True).train()
-    features = len(model.token_mean)
-    head = nn.Sequential(nn.LayerNorm(features), mlp(features, features, config.action_dim)).to(
-        device
-    )
-    everything = torch.arange(len(flow))
-    pools = [(everything, batch)]
-    if labels is not None:
-        all_known = mask.all(dim=1).nonzero()[:, 0]
-        moves = labels[all_known].abs() > 0.1
-        rare = all_known[moves[:, moves.float().mean(dim=0).argmin()]]
-        pools = [
-            (everything, batch - batch // 2),
-            (all_known, batch // 2 - batch // 4),
-            (rare, batch // 4),
-        ]
-    parameters = [*dcae.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    losses: dict[str, list[float]] = {"reconstruction": [], "labels": []}
-    for _ in tqdm(range(steps), desc="dc-ae", mininterval=1):
-        rows = torch.cat(
-            [pool[torch.randint(len(pool), (count,), generator=generator)] for pool, count in pools]
-        )
-        target, wanted = (
-            flow[rows],
-            labels[rows] if labels is not None else torch.zeros(len(rows), config.action_dim),
-        )
-        target, wanted = (x.to(device) for x in mirrored(target, wanted, generator))
-        tokens = dcae.encode(model.flow_to_picture(target))
-        reconstruction = model.picture_loss(dcae.decode(tokens), target, moving)
-        known = (
-            mask[rows].to(device)
-            if labels is not None
-            else torch.zeros_like(wanted, dtype=torch.bool)
-        )
-        error = torch.where(known, head(rearrange(tokens, "b c h w -> b (h w c)")) - wanted, 0.0)
-        read = error.square().sum() / known.sum().clamp(min=1)
-        optimizer.zero_grad()
-        (reconstruction + read).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses["reconstruction"].append(reconstruction.item()), losses["labels"].append(read.item())
-    dcae.requires_grad_(config.finetune_dcae).eval()
-    return losses
+class Episode(NamedTuple):
+    """An episode in memory, with what its simulator knew."""
+
+    frames: np.ndarray  # (T, H, W, 3) uint8
+    labels: np.ndarray  # (T, G)
+    text: str
+    rate: int  # rows per video frame
+
+
+class Corpus:
+    """Up to `count` episodes of a card whose simulator recorded labels: of those that are trained
+    on, or of those that are held out. Nothing else reads labels; a policy sees pictures and its own
+    state.
+
+    `targets` names the labels: numbers to be seen in a picture, of which the first two say where
+    the named object is, 0 to 1 from left and top."""
+
+    def __init__(self, pyramid: Pyramid, count: int, seed: int, held_out: bool = False):
+        found = []
+        for o in pyramid.opened:
+            episodes = range(o.trained, len(o.reader.lengths)) if held_out else range(o.trained)
+            found += [(o.reader, e) for e in episodes if o.reader.labels(e)]
+        if not found:
+            raise ValueError(
+                f"card {pyramid.name}: no {'held-out' if held_out else 'trained'} episode has "
+                'labels; set "held_out" of a source, and record it with `python -m scripts.record`'
+            )
+        order = np.random.default_rng(seed).permutation(len(found))[:count].tolist()
+        reader, episode = found[order[0]]
+        self.targets = tuple(reader.labels(episode))
+        self.episodes = [self.read(pyramid, *found[i]) for i in order]
+
+    def read(self, pyramid: Pyramid, reader: Recordings, episode: int) -> Episode:
+        labels = reader.labels(episode)
+        if tuple(labels) != self.targets or self.targets[:2] != ("object x", "object y"):
+            raise ValueError(
+                f"card {pyramid.name}: episode {episode} of {reader.name} has the labels "
+                f"{list(labels)} of its first camera; expected the same in all episodes, object x "
+                "and object y first: record the dataset with `python -m scripts.record`"
+            )
+        seen = reader.window(episode, 0, np.arange(reader.lengths[episode]) / reader.fps, ())
+        rows = np.stack(list(labels.values()), axis=1)
+        for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:  # and y after it
+            places = rows[:, x : x + 2]
+            if reader.given.t_layout:
+                places = t_place(places, reader.sizes[reader.cameras[0]])
+            rows[:, x : x + 2] = placed(places, seen.frames, pyramid.size)
+        rate = max(1, round(reader.fps / pyramid.video_hz))
+        return Episode(tiled(seen.frames, pyramid.size), rows, seen.instruction, rate)
+
+    @property
+    def sentences(self) -> list[str]:
+        return sorted({episode.text for episode in self.episodes})
+
+    def draw(self, seed: int, size: int) -> tuple[list[Episode], np.random.Generator]:
+        rng = np.random.default_rng([abs(seed), seed < 0])
+        return [self.episodes[i] for i in rng.integers(len(self.episodes), size=size)], rng
+
+    def clips(self, seed: int, size: int, frames: int = 5) -> Tensor:
+        """(B, F, H, W, 3) uint8 at the video rate."""
+        episodes, rng = self.draw(seed, size)
+        clips = []
+        for episode in episodes:
+            last = len(episode.frames) - 1
+            start = rng.integers(max(1, last + 1 - episode.rate * (frames - 1)))
+            rows = start + episode.rate * np.arange(frames)
+            clips.append(episode.frames[np.minimum(rows, last)])
+        return torch.from_numpy(np.stack(clips))
+
+    def grounded(self, seed: int, size: int) -> tuple[Tensor, list[str], Tensor]:
+        """Pictures (B, H, W, 3) uint8, the instruction about each, and targets (B, G)."""
+        episodes, rng = self.draw(seed, size)
+        times = [rng.integers(len(episode.frames)) for episode in episodes]
+        pictures = np.stack([episode.frames[t] for episode, t in zip(episodes, times)])
+        targets = np.stack([episode.labels[t] for episode, t in zip(episodes, times)])
+        texts = [episode.text for episode in episodes]
+        return torch.from_numpy(pictures), texts, torch.from_numpy(targets).float()
 
 
 def word_tokenizer(path: Path, specials: list[str], sentences: list[str]) -> None:
     """Writes a `tokenizer.json` with one id per word; words never seen become <unk>."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
     words = sorted({word for sentence in sentences for word in sentence.split()})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *specials, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False) for token in specials if not token.isalpha()]
-    )
+    marks = [AddedToken(token, normalized=False) for token in specials if not token.isalpha()]
+    tokenizer.add_special_tokens(marks)
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
 
 
-def optimise(parameters, steps: int, lr: float, loss: Callable[[int], Tensor], name: str) -> None:
-    """AdamW with warm-up and cosine decay."""
+def optimise(
+    parameters: Iterable[Tensor], steps: int, lr: float, loss: Callable[[int], Tensor], name: str
+) -> None:
+    """AdamW with warm-up and cosine decay; `loss` is a function of the step."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
-    scale = lambda step: (
-        min(1, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-    with tqdm(range(steps), desc=name, unit="step", mininterval=2) as bar:
-        for step in bar:
-            optimizer.zero_grad()
-            value = loss(step)
-            value.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{value.item():.4f}")
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for step in tqdm(range(steps), name, unit="step", mininterval=2):
+        optimizer.zero_grad()
+        loss(step).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
 
 
 # -- video VAE ------------------------------------------------------------------------------------
@@ -168,30 +175,26 @@ def pretrain_vae(
     in its config."""
 
     def loss(step: int) -> Tensor:
-        video = rearrange(clips(step), "b f h w c -> b c f h w").float() / 127.5 - 1
+        video = as_video(clips(step))
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = vae.decode(z, clamp=False) - video
         weight = 1 + 6 * moving(video)
-        return (weight * (error.abs() + 2 * error.square())).mean() + kl * 0.5 * (
-            mean.square() + logvar.exp() - 1 - logvar
-        ).sum(1).mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+        return (weight * (error.abs() + 2 * error.square())).mean() + kl * divergence
 
     optimise(vae.parameters(), steps, lr, loss, "vae")
     with torch.no_grad():
-        latents = torch.cat(
-            [
-                vae.posterior(
-                    rearrange(clips(-1 - i), "b f h w c -> b c f h w").float() / 127.5 - 1
-                )[0]
-                for i in range(16)
-            ]
-        )
+        latents = torch.cat([vae.posterior(as_video(clips(-1 - i)))[0] for i in range(16)])
     channels = rearrange(latents, "b c t h w -> c (b t h w)")
-    vae.config = replace(
-        vae.config, mean=tuple(channels.mean(1).tolist()), std=tuple(channels.std(1).tolist())
-    )
+    mean, std = channels.mean(dim=1), channels.std(dim=1)
+    vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def as_video(clips: Tensor) -> Tensor:
+    """(B, F, H, W, 3) uint8 -> (B, 3, F, H, W) in [-1, 1]."""
+    return rearrange(clips, "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
 def moving(video: Tensor) -> Tensor:
@@ -206,14 +209,11 @@ def moving(video: Tensor) -> Tensor:
 def vae_psnr(vae: WanVAE, clips: Tensor) -> tuple[float, float]:
     """Peak signal-to-noise ratio in dB of the reconstruction of clips (B, F, H, W, 3) uint8: of all
     pixels, and of those that move."""
-    video = rearrange(clips, "b f h w c -> b c f h w").float() / 127.5 - 1
-    error, weight = (
-        ((vae.decode(vae.encode(video)) - video) / 2).square(),
-        moving(video).expand_as(video),
-    )
-    return tuple(
-        -10 * math.log10(value) for value in (error.mean(), (error * weight).sum() / weight.sum())
-    )
+    video = as_video(clips)
+    error = ((vae.decode(vae.encode(video)) - video) / 2).square()
+    weight = moving(video).expand_as(video)
+    means = error.mean(), (error * weight).sum() / weight.sum()
+    return tuple(-10 * math.log10(value) for value in means)
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -246,11 +246,13 @@ def pretrain_text(
 # -- vision-language model ------------------------------------------------------------------------
 
 POSITION = 2  # the first two targets are x and y of the named object, in [0, 1]
+PROMPT = """<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|> user
+assistant""".split()
 
 
 def pretrain_vlm(
     config: Qwen3VLConfig,
-    tokenizer,
+    tokenizer: Tokenizer,
     samples: Callable[[int], tuple[Tensor, list[str], Tensor]],
     targets: int,
     steps: int,
@@ -264,19 +266,16 @@ def pretrain_vlm(
     what the last token of the prompt makes of it all."""
     vlm = Qwen3VL(config)
     vlm.init_weights()
-    probes = nn.ModuleDict(
-        {
-            name: nn.Linear(config.width, n)
-            for name, n in (("which", 1), ("where", POSITION), ("all", targets))
-        }
-    )
+    sizes = {"which": 1, "where": POSITION, "all": targets}
+    probes = nn.ModuleDict({name: nn.Linear(config.width, n) for name, n in sizes.items()})
 
     def loss(step: int) -> Tensor:
         pictures, texts, target = samples(step)
         which, where, everything, cell = ground(vlm, probes, tokenizer, pictures, texts, target)
+        position = F.smooth_l1_loss(where, target[:, :POSITION], beta=0.02)
         return (
             F.cross_entropy(which, cell)
-            + 8 * F.smooth_l1_loss(where, target[:, :POSITION], beta=0.02)
+            + 8 * position
             + 8 * F.smooth_l1_loss(everything, target, beta=0.02)
         )
 
@@ -287,7 +286,7 @@ def pretrain_vlm(
 def ground(
     vlm: Qwen3VL,
     probes: nn.ModuleDict,
-    tokenizer,
+    tokenizer: Tokenizer,
     pictures: Tensor,
     texts: list[str],
     target: Tensor,
@@ -297,331 +296,196 @@ def ground(
     """
     config = vlm.config
     pixels, grid = patchify(pictures, config)
-    ids, mask = pad_prompts(
-        [
-            prompt_ids(tokenizer, text, grid[i : i + 1], config.merge)
-            for i, text in enumerate(texts)
-        ]
-    )
+    prompts = [
+        prompt_ids(tokenizer, text, grid[i : i + 1], "deployment", config.merge)
+        for i, text in enumerate(texts)
+    ]
+    ids, mask = pad_prompts(prompts)
     hidden = vlm(ids, mask, pixels, grid)
     tokens = rearrange(hidden[ids == config.image_token], "(b n) d -> b n d", b=len(hidden))
-    rows, cols = (grid[0, 1:] // config.merge).tolist()
-    cell = (target[:, 1] * rows).long().clamp(0, rows - 1) * cols + (
-        target[:, 0] * cols
-    ).long().clamp(0, cols - 1)
+    rows, columns = (grid[0, 1:] // config.merge).tolist()
+    row = (target[:, 1] * rows).long().clamp(0, rows - 1)
+    cell = row * columns + (target[:, 0] * columns).long().clamp(0, columns - 1)
     batch = torch.arange(len(hidden))
-    return (
-        probes["which"](tokens)[..., 0],
-        probes["where"](tokens[batch, cell]),
-        probes["all"](hidden[batch, mask.sum(dim=1) - 1]),
-        cell,
-    )
+    which = probes["which"](tokens)[..., 0]
+    where = probes["where"](tokens[batch, cell])
+    everything = probes["all"](hidden[batch, mask.sum(dim=1) - 1])
+    return which, where, everything, cell
 
 
-def write_card(folder: Path, **figures) -> None:
-    """Notes how good the backbones came out, beside their weights."""
-    (folder / "card.json").write_text(json.dumps(figures, indent=1) + "\n")
+# -- DC-AE ----------------------------------------------------------------------------------------
 
 
-# -- what the toy backbones are pre-trained on ----------------------------------------------------
+def pretrain_dcae(
+    model: LatentActionModel,
+    flow: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    steps: int = 3000,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each
+    step. With labels (N, A) and mask (N, A) bool, half of each batch is labelled and a head that is
+    thrown away reads the labels from the tokens, so that these keep what a small part of the robot
+    does; half of that half are rows in which the part that seldom moves does."""
+    generator, device = torch.Generator().manual_seed(seed), model.token_mean.device
+    config, dcae, features = model.config, model.dcae, len(model.token_mean)
+    dcae.requires_grad_(True).train()
+    head = nn.Sequential(nn.LayerNorm(features), mlp(features, features, config.action_dim))
+    parameters = [*dcae.parameters(), *head.to(device).parameters()]
+    if labels is None:
+        labels = torch.zeros(len(flow), config.action_dim)
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+    draws = [(32, torch.arange(len(flow)))]  # rows of a batch, and of which they are drawn
+    if mask.any():
+        known = mask.all(dim=1).nonzero()[:, 0]
+        draws = [(16, torch.arange(len(flow))), (8, known), (8, rarest_motions(labels, mask))]
+    losses: dict[str, list[float]] = {"reconstruction": [], "labels": []}
+
+    def loss(step: int) -> Tensor:
+        rows = [pool[torch.randint(len(pool), (n,), generator=generator)] for n, pool in draws]
+        rows = torch.cat(rows)
+        moved, wanted = mirrored(flow[rows], labels[rows], generator)
+        moved, wanted, given = moved.to(device), wanted.to(device), mask[rows].to(device)
+        tokens = dcae.encode(model.flow_to_picture(moved))
+        # Small moving things are a few percent of a picture: unless they weigh much, it stays white.
+        reconstruction = model.picture_loss(dcae.decode(tokens), moved, moving=100.0)
+        read = head(rearrange(tokens, "b c h w -> b (h w c)"))
+        error = torch.where(given, read - wanted, 0.0).square().sum() / given.sum().clamp(min=1)
+        losses["reconstruction"].append(reconstruction.item())
+        losses["labels"].append(error.item())
+        return reconstruction + error
+
+    optimise(parameters, steps, 3e-3, loss, "dc-ae")
+    dcae.requires_grad_(config.finetune_dcae).eval()
+    return losses
 
 
-class Web(ABC):
-    """Level 1 for backbones of small size: `videos` (T, H, W, 3) uint8 with their `rates`, the rows
-    per video frame; `sentences`; and pictures with instructions and `targets`, numbers to be seen
-    in them, of which the first two say where the `named` thing is, 0 to 1 from left and top."""
-
-    named: str
-    targets: tuple[str, ...]
-    videos: list[np.ndarray]
-    rates: list[int]
-    sentences: list[str]
-
-    def clips(self, seed: int, size: int = 16, frames: int = 5) -> Tensor:
-        """(B, F, H, W, 3) uint8 at the video rate."""
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        clips = []
-        for i in rng.integers(len(self.videos), size=size):
-            video, rate = self.videos[i], self.rates[i]
-            start = rng.integers(max(1, len(video) - rate * (frames - 1)))
-            clips.append(video[np.minimum(start + rate * np.arange(frames), len(video) - 1)])
-        return torch.from_numpy(np.stack(clips))
-
-    @abstractmethod
-    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        """Pictures (B, H, W, 3) uint8, an instruction about each, and what is to be seen (B,
-        targets)."""
-
-
-class ToyWeb(Web):
-    """The toy's, from all embodiments and both looks, with instructions about any disc that is
-    there. Places are in [0, 1], directions -1, 0, 1."""
-
-    named, targets = (
-        "disc",
-        ("disc x", "disc y", "effector x", "effector y", "opening", "right", "down", "push"),
-    )
-
-    def __init__(self, episodes: int, seed: int, held_out: bool = False):
-        self.split = "eval" if held_out else "train"
-        self.episodes = toy_episodes((2, 3, 4, 5, 6), episodes, seed, self.split)
-        self.videos, self.rates = (
-            [episode.frames for episode in self.episodes],
-            [RATE] * len(self.episodes),
-        )
-        self.tasks = robots.instructions("train")
-        self.sentences = [robots.sentence(*task) for task in self.tasks]
-
-    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        pictures, texts, targets = [], [], []
-        for i in rng.integers(len(self.episodes), size=size):
-            episode = self.episodes[i]
-            t = rng.integers(len(episode.frames))
-            shot = episode.snapshots[t]
-            present = {robots.COLOURS[c]: shot.discs[d] for d, c in enumerate(shot.colours)}
-            skill, colour, side = (tasks := [task for task in self.tasks if task[1] in present])[
-                rng.integers(len(tasks))
-            ]
-            direction = robots.DIRECTIONS[robots.SIDES.index(side)]
-            pictures.append(episode.frames[t])
-            texts.append(robots.sentence(skill, colour, side))
-            targets.append(
-                [*present[colour], *shot.effector, shot.opening, *direction, skill == "push"]
-            )
-        return (
-            torch.from_numpy(np.stack(pictures)),
-            texts,
-            torch.tensor(np.array(targets), dtype=torch.float32),
-        )
-
-
-class CardWeb(Web):
-    """A card's, where a simulator recorded what it knew (`worlds.World.labels`), in its own units:
-    at most `most` episodes, all in memory, of those that are trained on or of those that are held
-    out. Nothing else reads labels; a policy sees pictures and its own state."""
-
-    named = "object"
-
-    def __init__(self, pyramid: Pyramid, most: int, seed: int, held_out: bool = False):
-        found = [
-            (o, e)
-            for o in pyramid.opened
-            for e in (range(o.trained, len(o.reader.lengths)) if held_out else range(o.trained))
-        ]
-        if not found:
-            raise ValueError(
-                f'card {pyramid.name}: no episode is held out, and backbones are tried on some; set "held_out" of a source'
-            )
-        chosen = [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:most]]
-        self.targets = tuple(chosen[0][0].reader.labels(chosen[0][1]))
-        self.videos, self.rates, self.texts, self.labels = [], [], [], []
-        for o, e in tqdm(chosen, desc="read episodes", leave=False):
-            labels, fps = o.reader.labels(e), o.reader.fps
-            if tuple(labels) != self.targets or self.targets[:2] != ("object x", "object y"):
-                raise ValueError(
-                    f"card {pyramid.name}: episode {e} of {o.source.path} has the labels {list(labels)} of its first camera; "
-                    "due are the same in all episodes, object x and object y first: record the dataset with "
-                    "`python evaluate.py record`"
-                )
-            seen, rows = (
-                o.reader.window(e, 0, np.arange(o.reader.lengths[e]) / fps, ()),
-                np.stack(list(labels.values()), axis=1),
-            )
-            for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:  # and y after it
-                if o.reader.given.t_layout:
-                    rows[:, x : x + 2] = t_place(
-                        rows[:, x : x + 2], o.reader.sizes[o.reader.cameras[0]]
-                    )
-                rows[:, x : x + 2] = placed(rows[:, x : x + 2], seen.frames, pyramid.size)
-            (
-                self.videos.append(tiled(seen.frames, pyramid.size)),
-                self.rates.append(max(1, round(fps / pyramid.video_hz))),
-            )
-            self.texts.append(seen.instruction), self.labels.append(rows)
-        self.sentences = sorted(set(self.texts))
-
-    def grounded(self, seed: int, size: int = 64) -> tuple[Tensor, list[str], Tensor]:
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        at = [
-            (i, rng.integers(len(self.videos[i])))
-            for i in rng.integers(len(self.videos), size=size)
-        ]
-        pictures, targets = (
-            np.stack([part[i][t] for i, t in at]) for part in (self.videos, self.labels)
-        )
-        return (
-            torch.from_numpy(pictures),
-            [self.texts[i] for i, _ in at],
-            torch.from_numpy(targets).float(),
-        )
-
+# -- the command ----------------------------------------------------------------------------------
 
 # Steps of each part, in whose place `--steps` is taken, and samples per step.
-BACKBONE_STEPS = {
+STEPS = {
     "toy": dict(text=400, vlm=4000, vae=3000, dcae=2200),
     "sim": dict(text=400, vlm=1700, vae=1000),
 }
-BACKBONE_BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
+BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
 
 
-def train_backbones(args: argparse.Namespace) -> None:
-    """Pre-trains video VAE, text encoder and VLM of a small preset and stores them with their
-    figures: on all levels of the toy world, and a DC-AE with them, or on the episodes of a card
-    whose simulator recorded labels (`data.CardWeb`). Parts of `--keep` are copied from those of the
-    repository instead."""
-    name, kept = args.preset, [part for part in args.keep.split(",") if part]
-    if name not in BACKBONE_STEPS or (name != "toy" and not args.data):
-        raise ValueError(
-            f"--preset is {name!r}, --data {args.data!r}; backbones are made for presets {', '.join(BACKBONE_STEPS)}, from a "
-            "card with labels (docs/metaworld) but for the toy"
-        )
-    if set(kept) - set(BACKBONE_STEPS[name]) or kept and not args.run:
-        raise ValueError(
-            f"--keep is {args.keep!r}, --run {args.run!r}; allowed: parts among {', '.join(BACKBONE_STEPS[name])}, and a "
-            "folder to copy them to"
-        )
-    settings, config = settings_for(name, "backbones", args.set), preset(name)
-    torch.manual_seed(settings.seed)
-    folder, steps, batch = (
-        Path(args.run or motus.PRESETS[name].backbones),
-        (lambda part: args.steps or BACKBONE_STEPS[name][part]),
-        BACKBONE_BATCH[name],
-    )
-    if args.data:
-        pyramid = data.Pyramid(args.data, name=name)
-        web, held = (
-            CardWeb(pyramid, settings.episodes, settings.seed, held_out)
-            for held_out in (False, True)
-        )
-    else:
-        web = ToyWeb(settings.episodes, settings.seed)
-        held = ToyWeb(max(1, settings.episodes // 6), settings.seed + 1, held_out=True)
-    height, width = web.videos[0].shape[1:3]
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in motus.PRESETS[name].backbones.iterdir():
-        if file.stem in kept:
-            shutil.copyfile(file, folder / file.name)
-    figures = {"kept": kept} if kept else {}
+def shipped(name: str, part: str) -> nn.Module:
+    """A part as it is in the repository."""
+    return load_part(PRESETS[name].backbones / f"{part}.safetensors", *Backbones.PARTS[part])
 
-    if "text" not in kept:
-        word_tokenizer(folder / "text.json", ["</s>"], web.sentences)
-        tokenizer = T5Tokenizer(folder / "text.json", config.video.text_len)
-        text = UMT5Config(
-            vocab=tokenizer.tokenizer.get_vocab_size(),
-            dim=config.video.text_dim,
-            dim_attn=48,
-            dim_ffn=96,
-            heads=4,
-            layers=2,
-            buckets=16,
-            max_distance=32,
-        )
-        save_part(
-            folder / "text.safetensors",
-            pretrain_text(text, tokenizer, web.sentences, steps("text")),
-            torch.float16,
-        )
 
-    if "vlm" not in kept:
-        prompt = [
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|vision_start|>",
-            "<|image_pad|>",
-            "<|vision_end|>",
-            "user",
-            "assistant",
-        ]
-        word_tokenizer(folder / "vlm.json", prompt, web.sentences)
-        tokenizer = Tokenizer.from_file(str(folder / "vlm.json"))
-        vlm = Qwen3VLConfig(
-            vocab=tokenizer.get_vocab_size(),
-            image_token=tokenizer.token_to_id("<|image_pad|>"),
-            width=config.vlm_dim,
-            ffn=256,
-            layers=3,
-            heads=4,
-            kv_heads=2,
-            head_dim=24,
-            rope_theta=1e4,
-            mrope=(4, 4, 4),
-            vision_width=64,
-            vision_ffn=192,
-            vision_layers=3,
-            vision_heads=4,
-            vision_theta=1e2,
-            taps=(0, 1),
-            side=max(height, width) // 8,
-            patch=8,
-            merge=2,
-            min_pixels=256,
-            max_pixels=height * width,
-        )
+class Maker:
+    """Makes the parts of a folder, each at the sizes that it has in the repository; each method
+    returns figures of held-out episodes."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.out = args.out
+        self.preset = args.preset
+        self.steps = STEPS[args.preset]
+        if args.steps:
+            self.steps = dict.fromkeys(self.steps, args.steps)
+        self.pyramid = whole_pyramid(args.data, args.preset, args.episodes, args.seed)
+        self.corpus = Corpus(self.pyramid, args.episodes, args.seed)
+        self.held_out = Corpus(self.pyramid, args.episodes, args.seed, held_out=True)
+
+    def text(self) -> dict[str, float]:
+        sentences, file = self.corpus.sentences, self.out / "text.json"
+        word_tokenizer(file, ["</s>"], sentences)
+        tokenizer = T5Tokenizer(file, preset(self.preset).video.text_len)
+        words = tokenizer.tokenizer.get_vocab_size()
+        config = replace(shipped(self.preset, "text").config, vocab=words)
+        model = pretrain_text(config, tokenizer, sentences, self.steps["text"])
+        save_part(self.out / "text.safetensors", model, torch.float16)
+        return {}
+
+    def vlm(self) -> dict[str, float]:
+        file, names = self.out / "vlm.json", self.corpus.targets
+        word_tokenizer(file, PROMPT, self.corpus.sentences)
+        tokenizer = Tokenizer.from_file(str(file))
+        words, image = tokenizer.get_vocab_size(), tokenizer.token_to_id("<|image_pad|>")
+        config = replace(shipped(self.preset, "vlm").config, vocab=words, image_token=image)
+        size = BATCH[self.preset]["vlm"]
         model, probes = pretrain_vlm(
-            vlm,
+            config,
             tokenizer,
-            lambda seed: web.grounded(seed, batch["vlm"]),
-            len(web.targets),
-            steps("vlm"),
+            lambda seed: self.corpus.grounded(seed, size),
+            len(names),
+            self.steps["vlm"],
         )
-        save_part(folder / "vlm.safetensors", model, torch.float16)
-        pictures, texts, target = held.grounded(-1, 512)
+        save_part(self.out / "vlm.safetensors", model, torch.float16)
+        *samples, target = self.held_out.grounded(-1, 512)
         with torch.no_grad():
-            which, where, everything, cell = ground(
-                model, probes, tokenizer, pictures, texts, target
-            )
-        figures[f"vlm_named_{web.named}_found"] = (which.argmax(1) == cell).float().mean().item()
-        figures["vlm_position_error_px"] = (
-            ((where - target[:, :2]) * torch.tensor([width, height])).norm(dim=1).mean().item()
-        )
-        if args.data:
-            figures |= {
-                f"vlm_error {what}": value
-                for what, value in zip(web.targets, (everything - target).abs().mean(0).tolist())
-            }
-
-    if "vae" not in kept:
-        z = config.video.latent
-        vae = WanVAEConfig(
-            dim=16,
-            dec_dim=16,
-            z_dim=z,
-            dim_mult=(1, 2, 2),
-            num_res_blocks=1,
-            temporal_downsample=(True, True),
-            mean=(0.0,) * z,
-            std=(1.0,) * z,
-        )
-        # The toy's is the same network and has begun to see; to go on from it saves half the time.
-        model = (
-            load_part(motus.PRESETS["toy"].backbones / "vae.safetensors", WanVAE, WanVAEConfig)
-            if args.data
-            else WanVAE(vae)
-        )
-        pretrain_vae(model, lambda seed: web.clips(seed, batch["vae"]), steps("vae"))
-        save_part(folder / "vae.safetensors", model)
-        figures["vae_psnr_db"], figures["vae_psnr_moving_db"] = vae_psnr(model, held.clips(-1, 128))
-
-    if not args.data and "dcae" not in kept:
-        flow = latent_action.LatentActionModel(
-            latent_action.LatentActionConfig.of(motus.PRESETS["toy"].latent)
-        )
-        pairs = motions.toy_pairs(
-            web.episodes[:: max(1, len(web.episodes) // 500)], flow.config.interval
-        )
-        losses = pretrain_dcae(
-            flow, pairs.flow, pairs.labels, pairs.labelled[:, None].expand(-1, 3), steps("dcae")
-        )
-        figures |= {
-            f"dcae_{kind}_loss": float(np.mean(values[-100:])) for kind, values in losses.items()
+            which, where, everything, cell = ground(model, probes, tokenizer, *samples, target)
+        height, width = self.pyramid.size
+        away = (where - target[:, :POSITION]) * torch.tensor([width, height])
+        errors = (everything - target).abs().mean(dim=0).tolist()
+        figures = {
+            "vlm_named_object_found": (which.argmax(dim=1) == cell).float().mean().item(),
+            "vlm_position_error_px": away.norm(dim=1).mean().item(),
         }
-        flow.save_dcae(folder / "dcae.safetensors")
-    command = (
-        "python train.py --stage backbones"
-        + (f" --preset {name} --data {args.data}" if args.data else "")
-        + (f" --keep {args.keep}" if kept else "")
-        + (f" --steps {args.steps}" if args.steps else "")
-    )
-    write_card(folder, command=command, **figures)
+        return figures | {f"vlm_error {name}": error for name, error in zip(names, errors)}
+
+    def vae(self) -> dict[str, float]:
+        """That of another preset goes on from the toy's, which is of the same size and has begun to
+        see: half the time."""
+        model = shipped("toy", "vae")
+        if self.preset == "toy":
+            zeros, ones = (0.0,) * model.config.z_dim, (1.0,) * model.config.z_dim
+            model = WanVAE(replace(model.config, mean=zeros, std=ones))
+        size = BATCH[self.preset]["vae"]
+        pretrain_vae(model, lambda seed: self.corpus.clips(seed, size), self.steps["vae"])
+        save_part(self.out / "vae.safetensors", model)
+        every, moving_ones = vae_psnr(model, self.held_out.clips(-1, 128))
+        return {"vae_psnr_db": every, "vae_psnr_moving_db": moving_ones}
+
+    def dcae(self) -> dict[str, float]:
+        model = LatentActionModel(LatentActionConfig.of(PRESETS[self.preset].latent))
+        seen = motions(self.pyramid, model.config.interval)
+        losses = pretrain_dcae(model, seen.flow, seen.labels, seen.mask, self.steps["dcae"])
+        model.save_dcae(self.out / "dcae.safetensors")
+        return {f"dcae_{kind}_loss": float(np.mean(x[-100:])) for kind, x in losses.items()}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--preset", default="toy", choices=STEPS, help="whose sizes they have")
+    add("--data", help="card with labels (docs/metaworld); default the preset's")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--keep", default="", help="parts to copy from the repository: text, vlm, vae, dcae")
+    add("--steps", type=int, help="of each part")
+    add("--episodes", type=int, default=500, help="at most, of a card; per level of a world")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    row, parts = PRESETS[args.preset], list(STEPS[args.preset])
+    kept = [part for part in args.keep.split(",") if part]
+    args.data = args.data or row.data
+    if not args.data:
+        raise ValueError(f"preset {args.preset!r} has no data of its own; name a card by --data")
+    if args.out.resolve() == row.backbones.resolve():
+        raise ValueError(f"--out {args.out} holds the repository's backbones; name another folder")
+    if not set(kept) <= set(parts):
+        raise ValueError(f"--keep is {args.keep!r}; expected parts among {', '.join(parts)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for file in row.backbones.iterdir():
+        if file.stem in kept:
+            shutil.copyfile(file, args.out / file.name)
+    torch.manual_seed(args.seed)
+    maker = Maker(args)
+    figures = {"command": f"python -m scripts.pretrain {' '.join(argv or sys.argv[1:])}"}
+    for part in parts:
+        if part not in kept:
+            figures |= getattr(maker, part)()
+    (args.out / "card.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,167 @@
+"""The log of a run, over all ranks, and its curve as a picture."""
+
+import csv
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flow import Losses
+from scale.ranks import Ranks
+
+BINS = 4  # equal parts of the time axis, from t = 0 (data) to t = 1 (noise)
+MODALITIES = ("video", "action")
+SPEEDS = ("samples_per_s", "tokens_per_s", "mfu")
+COLUMNS = (
+    "step",
+    "loss",
+    *MODALITIES,
+    *(f"{name}_t{i}" for name in MODALITIES for i in range(BINS)),
+    "grad_norm",
+    "lr",
+    *SPEEDS,
+    "data_wait_s",
+    "memory_gb",
+)
+
+
+def tracker(to: str, folder: Path, start: int) -> Callable[[dict[str, float], int], None] | None:
+    """Where rows go beside the csv: "tensorboard", "wandb" or nowhere ("")."""
+    if not to:
+        return None
+    try:
+        if to == "wandb":
+            import wandb
+
+            wandb.init("motus", name=folder.name, dir=folder, id=folder.name, resume="allow")
+            return wandb.log
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"--set log_to={to}: {error}; pip install {to}, or leave log_to out: log.csv is "
+            "written always"
+        ) from error
+    board = SummaryWriter(folder / "tensorboard", purge_step=start)
+
+    def show(row: dict[str, float], step: int) -> None:
+        for name, value in row.items():
+            board.add_scalar(name, value, step)
+        board.flush()
+
+    return show
+
+
+class Log:
+    """Means since the last row, over all ranks: loss per modality and per time bin, and how fast it
+    goes. Rank 0 writes a csv; a resumed run continues it."""
+
+    def __init__(self, path: Path, start: int, ranks: Ranks | None = None, to: str = ""):
+        self.path = path
+        self.ranks = ranks or Ranks()
+        self.begin_row()
+        if self.ranks.rank:
+            return
+        rows = read_log(path) if start and path.is_file() else []
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if int(row["step"]) <= start)
+        self.track = tracker(to, path.parent, start)
+
+    def begin_row(self) -> None:
+        self.totals: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
+        self.bins: dict[str, Tensor] = {}
+        self.begun = time.perf_counter()
+
+    def add(self, name: str, value: float) -> None:
+        self.totals[name] += value
+        self.counts[name] += 1
+
+    def losses(self, losses: Losses) -> None:
+        """Adds the losses of a pass per time bin, on their device, which nobody waits for. A
+        modality that a sample lacks, or is given, does not count."""
+        self.add_bins("video", losses.video, losses.t_video, losses.t_video > 0)
+        if losses.action is not None:
+            counts = losses.has_action & (losses.t_action > 0)
+            self.add_bins("action", losses.action, losses.t_action, counts)
+
+    def add_bins(self, name: str, loss: Tensor, t: Tensor, counts: Tensor) -> None:
+        if name not in self.bins:
+            self.bins[name] = loss.new_zeros(2, BINS, dtype=torch.float32)
+        index = (t * BINS).long().clamp(max=BINS - 1)
+        rows = torch.stack([loss.detach().float() * counts, counts.float()])
+        self.bins[name].index_add_(1, index, rows)
+
+    def row(self, step: int) -> dict[str, float]:
+        """Ends a row. What was added to `samples_per_s`, `tokens_per_s` and `mfu` (there in shares
+        of the peak of one device) becomes a speed."""
+        seconds = time.perf_counter() - self.begun
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        self.add("memory_gb", peak / 1e9)
+        for name, bins in self.bins.items():
+            for i, (total, count) in enumerate(bins.T.tolist()):
+                for column in (name, f"{name}_t{i}"):
+                    self.totals[column] += total
+                    self.counts[column] += count
+        totals = self.ranks.sums(*(self.totals[name] for name in COLUMNS))
+        counts = self.ranks.sums(*(self.counts[name] for name in COLUMNS))
+        row = {}
+        for name, total, count in zip(COLUMNS, totals, counts):
+            if count:
+                row[name] = total / (seconds if name in SPEEDS else count)
+        if "mfu" in row:
+            row["mfu"] /= self.ranks.world
+        self.ranks.together(lambda: None if self.ranks.rank else self.write(step, row))
+        self.begin_row()
+        return row
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        try:
+            with self.path.open("a", newline="") as file:
+                texts = {name: f"{value:.9g}" for name, value in row.items()}
+                csv.DictWriter(file, COLUMNS).writerow({"step": step} | texts)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} could not be written: {error}; free space and continue with --resume"
+            ) from error
+        if self.track:
+            self.track(row, step)
+
+
+def read_log(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
+    """The loss curves of a run as curve.png beside its log: per modality, and per time bin where
+    there are any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_log(log)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure.subplots_adjust(0.07, 0.15, 0.98, 0.91)
+    for axis, name in zip(axes, names):
+        labels = {name: "all times"}
+        labels |= {
+            f"{name}_t{i}": f"t from {i / BINS:g} to {(i + 1) / BINS:g}" for i in range(BINS)
+        }
+        for column, label in labels.items():
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+            if points:
+                axis.plot(*zip(*points), label=label, linewidth=2 if column == name else 0.8)
+        axis.set(title=f"{name} loss", xlabel="step", yscale="log")
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.savefig(log.with_name("curve.png"), dpi=110)
+    plt.close(figure)

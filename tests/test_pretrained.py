@@ -342,7 +342,7 @@ WRONG = {
     ),
     "no video expert": (
         lambda f: drop(f, "wan_model."),
-        "no tensor patch_embedding.weight that shows width",
+        "no tensor video.patch_embedding.weight that shows width",
     ),
     "no state encoder": (
         lambda f: drop(f, "state_encoder."),
@@ -390,7 +390,8 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
         with pytest.raises(ValueError, match=message):
             Motus.from_pretrained(copy)
         shutil.rmtree(copy)
-    assert published.wan_config(evidence(expected("wan"))) == WanConfig()
+    shapes = {f"video.{name}": shape for name, shape in expected("wan").items()}
+    assert published.wan_config(evidence(shapes)) == WanConfig()
     with pytest.raises(ValueError, match="holds umt5 weights"):
         Motus.from_pretrained(GOLDEN / "umt5.pth")
 
@@ -508,7 +509,7 @@ def test_the_published_configs_are_the_defaults_of_ours():
     }
     rename = layouts.rename_from("motus")
     names = {rename(name): shape for name, shape in expected("motus-stage3").items()}
-    assert MotusConfig.of(published.motus_fields(evidence(names, stated), 22)) == preset("full")
+    assert MotusConfig.of(published.motus_fields(evidence(names, stated), "22")) == preset("full")
 
 
 def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():

@@ -43,7 +43,7 @@ from motus import Inputs
 from weights.card import newest_step
 from weights.files import open_source, save_safetensors
 from weights.layouts import export
-from weights.load import held, load_into, part
+from weights.load import load_into, local_shard, shard_of
 
 TOY = motus.PRESETS["toy"]
 TINY = replace(
@@ -800,7 +800,7 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way
     )
     assert read[1] < 1.1 * size / 8
     assert all(
-        torch.equal(held(x)[0], part(x, whole.state_dict()[name]))
+        torch.equal(local_shard(x)[0], shard_of(x, whole.state_dict()[name]))
         for name, x in sharded.state_dict().items()
     )
 
@@ -847,7 +847,7 @@ def test_a_rank_starts_from_its_part_of_published_files(one_of_eight, tmp_path, 
         stage == "3"
     ] * 2
     assert all(
-        torch.equal(held(x)[0], part(x, whole.state_dict()[name]))
+        torch.equal(local_shard(x)[0], shard_of(x, whole.state_dict()[name]))
         for name, x in sharded.state_dict().items()
     )
 

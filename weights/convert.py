@@ -101,10 +101,11 @@ def official_config(own: Mapping) -> dict:
     config = {}
     if "video" in own:
         config["wan"] = {field: own["video"][field] for field in ("eps", "text_len")}
-    for field in MOTUS_FIELDS.keys() & own.keys():
-        *sections, key = MOTUS_FIELDS[field].split(".")
+    for field, dotted in MOTUS_FIELDS.items():
+        *sections, key = dotted.split(".")
         place = config
         for section in sections:
             place = place.setdefault(section, {})
-        place[key] = own[field]
+        if field in own:
+            place[key] = own[field]
     return config

@@ -20,7 +20,7 @@ WRAPPERS = {
     "und_module.": ("vlm_model.", "und_expert."),
     "action_module.": ("action_expert.", "video_model.", "vlm_model."),
 }
-TIED: Rules = (  # an output head and a token embedding that are second names of another tensor
+TIED = (  # an output head and a token embedding that are second names of another tensor
     (r"lm_head\.weight$", "model.language_model.embed_tokens.weight"),
     (r"^encoder\.embed_tokens\.", "shared."),
 )
@@ -28,21 +28,21 @@ POSITIONS = "action_expert.input_encoder.pos_embedding"
 
 # -- regular expressions, applied one after another -----------------------------------------------
 
-MOTUS: Rules = (
+MOTUS = (
     (r"^video_model\.wan_model\.", "video."),
     (r"^vlm_model\.model\.", "vlm."),
     (r"^action_expert\.", "action."),
     (r"^und_expert\.", "und."),
     (r"^((action|und)\.blocks\.\d+\.)wan_\2_", r"\1"),
 )
-MOTUS_BACK: Rules = (
+MOTUS_BACK = (
     (r"^(action|und)\.(blocks\.\d+\.)(?=qkv|o\.|norm_)", r"\1.\2wan_\1_"),
     (r"^(action|und)\.", r"\1_expert."),
     (r"^vlm\.", "vlm_model.model."),
     (r"^video\.", "video_model.wan_model."),
 )
-WAN: Rules = ((r"^dit\.", ""),)  # in stage 1 files of Motus
-WAN_DIFFUSERS: Rules = (
+WAN = ((r"^dit\.", ""),)  # in stage 1 files of Motus
+WAN_DIFFUSERS = (
     (r"^condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1_embedding.0."),
     (r"^condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1_embedding.2."),
     (r"^condition_embedder\.time_proj\.", "time_projection.1."),
@@ -58,7 +58,7 @@ WAN_DIFFUSERS: Rules = (
     (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
     (r"^scale_shift_table$", "head.modulation"),
 )
-VAE_DIFFUSERS: Rules = (
+VAE_DIFFUSERS = (
     (r"(resnets\.\d+)\.norm1\.", r"\1.residual.0."),
     (r"(resnets\.\d+)\.conv1\.", r"\1.residual.2."),
     (r"(resnets\.\d+)\.norm2\.", r"\1.residual.3."),
@@ -75,7 +75,7 @@ VAE_DIFFUSERS: Rules = (
     (r"^quant_conv\.", "conv1."),
     (r"^post_quant_conv\.", "conv2."),
 )
-UMT5: Rules = (
+UMT5 = (
     (r"^encoder\.block\.", "blocks."),
     (r"^encoder\.final_layer_norm\.", "norm."),
     (r"^shared\.", "token_embedding."),
@@ -88,8 +88,8 @@ UMT5: Rules = (
     (r"\.wi_1\.", ".ffn.fc1."),
     (r"\.wo\.", ".ffn.fc2."),
 )
-QWEN: Rules = ((r"^model\.", ""),)
-DCAE: Rules = (  # they leave names of the diffusers format, which are ours already, as they are
+QWEN = ((r"^model\.", ""),)
+DCAE = (  # they leave names of the diffusers format, which are ours already, as they are
     (r"\.(main|op_list)\b", ""),  # wrappers of residual sums and of sequences
     # every convolution of the original sits in a wrapper
     (r"\.(stages|project_in|project_out)\.(.*\.)?conv\.(weight|bias)$", r".\1.\2\3"),
@@ -105,7 +105,7 @@ DCAE: Rules = (  # they leave names of the diffusers format, which are ours alre
     (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
     (r"\.conv2\.norm\.", ".norm."),
 )
-DPFLOW: Rules = (
+DPFLOW = (
     (r"^(state_dict\.)?(model\.)?", ""),
     (r"^fnet\.", "encoder."),
     (r"^update_block\.encoder\.", "update.motion."),
@@ -207,8 +207,8 @@ def identify(names: Iterable[str]) -> tuple[str, int | None]:
 def renaming(names: Iterable[str]) -> Callable[[str], str | None]:
     """The way from the names of a file to ours; names that no layout has stay as they are."""
     names = list(names)
-    pattern = re.compile(r"encoder\.down_blocks\.0\.resnets\.(\d+)")
-    blocks = {match[1] for name in names if (match := pattern.match(name))}
+    level = "encoder.down_blocks.0.resnets."
+    blocks = {name.split(".")[4] for name in names if name.startswith(level)}
     return rename_from(identify(names)[0], len(blocks))
 
 

@@ -225,10 +225,3 @@ def save_part(path: Path, network: nn.Module, dtype: torch.dtype | None = None) 
         cast = dtype is not None and value.is_floating_point()
         tensors[name] = value.to(dtype) if cast else value
     save_safetensors(path, tensors, {"config": json.dumps(asdict(network.config))})
-
-
-# Old names, until every caller has followed.
-held = local_shard
-part = shard_of
-place = copy_shard
-parts = read_shards

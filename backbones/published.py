@@ -1,9 +1,9 @@
 """Published files: the sizes of the networks in them, and those networks built and filled.
 
 A size is seen in the shape of a tensor; what no shape shows (norm epsilons, rotary bases, the
-length of a chunk) is stated by config.json. Both must agree where both speak, and what neither says
-is an error that names the field, unless all sizes are the published ones: then the published values
-hold. A network keeps the dtype of its file.
+length of a chunk) is stated by config.json. They must agree on width and depth, and what neither
+says is an error that names the field, unless all sizes are the published ones: then the published
+values hold. A network keeps the dtype of its file.
 
     open_weights(PATH)             Motus weights: a checkpoint of ours, official, converted, or Wan
     load_vae, load_text, load_vlm  the frozen backbones, from the folders of Wan2.2 and Qwen3-VL
@@ -33,38 +33,25 @@ Rename = Callable[[str], str | None]
 # Where a config.json has a field of ours, most official first. Dots lead into sections.
 WAN_FIELDS = {
     "width": "dim",
-    "ffn": "ffn_dim",
     "layers": "num_layers",
     "heads": "num_heads num_attention_heads",
-    "latent": "in_dim in_channels",
-    "patch": "patch_size",
-    "text_dim": "text_dim",
     "text_len": "text_len wan.text_len",
-    "freq_dim": "freq_dim",
     "eps": "eps wan.eps",
 }
 VAE_FIELDS = {"mean": "latents_mean", "std": "latents_std"}
 QWEN_FIELDS = {
     "vocab": "text_config.vocab_size",
     "width": "text_config.hidden_size",
-    "ffn": "text_config.intermediate_size",
     "layers": "text_config.num_hidden_layers",
-    "heads": "text_config.num_attention_heads",
-    "kv_heads": "text_config.num_key_value_heads",
-    "head_dim": "text_config.head_dim",
     "eps": "text_config.rms_norm_eps",
     "rope_theta": "text_config.rope_theta text_config.rope_parameters.rope_theta",
     "mrope": "text_config.rope_scaling.mrope_section text_config.rope_parameters.mrope_section",
     "image_token": "image_token_id",
     "vision_width": "vision_config.hidden_size",
-    "vision_ffn": "vision_config.intermediate_size",
     "vision_layers": "vision_config.depth",
     "vision_heads": "vision_config.num_heads",
     "vision_theta": "vision_config.rope_parameters.rope_theta",
     "taps": "vision_config.deepstack_visual_indexes",
-    "patch": "vision_config.patch_size",
-    "repeat": "vision_config.temporal_patch_size",
-    "merge": "vision_config.spatial_merge_size",
     "min_pixels": "size.shortest_edge",
     "max_pixels": "size.longest_edge",
 }
@@ -78,14 +65,17 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
     """A nested config with dotted keys; no config here is nested deeper than `depth`."""
     flat = {}
     for key, value in config.items():
-        inner = isinstance(value, dict) and depth
-        flat |= flatten(value, f"{prefix}{key}.", depth - 1) if inner else {f"{prefix}{key}": value}
+        if isinstance(value, dict) and depth:
+            flat |= flatten(value, f"{prefix}{key}.", depth - 1)
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def value_of(field: str, value: object, several: bool) -> int | float | tuple:
-    """The value stated for a field, or a list (`several`) of them: sizes are whole, epsilons, bases
+def value_of(field: str, value: object) -> int | float | tuple:
+    """The value stated for a field, or for one of LISTS its values: sizes are whole, epsilons, bases
     and statistics need not be; members of lists may be zero or less."""
+    several = field in LISTS
     fractional = field.endswith(("eps", "theta")) or field in ("mean", "std")
     items = value if isinstance(value, list) else [value]
     try:
@@ -160,9 +150,8 @@ class Evidence:
                     keys = keys.replace(" ", " or ")
                     problems.append(f"{keys} is missing; no tensor shows it")
                 continue
-            several = field in LISTS or isinstance(found.get(field), tuple)
             try:
-                agreed[field] = value_of(field, self.stated[key], several)
+                agreed[field] = value_of(field, self.stated[key])
             except ValueError as error:
                 problems.append(f"{key} is {error}")
                 continue
@@ -290,8 +279,12 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
     def raw(size: int) -> dict:
         return {"mean": [0.0] * size, "std": [1.0] * size}
 
-    about = {"embodiment": "robotwin", "rate": config["ratio"]}
-    return about | {"actions": raw(config["action_dim"]), "state": raw(config["state_dim"])}
+    return {
+        "embodiment": "robotwin",
+        "rate": config["ratio"],
+        "actions": raw(config["action_dim"]),
+        "state": raw(config["state_dim"]),
+    }
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -312,9 +305,7 @@ def holds_vlm(path: str | Path) -> bool:
     path = fetched(path)
     if not is_published(path):
         return False
-    names = open_source(path).names()
-    rename = renaming(names)
-    return any((rename(name) or "").startswith("vlm.") for name in names)
+    return any(name.startswith(("vlm_model.", "vlm.")) for name in open_source(path).names())
 
 
 def open_weights(

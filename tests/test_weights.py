@@ -17,6 +17,7 @@ import torch
 from tables import expected
 from torch import nn
 
+from motus import MotusConfig
 from weights import __main__, convert, files, layouts, load
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -548,7 +549,7 @@ def test_a_checkpoint_of_ours_exports_with_the_chunk_of_its_config(tmp_path):
     the command asks for them."""
     with files.open_source(official("motus_finetune")) as source:
         ours = {own_name(name): source.read(name) for name in source.names() if own_name(name)}
-    config = {"frames": 8, "ratio": 2, "registers": 4, "finetune": True}
+    config = MotusConfig(frames=8, ratio=2, registers=4).as_json()
     files.save_safetensors(tmp_path / "ours.safetensors", ours, {"config": json.dumps(config)})
     convert.export(tmp_path / "ours.safetensors", tmp_path / "official", dtype=torch.float32)
     with (

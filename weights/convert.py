@@ -71,7 +71,8 @@ def export(
         rows = rows or int(source.metadata.get("pos_embedding_rows", 0))
         if motus and own and not rows:
             rows = own["frames"] * own["ratio"]
-            rows += 2 + own["registers"] if own["finetune"] else 0
+            if own["finetune"]:
+                rows += 2 + own["registers"]
         if not motus or not rows:
             raise ValueError(
                 f"{source.path}: expected Motus weights and the rows of the position table (found"
@@ -90,22 +91,18 @@ def export(
             module |= {wrapper + name: module[name] for name in inner}
         weights = {"module": module}
         replace_file(Path(dst) / "mp_rank_00_model_states.pt", partial(torch.save, weights))
-        text = json.dumps(official_config(own) if own else config, indent=2)
-        if own or config:
+        if own:
+            config = official_config(own)
+        if config:
+            text = json.dumps(config, indent=2)
             replace_file(Path(dst) / "config.json", lambda path: path.write_text(text))
 
 
 def official_config(own: Mapping) -> dict:
     """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for
     readers of ours, holds what neither the official file nor a shape says of the video expert."""
-    config = {}
-    if "video" in own:
-        config["wan"] = {field: own["video"][field] for field in ("eps", "text_len")}
-    for field, dotted in MOTUS_FIELDS.items():
-        *sections, key = dotted.split(".")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
-        if field in own:
-            place[key] = own[field]
+    config = {"wan": {field: own["video"][field] for field in ("eps", "text_len")}}
+    for field, place in MOTUS_FIELDS.items():
+        section, key = place.split(".")
+        config.setdefault(section, {})[key] = own[field]
     return config

@@ -80,21 +80,16 @@ def parse_json(path: Path, raw: bytes) -> dict:
 
 def read_json(path: Path) -> dict:
     """A json object. ValueError if it is something else, unsound or suspiciously large."""
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(
-            f"{path}: is {path.stat().st_size} bytes long, expected a config or index of at most"
-            f" {MAX_HEADER}"
-        )
+    size = path.stat().st_size
+    if size > MAX_HEADER:
+        raise ValueError(f"{path}: is {size} bytes long, expected a json of at most {MAX_HEADER}")
     return parse_json(path, path.read_bytes())
 
 
 def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    wrong = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
-    problems = [
-        f"{name}: is {tensors[name].dtype}, expected {', '.join(DTYPE_NAMES.values())}"
-        for name in wrong
-    ]
-    refuse(path, "kinds of numbers that are not read or written here", problems)
+    pairs = [(name, tensor.dtype) for name, tensor in tensors.items()]
+    problems = [f"{name}: is {dtype}" for name, dtype in pairs if dtype not in DTYPE_NAMES]
+    refuse(path, f"dtypes other than the expected {', '.join(DTYPE_NAMES.values())}", problems)
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -259,11 +254,12 @@ class TensorSource:
         many names are dropped, metadata."""
         kind, stage = identify(self.tensors)
         rename = renaming(self.tensors)
-        kept = {name: tensor for name, tensor in self.tensors.items() if rename(name) is not None}
-        sizes, dtypes = Counter(), Counter()
+        kept = {rename(name): tensor for name, tensor in self.tensors.items()}
+        kept.pop(None, None)
+        dtypes = Counter(DTYPE_NAMES[tensor.dtype] for tensor in kept.values())
+        sizes = Counter()
         for name, tensor in kept.items():
-            sizes[rename(name).split(".")[0]] += tensor.numel()
-            dtypes[DTYPE_NAMES[tensor.dtype]] += 1
+            sizes[name.split(".")[0]] += tensor.numel()
         lines = [
             f"{self.path}: {kind}" + (f", Motus stage {stage}" if stage else ""),
             f"  {len(kept)} tensors, {sizes.total():,} parameters, {dict(dtypes)}",

@@ -134,7 +134,6 @@ MOTUS_FIELDS = {
     "expert_ffn": "action_expert.ffn_dim_multiplier",
     "und_width": "und_expert.hidden_size",
     "und_eps": "und_expert.norm_eps",
-    "vlm_dim": "und_expert.vlm.input_dim",
 }
 # Layouts: a tensor that only this layout has, and the rules from its names to ours.
 KINDS: dict[str, tuple[str, Rules]] = {

@@ -67,10 +67,10 @@ def plan_names(source: TensorSource, rename: Callable[[str], str | None]) -> dic
             problems.append(f"{name} and {plan[key]} are both {key}")
         elif key is not None:
             plan[key] = name
-        elif original and original not in source.tensors:
-            problems.append(f"{name}: the tensor it repeats, {original}, is not in the file")
-        elif original and not same_bytes(source.read(name), source.read(original)):
-            problems.append(f"{name}: differs from {original}, of which it should be a copy")
+        elif original and not (
+            original in source.tensors and same_bytes(source.read(name), source.read(original))
+        ):
+            problems.append(f"{name}: differs from {original}, or that is not in the file")
     refuse(source.path, "tensors that contradict each other", problems)
     return plan
 
@@ -109,21 +109,18 @@ def read_shards(source: TensorSource, wanted: Sequence[tuple[str, Tensor]]) -> I
     tensor that is sharded, nothing but the part is fetched; the kernel would read megabytes around
     it."""
 
-    def advise_mapped(tensor: Tensor | None, advice: str) -> None:
-        if tensor is not None and tensor.untyped_storage().data_ptr() in source.mapped:
-            advise(tensor, advice)
-
     views = []
     for name, tensor in wanted:
         whole = source.read(name)
         views.append(shard_of(tensor, whole))
         if views[-1].numel() < whole.numel():
-            advise_mapped(whole, "RANDOM")
-    for view, following in zip([None, *views], [*views, None]):
-        advise_mapped(following, "WILLNEED")
-        if view is not None:
-            yield view
-            advise_mapped(view, "DONTNEED")
+            advise(whole, "RANDOM")
+    for i, view in enumerate(views):
+        for coming in views[i : i + 2]:
+            advise(coming, "WILLNEED")
+        yield view
+        if view.untyped_storage().data_ptr() in source.mapped:
+            advise(view, "DONTNEED")
 
 
 def misfits(

@@ -73,8 +73,8 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
 
 
 def value_of(field: str, value: object) -> int | float | tuple:
-    """The value stated for a field, or for one of LISTS its values: sizes are whole, epsilons, bases
-    and statistics need not be; members of lists may be zero or less."""
+    """The value stated for a field, or the values for one of LISTS: sizes are whole, epsilons,
+    bases and statistics need not be; members of lists may be zero or less."""
     several = field in LISTS
     fractional = field.endswith(("eps", "theta")) or field in ("mean", "std")
     items = value if isinstance(value, list) else [value]
@@ -354,9 +354,9 @@ def first_of(folder: str | Path, *names: str) -> Path:
     folder = Path(folder)
     if folder.is_file():
         return folder
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
+    for path in (folder / name for name in names):
+        if path.exists():
+            return path
     raise ValueError(
         f"{folder}: has none of {', '.join(names)}; `python -m weights download NAME` fetches "
         "published folders"

@@ -30,11 +30,9 @@ def convert(src: str | Path, dst: str | Path) -> None:
         kind, stage = identify(source.names())
         if kind not in KINDS:
             raise ValueError(f"{source.path}: the layout is not known, expected {', '.join(KINDS)}")
-        rename = renaming(source.names())
         if kind.startswith("dcae"):  # where a tensor of the file may be three of ours
             source.tensors = canonical(source.tensors)
-            rename = str
-        plan = plan_names(source, rename)
+        plan = plan_names(source, renaming(source.names()))
         kind = re.sub("-(diffusers|transformers|own)$", "", kind)
         metadata = source.metadata | {"format": "pt", "kind": kind}
         if stage:

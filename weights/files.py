@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -87,8 +86,11 @@ def read_json(path: Path) -> dict:
 
 
 def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    pairs = [(name, tensor.dtype) for name, tensor in tensors.items()]
-    problems = [f"{name}: is {dtype}" for name, dtype in pairs if dtype not in DTYPE_NAMES]
+    problems = [
+        f"{name}: is {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in DTYPE_NAMES
+    ]
     refuse(path, f"dtypes other than the expected {', '.join(DTYPE_NAMES.values())}", problems)
 
 
@@ -375,8 +377,8 @@ def safetensors_header(
     return start, begins, len(start) + end
 
 
-def raw_bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+def raw_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
 
 
 def save_safetensors(
@@ -392,7 +394,7 @@ def save_safetensors(
         with temporary.open("wb") as file:
             file.write(start)
             for name in begins:
-                file.write(raw_bytes(tensors[name]))
+                file.write(raw_bytes(tensors[name]).numpy())
 
     replace_file(Path(path), write)
 
@@ -404,7 +406,7 @@ def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         state.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        state.update(raw_bytes(value))
+        state.update(raw_bytes(value).numpy())
     return state.hexdigest()[:16]
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +51,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same bytes (NaN equals NaN)."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return a.data_ptr() == b.data_ptr() or np.array_equal(raw_bytes(a), raw_bytes(b))
+    return a.data_ptr() == b.data_ptr() or torch.equal(raw_bytes(a), raw_bytes(b))
 
 
 def plan_names(source: TensorSource, rename: Callable[[str], str | None]) -> dict[str, str]:
@@ -108,7 +107,6 @@ def read_shards(source: TensorSource, wanted: Sequence[tuple[str, Tensor]]) -> I
     another: fetched from disk while the one before is in use, its pages given back afterwards. Of a
     tensor that is sharded, nothing but the part is fetched; the kernel would read megabytes around
     it."""
-
     views = []
     for name, tensor in wanted:
         whole = source.read(name)

@@ -43,8 +43,9 @@ import data
 import flow
 from attention import choose
 from backbones.frozen import Backbones
+from backbones.optical_flow import augmented
 from formats.statistics import as_stored
-from latent_action import LatentActionConfig, LatentActionModel, augmented, fit, probe
+from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
 from scale import plan, sharding
 from scale.batches import batches, divide
@@ -432,7 +433,7 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
     else:
         pyramid = open_card(args, settings)
         seen = data.motions(pyramid, config.interval)
-        rows = augmented(model, seen.flow, seen.labels, seen.mask, seed=settings.seed)
+        rows = augmented(seen.flow, seen.labels, seen.mask, seed=settings.seed)
     curve = args.out / "log.csv"
     with curve.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("step", "total", "reconstruction", "alignment", "kl"))
@@ -575,14 +576,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long", action="store_true", help="the preset's long recipe")
     names = ", ".join(f.name for f in fields(Settings))
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
-    return parser.parse_args(argv)
+    add(
+        "--plan",
+        action="store_true",
+        help="say memory, FLOPs and hours, train nothing: docs/plan.md",
+    )
+    args, others = parser.parse_known_args(argv)
+    if others and not args.plan:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if "--plan" in (sys.argv[1:] if argv is None else argv):
-        plan.main(argv)
-        return
     args = parse(argv)
+    if args.plan:
+        plan.main(argv)  # which has options of its own
+        return
     preset(args.preset)
     jobs = planned(args)
     settings = {job.stage: settings_of(job) for job in jobs}

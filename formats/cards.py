@@ -145,9 +145,6 @@ class OpenSource:
             self.name = f"level{source.level}_{self.source.embodiment}"
         self.folder = root / (source.latents or f"latents/{self.name}")
         self.encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.tasks = []
-        if self.source.draw == "tasks":
-            self.tasks = [self.reader.group(e) for e in range(self.trained)]
 
     def plan(self, span: float) -> None:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
@@ -155,8 +152,9 @@ class OpenSource:
         half = int(span / 2 * self.reader.fps + 1e-6)
         self.counts = np.maximum(1, self.reader.lengths[: self.trained] - half)
         chance = self.counts.astype(float)
-        if self.tasks:  # every task alike, then its episodes
-            _, task, size = np.unique(self.tasks, return_inverse=True, return_counts=True)
+        if self.source.draw == "tasks":  # every task alike, then its episodes
+            tasks = [self.reader.group(e) for e in range(self.trained)]
+            _, task, size = np.unique(tasks, return_inverse=True, return_counts=True)
             chance = 1 / size[task]
         self.edges = np.cumsum(chance) / chance.sum()
 
@@ -408,16 +406,13 @@ class Pyramid:
         statistics = []
         for robot in sorted({o.source.embodiment for o in chosen}):
             mine = [o for o in chosen if o.source.embodiment == robot]
-            kind, *others = sorted({o.source.normalise for o in mine})
-            if others:
+            kinds = sorted({o.source.normalise for o in mine})
+            if len(kinds) > 1:
                 raise ValueError(
-                    f"card {self.name}: sources of {robot} are normalised by {[kind, *others]}; "
-                    "choose one"
+                    f"card {self.name}: sources of {robot} are normalised by {kinds}; choose one"
                 )
-            actions, state = (
-                Normaliser.of(tensors, f"{robot}/{column}/", kind)
-                for column in ("actions", "state")
-            )
+            actions = Normaliser.of(tensors, f"{robot}/actions/", kinds[0])
+            state = Normaliser.of(tensors, f"{robot}/state/", kinds[0])
             reader = mine[0].reader
             views = tuple(name.removeprefix("observation.images.") for name in reader.cameras)
             seen = self.action_hz, views, reader.given.t_layout, self.size
@@ -473,20 +468,15 @@ class Pyramid:
     # What is told of it.
 
     def describe(self) -> str:
-        """What is used: per source and per level hours, episodes, rows, windows and share of a
-        batch; the rates; and what each reader says."""
-        line = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
-        heads = ("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share")
-        table = []
+        """The sources with hours, episodes, rows, windows and share of a batch; the rates; and what
+        each reader says."""
+        table = [("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share")]
         for o, share in zip(self.opened, self.weights / self.weights.sum()):
-            figures = o.rows / o.reader.fps / 3600, o.trained, o.rows, o.windows, share
-            table.append((o.source.level, o.name[:24], o.source.embodiment[:16], *figures))
-        for level in sorted({level for level, *_ in table}) if len(table) > 1 else ():
-            sums = map(sum, zip(*(figures for other, _, _, *figures in table if other == level)))
-            table.append((level, "all", "", *sums))
-        lines = [f"{self.name}: {len(self.opened)} sources", line(*heads)]
-        for *names, hours, episodes, rows, windows, share in table:
-            lines.append(line(*names, f"{hours:.3f}", episodes, rows, windows, f"{share:.1%}"))
+            names = o.source.level, o.name[:24], o.source.embodiment[:16]
+            hours = o.rows / o.reader.fps / 3600
+            table.append((*names, f"{hours:.3f}", o.trained, o.rows, o.windows, f"{share:.1%}"))
+        line = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
+        lines = [f"{self.name}: {len(self.opened)} sources", *(line(*cells) for cells in table)]
         lines.append(
             f"video at {self.video_hz:g} Hz ({self.frames} frames after the observation), actions "
             f"at {self.action_hz:g} Hz ({self.ratio} per frame), pictures {self.size[0]} x "

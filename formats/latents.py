@@ -17,18 +17,18 @@ class LatentFiles:
     An episode that was skipped there has none."""
 
     def __init__(self, folder: Path, fps: float, more: str = ""):
-        about = {}
-        if (folder / "statistics.json").is_file():
-            about = read_json(folder / "statistics.json")
+        about, summary = (
+            read_json(file) if file.is_file() else {}
+            for file in (folder / "statistics.json", folder / "summary.json")
+        )
         if not {"mean", "std", "made"} <= about.keys():
             raise ValueError(
                 f"{folder} holds no latent actions (statistics.json with mean, std, made); make "
                 "them with `python -m scripts.latents encode --data DATASET`, or name their folder "
                 f'with "latents" in the card{more}'
             )
-        self.folder, self.name, self.skipped = folder, str(folder), {}
-        if (folder / "summary.json").is_file():
-            self.skipped = read_json(folder / "summary.json").get("skipped", {})
+        self.folder, self.name = folder, str(folder)
+        self.skipped = summary.get("skipped", {})
         self.seconds = about["made"]["interval"] / fps  # that one latent action spans
         self.mean = np.float32(about["mean"])
         self.std = np.float32(about["std"])

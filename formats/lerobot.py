@@ -21,7 +21,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,28 +110,35 @@ class LeRobotDataset(Folder):
         try:
             self.info = read_json(path)
         except ValueError as error:
-            raise self._fault(None, "meta/info.json", str(error), AGAIN) from error
+            raise self._fault("meta/info.json", f"{error}; {AGAIN}") from error
         self.version = self.info.get("codebase_version")
         if self.version not in PATHS:
-            remedy = f"convert it to one of {list(PATHS)}"
-            raise self._fault(None, "codebase_version", f"is {self.version!r}", remedy)
+            raise self._fault(
+                "codebase_version", f"is {self.version!r}; convert it to one of {list(PATHS)}"
+            )
         for other in FOREIGN[self.version]:
             if (self.root / "meta" / other).exists():
-                found = f"belongs to another version than {self.version}"
-                raise self._fault(None, f"meta/{other}", found, "keep the files of one version")
+                raise self._fault(
+                    f"meta/{other}",
+                    f"belongs to another version than {self.version}; keep the files of one "
+                    "version",
+                )
         for key, limit in LIMITS.items():
             value = self.info.get(key)
             kinds = (int, float) if key == "fps" else (int,)
             if type(value) not in kinds or not 0 < value <= limit:
-                remedy = f"expected a number above 0 and at most {limit}, whole but for fps"
-                raise self._fault(None, key, f"is {value!r:.50}", remedy)
+                raise self._fault(
+                    key,
+                    f"is {value!r:.50}; expected a number above 0 and at most {limit}, whole "
+                    "but for fps",
+                )
         self.fps = self.info["fps"]
         self.robot = str(self.info.get("robot_type") or self.root.name)
 
     def _read_features(self) -> None:
         self.features = self.info.get("features")
         if not isinstance(self.features, dict):
-            raise self._fault(None, "meta/info.json", "has no features", AGAIN)
+            raise self._fault("meta/info.json", f"has no features; {AGAIN}")
         self.sizes = {}  # camera -> height, width
         self.left_out = []  # depth maps and the like
         for key, feature in self.features.items():
@@ -140,8 +146,11 @@ class LeRobotDataset(Folder):
             sizes = shape if isinstance(shape, list) else [None]
             sound = all(type(n) is int and 0 < n <= MAX_SIDE for n in sizes)
             if not sound or not isinstance(feature.get("dtype"), str):
-                remedy = f"expected dtype and shape, sizes from 1 to {MAX_SIDE}"
-                raise self._fault(None, key, f"feature is {feature!r:.80}", remedy)
+                raise self._fault(
+                    key,
+                    f"feature is {feature!r:.80}; expected dtype and shape, sizes from 1 to "
+                    f"{MAX_SIDE}",
+                )
             if feature["dtype"] not in ("video", "image"):
                 continue
             depth = (feature.get("info") or {}).get("video.is_depth_map")
@@ -163,25 +172,30 @@ class LeRobotDataset(Folder):
         try:
             file = pq.ParquetFile(path, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
-            found = f"{path.name} is no whole parquet file ({error})"
-            raise self._fault(episode, field, found, AGAIN) from error
+            raise self._fault(
+                field, f"{path.name} is no whole parquet file ({error}); {AGAIN}", episode
+            ) from error
         names = file.schema_arrow.names
         if missing := [name for name in columns if name not in names]:
-            found = f"{path.name} has no such column"
-            raise self._fault(episode, missing[0], found, f"there are {names}")
+            raise self._fault(
+                missing[0], f"{path.name} has no such column; there are {names}", episode
+            )
         if rows not in (None, file.metadata.num_rows):
-            found = f"{path.name} has {file.metadata.num_rows} rows, expected {rows}"
-            raise self._fault(episode, field, found, AGAIN)
+            raise self._fault(
+                field,
+                f"{path.name} has {file.metadata.num_rows} rows, expected {rows}; {AGAIN}",
+                episode,
+            )
         return file
 
     def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
         """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
         Nothing of a parquet file is read before its number of rows is known to be right."""
         paths = [self._path(name) for name in names]
-        field = os.path.commonprefix(names)
+        field = os.path.commonprefix(names) or "meta/episodes"
         size = sum(path.stat().st_size for path in paths)
         if size > MAX_META:
-            raise self._fault(None, field, f"has {size} bytes", f"at most {MAX_META} are allowed")
+            raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
         try:
             if self.version == "v2.1":
@@ -195,14 +209,15 @@ class LeRobotDataset(Folder):
                 ]
                 found = sum(file.metadata.num_rows for file in files)
             if rows not in (None, found):
-                found = f"has {found} rows, info.json says {rows}"
-                raise self._fault(None, field, found, "correct one of them")
+                raise self._fault(
+                    field, f"has {found} rows, info.json says {rows}; correct one of them"
+                )
             if self.version == "v3.0":
                 tables = [file.read(schema.names) for file in files]
             table = pa.concat_tables(one.select(schema.names).cast(schema) for one in tables)
             table.validate(full=True)
         except (pa.ArrowException, OSError) as error:
-            raise self._fault(None, field, f"cannot be read ({error})", AGAIN) from error
+            raise self._fault(field, f"cannot be read ({error}); {AGAIN}") from error
         return table
 
     def _read_tasks(self) -> dict[int, str]:
@@ -216,8 +231,11 @@ class LeRobotDataset(Folder):
         tasks = {}
         for index, task in zip(*(column.to_pylist() for column in table.columns)):
             if index is None or not task or index in tasks:
-                remedy = "each whole task_index must appear once, with a text"
-                raise self._fault(None, name, f"task {index} is {task!r:.60}", remedy)
+                raise self._fault(
+                    name,
+                    f"task {index} is {task!r:.60}; each whole task_index must appear once, "
+                    "with a text",
+                )
             tasks[index] = task
         return tasks
 
@@ -240,8 +258,9 @@ class LeRobotDataset(Folder):
             columns[name] = table[name].to_numpy()
             good = (columns[name] >= 0) & (columns[name] < np.inf)
             if table[name].null_count or not good.all():
-                found = "has values that are null, negative or not finite"
-                raise self._fault(None, name, found, AGAIN)
+                raise self._fault(
+                    name, f"has values that are null, negative or not finite; {AGAIN}"
+                )
         order = np.argsort(columns["episode_index"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         self.episode_tasks = table["tasks"].combine_chunks().take(pa.array(order))
@@ -256,7 +275,7 @@ class LeRobotDataset(Folder):
         def require(good: np.ndarray, name: str, remedy: str) -> None:
             if not good.all():
                 episode = int(np.argmin(good))
-                raise self._fault(episode, name, f"is {columns[name][episode]}", remedy)
+                raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
 
         remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
         require(columns["episode_index"] == number, "episode_index", remedy)
@@ -265,8 +284,10 @@ class LeRobotDataset(Folder):
         require(columns["tasks"] > 0, "tasks", "give each episode at least one")
         total = int(length.sum())
         if total != self.info["total_frames"]:
-            found = f"is {self.info['total_frames']}, the episodes have {total}"
-            raise self._fault(None, "total_frames", found, "correct info.json")
+            raise self._fault(
+                "total_frames",
+                f"is {self.info['total_frames']}, the episodes have {total}; correct info.json",
+            )
         start = np.cumsum(length) - length
         for name, wanted in {
             "dataset_from_index": start,
@@ -324,15 +345,17 @@ class LeRobotDataset(Folder):
         chosen += [(name, "as a camera", list(self.sizes)) for name in self.cameras]
         for name, role, allowed in chosen:
             if name not in allowed:
-                found = f"is chosen {role} and is none here"
-                raise self._fault(None, name, found, f"choose from {allowed}")
+                raise self._fault(name, f"is chosen {role} and is none here; choose from {allowed}")
         wrong = len(set(self.cameras)) != len(self.cameras)
         if given.t_layout:
             _, *wrists = self.cameras
             wrong |= len(wrists) != 2 or ("right" in wrists[0] and "left" in wrists[1])
         if wrong:
-            remedy = "each once, and for the T-layout head, left, right in this order"
-            raise self._fault(None, "cameras", f"are {list(self.cameras)}", remedy)
+            raise self._fault(
+                "cameras",
+                f"are {list(self.cameras)}; each once, and for the T-layout head, left, "
+                "right in this order",
+            )
         widths = [self.features[key]["shape"][0] if key else 0 for key in self.titles.values()]
         self.widths = tuple(widths)
 
@@ -343,8 +366,9 @@ class LeRobotDataset(Folder):
             ends = {key: key.lower().rsplit(".", 1)[-1] for key in self.sizes}
             found.append([key for key, end in ends.items() if any(word in end for word in words)])
         if any(len(names) != 1 for names in found):
-            remedy = f"name three of {list(self.sizes)}"
-            raise self._fault(None, "cameras", f"head, left, right could be {found}", remedy)
+            raise self._fault(
+                "cameras", f"head, left, right could be {found}; name three of {list(self.sizes)}"
+            )
         return tuple(name for (name,) in found)
 
     def _file(self, field: str, episode: int, chunk: int, file: int, key: str = "") -> Path:
@@ -363,8 +387,11 @@ class LeRobotDataset(Folder):
 
         name = re.sub(r"\{(\w+)(?::0(\d)d)?\}", fill, template)
         if "{" in name:
-            remedy = f"write it as {PATHS[self.version][field]}"
-            raise self._fault(episode, field, f"is {self.info.get(field)!r:.100}", remedy)
+            raise self._fault(
+                field,
+                f"is {self.info.get(field)!r:.100}; write it as {PATHS[self.version][field]}",
+                episode,
+            )
         return self._path(name, episode, key or field)
 
     # Numbers.
@@ -391,8 +418,9 @@ class LeRobotDataset(Folder):
                     yield at + begin, batch.slice(begin, stop - begin)
                 at += len(batch)
         except (pa.ArrowException, OSError) as error:
-            found = f"{path.name} breaks while it is read ({error})"
-            raise self._fault(episode, "data", found, AGAIN) from error
+            raise self._fault(
+                "data", f"{path.name} breaks while it is read ({error}); {AGAIN}", episode
+            ) from error
         self.open_files.put(key, opened)
 
     def _values(self, episode: int, key: str, column: "pa.Array") -> np.ndarray:
@@ -409,14 +437,22 @@ class LeRobotDataset(Folder):
         empty = column.null_count + values.null_count
         right = values.type == pa.type_for_alias(feature["dtype"]) and (widths == width).all()
         if not right or empty:
-            found = f"has {len(values)} values of type {column.type} in {len(column)} rows, "
-            found += f"{empty} of them empty, expected {width} of {feature['dtype']} in each"
-            raise self._fault(episode, key, found, "write the column again or correct info.json")
+            raise self._fault(
+                key,
+                f"has {len(values)} values of type {column.type} in {len(column)} rows, "
+                f"{empty} of them empty, expected {width} of {feature['dtype']} in each; "
+                "write the column again or correct info.json",
+                episode,
+            )
         rows = values.to_numpy(zero_copy_only=False).reshape(-1, width)
         if len(bad := np.argwhere(~np.isfinite(rows))):
             row, dimension = bad[0]
-            found = f"row {row}, dimension {dimension} is {rows[row, dimension]} (of {len(bad)})"
-            raise self._fault(episode, key, found, "repair or drop it")
+            raise self._fault(
+                key,
+                f"row {row}, dimension {dimension} is {rows[row, dimension]} (of "
+                f"{len(bad)}); repair or drop it",
+                episode,
+            )
         return rows
 
     def _load(self, episode: int, *more: str) -> tuple[dict[str, np.ndarray], list[ValueError]]:
@@ -444,15 +480,25 @@ class LeRobotDataset(Folder):
             slack = TOLERANCE + 1e-7 * wanted if key == "timestamp" else 0
             bad = np.flatnonzero(np.abs(rows.get(key, wanted) - wanted) > slack)
             if len(bad):
-                found = f"row {bad[0]} is {rows[key][bad[0], 0]}, expected {wanted[bad[0], 0]:.10g}"
-                remedy = f"rows must follow one another at {self.fps} fps: it is another fps, "
-                remedy += "a gap, or another order"
-                faults.append(self._fault(episode, key, found, remedy))
+                faults.append(
+                    self._fault(
+                        key,
+                        f"row {bad[0]} is {rows[key][bad[0], 0]}, expected "
+                        f"{wanted[bad[0], 0]:.10g}; rows must follow one another at {self.fps} "
+                        "fps: it is another fps, a gap, or another order",
+                        episode,
+                    )
+                )
         unknown = set(rows.get("task_index", at[:0]).flat) - self.tasks.keys()
         if unknown:
-            remedy = f"add the task, or choose from {sorted(self.tasks)[:20]}"
-            found = f"is {min(unknown)}, which meta/tasks lacks"
-            faults.append(self._fault(episode, "task_index", found, remedy))
+            faults.append(
+                self._fault(
+                    "task_index",
+                    f"is {min(unknown)}, which meta/tasks lacks; add the task, or choose from "
+                    f"{sorted(self.tasks)[:20]}",
+                    episode,
+                )
+            )
         return rows, faults
 
     def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
@@ -484,8 +530,9 @@ class LeRobotDataset(Folder):
             return {}
         rows = self.rows(episode, LABELS)[LABELS]
         if len(names) != rows.shape[1]:
-            found = f"has {len(names)} names for {rows.shape[1]} numbers"
-            raise self._fault(None, LABELS, found, "give each its name")
+            raise self._fault(
+                LABELS, f"has {len(names)} names for {rows.shape[1]} numbers; give each its name"
+            )
         return dict(zip(names, rows.T))
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
@@ -520,9 +567,11 @@ class LeRobotDataset(Folder):
                 try:
                     yield self._unpack(episode, camera, batch.column(0)[row - first].as_py())
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    found = f"picture of row {row}: {error}"
-                    remedy = "write it again or correct info.json"
-                    raise self._fault(episode, camera, found, remedy) from error
+                    raise self._fault(
+                        camera,
+                        f"picture of row {row}: {error}; write it again or correct info.json",
+                        episode,
+                    ) from error
 
     def _unpack(self, episode: int, camera: str, cell: object) -> np.ndarray:
         if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
@@ -556,31 +605,30 @@ class LeRobotDataset(Folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict:
+def named_stats(*stats: np.ndarray | list) -> dict[str, list]:
+    names = ("min", "max", "mean", "std", "count")
+    return {name: np.asarray(values).tolist() for name, values in zip(names, stats)}
+
+
+def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict[str, list]:
     """LeRobot's statistics of rows (T, D), each (D,); their count is (1,)."""
-    found = {"min": rows.min(axis, **keep), "max": rows.max(axis, **keep)}
-    found |= {"mean": rows.mean(axis, **keep), "std": rows.std(axis, **keep)}
-    return found | {"count": np.array([len(rows)])}
+    ends = (rows.min(axis, **keep), rows.max(axis, **keep))
+    return named_stats(*ends, rows.mean(axis, **keep), rows.std(axis, **keep), [len(rows)])
 
 
-def measure_picture(picture: np.ndarray) -> dict:
+def measure_picture(picture: np.ndarray) -> dict[str, list]:
     """The same of the colours of a picture (H, W, 3), 0 to 1, each (3, 1, 1); it counts as one."""
     stats = measure(picture.transpose(2, 0, 1) / 255, axis=(1, 2), keepdims=True)
-    return stats | {"count": np.array([1])}
+    return stats | {"count": [1]}
 
 
-def pool(parts: Sequence[dict]) -> dict:
+def pool(parts: Sequence[dict[str, list]]) -> dict[str, list]:
     """Statistics of the whole from those of its parts."""
-    low, high, mean, std, count = (np.stack([part[name] for part in parts]) for name in parts[0])
+    low, high, mean, std, count = (np.array([part[name] for part in parts]) for name in parts[0])
     weights = count[:, 0]
     whole = np.average(mean, axis=0, weights=weights)
     square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=weights)
-    found = (low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
-    return dict(zip(parts[0], found))
-
-
-def as_lists(stats: dict) -> dict[str, list]:
-    return {name: values.tolist() for name, values in stats.items()}
+    return named_stats(low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
 
 
 class Writer:
@@ -605,14 +653,14 @@ class Writer:
         self.videos = {}
         self.data = None
 
-    def _fault(self, field: str, found: str, remedy: str) -> ValueError:
-        where = f"dataset {self.final}, episode {len(self.episodes)}"
-        return ValueError(f"{where}, {field}: {found}; {remedy}")
+    def _fault(self, field: str, problem: str) -> ValueError:
+        number = len(self.episodes)
+        return ValueError(f"dataset {self.final}, episode {number}, {field}: {problem}")
 
     def _file(self, field: str, key: str = "") -> Path:
         chunk, file = divmod(self.number[key], self.storage.chunks_size)
-        name = PATHS["v3.0"][field].format(chunk_index=chunk, file_index=file, video_key=key)
-        path = self.root / name
+        place = {"chunk_index": chunk, "file_index": file, "video_key": key}
+        path = self.root / PATHS["v3.0"][field].format(**place)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -626,7 +674,7 @@ class Writer:
     ) -> None:
         """One episode; `labels`: name -> T numbers."""
         if not isinstance(task, str) or not task:
-            raise self._fault("task", f"is {task!r}", "give each episode its instruction")
+            raise self._fault("task", f"is {task!r}; give each episode its instruction")
         vectors = {"observation.state": states, "action": actions}
         if labels:
             vectors[LABELS] = np.stack(list(labels.values()), axis=1)
@@ -636,8 +684,11 @@ class Writer:
         stats = {}
         for key, v in vectors.items():
             if v.ndim != 2 or not v.size or len(v) != length or not np.isfinite(v).all():
-                found = f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite"
-                raise self._fault(key, found, f"give finite ({length}, dimensions)")
+                raise self._fault(
+                    key,
+                    f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite; give finite "
+                    f"({length}, dimensions)",
+                )
             names = [f"{key.split('.')[-1]}_{i}" for i in range(v.shape[1])]
             names = list(labels) if key == LABELS else names
             features[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": names}
@@ -646,19 +697,23 @@ class Writer:
             key = name if name.startswith("observation.") else f"observation.images.{name}"
             count, shape, sample = self._write_video(key, pictures)
             if not count or length not in (None, count):
-                found = f"has {count} pictures for {length} rows"
-                raise self._fault(key, found, "expected one picture per row")
+                raise self._fault(
+                    key, f"has {count} pictures for {length} rows; expected one picture per row"
+                )
             length = count
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
             stats[key] = pool(sample)
         self.features = self.features or features
         if features != self.features or not features:
-            found = f"are { {key: f['shape'] for key, f in features.items()} }"
-            raise self._fault("features", found, "expected the cameras and widths of episode 0")
+            raise self._fault(
+                "features",
+                f"are { {key: f['shape'] for key, f in features.items()} }; expected the "
+                "cameras and widths of episode 0",
+            )
         self._write_rows(vectors, length, self.tasks.setdefault(task, len(self.tasks)))
         self._write_episode(task, length, stats)
-        self._close(full=True)
+        self._close(self.storage.data_mb, self.storage.video_mb)
 
     def _write_video(
         self, key: str, pictures: Iterable[np.ndarray]
@@ -670,8 +725,11 @@ class Writer:
         for picture in map(np.asarray, pictures):
             shape = shape or list(picture.shape)
             if picture.dtype != np.uint8 or list(picture.shape) != [*shape[:2], 3]:
-                found = f"picture {count} is {picture.dtype} {picture.shape}"
-                raise self._fault(key, found, "expected uint8 (H, W, 3) of one size")
+                raise self._fault(
+                    key,
+                    f"picture {count} is {picture.dtype} {picture.shape}; expected uint8 (H, "
+                    "W, 3) of one size",
+                )
             if key not in self.videos:
                 path = self._file("video_path", key)
                 self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
@@ -689,15 +747,9 @@ class Writer:
             flat = pa.array(v.ravel())
             columns[key] = pa.FixedSizeListArray.from_arrays(flat, v.shape[1]) if wide else flat
         at = np.arange(length)
-        index = {
-            "timestamp": at / self.fps,
-            "frame_index": at,
-            "episode_index": np.full(length, len(self.episodes)),
-            "index": self.total + at,
-            "task_index": np.full(length, task),
-        }
-        for key, values in index.items():
-            columns[key] = pa.array(values.astype(DEFAULTS[key]))
+        here = (np.full(length, len(self.episodes)), self.total + at, np.full(length, task))
+        for (key, dtype), values in zip(DEFAULTS.items(), (at / self.fps, at, *here)):
+            columns[key] = pa.array(values.astype(dtype))
         table = pa.table(columns)
         if self.data is None:
             self.data_path = self._file("data_path")
@@ -723,20 +775,19 @@ class Writer:
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
         for key, one in stats.items():
-            row |= {f"stats/{key}/{name}": values for name, values in as_lists(one).items()}
+            row |= {f"stats/{key}/{name}": values for name, values in one.items()}
         self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
 
-    def _close(self, full: bool = False) -> None:
-        """Closes every open file, or those that are `full`; the next episode opens others."""
-        least = self.storage if full else replace(self.storage, data_mb=0, video_mb=0)
-        if self.data and self.data_path.stat().st_size >= least.data_mb * 2**20:
+    def _close(self, data_mb: float = 0, video_mb: float = 0) -> None:
+        """Closes the open files that have grown to these sizes; the next episode opens others."""
+        if self.data and self.data_path.stat().st_size >= data_mb * 2**20:
             self.data.close()
             self.data = None
             self.number[""] += 1
         for key, video in list(self.videos.items()):
-            if video.bytes >= least.video_mb * 2**20:
+            if video.bytes >= video_mb * 2**20:
                 self.videos.pop(key).close()
                 self.number[key] += 1
 
@@ -752,7 +803,7 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {key: as_lists(pool([one[key] for one in self.stats])) for key in self.features}
+        whole = {key: pool([one[key] for one in self.stats]) for key in self.features}
         (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4), "utf-8")
         os.replace(self.root, self.final)

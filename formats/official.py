@@ -51,8 +51,11 @@ class OfficialFolder(Folder):
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
         super().__init__(root, mapping)
         if self.given.t_layout or self.given.cameras or self.given.state or self.given.action:
-            remedy = "official folders have one view and one array: only texts can be chosen"
-            raise self._fault(None, "mapping", f"is {self.given}", remedy)
+            raise self._fault(
+                "mapping",
+                f"is {self.given}; official folders have one view and one array: only "
+                "texts can be chosen",
+            )
         self.files = []  # task folder, name of an episode
         kinds = set()
         for folder in task_folders(self.root):
@@ -63,11 +66,12 @@ class OfficialFolder(Folder):
             names = sorted(video.stem for video in (folder / "videos").glob("*.mp4"))
             self.files += [(inner, name) for name in names]
         if len(kinds) != 1:
-            found = f"have {sorted(kinds) or 'no qpos beside videos'}"
-            raise self._fault(None, "folders", found, "give a root of one kind")
+            raise self._fault(
+                "folders",
+                f"have {sorted(kinds) or 'no qpos beside videos'}; give a root of one kind",
+            )
         if not self.files:
-            remedy = "each episode is videos/N.mp4 and qpos/N.pt"
-            raise self._fault(None, "videos", "hold no mp4", remedy)
+            raise self._fault("videos", "hold no mp4; each episode is videos/N.mp4 and qpos/N.pt")
         (self.part,) = kinds
         self._read_video(self._file(0, "videos"))
         self.cameras = (VIEW,)
@@ -76,8 +80,9 @@ class OfficialFolder(Folder):
         widths = shapes[:, 1]
         if (widths != widths[0]).any():
             e = int(np.argmax(widths != widths[0]))
-            found = f"has {widths[e]} columns, episode 0 has {widths[0]}"
-            raise self._fault(e, self.part, found, "keep one robot")
+            raise self._fault(
+                self.part, f"has {widths[e]} columns, episode 0 has {widths[0]}; keep one robot", e
+            )
         acting = self.part == "qpos"
         self.lengths = shapes[:, 0] + (0 if acting else 1)  # one latent less than frames
         self.widths = (int(widths[0]),) * 2 if acting else (0, 0)
@@ -92,8 +97,9 @@ class OfficialFolder(Folder):
                 self.fps = float(stream.average_rate)
                 self.sizes = {VIEW: (context.height, context.width)}
         except (av.error.FFmpegError, OSError, IndexError, TypeError) as error:
-            found = f"{path.name} cannot be opened ({error})"
-            raise self._fault(0, "videos", found, "fetch or write it again") from error
+            raise self._fault(
+                "videos", f"{path.name} cannot be opened ({error}); fetch or write it again", 0
+            ) from error
 
     def _file(self, episode: int, part: str) -> Path:
         folder, name = self.files[episode]
@@ -116,21 +122,27 @@ class OfficialFolder(Folder):
         try:
             rows, _ = read_torch(path)
         except ValueError as error:
-            raise self._fault(episode, self.part, str(error), again) from error
+            raise self._fault(self.part, f"{error}; {again}", episode) from error
         if isinstance(rows, dict):
             rows = rows.get("latent_action")
         tensor = isinstance(rows, torch.Tensor)
         if not tensor or not rows.is_floating_point() or rows.dim() != 2 or not rows.numel():
             kind = f"{rows.dtype} {tuple(rows.shape)}" if tensor else type(rows).__name__
-            raise self._fault(episode, self.part, f"{path.name} holds {kind}", again)
+            raise self._fault(self.part, f"{path.name} holds {kind}; {again}", episode)
         if rows.nbytes > path.stat().st_size:
-            found = f"{path.name} claims {rows.nbytes} bytes and has {path.stat().st_size}"
-            raise self._fault(episode, self.part, found, again)
+            raise self._fault(
+                self.part,
+                f"{path.name} claims {rows.nbytes} bytes and has {path.stat().st_size}; {again}",
+                episode,
+            )
         rows = rows.float().numpy().copy()
         if len(bad := np.argwhere(~np.isfinite(rows))):
             row, column = bad[0]
-            found = f"row {row}, dimension {column} is {rows[row, column]} (of {len(bad)})"
-            raise self._fault(episode, self.part, found, "repair it")
+            raise self._fault(
+                self.part,
+                f"row {row}, dimension {column} is {rows[row, column]} (of {len(bad)}); repair it",
+                episode,
+            )
         return rows
 
     def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -163,16 +175,18 @@ class OfficialFolder(Folder):
         path = self._path(str(found), episode, "instruction")
         again = "write a line per wording, in UTF-8"
         if path.stat().st_size > MAX_BYTES:
-            found = f"{path.name} has {path.stat().st_size} bytes"
-            raise self._fault(episode, "instruction", found, again)
+            raise self._fault(
+                "instruction", f"{path.name} has {path.stat().st_size} bytes; {again}", episode
+            )
         try:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
         except UnicodeDecodeError as error:
-            found = f"{path.name} is no text ({error.reason})"
-            raise self._fault(episode, "instruction", found, again) from error
+            raise self._fault(
+                "instruction", f"{path.name} is no text ({error.reason}); {again}", episode
+            ) from error
         lines = list(filter(None, lines))
         if not lines:
-            raise self._fault(episode, "instruction", f"{path.name} is empty", again)
+            raise self._fault("instruction", f"{path.name} is empty; {again}", episode)
         return lines
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:

@@ -339,9 +339,10 @@ class Recordings:
         """True motions (T, k) over `interval` rows, where the source knows them."""
         return None
 
-    def _fault(self, episode: int | None, field: str, found: str, remedy: str) -> ValueError:
+    def _fault(self, field: str, problem: str, episode: int | None = None) -> ValueError:
+        """`problem`: "found; remedy"."""
         where = "" if episode is None else f", episode {episode}"
-        return ValueError(f"dataset {self.name}{where}, {field}: {found}; {remedy}")
+        return ValueError(f"dataset {self.name}{where}, {field}: {problem}")
 
     # Windows.
 
@@ -352,7 +353,7 @@ class Recordings:
         in it."""
         at = (np.asarray(times, float) + start_time) * self.fps
         if not (np.abs(at) < 1e9).all():
-            raise self._fault(episode, field, f"are {times}", "give finite seconds")
+            raise self._fault(field, f"are {times}; give finite seconds", episode)
         rows = np.floor(at + 0.5).astype(int)
         last = int(self.lengths[episode]) - 1
         return rows.clip(0, last), (rows >= 0) & (rows <= last)
@@ -376,12 +377,17 @@ class Recordings:
         """The window at `start_time` seconds of an episode; other times are seconds after it. Each
         takes the nearest row. Without actions or state in the source these are None."""
         if not 0 <= episode < len(self.lengths):
-            allowed = f"there are episodes 0 to {len(self.lengths) - 1}"
-            raise self._fault(None, "episode", f"is {episode}", allowed)
+            raise self._fault(
+                "episode", f"is {episode}; there are episodes 0 to {len(self.lengths) - 1}"
+            )
         (start,), (inside,) = self._nearest(episode, 0, [start_time], "start_time")
         if not inside:
-            allowed = f"the episode lasts from 0 to {(self.lengths[episode] - 1) / self.fps:.3f} s"
-            raise self._fault(episode, "start_time", f"is {start_time} s", allowed)
+            raise self._fault(
+                "start_time",
+                f"is {start_time} s; the episode lasts from 0 to "
+                f"{(self.lengths[episode] - 1) / self.fps:.3f} s",
+                episode,
+            )
         video, video_mask = self._nearest(episode, start_time, video_times, "video_times")
         action, action_mask = self._nearest(episode, start_time, action_times, "action_times")
         states, actions = self.numbers(episode)
@@ -419,9 +425,14 @@ class Recordings:
                 numbers = b"".join(rows.tobytes() for rows in columns.values())
                 first = first_with.setdefault(hashlib.sha256(numbers).digest(), episode)
                 if first != episode:
-                    twin = f"equals episode {first} number for number"
                     title = self.titles["action"]
-                    faults.append(self._fault(episode, title, twin, "drop one of the two"))
+                    faults.append(
+                        self._fault(
+                            title,
+                            f"equals episode {first} number for number; drop one of the two",
+                            episode,
+                        )
+                    )
             for camera, pictures in enumerate(self.views(episode, range(length)).values()):
                 try:
                     for row, picture in enumerate(pictures):
@@ -439,9 +450,11 @@ class Recordings:
             low = np.min([low for low, _ in pairs], axis=0)
             high = np.max([high for _, high in pairs], axis=0)
             for d in np.flatnonzero(low == high):
-                found = f"dimension {d} is {low[d]:.6g} in every row"
-                remedy = "allow it with constant=True or leave it out"
-                yield self._fault(None, self.titles[role], found, remedy)
+                yield self._fault(
+                    self.titles[role],
+                    f"dimension {d} is {low[d]:.6g} in every row; allow it with constant=True "
+                    "or leave it out",
+                )
 
     def _swapped_cameras(self, looks: np.ndarray) -> Iterator[ValueError]:
         """Two cameras of an episode are swapped if each looks like what the other usually shows;
@@ -455,9 +468,12 @@ class Recordings:
             straight = gaps[:, a, a] + gaps[:, b, b]
             crossed = gaps[:, a, b] + gaps[:, b, a]
             for episode in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
-                found = f"and {self.cameras[b]} show each other's view"
-                remedy = "swap their files in this episode"
-                yield self._fault(int(episode), self.cameras[a], found, remedy)
+                yield self._fault(
+                    self.cameras[a],
+                    f"and {self.cameras[b]} show each other's view; swap their files in this "
+                    "episode",
+                    int(episode),
+                )
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -513,11 +529,17 @@ class Folder(Recordings):
         if self.root.parent.name == "snapshots":
             allowed.append(self.root.parents[1] / "blobs" / real.name)
         if real not in allowed:
-            found = f"{name!r} is a link or leaves the folder"
-            raise self._fault(episode, field, found, "put the file itself into the folder")
+            raise self._fault(
+                field,
+                f"{name!r} is a link or leaves the folder; put the file itself into the folder",
+                episode,
+            )
         if not real.is_file():
-            remedy = "fetch the whole dataset or correct its metadata"
-            raise self._fault(episode, field, f"{name} is missing or no file", remedy)
+            raise self._fault(
+                field,
+                f"{name} is missing or no file; fetch the whole dataset or correct its metadata",
+                episode,
+            )
         return real
 
     def _decode(
@@ -540,6 +562,9 @@ class Folder(Recordings):
                 raise ValueError(f"has {count} frames, expected {end}")
             yield from video.read(origin + i / self.fps for i in rows)
         except (av.error.FFmpegError, ValueError, OSError) as error:
-            remedy = "fetch or encode it again, or correct its metadata"
-            raise self._fault(episode, camera, f"{path.name} {error}", remedy) from error
+            raise self._fault(
+                camera,
+                f"{path.name} {error}; fetch or encode it again, or correct its metadata",
+                episode,
+            ) from error
         self.open_files.put(key, video)

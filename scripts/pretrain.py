@@ -40,13 +40,14 @@ from tqdm import tqdm
 
 from attention import mlp
 from backbones.frozen import Backbones
+from backbones.optical_flow import mirrored, rarest_motions
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE
-from data import motions, whole_pyramid
+from data import motions, open_pyramid
 from formats.cards import Pyramid, placed, tiled
 from formats.recordings import Recordings, t_place
-from latent_action import LatentActionConfig, LatentActionModel, mirrored, rarest_motions
+from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
 from weights.files import run_command
 from weights.load import load_part, save_part
@@ -386,7 +387,8 @@ class Maker:
         self.steps = STEPS[args.preset]
         if args.steps:
             self.steps = dict.fromkeys(self.steps, args.steps)
-        self.pyramid = whole_pyramid(args.data, args.preset, args.episodes, args.seed)
+        kind = "latent", args.preset  # all levels
+        self.pyramid = open_pyramid(args.data, *kind, args.episodes, args.seed)
         self.corpus = Corpus(self.pyramid, args.episodes, args.seed)
         self.held_out = Corpus(self.pyramid, args.episodes, args.seed, held_out=True)
 

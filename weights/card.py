@@ -9,7 +9,7 @@ from weights.files import check_keys, read_json
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint knows about itself: `config.json` beside its weights."""
+    """The facts that a checkpoint stores: `config.json` beside its weights."""
 
     motus: dict  # fields of `motus.MotusConfig`, as json has them
     stage: str  # "1", "2" or "3"

@@ -110,8 +110,10 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
     spots = np.where(rng.random((64, 1)) < 0.7, near, anywhere)
     spots = np.clip(spots, 0.05, 0.95)
     opening = float(rng.integers(2))
+    if opening:
+        return spots[0], opening
     free = (distance(spots[:, None], discs) > RADIUS + TIP + 0.005).all(axis=1)
-    return spots[0 if opening else free.argmax()], opening
+    return spots[free.argmax()], opening
 
 
 # -- the world ------------------------------------------------------------------------------------
@@ -221,6 +223,11 @@ class Tabletop:
             effector, opening = stray(play, discs, named)
         what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
         return Scene(*what, effector, opening, heading, *surroundings)
+
+    @property
+    def group(self) -> list[str]:
+        """The skill that each world asks for."""
+        return [skill for skill, _, _ in self.task]
 
     @property
     def disc(self) -> ndarray:
@@ -553,7 +560,8 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
 
     def look() -> tuple[ndarray, ndarray, Snapshot]:
-        return world.render() if pictures else blank, world.state(), world.snapshot()
+        picture = world.render() if pictures else blank
+        return picture, world.state(), world.snapshot()
 
     seen = [look()]
     actions = []

@@ -38,11 +38,6 @@ class Tabletops(Tabletop):
         self.n = len(seeds)
         return super().reset(seeds)
 
-    @property
-    def group(self) -> list[str]:
-        """The task of each world."""
-        return [skill for skill, _, _ in self.task]
-
     def expert(self) -> np.ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
         return super().expert()[~self.success]

@@ -428,7 +428,7 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
         writer.writeheader()
 
         def log(number: int, losses: dict[str, float]) -> None:
-            if number % settings.log_every == 0:
+            if number % settings.log_every == 0 or number == settings.steps:
                 writer.writerow({"step": number} | losses)
 
         fit(model, rows, settings, log=log)

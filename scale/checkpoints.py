@@ -107,7 +107,7 @@ class Saver:
         self.pending = self.thread.submit(self._write, f"step_{step:06d}", files, texts)
 
     def wait(self) -> None:
-        """Until the last checkpoint is complete. ValueError on every rank if any could not write."""
+        """Until the last one is complete. ValueError on every rank if any could not write."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()

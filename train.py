@@ -1,18 +1,16 @@
 """Trains Motus: three stages, and the latent actions between the first and the second (paper Sec.
-3.3, Tab. 1).
+3.3, Tab. 1; `motus.STAGES`).
 
-    python train.py                                             all stages in order; finished ones are skipped
-    python train.py --stage 1                                   video generation: the video expert alone
-    python train.py --stage latent                              the 14-d latent-action VAE on optical flow
-    python train.py --stage 2 --init runs/stage1 --latent runs/latent        all experts on latent actions
-    python train.py --stage 3 --init runs/stage2                all experts on the target robot's actions and state
-    torchrun --nproc-per-node 8 train.py --full                 the same on eight GPUs; docs/scale.md for more
+    python train.py                         all stages in order, what is finished is left out
+    python train.py --stage 1               video generation: the video expert alone
+    python train.py --stage latent          the 14-d latent-action VAE, on optical flow
+    python train.py --stage 2 --init runs/stage1 --latent runs/latent       all experts on those
+    python train.py --stage 3 --init runs/stage2        all experts on a robot's actions and state
+    torchrun --nproc-per-node 8 train.py --full         the same on eight GPUs: docs/scale.md
 
-`motus.STAGES` is the table of them. From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
-VLM, VAE and text encoder are frozen throughout.
-
-One process or many run the same code (`scale`): each rank takes its rows of the batch, its share of
-the loss, its part of the weights.
+From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
+VLM, VAE and text encoder are frozen throughout. One process or many run the same code (`scale`):
+each rank takes its rows of the batch, its share of the loss, its part of the weights.
 
 A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
 optimizer, safetensors and json only. A checkpoint is written under a temporary name and renamed, so
@@ -26,12 +24,12 @@ import argparse
 import csv
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -53,6 +51,7 @@ from scale.batches import batches, divide
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
 from scale.muon import Muon
+from scale.needs import backbones_folder, dcae_of, missing, unfit
 from scale.ranks import Ranks, Watchdog, launch
 from weights.card import Card, newest_step
 from weights.files import check_keys, digest, run_command
@@ -201,13 +200,14 @@ class EMA:
 # -- data of a stage ------------------------------------------------------------------------------
 
 
-def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks):
-    """The windows of the stage, a `data.Pool` or `data.Stream`: those of --cache, mixed by the
-    weights of --data if that is given too, or those of the card, which the ranks measure together."""
+def windows_for(
+    args: argparse.Namespace, settings: Settings, ranks: Ranks
+) -> data.Pool | data.Stream:
+    """The windows of the stage: those of --cache, mixed by the weights of --data if that is given
+    too, or those of the card, whose statistics the ranks share out."""
     if args.cache:
-        pool = ranks.together(
-            lambda: data.Pool.load(args.cache, args.preset, args.stage, args.latent)
-        )
+        load = partial(data.Pool.load, args.cache, args.preset, args.stage, args.latent)
+        pool = ranks.together(load)
         if args.data:
             ranks.together(lambda: pool.mix(open_card(args, settings)))
         return pool
@@ -219,11 +219,11 @@ def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks):
     if acts:
         measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))
 
-    def encode():
+    def encode() -> data.Pool | data.Stream:
         robots = pyramid.robots(acts, measured)
         config = data.network_for(pyramid, args.preset, args.stage)
-        where = config, args.stage, args.preset
-        return data.windows_of(pyramid, robots, *where, settings.windows, settings.seed)
+        kind = args.stage, args.preset
+        return data.windows_of(pyramid, robots, config, *kind, settings.windows, settings.seed)
 
     return ranks.together(encode)
 
@@ -305,8 +305,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
-    motus, robots = source.config.as_json(), as_stored(source.robots)
-    card = Card(motus, args.stage, args.preset, robots, source.interval, backbones=frozen)
+    robots, network = as_stored(source.robots), source.config.as_json()
+    card = Card(network, args.stage, args.preset, robots, source.interval, backbones=frozen)
     about = {"code": code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
 
@@ -388,16 +388,6 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
     return done
 
 
-def backbones_folder(preset_name: str) -> Path:
-    return Path(os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones or "weights")
-
-
-def dcae_of(args: argparse.Namespace) -> Path:
-    """The DC-AE of stage latent: that of --init, our own file or the published folder."""
-    own = backbones_folder(args.preset) / "dcae.safetensors"
-    return args.init or (own if own.exists() else own.with_suffix(""))
-
-
 def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, str] | None:
     """Digests of frozen backbones of our own making; published ones do not change."""
     if not (backbones_folder(preset_name) / "vae.safetensors").is_file():
@@ -412,16 +402,13 @@ def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, 
 LATENT_FIELDS = {f.name for f in fields(LatentActionConfig) if f.type in (int, float, str, bool)}
 
 
-def train_latent(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
-    """The latent-action VAE, by rank 0 while the others wait."""
-    ranks.together(lambda: None if ranks.rank else train_vae(args, settings))
-
-
-def train_vae(args: argparse.Namespace, settings: Settings) -> None:
-    """On the optical flow that the sources of the card know,
-    or on what `python -m scripts.latents tokens` made of videos (--cache). Actions are looked at
-    where they are labelled, in a tenth of each batch. A frozen DC-AE (--init) sees each flow once;
+def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> None:
+    """The latent-action VAE, by rank 0: on the optical flow that the sources of the card know, or
+    on what `python -m scripts.latents tokens` made of videos (--cache). Actions are looked at where
+    they are labelled, in a tenth of each batch. A frozen DC-AE (--init) sees each flow once;
     `--set` also takes fields of LatentActionConfig, as in `reconstruct=picture`."""
+    if rank:
+        return
     torch.manual_seed(settings.seed)
     config = LatentActionConfig.of(PRESETS[args.preset].latent)
     config = changed(config, [text for text in args.set if is_latent(text)])
@@ -441,7 +428,7 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
         writer.writeheader()
 
         def log(number: int, losses: dict[str, float]) -> None:
-            if number % settings.log_every == 0:
+            if number % settings.log_every == 0 or number == settings.steps:
                 writer.writerow({"step": number} | losses)
 
         fit(model, rows, settings, log=log)
@@ -482,8 +469,8 @@ def folder_of(stage: str) -> str:
 
 
 def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The stages to train, in order, each with the arguments of its own command. Without --stage
-    all of them, each from the one before: what is begun is resumed, what is finished left out."""
+    """The stages to train, in order, as if each had its own command. Without --stage all of them,
+    each from the one before: what is begun is resumed, what is finished left out."""
     if args.stage:
         args.out = args.out or Path("runs") / folder_of(args.stage)
         return [args]
@@ -502,59 +489,21 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
         if (job.out / "tokens").is_dir():
             job.cache = job.out
         job.resume = (args.resume or "same") if job.out.exists() else None
-        if finished(job):
+        finished = (job.out / data.LATENT_FILE).is_file()
+        if any(job.out.glob("step_*")):
+            card = Card.read(newest_step(job.out) / "config.json")
+            finished = card.step >= settings_of(job).steps
+        if finished:
             print(f"stage {stage} is finished: {job.out}")
         else:
             jobs.append(job)
     return jobs
 
 
-def finished(args: argparse.Namespace) -> bool:
-    if args.stage == "latent":
-        return (args.out / data.LATENT_FILE).is_file()
-    if not any(args.out.glob("step_*")):
-        return False
-    return Card.read(newest_step(args.out) / "config.json").step >= settings_of(args).steps
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     changes = [f"steps={args.steps}"] if args.steps else []
     changes += [text for text in args.set if args.stage != "latent" or not is_latent(text)]
     return settings_for(args.preset, args.stage, changes, args.long)
-
-
-def missing(args: argparse.Namespace) -> list[str]:
-    """The needs of a stage that are not there, each with the command that gets it."""
-    found = []
-    if not (args.data or args.cache or PRESETS[args.preset].data):
-        card = "python data.py inspect DATASET --card card.json, then --data card.json"
-        found.append(f"a dataset card: {card}")
-    folder = backbones_folder(args.preset)
-    if args.stage == "latent":
-        if not dcae_of(args).exists():
-            get = "python -m weights download dcae"
-            if PRESETS[args.preset].latent["dcae"]:  # not of the published size
-                get = f"python -m scripts.latents pretrain --out {dcae_of(args)}.safetensors"
-            found.append(f"DC-AE {dcae_of(args)}: {get}")
-    elif not (folder / "vae.safetensors").is_file():
-        for name in ("wan", "qwen3vl") if args.stage != "1" else ("wan",):
-            if not (folder / name).is_dir():
-                found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
-    return found
-
-
-def unfit(args: argparse.Namespace) -> list[str]:
-    """The faults of --data for a stage, without looking at more than an episode."""
-    if not args.data or args.cache:
-        return []
-    try:
-        pyramid = data.open_pyramid(args.data, args.stage, args.preset, episodes=1)
-    except ValueError as error:
-        return [str(error)]
-    if args.stage != "latent" or any(o.reader.flows(0, 1) is not None for o in pyramid.opened):
-        return []
-    get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
-    return [f"optical flow of the videos: {get}"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -599,8 +548,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = settings[jobs[0].stage]
     with launch(first.shards, first.timeout) as ranks:
         for job in jobs:
-            run = train_latent if job.stage == "latent" else train
-            run(job, settings[job.stage], ranks)
+            if job.stage == "latent":
+                ranks.together(partial(train_latent, job, settings["latent"], ranks.rank))
+            else:
+                train(job, settings[job.stage], ranks)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The processes of a run: how they start, how they agree, and what ends a run that stalls.
 
-    launch      the ranks that torchrun started, or one process; without torchrun nothing here communicates
-    Ranks       what one rank refuses, all refuse by name, at once; facts that must be the same; sums over ranks
-    Watchdog    a rank that stalls ends all of them, in a message that says which one it was and what it was doing
+    launch      the ranks that torchrun started, or one process, which talks to nobody
+    Ranks       what one refuses, all refuse by name, at once; facts that must be the same; sums
+    Watchdog    a rank that stalls ends all of them, saying which one it was and what it did
 
 Ranks talk over gloo on the CPU, as bytes: nothing is unpickled, and no GPU waits for it.
 """

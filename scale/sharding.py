@@ -1,8 +1,8 @@
 """A model over many ranks: activation checkpointing, compilation, FSDP2 and precision around an
 unchanged network, and its first values.
 
-    parallelize   the training loss of a model as one module that is sharded; without ranks, one process
-    initialise    fresh values and those of an earlier stage, of which each rank holds its part alone
+    parallelize   the training loss of a model as one module, sharded if there are ranks
+    initialise    fresh values and those of an earlier stage; a rank holds its part alone
 
 Sharding. A layer of `Motus` (three blocks, gathered together because they meet in one attention) is
 a group, what lies outside the layers is the root group. An expert that a stage does not train has

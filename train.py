@@ -43,8 +43,10 @@ import data
 import flow
 from attention import choose
 from backbones.frozen import Backbones
+from backbones.optical_flow import augmented
+from formats.motions import motions, read_tokens
 from formats.statistics import as_stored
-from latent_action import LatentActionConfig, LatentActionModel, augmented, fit, probe
+from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
 from scale import plan, sharding
 from scale.batches import batches, divide
@@ -428,11 +430,11 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     claim(args.out, args.resume)
     if args.cache:
-        rows = data.read_tokens([args.cache], model)
+        rows = read_tokens([args.cache], model)
     else:
         pyramid = open_card(args, settings)
-        seen = data.motions(pyramid, config.interval)
-        rows = augmented(model, seen.flow, seen.labels, seen.mask, seed=settings.seed)
+        seen = motions(pyramid, config.interval)
+        rows = augmented(seen.flow, seen.labels, seen.mask, seed=settings.seed)
     curve = args.out / "log.csv"
     with curve.open("w", newline="") as file:
         writer = csv.DictWriter(file, ("step", "total", "reconstruction", "alignment", "kl"))
@@ -445,7 +447,7 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
         fit(model, rows, settings, log=log)
     plot_curve(curve, ("reconstruction", "alignment"))
     if not args.cache:
-        figures = probes(model, seen, data.motions(pyramid, config.interval, held_out=True))
+        figures = probes(model, seen, motions(pyramid, config.interval, held_out=True))
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
     model.save(args.out / data.LATENT_FILE)
     print(f"wrote {args.out / data.LATENT_FILE}")
@@ -461,8 +463,7 @@ def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list
     """How much of the true motion the latents hold, per level of the pyramid: R2 of each label by
     the best linear map, on held-out episodes."""
     mu, test = (
-        model.tokens_to_latent(model.as_tokens(motions.flow))[0].cpu()
-        for motions in (seen, held_out)
+        model.tokens_to_latent(model.as_tokens(found.flow))[0].cpu() for found in (seen, held_out)
     )
     figures = {}
     for level in held_out.level.unique().tolist():
@@ -575,15 +576,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long", action="store_true", help="the preset's long recipe")
     names = ", ".join(f.name for f in fields(Settings))
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
+    plan.add_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    if "--plan" in (sys.argv[1:] if argv is None else argv):
-        plan.main(argv)
-        return
     args = parse(argv)
     preset(args.preset)
+    if args.plan:
+        plan.main(args)
+        return
     jobs = planned(args)
     settings = {job.stage: settings_of(job) for job in jobs}
     needs = [need for job in jobs for need in missing(job)]

@@ -291,7 +291,9 @@ class Arena(NamedTuple):
         like = {"sim": args.sim, "settings": {}, "tasks": (), "episodes": ()}
         if args.like:
             like = read_card(args.like)
-        sim = like["sim"] or policy and PRESETS[policy.card.preset].world
+        sim = like["sim"]
+        if policy and not sim:
+            sim = PRESETS[policy.card.preset].world
         if not sim or args.sim not in (None, sim):
             raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
         tried = {scene for seed in args.seed for scene in world_seeds(seed, args.episodes)}

@@ -19,7 +19,7 @@ from formats.lerobot import Storage, write_v3
 from scripts.evaluate import CARD, columns, names, percent, rated, settings_of
 from weights.files import run_command
 from worlds import RECORDED, episode_seeds, simulator
-from worlds.fleet import Order, Recording, attempts
+from worlds.fleet import PROCESSES, Order, Recording, attempts
 
 
 def orders_of(
@@ -163,4 +163,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Every process runs the imports of this file; so they are run once.
+    PROCESSES.set_forkserver_preload(["scripts.record"])
     run_command(main)

@@ -21,8 +21,9 @@ from backbones.qwen3vl import (
     prompt_ids,
     smart_resize,
 )
-from weights.layouts import qwen_own
+from weights.layouts import rename_from
 
+qwen_own = rename_from("qwen3vl")
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -9,7 +9,6 @@ import pytest
 from worlds.render import Snapshot, flow
 from worlds.robots import (
     COLOURS,
-    DIRECTIONS,
     EMBODIMENTS,
     HELD_OUT,
     IMAGE,
@@ -20,7 +19,7 @@ from worlds.robots import (
     instructions,
     sentence,
 )
-from worlds.tabletop import Tabletop, labels, record
+from worlds.tabletop import Tabletop, record
 
 BODIES = tuple(EMBODIMENTS)
 
@@ -348,29 +347,6 @@ def test_the_expert_recovers_from_every_mistake_that_a_demonstration_begins_with
     plain = Tabletop(64)
     plain.reset(range(64))
     assert np.array_equal(discs, plain.discs)  # the layout is that of the same seed
-
-
-def test_labels_name_the_disc_of_the_instruction():
-    """The ground truth for pre-training agrees with the text and with the pixels, in a world and in
-    a recording."""
-    strongest = {"red": 0, "green": 1, "blue": 2, "yellow": 0}
-    world = Tabletop(16)
-    seen, shot = world.reset(range(16)), world.snapshot()
-    for i, text in enumerate(seen["instruction"]):
-        skill, colour, side = world.task[i]
-        assert text == sentence(skill, colour, side)
-        truth = {name: value[0] for name, value in labels(shot[[i]], world.task[i]).items()}
-        assert (truth["right"], truth["down"]) == tuple(DIRECTIONS[SIDES.index(side)])
-        assert truth["push"] == (skill == "push") and truth["opening"] == 1
-        column, row = int(truth["object x"] * IMAGE), int(truth["object y"] * IMAGE)
-        pixel = seen["image"][i, row, column].astype(int)
-        assert pixel[strongest[colour]] == pixel.max()
-    episode = record(6, 1, 0)[0]
-    found = labels(episode.snapshots, episode.task)
-    assert list(found)[:2] == ["object x", "object y"]
-    assert all(value.shape == (len(episode.frames),) for value in found.values())
-    assert np.allclose(found["hand x"], episode.motion[:, 0])
-    assert record(4, 1, 0)[0].task is None
 
 
 @pytest.mark.parametrize("body", BODIES)

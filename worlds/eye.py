@@ -42,11 +42,13 @@ class Eye:
     ) -> np.ndarray:
         """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as
         high: (n, 2), 0 to 1 from left and top, at most one side outside."""
-        seen = (points - data.camera(camera).xpos) @ data.camera(camera).xmat.reshape(
-            3, 3
-        )  # x right, y up, z towards the camera
-        half = np.maximum(-seen[:, 2:], 1e-3) * np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
-        return np.clip(0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half, -1, 2)
+        here = data.camera(camera)
+        # x right, y up, z towards the camera
+        seen = (points - here.xpos) @ here.xmat.reshape(3, 3)
+        slope = np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
+        half = np.maximum(-seen[:, 2:], 1e-3) * slope
+        place = 0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half
+        return np.clip(place, -1, 2)
 
     def __del__(self):
         # MuJoCo deletes an old renderer's textures in whatever context is current: in that of

@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from worlds.robots import DISCS, IMAGE, RADIUS, SHOULDER, SPLITS, arm_joints, arm_points, columns
 
-PAD = 16  # the canvas is larger than the image on every side, so that no window has to be cut
+PAD = 16  # the canvas is larger than the image on every side, so that few windows are cut
 CANVAS = IMAGE + 2 * PAD
 TILE = 256  # side of the speckles that capsules carry, four samples per pixel
 TEXTURE = 160  # side of a table's texture, pixels
@@ -208,25 +208,8 @@ def textures(split: str, randomized: bool) -> ndarray:
     return np.clip(np.stack(made), 0, 255).astype(np.float32)
 
 
-def band(a: ndarray, span: ndarray, half: int) -> tuple[ndarray, ndarray]:
-    """Pixels x, y across the whole image within `half` of lines from a along `span` (n, 2), counted
-    along the shorter axis of each line."""
-    run, rise = np.abs(span).T
-    flat = run > rise
-    start, way = (np.where(flat, v.T, v.T[::-1])[:, :, None, None] for v in (a, span))
-    major = np.arange(IMAGE)[:, None]
-    line = start[1] + way[1] / way[0] * (major + 0.5 - start[0])
-    reach = np.arange(-half, half + 1)
-    minor = np.floor(line).astype(np.int32) + reach
-    minor = np.clip(minor, -PAD, IMAGE + PAD - 1)
-    flat = flat[:, None, None]
-    x = np.where(flat, major, minor)
-    y = np.where(flat, minor, major)
-    return x, y
-
-
 def cover(c: Capsule) -> tuple[ndarray, ...]:
-    """The pixels about a capsule, in windows of equal size for all worlds.
+    """The pixels about a capsule, in windows of equal size for all worlds, cut to the canvas.
 
     Returns their indices (n, k, k') into n flattened canvases, the distance of their centres to the
     capsule's core, and their offset dx, dy from `a`, all in pixels.
@@ -234,16 +217,13 @@ def cover(c: Capsule) -> tuple[ndarray, ...]:
     a, b = (np.float32(end * IMAGE) for end in (c.a, c.b))
     span = b - a
     thick = 2 * c.radius * IMAGE + c.soft
-    side = int(np.abs(span).max() + thick) + 3
-    if side < IMAGE // 2:
-        middle = (a + b) / 2
-        corner = np.floor(middle - side / 2 + 0.5)
-        x, y = corner.astype(np.int32).T[:, :, None, None]
-        steps = np.arange(side)
-        x = x + steps
-        y = y + steps[:, None]
-    else:
-        x, y = band(a, span, int(0.71 * thick + 1.5))
+    sides = (np.abs(span).max(axis=0) + thick).astype(int) + 3
+    middle = (a + b) / 2
+    corner = np.floor(middle - sides / 2 + 0.5).astype(int)
+    x, y = corner.T[:, :, None, None]
+    width, height = sides
+    x = np.clip(x + np.arange(width), -PAD, IMAGE + PAD - 1)
+    y = np.clip(y + np.arange(height)[:, None], -PAD, IMAGE + PAD - 1)
     world = np.arange(len(a))[:, None, None]
     pixel = (world * CANVAS + y + PAD) * CANVAS + x + PAD
     ax, ay = a.T[:, :, None, None]

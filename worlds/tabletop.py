@@ -110,8 +110,10 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
     spots = np.where(rng.random((64, 1)) < 0.7, near, anywhere)
     spots = np.clip(spots, 0.05, 0.95)
     opening = float(rng.integers(2))
+    if opening:
+        return spots[0], opening
     free = (distance(spots[:, None], discs) > RADIUS + TIP + 0.005).all(axis=1)
-    return spots[0 if opening else free.argmax()], opening
+    return spots[free.argmax()], opening
 
 
 # -- the world ------------------------------------------------------------------------------------
@@ -221,6 +223,11 @@ class Tabletop:
             effector, opening = stray(play, discs, named)
         what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
         return Scene(*what, effector, opening, heading, *surroundings)
+
+    @property
+    def group(self) -> list[str]:
+        """The skill that each world asks for."""
+        return [skill for skill, _, _ in self.task]
 
     @property
     def disc(self) -> ndarray:
@@ -437,19 +444,6 @@ def eased(way: ndarray) -> ndarray:
     return way * np.minimum(1, np.minimum(0.35 * length + 0.006, 0.034) / length)
 
 
-LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
-
-
-def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
-    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
-    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
-    skill, colour, side = task
-    disc = shot.discs[shot.colours == COLOURS.index(colour)]
-    toward = DIRECTIONS[SIDES.index(side)]
-    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
-    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
-
-
 # -- recording ------------------------------------------------------------------------------------
 
 
@@ -461,7 +455,6 @@ class Episode:
     states: ndarray  # (T+1, P) float32
     # (T, A) float32: what the expert meant; None for a body whose actions nobody records
     actions: ndarray | None
-    task: tuple[str, str, str] | None  # skill, colour, side
     instruction: str
     embodiment: str
     level: int
@@ -553,7 +546,8 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
 
     def look() -> tuple[ndarray, ndarray, Snapshot]:
-        return world.render() if pictures else blank, world.state(), world.snapshot()
+        picture = world.render() if pictures else blank
+        return picture, world.state(), world.snapshot()
 
     seen = [look()]
     actions = []
@@ -583,7 +577,6 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
             frames[: t + 1, i].copy(),
             states[: t + 1, i].copy(),
             actions[:t, i].copy() if world.embodiment.has_actions else None,
-            None if world.task_agnostic else world.task[i],
             world.instruction[i],
             world.embodiment.name,
             level,

@@ -6,7 +6,7 @@ python -m scripts.record --sim toy --tasks place,push --episodes 50 --out data/t
 import numpy as np
 
 from worlds import World, checked, choice
-from worlds.tabletop import Tabletop, labels, record
+from worlds.tabletop import Tabletop, record
 
 __all__ = ["TASKS", "make", "many", "record"]
 
@@ -37,11 +37,6 @@ class Tabletops(Tabletop):
     def reset(self, seeds: list[int]) -> dict:
         self.n = len(seeds)
         return super().reset(seeds)
-
-    @property
-    def group(self) -> list[str]:
-        """The task of each world."""
-        return [skill for skill, _, _ in self.task]
 
     def expert(self) -> np.ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
@@ -78,8 +73,11 @@ class Toy(World):
         return {"top": self.world.render()[0]}
 
     def labels(self) -> dict[str, float]:
-        found = labels(self.world.snapshot(), self.world.task[0])
-        return {name: float(value[0]) for name, value in found.items()}
+        x, y = self.world.disc[0]
+        effector_x, effector_y = self.world.effector[0]
+        opening = self.world.opening[0]
+        found = {"object x": x, "object y": y, "effector x": effector_x, "effector y": effector_y}
+        return found | {"opening": opening}
 
     def expert(self) -> np.ndarray:
         return Tabletop.expert(self.world)[0]

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import flow
 import motus
+import train
 from scale import plan, sharding
 from scale.plan import GB, KEPT, Plan
 
@@ -241,20 +242,9 @@ def test_parameters_of_the_full_model_are_those_of_the_paper():
 )
 def test_the_page_says_what_the_plan_says(command, capsys):
     """Every figure of the tables in docs/plan.md, to the letter."""
-    plan.main(command.split())
+    train.main(command.split())
     said = f"    python train.py {command}\n\n```\n{capsys.readouterr().out}```\n"
     assert said in DOCS.read_text()
-
-
-def test_training_hands_the_plan_its_options(capsys):
-    """`train.py --plan` is the same command."""
-    import train
-
-    arguments = ["--plan", "--preset", "toy", "--gpus", "2", "--memory", "1"]
-    train.main(arguments)
-    said = capsys.readouterr().out
-    plan.main(arguments)
-    assert said == capsys.readouterr().out != ""
 
 
 @pytest.mark.parametrize(
@@ -268,26 +258,26 @@ def test_training_hands_the_plan_its_options(capsys):
     ],
 )
 def test_bad_input_is_refused_by_name(arguments, said):
-    """Each error names the option, what was found and what is allowed, before anything is counted."""
+    """Each error names the option, what was found and what is allowed."""
     with pytest.raises(ValueError, match=re.escape(said)):
-        plan.main(["--plan", *arguments])
+        train.main(["--plan", *arguments])
 
 
 def test_too_little_memory_is_refused_with_what_would_fit():
     """One line; what it proposes does fit."""
     with pytest.raises(ValueError, match="toy, stage 3, needs") as error:
-        plan.main(["--plan", "--preset", "toy", "--gpus", "1", "--memory", "0.01"])
+        train.main(["--plan", "--preset", "toy", "--gpus", "1", "--memory", "0.01"])
     assert "\n" not in str(error.value)
     memory = int(re.search(r"--memory (\d+)", str(error.value))[1])
     assert Plan("toy", "3", 1, memory * GB).best in KEPT
     with pytest.raises(ValueError, match="--gpus 8 or --params bf16 or --memory 37"):
-        plan.main(["--plan", "--full", "--gpus", "4", "--memory", "26"])
+        train.main(["--plan", "--full", "--gpus", "4", "--memory", "26"])
 
 
 def test_the_report_says_all_that_it_promises(capsys):
     """Parameters, bytes, policies with micro-batch and samples/s, stages with GPU-hours; weights
     are halved on twice the ranks."""
-    plan.main(["--plan", "--preset", "toy", "--gpus", "2", "--memory", "1"])
+    train.main(["--plan", "--preset", "toy", "--gpus", "2", "--memory", "1"])
     said = capsys.readouterr().out
     one, two = Plan("toy", "3", 1, GB), Plan("toy", "3", 2, GB)
     for words in (

@@ -223,8 +223,7 @@ def psnr(video: Tensor, truth: Tensor, region: Tensor | None = None) -> float:
 def ssim(video: Tensor, truth: Tensor) -> float:
     """Structural similarity, -1 to 1: Gaussian window of 11 pixels (sigma 1.5), per channel, mean
     over all places where it fits."""
-    x = rearrange(video.float() / 255, "b f h w c -> (b f c) 1 h w")
-    y = rearrange(truth.float() / 255, "b f h w c -> (b f c) 1 h w")
+    x, y = (rearrange(v.float() / 255, "b f h w c -> (b f c) 1 h w") for v in (video, truth))
     line = torch.signal.windows.gaussian(11, std=1.5)
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
     mx, my, xx, yy, xy = (conv2d(v, window) for v in (x, y, x * x, y * y, x * y))
@@ -283,24 +282,18 @@ def film(
 ) -> None:
     """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
     names, above a caption."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
-    padded = [np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0))) for video in columns.values()]
-    videos = np.concatenate(padded, axis=2).repeat(scale, axis=1).repeat(scale, axis=2)
-    _, height, width, _ = videos.shape
+    videos = np.concatenate(list(columns.values()), axis=2)
     pages = []
-    for pictures in videos:
-        page = Image.new("RGB", (width, height + 40))
-        page.paste(Image.fromarray(pictures), (0, 20))
+    for pictures in videos.repeat(scale, axis=1).repeat(scale, axis=2):
+        page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
         draw = ImageDraw.Draw(page)
         draw.text((4, 3), " | ".join(columns), font_size=12)
-        draw.text((4, height + 22), caption, font_size=12)
+        draw.text((4, page.height - 18), caption, font_size=12)
         pages.append(page)
     for stride, colours in SMALLER:
-        shown = pages[::stride]
-        everything = Image.fromarray(np.concatenate(shown))
-        palette = everything.quantize(colours, Image.Quantize.MAXCOVERAGE)
-        first, *rest = (page.quantize(palette=palette, dither=Image.Dither.NONE) for page in shown)
+        first, *rest = (page.quantize(colours) for page in pages[::stride])
         first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
         if path.stat().st_size <= limit:
             return
@@ -324,16 +317,15 @@ def sheet(
         size = (1.8 * columns + 0.4, 1.8 * rows + 0.4)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
-        units = "; actions in robot units: first predicted, then true"
-        figure.suptitle(title + (units if actions else ""), fontsize=9)
+        figure.suptitle(title, fontsize=9)
         for row, caption in enumerate(captions):
             axes[row, 0].set_ylabel(textwrap.fill(caption, 24))
             for axis, (name, images) in zip(axes[row], pictures.items()):
-                axis.imshow(images[row], interpolation="nearest")
+                axis.imshow(np.asarray(images[row]), interpolation="nearest")
                 axis.set(xticks=[], yticks=[], title=name)
             for i, axis in enumerate(axes[row, len(pictures) :]):
                 axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
-                axis.set(title=f"action {i}")
+                axis.set(title=f"action {i}: predicted, true")
         figure.savefig(path, dpi=110)
 
 
@@ -348,7 +340,7 @@ def run_mode(
     und = policy.stage.actions != "none"
     inputs = data.encode(batch, policy.backbones, und).to(policy.device)
     prediction = policy.sample(inputs, mode)
-    true = batch.frames[:shown].numpy()
+    true = batch.frames[:shown]
     captions = batch.instruction[:shown]
     pictures = {"observation": true[:, 0], "true future": true[:, -1]}
     actions = []
@@ -357,15 +349,15 @@ def run_mode(
         video = policy.backbones.decode_video(prediction.video).cpu()
         decoded = policy.backbones.decode_video(inputs.latents).cpu()
         figures |= video_figures(video, decoded, batch.frames)
-        pictures["predicted future"] = video[:shown, -1].numpy()
+        pictures["predicted future"] = video[:shown, -1]
         for i, caption in enumerate(captions):
-            film(out / f"{mode}_{i}.gif", {"predicted": video[i].numpy(), "true": true[i]}, caption)
+            film(out / f"{mode}_{i}.gif", {"predicted": video[i], "true": true[i]}, caption)
     if prediction.actions is not None and policy.stage.finetune:
         robot = policy.statistics.actions
         predicted = prediction.actions[..., : policy.own_width].float().cpu()
         truth = batch.actions[..., : policy.own_width]
         figures |= action_figures(predicted, truth, robot)
-        actions = [robot.invert(x[:shown]).numpy() for x in (predicted, truth)]
+        actions = [robot.invert(x[:shown]) for x in (predicted, truth)]
     row = flow.MODES[mode]
     title = f"{mode}: video {row.video}, action {row.action}"
     sheet(out / f"{mode}.png", title, captions, pictures, *actions)
@@ -435,10 +427,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{mode:12} {name:20}{values}", flush=True)
     stored = {**vars(args), "figures": figures}
     (out / "figures.json").write_text(json.dumps(stored, indent=1, default=str))
-    print(
-        f"{len(batch.instruction)} windows, {policy.steps} steps, seed {args.seed}, "
-        f"on {policy.device}; wrote {out}"
-    )
+    print(f"{len(batch.instruction)} windows, {args.steps} steps, on {policy.device}; wrote {out}")
 
 
 if __name__ == "__main__":

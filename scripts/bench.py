@@ -1,15 +1,16 @@
 """Speed, measured and counted: the figures of docs/speed.md come from here.
 
-    python -m scripts.bench                        ratios: sampler and training step against the plain order of work, in turns
-    python -m scripts.bench --count                a chunk at full size: FLOPs and calls; bytes of the weights
-    python -m scripts.bench --int8 runs/stage3     what int8 weights of the video expert change, per mode
-    python -m scripts.bench --gpu                  on the first GPU: milliseconds per chunk, and each kernel beside torch's
+    python -m scripts.bench                     ratios of sampler and training step, in turns
+    python -m scripts.bench --count             FLOPs and calls of a chunk at full size
+    python -m scripts.bench --int8 runs/stage3  what an int8 video expert changes, per mode
+    python -m scripts.bench --gpu               milliseconds per chunk, each kernel beside torch's
 
 `--out FILE` writes the table down with command, machine and date.
 
-    official   a literal transcription of the official order of work (models/motus.py, inference_step): at every Euler step
-               the VLM again, keys and values of all padded text rows again in every layer, a row of modulation per token,
-               the last layer to its end; and the video decoded at the end
+    official   a literal transcription of the official order of work (models/motus.py,
+               inference_step): at every Euler step the VLM again, keys and values of all padded
+               text rows again in every layer, a row of modulation per token, the last layer to its
+               end; and the video decoded at the end
     ours       the same weights and the same result
 
 Ratios come from one run: both sides in turns, so that a machine that slows down slows both, and the
@@ -265,7 +266,7 @@ def noise_for(config: MotusConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def drawn(config: MotusConfig, batch: int, side: tuple[int, int], text: int, und: int) -> Inputs:
-    """Random inputs: latents of `side`, a text of that many rows, that many understanding tokens."""
+    """Random inputs: latents of `side`, that many rows of text and understanding tokens."""
     return Inputs(
         torch.randn(batch, config.video.latent, 1, *side),
         torch.randn(batch, text, config.video.text_dim),

@@ -258,7 +258,7 @@ def test_the_page_says_what_the_plan_says(command, capsys):
     ],
 )
 def test_bad_input_is_refused_by_name(arguments, said):
-    """Each error names the option, what was found and what is allowed, before anything is counted."""
+    """Each error names the option, what was found and what is allowed."""
     with pytest.raises(ValueError, match=re.escape(said)):
         train.main(["--plan", *arguments])
 

@@ -151,7 +151,7 @@ def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path):
         limit=120_000,
     )
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.size == (2 * 196, 192 + 40) and 1 < gif.n_frames <= 9
+        assert gif.size == (2 * 192, 192 + 40) and 1 < gif.n_frames <= 9
     assert (tmp_path / "a.gif").stat().st_size <= 120_000
 
 
@@ -263,9 +263,9 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json"):
             Policy.load(tmp_path)
-    with pytest.raises(ValueError, match="stage '7'"):
+    with pytest.raises(ValueError, match="stage is '7'"):
         Policy.load(write_checkpoint(tmp_path / "a", "3", stage="7"))
-    with pytest.raises(ValueError, match="with statistics None"):
+    with pytest.raises(ValueError, match="its statistics are None"):
         Policy.load(write_checkpoint(tmp_path / "b", "3", statistics=None))
     with pytest.raises(ValueError, match="does not act; expected joint or vla at stage 3"):
         Policy.load(runs["2"], "joint").act(*views())

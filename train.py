@@ -101,7 +101,8 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            allowed, found = get_args(f.type), getattr(self, f.name)
+            allowed = get_args(f.type)
+            found = getattr(self, f.name)
             if allowed and found not in allowed:
                 raise ValueError(
                     f"--set {f.name} is {found!r}; expected one of {', '.join(map(repr, allowed))}"
@@ -146,7 +147,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
     for. With optimizer=muon the matrices of the blocks have an optimizer of their own."""
-    groups, rotated = [], []
+    groups = []
+    rotated = []
     for expert in experts:
         lr = settings.video_lr if expert == "video" and settings.video_lr else settings.lr
         decays = dict(params=[], base=lr, weight_decay=settings.weight_decay)
@@ -260,9 +262,10 @@ def step(
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
     video loss and an action loss. ValueError before the update if the loss is not finite."""
     # ------------------------------------------------------------------------------------------
-    settings, model, optimizers = run.settings, run.state.model, run.state.optimizers
+    settings = run.settings
+    optimizers = run.state.optimizers
     set_lr(optimizers, settings, number)
-    model.zero_grad(set_to_none=True)
+    run.state.model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=run.ranks.device)
     micro = settings.micro or len(inputs)
     for first in range(0, len(inputs), micro):
@@ -285,7 +288,7 @@ def step(
         )
     for optimizer in optimizers:
         optimizer.step()
-    run.ema.update(model, number)
+    run.ema.update(run.state.model, number)
     # ------------------------------------------------------------------------------------------
     run.log.add("loss", loss)
     run.log.add("grad_norm", norm)
@@ -305,7 +308,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
-    robots, network = as_stored(source.robots), source.config.as_json()
+    robots = as_stored(source.robots)
+    network = source.config.as_json()
     card = Card(network, args.stage, args.preset, robots, source.interval, backbones=frozen)
     about = {"code": code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
@@ -326,7 +330,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)
     start = 0
     if resumed:
-        newest, anyway = newest_step(args.out), args.resume == "anyway"
+        newest = newest_step(args.out)
+        anyway = args.resume == "anyway"
         start = ranks.together(lambda: state.resume(newest, FREE, anyway))
     ranks.same(newest_checkpoint=str(start))
 
@@ -352,7 +357,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
 def train_steps(run: Training, saver: Saver, start: int) -> int:
     """Steps from `start` to the last one, or until a rank is asked to stop; returns how many are
     done then."""
-    settings, ranks, log, done = run.settings, run.ranks, run.log, start
+    settings, ranks, log = run.settings, run.ranks, run.log
+    done = start
     deadline = time.monotonic() + 60 * (settings.minutes or math.inf)
     bar = tqdm(range(settings.steps), f"stage {run.state.card.stage}", disable=ranks.rank > 0)
     bar.update(start)
@@ -454,7 +460,8 @@ def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list
     )
     figures = {}
     for level in held_out.level.unique().tolist():
-        known, new = seen.level == level, held_out.level == level
+        known = seen.level == level
+        new = held_out.level == level
         r2 = probe(mu[known], seen.labels[known], test[new], held_out.labels[new])
         figures[f"level {level}"] = r2.tolist()
     print("linear probe of the motion, R2 on held-out episodes:", json.dumps(figures))
@@ -511,7 +518,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--stage", choices=list(STAGES), help="default all in order; finished ones are skipped")
-    add("--preset", default="toy", help="row of presets.toml (default toy)")
+    add("--preset", default="toy", help="row of presets.toml")
     add("--full", dest="preset", action="store_const", const="full", help="--preset full")
     add("--out", type=Path, help="folder of the run (default runs/stageN, of all runs/PRESET)")
     add("--init", type=Path, help="run or weights to start from; of stage latent its DC-AE")

@@ -36,10 +36,11 @@ import torch
 from numpy import ndarray
 from tqdm import tqdm
 
+from formats.pictures import film
 from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
-from sample import ACTING, Policy, film
+from sample import ACTING, Policy
 from weights.card import newest_step
 from weights.files import run_command
 from worlds import EVALUATED, choice, episode_seeds, simulator

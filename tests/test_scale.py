@@ -581,7 +581,10 @@ def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
             again("lr=0.5"),
             "was trained with lr=0.001, this run has lr=0.5; resume with --set lr=0.001",
         ),
-        (again(before=dict.fromkeys("01", [other_data])), "was trained with data=.* has data=other; resume with the same data"),
+        (
+            again(before=dict.fromkeys("01", [other_data])),
+            "was trained with data=.* has data=other; resume with the same data",
+        ),
         (
             again(before=dict.fromkeys("01", [other_code])),
             "was trained with code=.* has code=other; .*continue with --resume-anyway",

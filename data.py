@@ -326,7 +326,7 @@ class Pool:
     def load(
         cls, path: str | Path, preset_name: str, stage: str, latent: str | Path | None = None
     ) -> "Pool":
-        """What `save` wrote, mapped from disk. ValueError if what made it is another now."""
+        """The pool that `save` wrote, mapped from disk. ValueError if its makers have changed."""
         with open_source(path) as source:
             if cls.ABOUT not in source.metadata:
                 raise ValueError(f"{path} is no cache of windows: `python data.py cache` makes one")

@@ -422,9 +422,10 @@ class Motus(nn.Module):
             videos = [n for n in source.names() if (rename(n) or "").startswith("video.")]
             if dtype is None and videos:
                 dtype = source.dtype(videos[0])
-            report = load_into(model, source, rename, dtype, ("vlm.",), fresh=fresh, device=device)
+            load_into(model, source, rename, dtype, ("vlm.",), fresh=fresh, device=device)
         if fresh:
-            print(f"{report} ({', '.join(prefix + '*' for prefix in fresh)})", file=sys.stderr)
+            missing = ", ".join(prefix + "*" for prefix in fresh)
+            print(f"{source.path.name}: holds no {missing}, which start fresh", file=sys.stderr)
         return model.to(device, dtype).eval(), card
 
     def conditioning(self, inputs: Inputs, cache: bool = False) -> Conditioning:

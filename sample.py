@@ -1,17 +1,18 @@
 """Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and
 `Policy`, for acting (paper Sec. 3.2).
 
-    python sample.py --ckpt runs/stage3 --mode joint         or vla, world_model, idm, vgm; several with commas; all
-    python sample.py --encode-text "pick up the cup" --text states.safetensors       what acting then reads by --text
+    python sample.py --ckpt runs/stage3 --mode joint         several modes with commas, or all
+    python sample.py --encode-text "pick up the cup" --text states.safetensors
+                                                             what acting then reads by --text
 
 Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are
 latent, and episodes hold none to be given or compared with. Stage 3 has all five. Windows come from
 episodes that no stage trains on and lie inside them.
 
-    PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only pixels that differ
-                   from the observation in the true future, widened by DILATE. `copy` repeats the observation; `vae`
-                   is the truth through the VAE and back.
-    action MSE     normalised and in robot units; `mean` always predicts the mean of the training data.
+    PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only
+                   pixels that differ from the observation in the true future, widened by DILATE.
+                   `copy` repeats the observation; `vae` is the truth through the VAE and back.
+    action MSE     normalised and in robot units; `mean` predicts the mean of the training data.
 
 Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions,
 n worlds.
@@ -78,16 +79,14 @@ class Policy:
         states, which stand in for the text encoder; `robot` says which one acts, where the
         checkpoint knows several."""
         model, card = Motus.from_pretrained(ckpt)
-        stage = STAGES.get(card.stage)
-        if stage is None or stage.finetune and not card.statistics:
+        stage = STAGES[card.stage]
+        if stage.finetune and not card.statistics:
             raise ValueError(
-                f"the checkpoint is of stage {card.stage!r} with statistics {card.statistics}; "
-                "expected 1, 2 or 3, the last with statistics, which give its actions units: take "
-                "one that train.py wrote"
+                f"{ckpt} is of stage {card.stage} and its statistics are {card.statistics}; "
+                "expected those that give its actions units: take a checkpoint that train.py wrote"
             )
-        backbones = data.backbones_of(
-            card.preset, model.config, text, ckpt if holds_vlm(ckpt) else None
-        )
+        official = ckpt if holds_vlm(ckpt) else None
+        backbones = data.backbones_of(card.preset, model.config, text, official)
         for part, digest in (card.backbones or {}).items():
             if backbones.fingerprint(part).get(part, digest) != digest:
                 raise ValueError(
@@ -284,9 +283,8 @@ def film(
 ) -> None:
     """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
     names, above a caption."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    font = ImageFont.load_default(12)
     padded = [np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0))) for video in columns.values()]
     videos = np.concatenate(padded, axis=2).repeat(scale, axis=1).repeat(scale, axis=2)
     _, height, width, _ = videos.shape
@@ -295,9 +293,8 @@ def film(
         page = Image.new("RGB", (width, height + 40))
         page.paste(Image.fromarray(pictures), (0, 20))
         draw = ImageDraw.Draw(page)
-        draw.text((4, height + 22), caption, font=font)
-        for i, name in enumerate(columns):
-            draw.text((i * width // len(columns) + 4, 3), name, font=font)
+        draw.text((4, 3), " | ".join(columns), font_size=12)
+        draw.text((4, height + 22), caption, font_size=12)
         pages.append(page)
     for stride, colours in SMALLER:
         shown = pages[::stride]
@@ -419,12 +416,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ckpt is None:
         raise ValueError("--ckpt is missing; name a run folder, or published weights")
     policy = Policy.load(args.ckpt, "vgm", args.steps, text=args.text, robot=args.robot)
+    card = policy.card
     if args.int8:
         quantise(policy.model)
     modes = policy.stage.modes if args.mode == "all" else args.mode.split(",")
     for mode in modes:
         policy.check_mode(mode)
-    card = policy.card
     seen = (policy.model.config, policy.statistics, args.episodes, args.seed)
     batch = data.held_out(args.data, card.stage, card.preset, *seen)
     out = Path(args.out or newest_step(args.ckpt) / "samples")

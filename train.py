@@ -44,6 +44,7 @@ import flow
 from attention import choose
 from backbones.frozen import Backbones
 from backbones.optical_flow import augmented
+from formats.motions import motions, read_tokens
 from formats.statistics import as_stored
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
@@ -429,10 +430,10 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     claim(args.out, args.resume)
     if args.cache:
-        rows = data.read_tokens([args.cache], model)
+        rows = read_tokens([args.cache], model)
     else:
         pyramid = open_card(args, settings)
-        seen = data.motions(pyramid, config.interval)
+        seen = motions(pyramid, config.interval)
         rows = augmented(seen.flow, seen.labels, seen.mask, seed=settings.seed)
     curve = args.out / "log.csv"
     with curve.open("w", newline="") as file:
@@ -446,7 +447,7 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
         fit(model, rows, settings, log=log)
     plot_curve(curve, ("reconstruction", "alignment"))
     if not args.cache:
-        figures = probes(model, seen, data.motions(pyramid, config.interval, held_out=True))
+        figures = probes(model, seen, motions(pyramid, config.interval, held_out=True))
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
     model.save(args.out / data.LATENT_FILE)
     print(f"wrote {args.out / data.LATENT_FILE}")
@@ -462,8 +463,7 @@ def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list
     """How much of the true motion the latents hold, per level of the pyramid: R2 of each label by
     the best linear map, on held-out episodes."""
     mu, test = (
-        model.tokens_to_latent(model.as_tokens(motions.flow))[0].cpu()
-        for motions in (seen, held_out)
+        model.tokens_to_latent(model.as_tokens(found.flow))[0].cpu() for found in (seen, held_out)
     )
     figures = {}
     for level in held_out.level.unique().tolist():
@@ -576,23 +576,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long", action="store_true", help="the preset's long recipe")
     names = ", ".join(f.name for f in fields(Settings))
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
-    add(
-        "--plan",
-        action="store_true",
-        help="say memory, FLOPs and hours, train nothing: docs/plan.md",
-    )
-    args, others = parser.parse_known_args(argv)
-    if others and not args.plan:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    return args
+    plan.add_options(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.plan:
-        plan.main(argv)  # which has options of its own
-        return
     preset(args.preset)
+    if args.plan:
+        plan.main(args)
+        return
     jobs = planned(args)
     settings = {job.stage: settings_of(job) for job in jobs}
     needs = [need for job in jobs for need in missing(job)]

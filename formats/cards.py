@@ -144,7 +144,7 @@ class OpenSource:
         if source.rendered:
             self.name = f"level{source.level}_{self.source.embodiment}"
         self.folder = root / (source.latents or f"latents/{self.name}")
-        self.encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.encoded = {}  # episode -> latent actions and which are known
 
     def plan(self, span: float) -> None:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
@@ -201,7 +201,8 @@ class OpenSource:
 def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Recordings:
     """The reader of a folder, relative to `root`, or of a name on the hub. Where no cameras are
     chosen: a ready concatenated view, else head and two wrists as the T-layout, else the first."""
-    choice, folder = Choice.of(mapping), root / path
+    choice = Choice.of(mapping)
+    folder = root / path
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ValueError(
             f"source {path}: no folder {folder}; correct the path, which is relative to the card"
@@ -244,9 +245,7 @@ def widened(x: np.ndarray | Tensor, width: int) -> Tensor:
 
 def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Which of several groups each of `size` places goes to, in random order: within one of its
-    share by weight, in every batch. Equal weights take turns."""
-    if np.ptp(weights) == 0:
-        return rng.permutation(np.arange(size) % len(weights))
+    share by weight, in every batch."""
     edges = np.cumsum(weights) / weights.sum()
     places = (np.arange(size) + rng.random()) / size
     return rng.permutation(np.searchsorted(edges[:-1], places, side="right"))
@@ -329,7 +328,8 @@ class Pyramid:
     def _check_widths(self) -> None:
         widths: dict[str, tuple[int, int]] = {}
         for o in self.opened:
-            robot, found = o.source.embodiment, o.reader.widths
+            robot = o.source.embodiment
+            found = o.reader.widths
             if found[1] and widths.setdefault(robot, found) != found:
                 raise ValueError(
                     f"source {o.source.path} has {found} numbers of state and action, another of "
@@ -365,8 +365,10 @@ class Pyramid:
 
     def see_as(self, robot: Statistics) -> None:
         """Takes the rates and the picture that a checkpoint knows."""
-        self.action_hz, self.ratio, self.size = robot.action_hz, robot.rate, robot.size
+        self.action_hz = robot.action_hz
         self.video_hz = robot.action_hz / robot.rate
+        self.ratio = robot.rate
+        self.size = robot.size
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -424,7 +426,8 @@ class Pyramid:
     def draw(self, size: int, seed: int, step: int) -> Tensor:
         """(B, 3): source, episode and first row of the windows of batch `step`, a function of its
         arguments alone."""
-        rng, rows = np.random.default_rng([seed, step]), []
+        rng = np.random.default_rng([seed, step])
+        rows = []
         for i in shares(self.weights, size, rng):
             o = self.opened[i]
             episode = min(int(np.searchsorted(o.edges, rng.random(), side="right")), o.trained - 1)
@@ -450,7 +453,8 @@ class Pyramid:
     def window(self, row: Sequence[int], actions: str) -> Example:
         """The window of a row (source, episode, first row); `actions`: none, latent or real."""
         i, episode, start = row
-        o, reader = self.opened[i], self.opened[i].reader
+        o = self.opened[i]
+        reader = o.reader
         video_times = np.arange(self.frames + 1) / self.video_hz
         action_times = ()
         if actions == "real" and reader.widths[1]:
@@ -504,7 +508,7 @@ class Pyramid:
         faults = [fault for o in self.opened for fault in o.reader.check()]
         if faults:
             return faults
-        seen: dict[bytes, tuple[str, int]] = {}
+        seen = {}  # digest of an episode's numbers -> path and number of the first that has them
         for o in self.opened:
             for e in range(len(o.reader.lengths)):
                 numbers = b"".join(x.tobytes() for x in o.reader.numbers(e) if x is not None)

@@ -34,9 +34,8 @@ def plot(pyramid: Pyramid, out: str) -> None:
     from matplotlib.figure import Figure
 
     rows = sorted(pyramid.draw(8, 0, 0).tolist())
-    height, width = pyramid.size
     right = pyramid.frames + 0.5
-    figure = Figure((1.6 * (right + 0.5) * width / height, 1.9 * len(rows)), layout="constrained")
+    figure = Figure((2 * pyramid.frames + 2, 2 * len(rows)), layout="constrained")
     for axis, row in zip(figure.subplots(len(rows)), rows):
         o = pyramid.opened[row[0]]
         seen = pyramid.window(row, "real")

@@ -27,7 +27,8 @@ class LatentFiles:
                 "them with `python -m scripts.latents encode --data DATASET`, or name their folder "
                 f'with "latents" in the card{more}'
             )
-        self.folder, self.name = folder, str(folder)
+        self.folder = folder
+        self.name = str(folder)
         self.skipped = summary.get("skipped", {})
         self.seconds = about["made"]["interval"] / fps  # that one latent action spans
         self.mean = np.float32(about["mean"])
@@ -42,8 +43,8 @@ class LatentFiles:
         if not path.is_file():
             raise ValueError(f"{path} is missing; encode the dataset's latent actions again")
         with open_source(path) as source:
-            rows, known = source.read("latent_action").numpy(), source.read("valid").numpy()
-            return (rows - self.mean) / self.std, known.copy()
+            rows = (source.read("latent_action").numpy() - self.mean) / self.std
+            return rows, source.read("valid").numpy().copy()
 
 
 class LatentFlows:
@@ -51,7 +52,9 @@ class LatentFlows:
     rows that one latent action spans, and turns flows into rows and which of them are known."""
 
     def __init__(self, reader: Recordings, encode: Callable):
-        self.reader, self.encode, self.name = reader, encode, reader.name
+        self.reader = reader
+        self.encode = encode
+        self.name = reader.name
         self.seconds = encode.interval / reader.fps
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:

@@ -190,8 +190,12 @@ class OfficialFolder(Folder):
         return lines
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+        return {VIEW: self.pictures(episode, rows)}
+
+    def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         path = self._file(episode, "videos")
-        return {VIEW: self._decode(episode, VIEW, rows, path, int(self.lengths[episode]))}
+        yield from self._decode(episode, VIEW, rows, path, int(self.lengths[episode]))
 
     def describe(self) -> str:
         frames = int(self.lengths.sum())

@@ -94,10 +94,11 @@ def t_layout(
     fitted to height x width. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
     360 x 320 and 12 black rows above and below."""
     for name, picture in {"head": head, "left": left, "right": right}.items():
-        *first, _, _, colours = picture.shape
-        if picture.dtype != np.uint8 or colours != 3 or first != list(head.shape[:-3]):
+        shape = picture.shape
+        alike = len(shape) > 2 and shape[-1] == 3 and shape[:-3] == head.shape[:-3]
+        if picture.dtype != np.uint8 or not alike:
             raise ValueError(
-                f"{name} is {picture.dtype} {picture.shape}; expected uint8 (..., H, W, 3), "
+                f"{name} is {picture.dtype} {shape}; expected uint8 (..., H, W, 3), "
                 "all with the same first sizes"
             )
     h, w = head.shape[-3:-1]

@@ -56,8 +56,12 @@ class Rendered(Recordings):
         mapping: Mapping | None = None,
     ):
         super().__init__(path, mapping)
-        self.world, self.level, self.seed = path.removeprefix(PREFIX), level, seed
-        self.count, self.held_out, self.robot = count, held_out, robot or None
+        self.world = path.removeprefix(PREFIX)
+        self.level = level
+        self.robot = robot or None
+        self.count = count
+        self.held_out = held_out
+        self.seed = seed
         self.fps = float(simulator(self.world).make.fps)
         self.cameras = (CAMERA,)
         self.lengths = Lengths(self)

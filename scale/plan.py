@@ -393,36 +393,29 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "train.py --plan", description=__doc__, formatter_class=formatter
-    )
-    add = parser.add_argument
-    add("--plan", action="store_true", help="print this and train nothing")
-    add("--preset", default="full", help="row of the table in presets.toml")
-    add("--full", dest="preset", action="store_const", const="full", help="--preset full")
-    add("--stage", default="3", choices=HOURS, help="whose memory is planned (default 3, the most)")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that --plan has beside --preset and --stage."""
+    add = parser.add_argument_group("a plan").add_argument
+    add("--plan", action="store_true", help="say memory, FLOPs and hours, and train nothing")
     add("--gpus", type=int, default=8, help="ranks that share one copy of the weights")
     add("--memory", type=float, default=80, help="GB of one card")
     add("--batch", type=int, default=256, help="global batch")
     add("--mfu", type=float, default=0.4, help="share of the peak, nothing computed again")
     add("--peak", type=float, default=989, help="dense bf16 TFLOP/s of one card (H100, H200: 989)")
     add("--params", default="fp32", choices=BYTES, help="dtype of weights, gradients and moments")
-    frozen = ("cached", "live")
-    add(
-        "--frozen",
-        default="cached",
-        choices=frozen,
-        help="backbones: outputs from a cache, or on every card",
-    )
-    args = parser.parse_args(argv)
-    preset(args.preset)
+    places = ("cached", "live")
+    add("--frozen", default="cached", choices=places, help="backbones: in a cache, or on a card")
+
+
+def main(args: argparse.Namespace) -> None:
+    stage = args.stage or "3"  # which needs most
+    if stage not in HOURS:
+        raise ValueError(f"--stage is {stage!r}; a plan is of one of {', '.join(HOURS)}")
     if not 0 < args.mfu <= 1 or args.peak <= 0:
         raise ValueError(
             f"--mfu is {args.mfu:g} and --peak {args.peak:g}; expected a share in (0, 1] and "
             "TFLOP/s above 0"
         )
     memory = args.memory * GB
-    plan = Plan(args.preset, args.stage, args.gpus, memory, args.params, args.frozen, args.batch)
+    plan = Plan(args.preset, stage, args.gpus, memory, args.params, args.frozen, args.batch)
     print(report(plan, args.mfu, args.peak))

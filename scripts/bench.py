@@ -134,6 +134,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return rearrange(scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
 
 
+def project(attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of x, keys and values of the context, each (B, L, N, K)."""
+    projected = (attn.norm_q(attn.q(x)), attn.norm_k(attn.k(context)), attn.v(context))
+    return tuple(rearrange(y, "b l (n k) -> b l n k", n=attn.heads) for y in projected)
+
+
 def official_rotate(x: Tensor, grid: Sequence[int]) -> Tensor:
     """x (B, L, N, K) rotated as complex numbers in float64, by a table made on the spot."""
     cos, sin = rope_3d(grid, x.shape[3], x.device)
@@ -158,9 +164,8 @@ def official_layer(
 
     # Queries, keys and values of the three experts.
     h = modulated(wan.norm1, xv, *mv[:2])
-    k, v = wan.self_attn.keys_values(h)
-    q = official_rotate(wan.self_attn.queries(h), grid)
-    qkv = [(q, official_rotate(k, grid), v)]
+    q, k, v = project(wan.self_attn, h, h)
+    qkv = [(official_rotate(q, grid), official_rotate(k, grid), v)]
     for block, h in ((act, modulated(act.norm1, xa, *ma[:2])), (und, und.norm1(xu))):
         q, k, v = torch.einsum("bld,tndk->tblnk", h.to(block.qkv.dtype), block.qkv)
         q = block.norm_q(q.flatten(2)).view_as(q)
@@ -172,8 +177,8 @@ def official_layer(
 
     # Each goes on alone.
     xv = xv.float() + wan.self_attn.o(yv).float() * mv[2]
-    q = wan.cross_attn.queries(wan.norm3(xv))
-    xv = xv + wan.cross_attn.o(attend(q, *wan.cross_attn.keys_values(context))).float()
+    cross = wan.cross_attn
+    xv = xv + cross.o(attend(*project(cross, wan.norm3(xv), context))).float()
     xv = xv + wan.ffn(modulated(wan.norm2, xv, *mv[3:5])).float() * mv[5]
     xa = xa.float() + act.o(ya).float() * ma[2]
     xa = xa + act.ffn(modulated(act.norm2, xa, *ma[3:5])).float() * ma[5]

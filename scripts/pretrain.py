@@ -44,13 +44,14 @@ from backbones.optical_flow import mirrored, rarest_motions
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE
-from data import motions, open_pyramid
+from data import open_pyramid
 from formats.cards import Pyramid, placed, tiled
+from formats.motions import motions
 from formats.recordings import Recordings, t_place
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
 from weights.files import run_command
-from weights.load import load_part, save_part
+from weights.load import save_part
 
 # -- what they learn from -------------------------------------------------------------------------
 
@@ -297,10 +298,7 @@ def ground(
     """
     config = vlm.config
     pixels, grid = patchify(pictures, config)
-    prompts = [
-        prompt_ids(tokenizer, text, grid[i : i + 1], "deployment", config.merge)
-        for i, text in enumerate(texts)
-    ]
+    prompts = [prompt_ids(tokenizer, text, grid[:1], merge=config.merge) for text in texts]
     ids, mask = pad_prompts(prompts)
     hidden = vlm(ids, mask, pixels, grid)
     tokens = rearrange(hidden[ids == config.image_token], "(b n) d -> b n d", b=len(hidden))
@@ -374,7 +372,8 @@ BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
 
 def shipped(name: str, part: str) -> nn.Module:
     """A part as it is in the repository."""
-    return load_part(PRESETS[name].backbones / f"{part}.safetensors", *Backbones.PARTS[part])
+    backbones = Backbones.load(PRESETS[name].backbones, parts=[part])
+    return getattr(backbones, part).requires_grad_(True)
 
 
 class Maker:
@@ -387,8 +386,7 @@ class Maker:
         self.steps = STEPS[args.preset]
         if args.steps:
             self.steps = dict.fromkeys(self.steps, args.steps)
-        kind = "latent", args.preset  # all levels
-        self.pyramid = open_pyramid(args.data, *kind, args.episodes, args.seed)
+        self.pyramid = open_pyramid(args.data, "latent", args.preset, args.episodes, args.seed)
         self.corpus = Corpus(self.pyramid, args.episodes, args.seed)
         self.held_out = Corpus(self.pyramid, args.episodes, args.seed, held_out=True)
 

@@ -60,10 +60,10 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         f"{world['model']:.2f} - {world['copy']:.2f} = {gain:+.2f} dB, "
         f"VAE ceiling {world['vae']:.2f}",
     )
-    probes = json.loads(read(run / "latent" / "figures.json"))["probe R2 (x, y, opening)"]
+    probes = json.loads(read(run / "latent" / "figures.json"))["probe R2"]
     for name, values in probes.items():
         known = ", ".join(f"{value:.2f}" for value in values)
-        yield f"latent actions, {name}: probe R2 of x, y, opening", known
+        yield f"latent actions, {name}: probe R2 of the motion", known
 
 
 def losses(run: Path) -> Iterator[tuple[str, str, str]]:

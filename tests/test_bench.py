@@ -1,11 +1,11 @@
 """The measuring itself: the official order of work gives our result, counts are right where a
 reader can check them, claims hold."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from test_motus import TINY
 from test_sample import views, write_checkpoint
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -13,21 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import attention
 import flow
-from backbones.wan import WanConfig
-from motus import Motus, MotusConfig, preset
+from motus import Motus, preset
 from sample import Policy
 from scripts import bench
-
-TINY = MotusConfig(
-    WanConfig(width=48, ffn=64, layers=2, heads=2, latent=4, text_dim=8, text_len=12, freq_dim=16),
-    frames=4,
-    ratio=3,
-    action_width=32,
-    action_dim=3,
-    state_dim=5,
-    und_width=16,
-    vlm_dim=8,
-)
 
 
 class Evaluation(nn.Module):
@@ -101,12 +89,12 @@ def test_flops_are_what_a_reader_can_count():
 def test_steps_cost_the_same_and_action_first_spares_the_other_experts():
     """Each further step adds as much as the one before; action-first costs as much as ours where
     all its steps are joint, and less where not."""
-    one, two, three = (bench.chunk_flops(TINY, steps) for steps in (1, 2, 3))
+    two, three, four = (bench.chunk_flops(TINY, steps) for steps in (2, 3, 4))
     for name in ("official order of work", "ours, joint"):
-        assert three[name] - two[name] == two[name] - one[name] > 0
+        assert four[name] - three[name] == three[name] - two[name] > 0
     assert two["ours, action-first, 2 of 2 joint"] == two["ours, joint"]
-    assert three["ours, action-first, 1 of 3 joint"] < three["ours, action-first, 2 of 3 joint"]
-    assert three["ours, joint"] < three["official order of work"]
+    assert four["ours, action-first, 1 of 4 joint"] < four["ours, action-first, 2 of 4 joint"]
+    assert four["ours, joint"] < four["official order of work"]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +144,11 @@ def test_without_a_gpu_measuring_one_is_refused_in_one_sentence():
 
 
 @pytest.mark.parametrize("name", ["joint_attention", "norm_rotate", "norm_modulate", "add_gated"])
-def test_each_kernel_is_measured_on_arguments_it_can_take(name):
+def test_each_kernel_is_measured_on_arguments_it_can_take(name, monkeypatch):
     """The case of a kernel runs as PyTorch and through the Triton interpreter, to one result: the
     arguments are those of its function, head size and all."""
+    monkeypatch.setattr(bench, "SIDE", (6, 6))
+    monkeypatch.setattr(bench, "UND", 20)
     arguments = bench.kernel_cases(preset("sim"), "cpu")[name]
     results = []
     for how in ("triton", "sdpa"):
@@ -166,7 +156,7 @@ def test_each_kernel_is_measured_on_arguments_it_can_take(name):
             out = getattr(attention, name)(*arguments)
         results.append([out] if isinstance(out, Tensor) else list(out))
     for ours, theirs in zip(*results, strict=True):
-        assert torch.allclose(ours.float(), theirs.float(), atol=0.05)
+        assert torch.allclose(ours.float(), theirs.float(), atol=0.02, rtol=0.02)
 
 
 def test_a_gpu_is_measured_case_by_case(monkeypatch):
@@ -207,7 +197,7 @@ def test_milliseconds_are_those_of_a_call():
     """A call of two milliseconds takes about that long."""
     import time
 
-    assert 2 <= bench.milliseconds(partial(time.sleep, 0.002)) < 10
+    assert 2 <= bench.milliseconds(partial(time.sleep, 0.002)) < 50
 
 
 # -- at full size, or with the compiler -----------------------------------------------------------
@@ -217,19 +207,19 @@ def test_milliseconds_are_those_of_a_call():
 def test_a_chunk_at_full_size_costs_what_is_claimed():
     """Without values, VLM and VAE included: at most 35.6 TFLOP joint, at most 8 with one step joint
     and the others action-first, and more than 53 in the official order of work, most of it before
-    the video is decoded. One and two steps tell what ten cost."""
+    the video is decoded. Two and three steps tell what ten cost."""
     vlm, (encode, decode) = bench.vlm_flops(), bench.vae_flops()
-    one, two = (bench.chunk_flops(preset("full"), steps) for steps in (1, 2))
-    official = ten(one, two, "official order of work") + 11 * vlm + encode
-    joint = ten(one, two, "ours, joint") + vlm + encode
-    alone = two["ours, action-first, 1 of 2 joint"] - one["ours, joint"]
-    first = one["ours, joint"] + 9 * alone + vlm + encode
-    assert joint <= 35.6e12 and first <= 8e12
+    two, three = (bench.chunk_flops(preset("full"), steps) for steps in (2, 3))
+    name = "ours, action-first, 1 of {} joint"
+    alone = three[name.format(3)] - two[name.format(2)]
+    first = two[name.format(2)] + 8 * alone + vlm + encode
+    official, joint = (
+        two[name] + 8 * (three[name] - two[name])
+        for name in ("official order of work", "ours, joint")
+    )
+    assert joint + vlm + encode <= 35.6e12 and first <= 8e12
+    official += 11 * vlm + encode
     assert official > 50e12 and official + decode >= 53e12
-
-
-def ten(one: dict[str, int], two: dict[str, int], name: str) -> int:
-    return one[name] + 9 * (two[name] - one[name])
 
 
 def test_int8_halves_what_the_full_model_weighs():
@@ -277,9 +267,3 @@ def test_a_packaged_step_runs_without_python_and_equals_eager(tmp_path):
     )
     found, expected = torch._inductor.aoti_load_package(package)(*step.example), step(*step.example)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
-
-
-def test_stages_other_than_the_toy_need_no_backbones():
-    """A chunk of preset `small` is drawn, not seen."""
-    chunk = bench.small_chunk()
-    assert len(chunk.model.layers) == 3 and replace(chunk.observe()).und is chunk.look()

@@ -17,7 +17,7 @@ def run(tmp_path):
             f"step,{','.join(names)}\n10,0.5,0.25\n20,0.3,0.15\n"
         )
     (tmp_path / "latent" / "figures.json").write_text(
-        json.dumps({"probe R2 (x, y, opening)": {"target robot": [0.9, 0.8, 0.1]}})
+        json.dumps({"probe R2": {"target robot": [0.9, 0.8, 0.1]}})
     )
     (tmp_path / "samples").mkdir()
     figures = {
@@ -44,7 +44,7 @@ def test_the_table_holds_what_was_measured(run):
     assert lines["closed-loop success, joint, split=eval"] == "85.0 % [77, 90] of 100"
     assert lines["IDM action MSE / predict-the-mean"] == "0.200 / 1.000 = 0.20"
     assert "+3.50 dB" in lines["world-model PSNR on the moving region, above copy-last-frame"]
-    assert lines["latent actions, target robot: probe R2 of x, y, opening"] == "0.90, 0.80, 0.10"
+    assert lines["latent actions, target robot: probe R2 of the motion"] == "0.90, 0.80, 0.10"
 
 
 def test_the_page_shows_every_stage_and_mode_as_markdown_and_html(run, capsys):

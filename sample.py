@@ -5,17 +5,15 @@
     python sample.py --encode-text "pick up the cup" --text states.safetensors
                                                              what acting then reads by --text
 
-Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are
-latent, and episodes hold none to be given or compared with. Stage 3 has all five. Windows come from
-episodes that no stage trains on and lie inside them.
+Stage 1 has mode vgm alone, stage 2 joint and vgm (its actions are latent), stage 3 all five. Windows
+come from episodes that no stage trains on and lie inside them.
 
     PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only
                    pixels that differ from the observation in the true future, widened by DILATE.
                    `copy` repeats the observation; `vae` is the truth through the VAE and back.
     action MSE     normalised and in robot units; `mean` predicts the mean of the training data.
 
-Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions,
-n worlds.
+Shapes: B windows, F future frames, H W pixels, S actions, A and P action and state dimensions.
 """
 
 import argparse

@@ -9,15 +9,13 @@
     torchrun --nproc-per-node 8 train.py --full         the same on eight GPUs: docs/scale.md
 
 From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
-VLM, VAE and text encoder are frozen throughout. One process or many run the same code (`scale`):
-each rank takes its rows of the batch, its share of the loss, its part of the weights.
+VLM, VAE and text encoder are frozen throughout. One process or many run the same code (`scale`).
 
 A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
-optimizer, safetensors and json only. A checkpoint is written under a temporary name and renamed, so
-a folder with its final name is complete; SIGTERM leaves one and ends the run. Every random number
-of step n comes from (seed, n), drawn for the whole batch whatever part of it a rank computes. So
-there is no random state to store: a resumed run equals an uninterrupted one bit for bit, and one on
-another number of ranks up to the order of sums.
+optimizer, safetensors and json only. A checkpoint is renamed when it is complete; SIGTERM leaves
+one and ends the run. Every random number of step n comes from (seed, n), for the whole batch
+whatever part of it a rank computes: a resumed run equals an uninterrupted one bit for bit, and one
+on another number of ranks up to the order of sums.
 """
 
 import argparse

@@ -47,12 +47,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import data
-import flow
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.wan import rope_3d, time_sinusoid
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
+from scale.batches import draw_noise
 from scale.fast import compile_sampler, quantise, sample_action_first
 from scale.sharding import parallelize
 from weights.files import run_command
@@ -338,7 +338,7 @@ def trainer(inputs: Inputs, name: str, compiled: bool) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> float:
-        noise = flow.draw_noise(inputs, torch.Generator().manual_seed(0))
+        noise = draw_noise(inputs, torch.Generator().manual_seed(0))
         with implementation(name):
             loss = compute(inputs, noise).total()
             optimizer.zero_grad()

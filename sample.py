@@ -5,7 +5,7 @@
     python sample.py --encode-text "pick up the cup" --text states.safetensors
                                                              what acting then reads by --text
 
-Stage 1 has mode vgm alone, stage 2 joint and vgm (its actions are latent), stage 3 all five. Windows
+Stage 1 has mode vgm alone, stage 2 joint and vgm (latent actions), stage 3 all five. Windows
 come from episodes that no stage trains on and lie inside them.
 
     PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only

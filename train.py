@@ -415,7 +415,7 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
         return
     torch.manual_seed(settings.seed)
     config = LatentActionConfig.of(PRESETS[args.preset].latent)
-    config = changed(config, [text for text in args.set if is_latent(text)])
+    config = changed(config, [text for text in args.set if text.partition("=")[0] in LATENT_FIELDS])
     model = LatentActionModel(config)
     model.load_dcae(dcae_of(args))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -442,11 +442,6 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
         (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
     model.save(args.out / data.LATENT_FILE)
     print(f"wrote {args.out / data.LATENT_FILE}")
-
-
-def is_latent(change: str) -> bool:
-    """Whether a `key=value` is of LatentActionConfig."""
-    return change.partition("=")[0] in LATENT_FIELDS
 
 
 @torch.no_grad()
@@ -507,7 +502,8 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     changes = [f"steps={args.steps}"] if args.steps else []
-    changes += [text for text in args.set if args.stage != "latent" or not is_latent(text)]
+    own = LATENT_FIELDS if args.stage == "latent" else ()
+    changes += [text for text in args.set if text.partition("=")[0] not in own]
     return settings_for(args.preset, args.stage, changes, args.long)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from formats.recordings import (
+    AGAIN,
     MISSING,
     TOLERANCE,
     Choice,
@@ -69,12 +70,13 @@ FOREIGN = {"v3.0": ("tasks.jsonl", "episodes.jsonl"), "v2.1": ("tasks.parquet", 
 # Where an episode lies in the videos of a camera: columns of meta/episodes, in seconds at the end.
 VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 LABELS = "observation.environment_state"
+WHOLE = {"dtype": "int64", "shape": [1], "names": None}
 DEFAULTS = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
+    "timestamp": WHOLE | {"dtype": "float32"},
+    "frame_index": WHOLE,
+    "episode_index": WHOLE,
+    "index": WHOLE,
+    "task_index": WHOLE,
 }
 # The lerobot package reads tasks with pandas, which learns from this that the text is the index.
 PANDAS = """{"index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
@@ -82,7 +84,10 @@ PANDAS = """{"index_columns": ["task"], "column_indexes": [], "pandas_version": 
              "pandas_type": "unicode", "numpy_type": "object"},
             {"name": "task_index", "field_name": "task_index", "metadata": null,
              "pandas_type": "int64", "numpy_type": "int64"}]}"""
-AGAIN = "fetch or write it again"
+# What a path of info.json may hold; nothing else of a template is filled in.
+TEMPLATE = (
+    r"([^{}]|\{video_key\}|\{(episode_chunk|chunk_index|episode_index|file_index)(:0\dd)?\})+"
+)
 
 # -- reading --------------------------------------------------------------------------------------
 
@@ -107,31 +112,22 @@ class LeRobotDataset(Folder):
 
     def _read_info(self) -> None:
         path = self._path("meta/info.json")
-        try:
+        with self._reading("meta/info.json", "cannot be read:"):
             self.info = read_json(path)
-        except ValueError as error:
-            raise self._fault("meta/info.json", f"{error}; {AGAIN}") from error
         self.version = self.info.get("codebase_version")
         if self.version not in PATHS:
-            raise self._fault(
-                "codebase_version", f"is {self.version!r}; convert it to one of {list(PATHS)}"
-            )
+            problem = f"is {self.version!r}; convert it to one of {list(PATHS)}"
+            raise self._fault("codebase_version", problem)
         for other in FOREIGN[self.version]:
             if (self.root / "meta" / other).exists():
-                raise self._fault(
-                    f"meta/{other}",
-                    f"belongs to another version than {self.version}; keep the files of one "
-                    "version",
-                )
+                problem = f"belongs to another version than {self.version}"
+                raise self._fault(f"meta/{other}", f"{problem}; keep the files of one version")
         for key, limit in LIMITS.items():
             value = self.info.get(key)
             kinds = (int, float) if key == "fps" else (int,)
             if type(value) not in kinds or not 0 < value <= limit:
-                raise self._fault(
-                    key,
-                    f"is {value!r:.50}; expected a number above 0 and at most {limit}, whole "
-                    "but for fps",
-                )
+                expected = f"a number above 0 and at most {limit}, whole but for fps"
+                raise self._fault(key, f"is {value!r:.50}; expected {expected}")
         self.fps = self.info["fps"]
         self.robot = str(self.info.get("robot_type") or self.root.name)
 
@@ -146,11 +142,8 @@ class LeRobotDataset(Folder):
             sizes = shape if isinstance(shape, list) else [None]
             sound = all(type(n) is int and 0 < n <= MAX_SIDE for n in sizes)
             if not sound or not isinstance(feature.get("dtype"), str):
-                raise self._fault(
-                    key,
-                    f"feature is {feature!r:.80}; expected dtype and shape, sizes from 1 to "
-                    f"{MAX_SIDE}",
-                )
+                expected = f"dtype and shape, sizes from 1 to {MAX_SIDE}"
+                raise self._fault(key, f"feature is {feature!r:.80}; expected {expected}")
             if feature["dtype"] not in ("video", "image"):
                 continue
             depth = (feature.get("info") or {}).get("video.is_depth_map")
@@ -169,23 +162,17 @@ class LeRobotDataset(Folder):
         episode: int | None = None,
     ) -> "pq.ParquetFile":
         """Opens a parquet file that must have these columns and this many rows."""
-        try:
+        with self._reading(field, f"{path.name} is no whole parquet file:", episode):
             file = pq.ParquetFile(path, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise self._fault(
-                field, f"{path.name} is no whole parquet file ({error}); {AGAIN}", episode
-            ) from error
         names = file.schema_arrow.names
-        if missing := [name for name in columns if name not in names]:
-            raise self._fault(
-                missing[0], f"{path.name} has no such column; there are {names}", episode
-            )
-        if rows not in (None, file.metadata.num_rows):
-            raise self._fault(
-                field,
-                f"{path.name} has {file.metadata.num_rows} rows, expected {rows}; {AGAIN}",
-                episode,
-            )
+        for name in columns:
+            if name not in names:
+                problem = f"{path.name} has no such column; there are {names}"
+                raise self._fault(name, problem, episode)
+        count = file.metadata.num_rows
+        if rows not in (None, count):
+            problem = f"{path.name} has {count} rows, expected {rows}; {AGAIN}"
+            raise self._fault(field, problem, episode)
         return file
 
     def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
@@ -197,27 +184,23 @@ class LeRobotDataset(Folder):
         if size > MAX_META:
             raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
-        try:
-            if self.version == "v2.1":
-                parse = pj.ParseOptions(schema, unexpected_field_behavior="ignore")
-                read = pj.ReadOptions(block_size=MAX_META)  # a line lies in one block
-                tables = [pj.read_json(path, read, parse) for path in paths]
-                found = sum(map(len, tables))
-            else:
-                files = [
-                    self._parquet(path, name, schema.names) for path, name in zip(paths, names)
-                ]
-                found = sum(file.metadata.num_rows for file in files)
-            if rows not in (None, found):
-                raise self._fault(
-                    field, f"has {found} rows, info.json says {rows}; correct one of them"
-                )
+        if self.version == "v2.1":
+            parse = pj.ParseOptions(schema, unexpected_field_behavior="ignore")
+            read = pj.ReadOptions(block_size=MAX_META)  # a line lies in one block
+            with self._reading(field, "cannot be read:"):
+                files = [pj.read_json(path, read, parse) for path in paths]
+            found = sum(map(len, files))
+        else:
+            files = [self._parquet(path, name, schema.names) for path, name in zip(paths, names)]
+            found = sum(file.metadata.num_rows for file in files)
+        if rows not in (None, found):
+            problem = f"has {found} rows, info.json says {rows}; correct one of them"
+            raise self._fault(field, problem)
+        with self._reading(field, "cannot be read:"):
             if self.version == "v3.0":
-                tables = [file.read(schema.names) for file in files]
-            table = pa.concat_tables(one.select(schema.names).cast(schema) for one in tables)
+                files = [file.read(schema.names) for file in files]
+            table = pa.concat_tables(file.select(schema.names).cast(schema) for file in files)
             table.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            raise self._fault(field, f"cannot be read ({error}); {AGAIN}") from error
         return table
 
     def _read_tasks(self) -> dict[int, str]:
@@ -231,11 +214,8 @@ class LeRobotDataset(Folder):
         tasks = {}
         for index, task in zip(*(column.to_pylist() for column in table.columns)):
             if index is None or not task or index in tasks:
-                raise self._fault(
-                    name,
-                    f"task {index} is {task!r:.60}; each whole task_index must appear once, "
-                    "with a text",
-                )
+                expected = "each whole task_index once, with a text"
+                raise self._fault(name, f"task {index} is {task!r:.60}; expected {expected}")
             tasks[index] = task
         return tasks
 
@@ -258,9 +238,8 @@ class LeRobotDataset(Folder):
             columns[name] = table[name].to_numpy()
             good = (columns[name] >= 0) & (columns[name] < np.inf)
             if table[name].null_count or not good.all():
-                raise self._fault(
-                    name, f"has values that are null, negative or not finite; {AGAIN}"
-                )
+                problem = "has values that are null, negative or not finite"
+                raise self._fault(name, f"{problem}; {AGAIN}")
         order = np.argsort(columns["episode_index"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         self.episode_tasks = table["tasks"].combine_chunks().take(pa.array(order))
@@ -284,15 +263,11 @@ class LeRobotDataset(Folder):
         require(columns["tasks"] > 0, "tasks", "give each episode at least one")
         total = int(length.sum())
         if total != self.info["total_frames"]:
-            raise self._fault(
-                "total_frames",
-                f"is {self.info['total_frames']}, the episodes have {total}; correct info.json",
-            )
+            problem = f"is {self.info['total_frames']}, the episodes have {total}"
+            raise self._fault("total_frames", f"{problem}; correct info.json")
         start = np.cumsum(length) - length
-        for name, wanted in {
-            "dataset_from_index": start,
-            "dataset_to_index": start + length,
-        }.items():
+        for name, wanted in (("from", start), ("to", start + length)):
+            name = f"dataset_{name}_index"
             remedy = "must count the rows of all episodes before"
             require(columns.get(name, wanted) == wanted, name, remedy)
         # In v2.1, which does not say it, each episode has its own files.
@@ -351,13 +326,10 @@ class LeRobotDataset(Folder):
             _, *wrists = self.cameras
             wrong |= len(wrists) != 2 or ("right" in wrists[0] and "left" in wrists[1])
         if wrong:
-            raise self._fault(
-                "cameras",
-                f"are {list(self.cameras)}; each once, and for the T-layout head, left, "
-                "right in this order",
-            )
-        widths = [self.features[key]["shape"][0] if key else 0 for key in self.titles.values()]
-        self.widths = tuple(widths)
+            expected = "each once, and for the T-layout head, left, right in this order"
+            raise self._fault("cameras", f"are {list(self.cameras)}; {expected}")
+        names = self.titles.values()
+        self.widths = tuple(self.features[key]["shape"][0] if key else 0 for key in names)
 
     def _t_cameras(self) -> tuple[str, ...]:
         """Head, left and right by name."""
@@ -366,32 +338,24 @@ class LeRobotDataset(Folder):
             ends = {key: key.lower().rsplit(".", 1)[-1] for key in self.sizes}
             found.append([key for key, end in ends.items() if any(word in end for word in words)])
         if any(len(names) != 1 for names in found):
-            raise self._fault(
-                "cameras", f"head, left, right could be {found}; name three of {list(self.sizes)}"
-            )
+            problem = f"head, left, right could be {found}; name three of {list(self.sizes)}"
+            raise self._fault("cameras", problem)
         return tuple(name for (name,) in found)
 
     def _file(self, field: str, episode: int, chunk: int, file: int, key: str = "") -> Path:
         """The path that a template of info.json gives. Only plain fields are filled in."""
-        template = str(self.info.get(field) or "{")
-        values = {
-            "episode_chunk": chunk,
-            "chunk_index": chunk,
-            "episode_index": episode,
-            "file_index": file,
-            "video_key": key,
-        }
-
-        def fill(match: re.Match) -> str:
-            return str(values.get(match[1], "{")).zfill(int(match[2] or 0))
-
-        name = re.sub(r"\{(\w+)(?::0(\d)d)?\}", fill, template)
-        if "{" in name:
-            raise self._fault(
-                field,
-                f"is {self.info.get(field)!r:.100}; write it as {PATHS[self.version][field]}",
-                episode,
-            )
+        template = str(self.info.get(field) or "")
+        if not re.fullmatch(TEMPLATE, template):
+            expected = PATHS[self.version][field]
+            problem = f"is {self.info.get(field)!r:.100}; write it as {expected}"
+            raise self._fault(field, problem, episode)
+        name = template.format(
+            episode_chunk=chunk,
+            chunk_index=chunk,
+            episode_index=episode,
+            file_index=file,
+            video_key=key,
+        )
         return self._path(name, episode, key or field)
 
     # Numbers.
@@ -410,24 +374,18 @@ class LeRobotDataset(Folder):
         first, last = np.searchsorted(ends, [low, high - 1], "right")
         wanted = range(first, last + 1)
         at = int(ends[first]) - groups[first]
-        try:
+        with self._reading("data", f"{path.name} breaks while it is read:", episode):
             for batch in opened.iter_batches(size, wanted, columns, use_threads=False):
                 begin = max(low - at, 0)
                 stop = min(high - at, len(batch))
                 if begin < stop:
                     yield at + begin, batch.slice(begin, stop - begin)
                 at += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise self._fault(
-                "data", f"{path.name} breaks while it is read ({error}); {AGAIN}", episode
-            ) from error
         self.open_files.put(key, opened)
 
     def _values(self, episode: int, key: str, column: "pa.Array") -> np.ndarray:
         """A column (T, D) of the dtype and width that info.json says, all of it finite."""
-        feature = {"dtype": DEFAULTS.get(key), "shape": [1]}
-        if key not in DEFAULTS:
-            feature = self.features[key]
+        feature = DEFAULTS.get(key) or self.features[key]
         width = feature["shape"][0]
         widths = np.ones(len(column))
         values = column
@@ -439,35 +397,19 @@ class LeRobotDataset(Folder):
         if not right or empty:
             raise self._fault(
                 key,
-                f"has {len(values)} values of type {column.type} in {len(column)} rows, "
-                f"{empty} of them empty, expected {width} of {feature['dtype']} in each; "
-                "write the column again or correct info.json",
+                f"has {len(values)} values of type {column.type} in {len(column)} rows, {empty} of "
+                f"them empty, expected {width} of {feature['dtype']} in each; {AGAIN}",
                 episode,
             )
         rows = values.to_numpy(zero_copy_only=False).reshape(-1, width)
-        if len(bad := np.argwhere(~np.isfinite(rows))):
-            row, dimension = bad[0]
-            raise self._fault(
-                key,
-                f"row {row}, dimension {dimension} is {rows[row, dimension]} (of "
-                f"{len(bad)}); repair or drop it",
-                episode,
-            )
-        return rows
+        return self._finite(key, rows, episode)
 
-    def _load(self, episode: int, *more: str) -> tuple[dict[str, np.ndarray], list[ValueError]]:
-        """Columns of an episode, each (T, D), and every fault in them."""
+    def _load(self, episode: int, *more: str) -> dict[str, np.ndarray]:
         keys = dict.fromkeys([*DEFAULTS, *filter(None, self.titles.values()), *more])
         length = int(self.lengths[episode])
-        rows = {}
-        faults = []
         batches = [batch for _, batch in self._batches(episode, list(keys), 0, length, 4096)]
         table = pa.Table.from_batches(batches)
-        for key in keys:
-            try:
-                rows[key] = self._values(episode, key, table[key].combine_chunks())
-            except ValueError as error:
-                faults.append(error)
+        rows = {key: self._values(episode, key, table[key].combine_chunks()) for key in keys}
         at = np.arange(length)[:, None]
         expected = {
             "frame_index": at,
@@ -478,28 +420,15 @@ class LeRobotDataset(Folder):
         for key, wanted in expected.items():
             # Seconds in float32 are coarse late in an episode.
             slack = TOLERANCE + 1e-7 * wanted if key == "timestamp" else 0
-            bad = np.flatnonzero(np.abs(rows.get(key, wanted) - wanted) > slack)
-            if len(bad):
-                faults.append(
-                    self._fault(
-                        key,
-                        f"row {bad[0]} is {rows[key][bad[0], 0]}, expected "
-                        f"{wanted[bad[0], 0]:.10g}; rows must follow one another at {self.fps} "
-                        "fps: it is another fps, a gap, or another order",
-                        episode,
-                    )
-                )
-        unknown = set(rows.get("task_index", at[:0]).flat) - self.tasks.keys()
-        if unknown:
-            faults.append(
-                self._fault(
-                    "task_index",
-                    f"is {min(unknown)}, which meta/tasks lacks; add the task, or choose from "
-                    f"{sorted(self.tasks)[:20]}",
-                    episode,
-                )
-            )
-        return rows, faults
+            for row in np.flatnonzero(np.abs(rows[key] - wanted) > slack)[:1]:
+                problem = f"row {row} is {rows[key][row, 0]}, expected {wanted[row, 0]:.10g}"
+                remedy = f"rows must follow at {self.fps} fps: other fps, a gap, or another order?"
+                raise self._fault(key, f"{problem}; {remedy}", episode)
+        for unknown in sorted(set(rows["task_index"].flat) - self.tasks.keys()):
+            remedy = f"add the task, or choose from {sorted(self.tasks)[:20]}"
+            problem = f"is {unknown}, which meta/tasks lacks; {remedy}"
+            raise self._fault("task_index", problem, episode)
+        return rows
 
     def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
         """The tested columns of an episode: state (T, P) and action (T, A) under their own names,
@@ -507,19 +436,13 @@ class LeRobotDataset(Folder):
         key = ("rows", episode, *more)
         rows = self.open_files.take(key)
         if rows is None:
-            rows, faults = self._load(episode, *more)
-            if faults:
-                raise faults[0]
+            rows = self._load(episode, *more)
         self.open_files.put(key, rows)
         return rows
 
     def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         rows = self.rows(episode)
         return rows.get(self.titles["state"]), rows.get(self.titles["action"])
-
-    def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
-        rows, faults = self._load(episode)
-        return {role: rows[key] for role, key in self.titles.items() if key in rows}, faults
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
         """Facts that only the simulator knew, as `worlds.World.labels` says: name -> (T,); empty if
@@ -530,9 +453,8 @@ class LeRobotDataset(Folder):
             return {}
         rows = self.rows(episode, LABELS)[LABELS]
         if len(names) != rows.shape[1]:
-            raise self._fault(
-                LABELS, f"has {len(names)} names for {rows.shape[1]} numbers; give each its name"
-            )
+            problem = f"has {len(names)} names for {rows.shape[1]} numbers"
+            raise self._fault(LABELS, f"{problem}; give each its name")
         return dict(zip(names, rows.T))
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
@@ -564,14 +486,8 @@ class LeRobotDataset(Folder):
             for row in rows:
                 if not first <= row < first + len(batch):
                     continue
-                try:
+                with self._reading(camera, f"picture of row {row}:", episode):
                     yield self._unpack(episode, camera, batch.column(0)[row - first].as_py())
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise self._fault(
-                        camera,
-                        f"picture of row {row}: {error}; write it again or correct info.json",
-                        episode,
-                    ) from error
 
     def _unpack(self, episode: int, camera: str, cell: object) -> np.ndarray:
         if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
@@ -748,8 +664,8 @@ class Writer:
             columns[key] = pa.FixedSizeListArray.from_arrays(flat, v.shape[1]) if wide else flat
         at = np.arange(length)
         here = (np.full(length, len(self.episodes)), self.total + at, np.full(length, task))
-        for (key, dtype), values in zip(DEFAULTS.items(), (at / self.fps, at, *here)):
-            columns[key] = pa.array(values.astype(dtype))
+        for (key, feature), values in zip(DEFAULTS.items(), (at / self.fps, at, *here)):
+            columns[key] = pa.array(values.astype(feature["dtype"]))
         table = pa.table(columns)
         if self.data is None:
             self.data_path = self._file("data_path")
@@ -810,7 +726,6 @@ class Writer:
 
     def _info(self) -> dict:
         count = len(self.episodes)
-        plain = {k: {"dtype": t, "shape": [1], "names": None} for k, t in DEFAULTS.items()}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.storage.robot,
@@ -823,7 +738,7 @@ class Writer:
             **PATHS["v3.0"],
             "data_files_size_in_mb": self.storage.data_mb,
             "video_files_size_in_mb": self.storage.video_mb,
-            "features": self.features | plain,
+            "features": self.features | DEFAULTS,
         }
         cameras = [key for key, f in self.features.items() if f["dtype"] == "video"]
         if not cameras:

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import combinations
@@ -29,6 +30,7 @@ from types import NoneType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from weights.files import check_keys
 from weights.hub import snapshot
@@ -42,6 +44,8 @@ except ImportError:
 MAX_BYTES = 16 << 20  # of info.json, of a line of json, of all tasks
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
+T_SIZE = (384, 320)  # pixels of the official three-camera picture
+AGAIN = "fetch or write it again, or correct its metadata"
 # Official RoboTwin data put these words before every instruction: `Choice(prefix=ROBOTWIN_SCENE)`.
 ROBOTWIN_SCENE = (
     "The whole scene is in a realistic, industrial art style with three views: a fixed rear camera,"
@@ -87,32 +91,27 @@ def fit_place(
     return (places * part / whole * scaled + (size - scaled) / 2) / size
 
 
-def t_layout(
-    head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int = 384, width: int = 320
-) -> np.ndarray:
+def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The official three-camera picture: head on top, both wrists at half the head's size below,
-    fitted to height x width. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
+    fitted to 384 x 320. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
     360 x 320 and 12 black rows above and below."""
     for name, picture in {"head": head, "left": left, "right": right}.items():
-        shape = picture.shape
-        alike = len(shape) > 2 and shape[-1] == 3 and shape[:-3] == head.shape[:-3]
+        alike = picture.shape[:-3] == head.shape[:-3] and picture.shape[-1:] == (3,)
         if picture.dtype != np.uint8 or not alike:
             raise ValueError(
-                f"{name} is {picture.dtype} {shape}; expected uint8 (..., H, W, 3), "
-                "all with the same first sizes"
+                f"{name} is {picture.dtype} {picture.shape}; expected uint8 (..., H, W, 3), all "
+                "with the same first sizes"
             )
     h, w = head.shape[-3:-1]
     wrists = [resize(left, h // 2, w // 2), resize(right, h // 2, w - w // 2)]
     whole = np.concatenate([head, np.concatenate(wrists, axis=-2)], axis=-3)
-    return fit(whole, height, width)
+    return fit(whole, *T_SIZE)
 
 
-def t_place(
-    places: np.ndarray, head: tuple[int, int], height: int = 384, width: int = 320
-) -> np.ndarray:
+def t_place(places: np.ndarray, head: tuple[int, int]) -> np.ndarray:
     """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where
     `t_layout` puts them."""
-    return fit_place(places, head, (head[0] + head[0] // 2, head[1]), (height, width))
+    return fit_place(places, head, (head[0] + head[0] // 2, head[1]), T_SIZE)
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -122,8 +121,7 @@ class VideoReader:
     """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks
     if a key frame lies in between."""
 
-    def __init__(self, path: Path, size: tuple[int, int]):
-        self.size = size  # height, width
+    def __init__(self, path: Path, size: tuple[int, int] | None = None):
         self.frame = None  # the last one decoded
         self.container = av.open(str(path))
         if not self.container.streams.video:
@@ -131,21 +129,19 @@ class VideoReader:
         self.stream = self.container.streams.video[0]
         self.index = self.stream.index_entries
         context = self.stream.codec_context
-        if (context.height, context.width) != size:
+        self.size = (context.height, context.width)
+        if size not in (None, self.size):
             raise ValueError(
-                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in "
-                "info.json (wrong or swapped camera?)"
+                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in the "
+                "metadata (wrong or swapped camera?)"
             )
         count = len(self.index)
         if not count or count != self.stream.frames:
             raise ValueError(f"claims {self.stream.frames} frames and indexes {count}")
         end = self.index[count - 1].pos + self.index[count - 1].size
         if end > path.stat().st_size:
-            raise ValueError(
-                f"is truncated: its last frame ends at byte {end} of {path.stat().st_size}"
-            )
+            raise ValueError(f"is truncated: it ends before byte {end}, the end of its last frame")
         context.thread_count = 1
-        context.thread_type = "NONE"
         context.options = {"err_detect": "explode"}
         self.tick = float(self.stream.time_base)  # seconds
         self.slack = TOLERANCE / self.tick + 1
@@ -267,9 +263,7 @@ class Choice:
         kinds = {"cameras": (list, tuple), "instruction": (str, NoneType)}
         for f in fields(self):
             value = getattr(self, f.name)
-            texts = value if f.name == "cameras" else ()
-            right = isinstance(value, kinds.get(f.name, type(f.default)))
-            if not right or not all(isinstance(text, str) for text in texts):
+            if not isinstance(value, kinds.get(f.name, type(f.default))):
                 raise ValueError(
                     f"mapping: {f.name} is {value!r:.80}; expected a text, for cameras a list of "
                     "texts, for t_layout and constant true or false"
@@ -307,8 +301,6 @@ class Recordings:
         given       the Choice
 
         numbers(episode)        state (T, P) and actions (T, A), or None; ValueError for a fault
-        columns(episode)        {"state": (T, P), "action": (T, A)}, those that can be read, and
-                                every fault as a list of ValueErrors
         texts(episode, row=0)   its instructions at a row, of which each window gets one
         views(episode, rows)    {camera: iterator of pictures (H, W, 3) uint8}; rows must rise
         describe()              the source, and what of it is used
@@ -345,6 +337,28 @@ class Recordings:
         where = "" if episode is None else f", episode {episode}"
         return ValueError(f"dataset {self.name}{where}, {field}: {problem}")
 
+    @contextmanager
+    def _reading(self, field: str, what: str, episode: int | None = None) -> Iterator[None]:
+        """Errors of the libraries that read a file become faults of `what`."""
+        try:
+            yield
+        except (
+            av.error.FFmpegError,
+            pyarrow.ArrowException,
+            Image.DecompressionBombError,
+            OSError,
+            SyntaxError,  # of a broken PNG
+            ValueError,
+        ) as error:
+            raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
+
+    def _finite(self, field: str, rows: np.ndarray, episode: int) -> np.ndarray:
+        """Rows (T, D) as they are, if all are finite."""
+        for row, column in np.argwhere(~np.isfinite(rows))[:1]:
+            problem = f"dimension {column} is {rows[row, column]}; repair or drop it"
+            raise self._fault(field, f"row {row}, {problem}", episode)
+        return rows
+
     # Windows.
 
     def _nearest(
@@ -377,18 +391,14 @@ class Recordings:
     ) -> Window:
         """The window at `start_time` seconds of an episode; other times are seconds after it. Each
         takes the nearest row. Without actions or state in the source these are None."""
-        if not 0 <= episode < len(self.lengths):
-            raise self._fault(
-                "episode", f"is {episode}; there are episodes 0 to {len(self.lengths) - 1}"
-            )
+        count = len(self.lengths)
+        if not 0 <= episode < count:
+            raise self._fault("episode", f"is {episode}; there are episodes 0 to {count - 1}")
         (start,), (inside,) = self._nearest(episode, 0, [start_time], "start_time")
         if not inside:
-            raise self._fault(
-                "start_time",
-                f"is {start_time} s; the episode lasts from 0 to "
-                f"{(self.lengths[episode] - 1) / self.fps:.3f} s",
-                episode,
-            )
+            end = (self.lengths[episode] - 1) / self.fps
+            problem = f"is {start_time} s; the episode lasts from 0 to {end:.3f} s"
+            raise self._fault("start_time", problem, episode)
         video, video_mask = self._nearest(episode, start_time, video_times, "video_times")
         action, action_mask = self._nearest(episode, start_time, action_times, "action_times")
         states, actions = self.numbers(episode)
@@ -408,32 +418,28 @@ class Recordings:
     # Checks.
 
     def check(self) -> list[str]:
-        """Reads every episode, decodes every frame, and names every fault."""
+        """Reads every episode and decodes every frame; the first fault of an episode's numbers, and
+        of each of its cameras, is named."""
         faults = []
-        ranges = {}  # "state", "action" -> lowest and highest numbers of each episode
+        ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         first_with = {}  # digest of all numbers -> the first episode that has them
         looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
         for episode, length in enumerate(self.lengths.tolist()):
-            columns = {}
             try:
-                columns, found = self.columns(episode)
-                faults += found
+                self.texts(episode)
+                state, action = self.numbers(episode)
             except ValueError as error:
                 faults.append(error)
-            for role, rows in columns.items():
-                ranges.setdefault(role, []).append((rows.min(0), rows.max(0)))
-            if "action" in columns and np.ptp(columns["action"], axis=0).any():
-                numbers = b"".join(rows.tobytes() for rows in columns.values())
+                state = action = None
+            for title, rows in zip(self.titles.values(), (state, action)):
+                if rows is not None:
+                    ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
+            if action is not None and np.ptp(action, axis=0).any():
+                numbers = bytes(action) + (b"" if state is None else bytes(state))
                 first = first_with.setdefault(hashlib.sha256(numbers).digest(), episode)
                 if first != episode:
-                    title = self.titles["action"]
-                    faults.append(
-                        self._fault(
-                            title,
-                            f"equals episode {first} number for number; drop one of the two",
-                            episode,
-                        )
-                    )
+                    problem = f"equals episode {first} number for number; drop one of the two"
+                    faults.append(self._fault(self.titles["action"], problem, episode))
             for camera, pictures in enumerate(self.views(episode, range(length)).values()):
                 try:
                     for row, picture in enumerate(pictures):
@@ -442,20 +448,13 @@ class Recordings:
                 except ValueError as error:
                     faults.append(error)
         if not self.given.constant:
-            faults += self._still_dimensions(ranges)
+            for title, rows in ends.items():
+                for d in np.flatnonzero(np.ptp(rows, axis=0) == 0):
+                    problem = f"dimension {d} is {rows[0][d]:.6g} in every row"
+                    remedy = "allow it with constant=True or leave it out"
+                    faults.append(self._fault(title, f"{problem}; {remedy}"))
         faults += self._swapped_cameras(looks)
         return [str(fault) for fault in faults]
-
-    def _still_dimensions(self, ranges: dict[str, list]) -> Iterator[ValueError]:
-        for role, pairs in ranges.items():
-            low = np.min([low for low, _ in pairs], axis=0)
-            high = np.max([high for _, high in pairs], axis=0)
-            for d in np.flatnonzero(low == high):
-                yield self._fault(
-                    self.titles[role],
-                    f"dimension {d} is {low[d]:.6g} in every row; allow it with constant=True "
-                    "or leave it out",
-                )
 
     def _swapped_cameras(self, looks: np.ndarray) -> Iterator[ValueError]:
         """Two cameras of an episode are swapped if each looks like what the other usually shows;
@@ -469,12 +468,8 @@ class Recordings:
             straight = gaps[:, a, a] + gaps[:, b, b]
             crossed = gaps[:, a, b] + gaps[:, b, a]
             for episode in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
-                yield self._fault(
-                    self.cameras[a],
-                    f"and {self.cameras[b]} show each other's view; swap their files in this "
-                    "episode",
-                    int(episode),
-                )
+                problem = f"and {self.cameras[b]} show each other's view; swap their files"
+                yield self._fault(self.cameras[a], problem, episode)
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -482,16 +477,14 @@ class Recordings:
 
 def from_hub(name: str) -> Path:
     """A hub dataset USER/NAME[@REVISION] to the local cache."""
-    try:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
-            raise ValueError("no hub name; give a folder, or USER/NAME with @REVISION if wanted")
-        repository, _, revision = name.partition("@")
-        parts = ["meta/**", "data/**", "videos/**", "images/**"]
-        return Path(snapshot(repository, revision or None, parts, repo_type="dataset"))
-    except (OSError, ValueError) as error:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
         raise ValueError(
-            f"dataset {name}: no such folder, and not from the hub: {error}"
-        ) from error
+            f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME with "
+            "@REVISION if wanted"
+        )
+    repository, _, revision = name.partition("@")
+    files = ["meta/**", "data/**", "videos/**", "images/**"]
+    return Path(snapshot(repository, revision or None, files, repo_type="dataset"))
 
 
 class Folder(Recordings):
@@ -522,25 +515,19 @@ class Folder(Recordings):
     def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
         """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
         blobs."""
-        field = field or name
         path = self.root / name
         plain = "\0" not in name and ".." not in path.parts and path.is_relative_to(self.root)
         real = Path(os.path.realpath(path)) if plain else Path()
         allowed = [path]
         if self.root.parent.name == "snapshots":
             allowed.append(self.root.parents[1] / "blobs" / real.name)
+        problem = ""
         if real not in allowed:
-            raise self._fault(
-                field,
-                f"{name!r} is a link or leaves the folder; put the file itself into the folder",
-                episode,
-            )
-        if not real.is_file():
-            raise self._fault(
-                field,
-                f"{name} is missing or no file; fetch the whole dataset or correct its metadata",
-                episode,
-            )
+            problem = f"{name!r} is a link or leaves the folder; put the file itself into it"
+        elif not real.is_file():
+            problem = f"{name} is missing or no file; {AGAIN}"
+        if problem:
+            raise self._fault(field or name, problem, episode)
         return real
 
     def _decode(
@@ -556,16 +543,10 @@ class Folder(Recordings):
         """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
         and ends before frame `end`; `single`: nothing else is in it."""
         key = ("video", path)
-        try:
+        with self._reading(camera, path.name, episode):
             video = self.open_files.take(key) or VideoReader(path, self.sizes[camera])
             count = len(video.index)
             if count < end or (single and count > end):
                 raise ValueError(f"has {count} frames, expected {end}")
             yield from video.read(origin + i / self.fps for i in rows)
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise self._fault(
-                camera,
-                f"{path.name} {error}; fetch or encode it again, or correct its metadata",
-                episode,
-            ) from error
         self.open_files.put(key, video)

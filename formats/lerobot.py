@@ -334,9 +334,9 @@ class LeRobotDataset(Folder):
     def _t_cameras(self) -> tuple[str, ...]:
         """Head, left and right by name."""
         found = []
-        for words in (("high", "head", "top", "front"), ("left",), ("right",)):
-            ends = {key: key.lower().rsplit(".", 1)[-1] for key in self.sizes}
-            found.append([key for key, end in ends.items() if any(word in end for word in words)])
+        for words in ("high|head|top|front", "left", "right"):
+            last = re.compile(rf"({words})[^.]*$", re.IGNORECASE)
+            found.append(list(filter(last.search, self.sizes)))
         if any(len(names) != 1 for names in found):
             problem = f"head, left, right could be {found}; name three of {list(self.sizes)}"
             raise self._fault("cameras", problem)
@@ -363,8 +363,8 @@ class LeRobotDataset(Folder):
     def _batches(
         self, episode: int, columns: Sequence[str], low: int, high: int, size: int
     ) -> Iterator[tuple[int, "pa.RecordBatch"]]:
-        """Rows low..high of an episode from its data file, in batches with the number of their
-        first row; nothing else stays in memory."""
+        """Batches of its data file in which rows low..high of an episode lie, each with the row of
+        the episode at which it begins; nothing else stays in memory."""
         chunk, file, offset, rows = (int(x[episode]) for x in self.data_at)
         path = self._file("data_path", episode, chunk, file)
         key = ("data", path, *columns)
@@ -376,10 +376,8 @@ class LeRobotDataset(Folder):
         at = int(ends[first]) - groups[first]
         with self._reading("data", f"{path.name} breaks while it is read:", episode):
             for batch in opened.iter_batches(size, wanted, columns, use_threads=False):
-                begin = max(low - at, 0)
-                stop = min(high - at, len(batch))
-                if begin < stop:
-                    yield at + begin, batch.slice(begin, stop - begin)
+                if at < high and at + len(batch) > low:
+                    yield at, batch
                 at += len(batch)
         self.open_files.put(key, opened)
 
@@ -407,8 +405,8 @@ class LeRobotDataset(Folder):
     def _load(self, episode: int, *more: str) -> dict[str, np.ndarray]:
         keys = dict.fromkeys([*DEFAULTS, *filter(None, self.titles.values()), *more])
         length = int(self.lengths[episode])
-        batches = [batch for _, batch in self._batches(episode, list(keys), 0, length, 4096)]
-        table = pa.Table.from_batches(batches)
+        begins, batches = zip(*self._batches(episode, list(keys), 0, length, 4096))
+        table = pa.Table.from_batches(batches).slice(-begins[0], length)
         rows = {key: self._values(episode, key, table[key].combine_chunks()) for key in keys}
         at = np.arange(length)[:, None]
         expected = {
@@ -521,30 +519,28 @@ class LeRobotDataset(Folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-def named_stats(*stats: np.ndarray | list) -> dict[str, list]:
-    names = ("min", "max", "mean", "std", "count")
-    return {name: np.asarray(values).tolist() for name, values in zip(names, stats)}
+STATS = ("min", "max", "mean", "std", "count")
 
 
-def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict[str, list]:
-    """LeRobot's statistics of rows (T, D), each (D,); their count is (1,)."""
-    ends = (rows.min(axis, **keep), rows.max(axis, **keep))
-    return named_stats(*ends, rows.mean(axis, **keep), rows.std(axis, **keep), [len(rows)])
+def measure(rows: np.ndarray, count: int) -> np.ndarray:
+    """LeRobot's statistics (5, D) of rows (T, D), which count as so many."""
+    counts = np.full(rows.shape[1], count)
+    return np.stack([rows.min(0), rows.max(0), rows.mean(0), rows.std(0), counts])
 
 
-def measure_picture(picture: np.ndarray) -> dict[str, list]:
-    """The same of the colours of a picture (H, W, 3), 0 to 1, each (3, 1, 1); it counts as one."""
-    stats = measure(picture.transpose(2, 0, 1) / 255, axis=(1, 2), keepdims=True)
-    return stats | {"count": [1]}
+def pool(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Statistics (5, D) of the whole from those of its parts."""
+    low, high, mean, std, count = np.stack(parts, axis=1)
+    whole = np.average(mean, axis=0, weights=count)
+    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=count)
+    return np.stack([low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0)])
 
 
-def pool(parts: Sequence[dict[str, list]]) -> dict[str, list]:
-    """Statistics of the whole from those of its parts."""
-    low, high, mean, std, count = (np.array([part[name] for part in parts]) for name in parts[0])
-    weights = count[:, 0]
-    whole = np.average(mean, axis=0, weights=weights)
-    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=weights)
-    return named_stats(low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
+def named(stats: np.ndarray, feature: dict) -> dict[str, list]:
+    """Statistics as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one number."""
+    shape = (5, -1, 1, 1) if feature["dtype"] == "video" else (5, -1)
+    values = dict(zip(STATS, stats.reshape(shape).tolist()))
+    return values | {"count": [int(stats[4, 0])]}
 
 
 class Writer:
@@ -595,45 +591,38 @@ class Writer:
         if labels:
             vectors[LABELS] = np.stack(list(labels.values()), axis=1)
         vectors = {key: np.asarray(v, np.float32) for key, v in vectors.items() if v is not None}
-        length = len(next(iter(vectors.values()))) if vectors else None
+        length = next(map(len, vectors.values()), None)
         features = {}
         stats = {}
         for key, v in vectors.items():
             if v.ndim != 2 or not v.size or len(v) != length or not np.isfinite(v).all():
-                raise self._fault(
-                    key,
-                    f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite; give finite "
-                    f"({length}, dimensions)",
-                )
-            names = [f"{key.split('.')[-1]}_{i}" for i in range(v.shape[1])]
-            names = list(labels) if key == LABELS else names
+                problem = f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite"
+                raise self._fault(key, f"{problem}; give finite ({length}, dimensions)")
+            names = list(labels if key == LABELS else map(str, range(v.shape[1])))
             features[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": names}
-            stats[key] = measure(v.astype(np.float64))
+            stats[key] = measure(v.astype(np.float64), len(v))
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
             count, shape, sample = self._write_video(key, pictures)
             if not count or length not in (None, count):
-                raise self._fault(
-                    key, f"has {count} pictures for {length} rows; expected one picture per row"
-                )
+                problem = f"has {count} pictures for {length} rows"
+                raise self._fault(key, f"{problem}; expected one picture per row")
             length = count
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
             stats[key] = pool(sample)
         self.features = self.features or features
         if features != self.features or not features:
-            raise self._fault(
-                "features",
-                f"are { {key: f['shape'] for key, f in features.items()} }; expected the "
-                "cameras and widths of episode 0",
-            )
+            found = {key: feature["shape"] for key, feature in features.items()}
+            expected = "the cameras and widths of episode 0"
+            raise self._fault("features", f"are {found}; expected {expected}")
         self._write_rows(vectors, length, self.tasks.setdefault(task, len(self.tasks)))
         self._write_episode(task, length, stats)
         self._close(self.storage.data_mb, self.storage.video_mb)
 
     def _write_video(
         self, key: str, pictures: Iterable[np.ndarray]
-    ) -> tuple[int, list[int], list[dict]]:
+    ) -> tuple[int, list[int], list[np.ndarray]]:
         """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
         stats = []
         shape = self.features.get(key, {}).get("shape")
@@ -641,17 +630,14 @@ class Writer:
         for picture in map(np.asarray, pictures):
             shape = shape or list(picture.shape)
             if picture.dtype != np.uint8 or list(picture.shape) != [*shape[:2], 3]:
-                raise self._fault(
-                    key,
-                    f"picture {count} is {picture.dtype} {picture.shape}; expected uint8 (H, "
-                    "W, 3) of one size",
-                )
+                problem = f"picture {count} is {picture.dtype} {picture.shape}"
+                raise self._fault(key, f"{problem}; expected uint8 (H, W, 3) of one size")
             if key not in self.videos:
                 path = self._file("video_path", key)
                 self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
             self.videos[key].add(picture, first=count == 0)
             if count % 10 == 0:
-                stats.append(measure_picture(picture[::4, ::4]))
+                stats.append(measure(picture[::4, ::4].reshape(-1, 3) / 255, 1))
             count += 1
         return count, shape, stats
 
@@ -659,20 +645,21 @@ class Writer:
         """Adds an episode to the data file, which is opened if there is none."""
         columns = {}
         for key, v in vectors.items():
-            wide = v.shape[1] > 1
-            flat = pa.array(v.ravel())
-            columns[key] = pa.FixedSizeListArray.from_arrays(flat, v.shape[1]) if wide else flat
+            columns[key] = pa.array(v.ravel())
+            if v.shape[1] > 1:
+                columns[key] = pa.FixedSizeListArray.from_arrays(columns[key], v.shape[1])
         at = np.arange(length)
-        here = (np.full(length, len(self.episodes)), self.total + at, np.full(length, task))
-        for (key, feature), values in zip(DEFAULTS.items(), (at / self.fps, at, *here)):
-            columns[key] = pa.array(values.astype(feature["dtype"]))
+        episode = np.full(length, len(self.episodes))
+        values = (at / self.fps, at, episode, self.total + at, np.full(length, task))
+        for (key, feature), numbers in zip(DEFAULTS.items(), values):
+            columns[key] = numbers.astype(feature["dtype"])
         table = pa.table(columns)
         if self.data is None:
             self.data_path = self._file("data_path")
             self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(self, task: str, length: int, stats: dict[str, dict]) -> None:
+    def _write_episode(self, task: str, length: int, stats: dict[str, np.ndarray]) -> None:
         """The episode's row of meta/episodes: places, tasks and statistics."""
         size = self.storage.chunks_size
         row = {
@@ -690,8 +677,9 @@ class Writer:
             end = video.frames / self.fps
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
-        for key, one in stats.items():
-            row |= {f"stats/{key}/{name}": values for name, values in one.items()}
+        for key, feature in self.features.items():
+            found = named(stats[key], feature)
+            row |= {f"stats/{key}/{name}": values for name, values in found.items()}
         self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
@@ -719,7 +707,9 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {key: pool([one[key] for one in self.stats]) for key in self.features}
+        whole = {}
+        for key, feature in self.features.items():
+            whole[key] = named(pool([one[key] for one in self.stats]), feature)
         (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4), "utf-8")
         os.replace(self.root, self.final)
@@ -740,21 +730,8 @@ class Writer:
             "video_files_size_in_mb": self.storage.video_mb,
             "features": self.features | DEFAULTS,
         }
-        cameras = [key for key, f in self.features.items() if f["dtype"] == "video"]
-        if not cameras:
+        if not self.number.keys() - {""}:
             info["video_path"] = None
-        for key in cameras:
-            height, width, _ = self.features[key]["shape"]
-            self.features[key]["info"] = {
-                "video.height": height,
-                "video.width": width,
-                "video.fps": self.fps,
-                "video.channels": 3,
-                "video.codec": av.codec.Codec(self.storage.codec, "w").canonical_name,
-                "video.pix_fmt": self.storage.pix_fmt,
-                "video.is_depth_map": False,
-                "has_audio": False,
-            }
         return info
 
 

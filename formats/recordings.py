@@ -87,8 +87,8 @@ def fit_place(
     """Places (n, 2) in the `part` (height, width) at the top left of a picture of size `whole`, 0
     to 1 from left and top, where `fit` puts them when the whole is fitted to `size`."""
     part, whole, size = (np.array(x[::-1]) for x in (part, whole, size))  # width, height
-    scaled = whole * (size / whole).min()
-    return (places * part / whole * scaled + (size - scaled) / 2) / size
+    scale = (size / whole).min()
+    return (places * part * scale + (size - whole * scale) / 2) / size
 
 
 def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -170,13 +170,10 @@ class VideoReader:
                 raise ValueError(f"changes size to {self.frame.height} x {self.frame.width}")
             yield self.reformatter.reformat(self.frame, format="rgb24").to_ndarray()
 
-    def close(self) -> None:
-        self.container.close()
-
 
 class OpenFiles:
     """The last few open files and tables. `take` removes one, so that it has one user; `put` puts
-    it back and closes the oldest. Keys hold the process id: a forked loader worker must not move
+    it back and lets go of the oldest, which closes it. Keys hold the process id: a forked loader worker must not move
     its parent's file offsets. A plain dictionary, each of whose methods is whole to other threads;
     OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
 
@@ -189,10 +186,8 @@ class OpenFiles:
 
     def put(self, key: tuple, item) -> None:
         self.items[os.getpid(), *key] = item
-        for key in list(self.items)[: max(0, len(self.items) - self.size)]:
-            old = self.items.pop(key, None)  # None if another thread was faster
-            if hasattr(old, "close") and key[0] == os.getpid():
-                old.close()
+        for old in list(self.items)[: -self.size]:
+            self.items.pop(old, None)  # another thread may have been faster
 
 
 @dataclass(frozen=True)

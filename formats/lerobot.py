@@ -9,12 +9,11 @@
           many episodes in each parquet and mp4; meta/episodes says where each lies
 
 The picture of row i of an episode is at from_timestamp + i / fps in the mp4 (from_timestamp is 0 in
-v2.1). Pictures may also lie in the parquet files, as PNG or JPEG.
+v2.1). Pictures inside parquet files, LeRobot's dtype image, are refused: convert them to videos.
 
 Shapes: E episodes, T rows of one, H W pixels, D dimensions of a vector.
 """
 
-import io
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from formats.recordings import (
     AGAIN,
@@ -144,14 +142,16 @@ class LeRobotDataset(Folder):
             if not sound or not isinstance(feature.get("dtype"), str):
                 expected = f"dtype and shape, sizes from 1 to {MAX_SIDE}"
                 raise self._fault(key, f"feature is {feature!r:.80}; expected {expected}")
-            if feature["dtype"] not in ("video", "image"):
+            if feature["dtype"] == "image":
+                problem = "has dtype image, pictures inside parquet files"
+                raise self._fault(key, f"{problem}; expected video: convert the dataset")
+            if feature["dtype"] != "video":
                 continue
             depth = (feature.get("info") or {}).get("video.is_depth_map")
             if depth or len(shape) != 3 or 3 not in (shape[0], shape[2]):
                 self.left_out.append(key)
             else:
                 self.sizes[key] = tuple(shape[:2] if shape[2] == 3 else shape[1:])
-        self.videos = [key for key in self.sizes if self.features[key]["dtype"] == "video"]
 
     def _parquet(
         self,
@@ -229,7 +229,7 @@ class LeRobotDataset(Folder):
             files = sorted(str(path.relative_to(self.root)) for path in paths)
             names += ["dataset_from_index", "dataset_to_index"]
             names += ["data/chunk_index", "data/file_index"]
-            names += [f"videos/{key}/{name}" for key in self.videos for name in VIDEO]
+            names += [f"videos/{key}/{name}" for key in self.sizes for name in VIDEO]
         kinds = {name: pa.float64() if "timestamp" in name else pa.int64() for name in names}
         kinds["tasks"] = pa.list_(pa.string())
         table = self._metadata(files, self.info["total_episodes"], kinds)
@@ -273,7 +273,7 @@ class LeRobotDataset(Folder):
         # In v2.1, which does not say it, each episode has its own files.
         own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
         self.video_at = {}
-        for key in self.videos:
+        for key in self.sizes:
             names = [f"videos/{key}/{name}" for name in VIDEO]
             chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
             right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
@@ -360,26 +360,20 @@ class LeRobotDataset(Folder):
 
     # Numbers.
 
-    def _batches(
-        self, episode: int, columns: Sequence[str], low: int, high: int, size: int
-    ) -> Iterator[tuple[int, "pa.RecordBatch"]]:
-        """Batches of its data file in which rows low..high of an episode lie, each with the row of
-        the episode at which it begins; nothing else stays in memory."""
+    def _table(self, episode: int, columns: Sequence[str]) -> "pa.Table":
+        """An episode's columns from its data file; read are the row groups in which it lies."""
         chunk, file, offset, rows = (int(x[episode]) for x in self.data_at)
         path = self._file("data_path", episode, chunk, file)
         key = ("data", path, *columns)
         opened = self.open_files.take(key) or self._parquet(path, "data", columns, rows, episode)
+        length = int(self.lengths[episode])
         groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        ends = np.cumsum(groups) - offset  # as rows of the episode
-        first, last = np.searchsorted(ends, [low, high - 1], "right")
-        wanted = range(first, last + 1)
-        at = int(ends[first]) - groups[first]
+        ends = np.cumsum(groups)
+        first, last = np.searchsorted(ends, [offset, offset + length - 1], "right")
         with self._reading("data", f"{path.name} breaks while it is read:", episode):
-            for batch in opened.iter_batches(size, wanted, columns, use_threads=False):
-                if at < high and at + len(batch) > low:
-                    yield at, batch
-                at += len(batch)
+            table = opened.read_row_groups(range(first, last + 1), columns, use_threads=False)
         self.open_files.put(key, opened)
+        return table.slice(offset - ends[first] + groups[first], length)
 
     def _values(self, episode: int, key: str, column: "pa.Array") -> np.ndarray:
         """A column (T, D) of the dtype and width that info.json says, all of it finite."""
@@ -399,16 +393,21 @@ class LeRobotDataset(Folder):
                 f"them empty, expected {width} of {feature['dtype']} in each; {AGAIN}",
                 episode,
             )
-        rows = values.to_numpy(zero_copy_only=False).reshape(-1, width)
+        rows = values.to_numpy(zero_copy_only=False).reshape(-1, width).copy()
         return self._finite(key, rows, episode)
 
     def _load(self, episode: int, *more: str) -> dict[str, np.ndarray]:
+        """Columns of an episode, each (T, D); an error names every fault in them."""
         keys = dict.fromkeys([*DEFAULTS, *filter(None, self.titles.values()), *more])
-        length = int(self.lengths[episode])
-        begins, batches = zip(*self._batches(episode, list(keys), 0, length, 4096))
-        table = pa.Table.from_batches(batches).slice(-begins[0], length)
-        rows = {key: self._values(episode, key, table[key].combine_chunks()) for key in keys}
-        at = np.arange(length)[:, None]
+        table = self._table(episode, list(keys))
+        rows = {}
+        faults = []
+        for key in keys:
+            try:
+                rows[key] = self._values(episode, key, table[key].combine_chunks())
+            except ValueError as error:
+                faults.append(error)
+        at = np.arange(len(table))[:, None]
         expected = {
             "frame_index": at,
             "episode_index": np.full_like(at, episode),
@@ -418,14 +417,17 @@ class LeRobotDataset(Folder):
         for key, wanted in expected.items():
             # Seconds in float32 are coarse late in an episode.
             slack = TOLERANCE + 1e-7 * wanted if key == "timestamp" else 0
-            for row in np.flatnonzero(np.abs(rows[key] - wanted) > slack)[:1]:
-                problem = f"row {row} is {rows[key][row, 0]}, expected {wanted[row, 0]:.10g}"
+            found = rows.get(key, wanted)
+            for row in np.flatnonzero(np.abs(found - wanted) > slack)[:1]:
+                problem = f"row {row} is {found[row, 0]}, expected {wanted[row, 0]:.10g}"
                 remedy = f"rows must follow at {self.fps} fps: other fps, a gap, or another order?"
-                raise self._fault(key, f"{problem}; {remedy}", episode)
-        for unknown in sorted(set(rows["task_index"].flat) - self.tasks.keys()):
+                faults.append(self._fault(key, f"{problem}; {remedy}", episode))
+        for unknown in set(rows.get("task_index", at[:0]).flat) - self.tasks.keys():
             remedy = f"add the task, or choose from {sorted(self.tasks)[:20]}"
             problem = f"is {unknown}, which meta/tasks lacks; {remedy}"
-            raise self._fault("task_index", problem, episode)
+            faults.append(self._fault("task_index", problem, episode))
+        if faults:
+            raise ValueError("\n".join(map(str, faults)))
         return rows
 
     def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
@@ -468,34 +470,11 @@ class LeRobotDataset(Folder):
 
     def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
-        if camera not in self.videos:
-            yield from self._stored(episode, camera, rows)
-            return
         chunk, file, origin = (x[episode].item() for x in self.video_at[camera])
         path = self._file("video_path", episode, chunk, file, camera)
         end = round(origin * self.fps) + int(self.lengths[episode])
         single = self.version == "v2.1"
         yield from self._decode(episode, camera, rows, path, end, origin, single)
-
-    def _stored(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """Pictures that lie in the parquet files."""
-        batches = self._batches(episode, [camera], int(rows[0]), int(rows[-1]) + 1, 16)
-        for first, batch in batches:
-            for row in rows:
-                if not first <= row < first + len(batch):
-                    continue
-                with self._reading(camera, f"picture of row {row}:", episode):
-                    yield self._unpack(episode, camera, batch.column(0)[row - first].as_py())
-
-    def _unpack(self, episode: int, camera: str, cell: object) -> np.ndarray:
-        if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
-            raise ValueError(f"is {type(cell).__name__} or empty, expected bytes or a path")
-        raw = cell["bytes"] or self._path(cell["path"], episode, camera).read_bytes()
-        with Image.open(io.BytesIO(raw)) as picture:
-            size = (picture.height, picture.width)
-            if size != self.sizes[camera] or picture.mode not in ("RGB", "RGBA", "P", "L"):
-                raise ValueError(f"is {picture.mode} of {size}, expected {self.sizes[camera]}")
-            return np.array(picture.convert("RGB"))
 
     def describe(self) -> str:
         def how(field: str) -> str:

@@ -5,11 +5,12 @@ read and written with `av` alone.
 i / fps seconds. A wanted time takes the nearest row. What lies outside the episode repeats its
 first or last row and is masked.
 
-Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with
-i / fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
-numbers and a window's frames are all that is in memory; what a header claims is held against other
-claims before anything is allocated. (3) Faults are ValueErrors that name dataset, episode, field
-and remedy. `window` tests what it reads; `check` tests everything and lists every fault.
+Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i /
+fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
+numbers (while they are read, their parquet row groups) and a window's frames are all that is in
+memory; what a header claims is held against other claims before anything is allocated. (3) Faults
+are ValueErrors that name dataset, episode, field and remedy. `window` tests what it reads; `check`
+tests everything and lists every fault.
 
 Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action
 dimensions, P state dimensions.
@@ -30,7 +31,6 @@ from types import NoneType
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from weights.files import check_keys
 from weights.hub import snapshot
@@ -173,9 +173,10 @@ class VideoReader:
 
 class OpenFiles:
     """The last few open files and tables. `take` removes one, so that it has one user; `put` puts
-    it back and lets go of the oldest, which closes it. Keys hold the process id: a forked loader worker must not move
-    its parent's file offsets. A plain dictionary, each of whose methods is whole to other threads;
-    OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
+    it back and lets go of the oldest, which closes it. Keys hold the process id: a forked loader
+    worker must not move its parent's file offsets. A plain dictionary, each of whose methods is
+    whole to other threads; OrderedDict is not, when a key's comparison or the end of an old item
+    lets another thread in."""
 
     def __init__(self, size: int = 24):
         self.items = {}
@@ -337,14 +338,7 @@ class Recordings:
         """Errors of the libraries that read a file become faults of `what`."""
         try:
             yield
-        except (
-            av.error.FFmpegError,
-            pyarrow.ArrowException,
-            Image.DecompressionBombError,
-            OSError,
-            SyntaxError,  # of a broken PNG
-            ValueError,
-        ) as error:
+        except (av.error.FFmpegError, pyarrow.ArrowException, OSError, ValueError) as error:
             raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
 
     def _finite(self, field: str, rows: np.ndarray, episode: int) -> np.ndarray:
@@ -413,8 +407,7 @@ class Recordings:
     # Checks.
 
     def check(self) -> list[str]:
-        """Reads every episode and decodes every frame; the first fault of an episode's numbers, and
-        of each of its cameras, is named."""
+        """Reads every episode, decodes every frame, and names every fault."""
         faults = []
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         first_with = {}  # digest of all numbers -> the first episode that has them

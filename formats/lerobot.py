@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from formats.recordings import (
     AGAIN,
@@ -204,9 +205,12 @@ class LeRobotDataset(Folder):
         return table
 
     def _read_tasks(self) -> dict[int, str]:
-        name, text, rows = "meta/tasks.jsonl", "task", None
+        name = "meta/tasks.jsonl"
+        text = "task"
+        rows = None
         if self.version == "v3.0":
-            name, rows = "meta/tasks.parquet", self.info.get("total_tasks")
+            name = "meta/tasks.parquet"
+            rows = self.info.get("total_tasks")
             # The text is a pandas index, which may have no name.
             columns = self._parquet(self._path(name), name, ()).schema_arrow.names
             text = "task" if "task" in columns else "__index_level_0__"
@@ -219,7 +223,7 @@ class LeRobotDataset(Folder):
             tasks[index] = task
         return tasks
 
-    def _episode_columns(self) -> dict[str, np.ndarray]:
+    def _episode_columns(self) -> dict[str, ndarray]:
         """Columns of meta/episodes as numbers (E,) in the order of episodes; of the tasks, which
         become `episode_tasks`, how many each has."""
         files = ["meta/episodes.jsonl"]
@@ -251,25 +255,17 @@ class LeRobotDataset(Folder):
         number = np.arange(self.info["total_episodes"])
         length = columns["length"]
 
-        def require(good: np.ndarray, name: str, remedy: str) -> None:
-            if not good.all():
-                episode = int(np.argmin(good))
-                raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
-
-        remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
-        require(columns["episode_index"] == number, "episode_index", remedy)
-        remedy = f"an episode has 1 to {MAX_ROWS} rows: split or drop it"
-        require((length >= 1) & (length <= MAX_ROWS), "length", remedy)
-        require(columns["tasks"] > 0, "tasks", "give each episode at least one")
-        total = int(length.sum())
-        if total != self.info["total_frames"]:
-            problem = f"is {self.info['total_frames']}, the episodes have {total}"
-            raise self._fault("total_frames", f"{problem}; correct info.json")
         start = np.cumsum(length) - length
+        remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
+        # Column, which episodes are right, remedy.
+        checks = [("episode_index", columns["episode_index"] == number, remedy)]
+        remedy = f"an episode has 1 to {MAX_ROWS} rows: split or drop it"
+        checks.append(("length", (length >= 1) & (length <= MAX_ROWS), remedy))
+        checks.append(("tasks", columns["tasks"] > 0, "give each episode at least one"))
         for name, wanted in (("from", start), ("to", start + length)):
             name = f"dataset_{name}_index"
             remedy = "must count the rows of all episodes before"
-            require(columns.get(name, wanted) == wanted, name, remedy)
+            checks.append((name, columns.get(name, wanted) == wanted, remedy))
         # In v2.1, which does not say it, each episode has its own files.
         own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
         self.video_at = {}
@@ -277,22 +273,30 @@ class LeRobotDataset(Folder):
             names = [f"videos/{key}/{name}" for name in VIDEO]
             chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
             right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
-            require(right, names[3], "must be from_timestamp + length / fps")
+            checks.append((names[3], right, "must be from_timestamp + length / fps"))
             order = np.lexsort((begin, file, chunk))
-            other_file = (np.diff(chunk[order]) != 0) | (np.diff(file[order]) != 0)
+            other_file = np.diff([chunk[order], file[order]]).any(axis=0)
             gap = begin[order[1:]] - end[order[:-1]]
             apart = np.ones(len(number), bool)
             apart[order[1:]] = other_file | (gap >= -0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
-            require(apart, names[2], remedy)
+            checks.append((names[2], apart, remedy))
             self.video_at[key] = (chunk, file, begin)
+        for name, good, remedy in checks:
+            for episode in np.flatnonzero(~good)[:1]:
+                raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
+        if length.sum() != self.info["total_frames"]:
+            problem = f"is {self.info['total_frames']}, the episodes have {length.sum()}"
+            raise self._fault("total_frames", f"{problem}; correct info.json")
         # Within a data file rows run from its first episode; it has the rows of all its episodes.
         chunk = columns.get("data/chunk_index", own[0])
         file = columns.get("data/file_index", own[1])
-        files = np.stack([chunk, file], axis=1)
-        _, first, which = np.unique(files, axis=0, return_index=True, return_inverse=True)
-        rows = np.bincount(which.ravel(), length).astype(int)
-        self.data_at = (chunk, file, start - start[first[which.ravel()]], rows[which.ravel()])
+        _, first, which = np.unique(
+            np.stack([chunk, file]), axis=1, return_index=True, return_inverse=True
+        )
+        which = which.ravel()
+        rows = np.bincount(which, length).astype(int)
+        self.data_at = (chunk, file, start - start[first[which]], rows[which])
         self.start = start
         self.lengths = length
 
@@ -375,7 +379,7 @@ class LeRobotDataset(Folder):
         self.open_files.put(key, opened)
         return table.slice(offset - ends[first] + groups[first], length)
 
-    def _values(self, episode: int, key: str, column: "pa.Array") -> np.ndarray:
+    def _values(self, episode: int, key: str, column: "pa.Array") -> ndarray:
         """A column (T, D) of the dtype and width that info.json says, all of it finite."""
         feature = DEFAULTS.get(key) or self.features[key]
         width = feature["shape"][0]
@@ -396,7 +400,7 @@ class LeRobotDataset(Folder):
         rows = values.to_numpy(zero_copy_only=False).reshape(-1, width).copy()
         return self._finite(key, rows, episode)
 
-    def _load(self, episode: int, *more: str) -> dict[str, np.ndarray]:
+    def _load(self, episode: int, *more: str) -> dict[str, ndarray]:
         """Columns of an episode, each (T, D); an error names every fault in them."""
         keys = dict.fromkeys([*DEFAULTS, *filter(None, self.titles.values()), *more])
         table = self._table(episode, list(keys))
@@ -430,7 +434,7 @@ class LeRobotDataset(Folder):
             raise ValueError("\n".join(map(str, faults)))
         return rows
 
-    def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
+    def rows(self, episode: int, *more: str) -> dict[str, ndarray]:
         """The tested columns of an episode: state (T, P) and action (T, A) under their own names,
         LeRobot's five (T, 1), and `more`."""
         key = ("rows", episode, *more)
@@ -440,11 +444,11 @@ class LeRobotDataset(Folder):
         self.open_files.put(key, rows)
         return rows
 
-    def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def numbers(self, episode: int) -> tuple[ndarray | None, ndarray | None]:
         rows = self.rows(episode)
         return rows.get(self.titles["state"]), rows.get(self.titles["action"])
 
-    def labels(self, episode: int) -> dict[str, np.ndarray]:
+    def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only the simulator knew, as `worlds.World.labels` says: name -> (T,); empty if
         it was not recorded, or without names. It is there for frozen backbones to learn from; no
         window holds it, so no policy is given it."""
@@ -465,10 +469,10 @@ class LeRobotDataset(Folder):
 
     # Pictures.
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
         return {camera: self.pictures(episode, camera, rows) for camera in self.cameras}
 
-    def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
+    def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         chunk, file, origin = (x[episode].item() for x in self.video_at[camera])
         path = self._file("video_path", episode, chunk, file, camera)
@@ -501,13 +505,13 @@ class LeRobotDataset(Folder):
 STATS = ("min", "max", "mean", "std", "count")
 
 
-def measure(rows: np.ndarray, count: int) -> np.ndarray:
+def measure(rows: ndarray, count: int) -> ndarray:
     """LeRobot's statistics (5, D) of rows (T, D), which count as so many."""
     counts = np.full(rows.shape[1], count)
     return np.stack([rows.min(0), rows.max(0), rows.mean(0), rows.std(0), counts])
 
 
-def pool(parts: Sequence[np.ndarray]) -> np.ndarray:
+def pool(parts: Sequence[ndarray]) -> ndarray:
     """Statistics (5, D) of the whole from those of its parts."""
     low, high, mean, std, count = np.stack(parts, axis=1)
     whole = np.average(mean, axis=0, weights=count)
@@ -515,7 +519,7 @@ def pool(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0)])
 
 
-def named(stats: np.ndarray, feature: dict) -> dict[str, list]:
+def named(stats: ndarray, feature: dict) -> dict[str, list]:
     """Statistics as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one number."""
     shape = (5, -1, 1, 1) if feature["dtype"] == "video" else (5, -1)
     values = dict(zip(STATS, stats.reshape(shape).tolist()))
@@ -557,9 +561,9 @@ class Writer:
 
     def add(
         self,
-        frames: Mapping[str, Iterable[np.ndarray]],
-        states: np.ndarray | None,
-        actions: np.ndarray | None,
+        frames: Mapping[str, Iterable[ndarray]],
+        states: ndarray | None,
+        actions: ndarray | None,
         task: str,
         labels: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
@@ -600,8 +604,8 @@ class Writer:
         self._close(self.storage.data_mb, self.storage.video_mb)
 
     def _write_video(
-        self, key: str, pictures: Iterable[np.ndarray]
-    ) -> tuple[int, list[int], list[np.ndarray]]:
+        self, key: str, pictures: Iterable[ndarray]
+    ) -> tuple[int, list[int], list[ndarray]]:
         """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
         stats = []
         shape = self.features.get(key, {}).get("shape")
@@ -620,7 +624,7 @@ class Writer:
             count += 1
         return count, shape, stats
 
-    def _write_rows(self, vectors: dict[str, np.ndarray], length: int, task: int) -> None:
+    def _write_rows(self, vectors: dict[str, ndarray], length: int, task: int) -> None:
         """Adds an episode to the data file, which is opened if there is none."""
         columns = {}
         for key, v in vectors.items():
@@ -638,7 +642,7 @@ class Writer:
             self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(self, task: str, length: int, stats: dict[str, np.ndarray]) -> None:
+    def _write_episode(self, task: str, length: int, stats: dict[str, ndarray]) -> None:
         """The episode's row of meta/episodes: places, tasks and statistics."""
         size = self.storage.chunks_size
         row = {
@@ -690,10 +694,6 @@ class Writer:
         for key, feature in self.features.items():
             whole[key] = named(pool([one[key] for one in self.stats]), feature)
         (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
-        (meta / "info.json").write_text(json.dumps(self._info(), indent=4), "utf-8")
-        os.replace(self.root, self.final)
-
-    def _info(self) -> dict:
         count = len(self.episodes)
         info = {
             "codebase_version": "v3.0",
@@ -709,9 +709,10 @@ class Writer:
             "video_files_size_in_mb": self.storage.video_mb,
             "features": self.features | DEFAULTS,
         }
-        if not self.number.keys() - {""}:
+        if not self.number.keys() - {""}:  # no camera
             info["video_path"] = None
-        return info
+        (meta / "info.json").write_text(json.dumps(info, indent=4), "utf-8")
+        os.replace(self.root, self.final)
 
 
 def write_v3(

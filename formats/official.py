@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from formats.lerobot import write_v3
 from formats.recordings import MAX_BYTES, Choice, Folder, Recordings, Storage, VideoReader
@@ -96,17 +97,9 @@ class OfficialFolder(Folder):
         suffix = "mp4" if part == "videos" else "pt"
         return self._path(str(folder / part / f"{name}.{suffix}"), episode, part)
 
-    def _rows(self, episode: int) -> np.ndarray:
+    def _rows(self, episode: int) -> ndarray:
         """The tested (T, D) float32 of an episode's .pt: a tensor, or a dictionary with
         `latent_action`."""
-        key = ("rows", episode)
-        rows = self.open_files.take(key)
-        if rows is None:
-            rows = self._read_rows(episode)
-        self.open_files.put(key, rows)
-        return rows
-
-    def _read_rows(self, episode: int) -> np.ndarray:
         path = self._file(episode, self.part)
         with self._reading(self.part, path.name, episode):
             rows, _ = read_torch(path)
@@ -121,11 +114,11 @@ class OfficialFolder(Folder):
                 raise ValueError(f"claims {rows.nbytes} bytes and has {size}")
         return self._finite(self.part, rows.float().numpy().copy(), episode)
 
-    def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def numbers(self, episode: int) -> tuple[ndarray | None, ndarray | None]:
         rows = self._rows(episode) if self.part == "qpos" else None
         return rows, rows
 
-    def latents(self, episode: int) -> np.ndarray | None:
+    def latents(self, episode: int) -> ndarray | None:
         """Latent actions (T - 1, 14): row i is the motion from frame i on. None where the folder
         has none."""
         return None if self.part == "qpos" else self._rows(episode)
@@ -152,10 +145,10 @@ class OfficialFolder(Folder):
                 raise ValueError("is empty, expected a line per wording")
         return list(filter(None, lines))
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
         return {VIEW: self.pictures(episode, rows)}
 
-    def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[np.ndarray]:
+    def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         path = self._file(episode, "videos")
         yield from self._decode(episode, VIEW, rows, path, int(self.lengths[episode]))

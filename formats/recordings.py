@@ -31,6 +31,7 @@ from types import NoneType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 
 from weights.files import check_keys
 from weights.hub import snapshot
@@ -56,7 +57,7 @@ ROBOTWIN_SCENE = (
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(pictures: ndarray, height: int, width: int) -> ndarray:
     """uint8 (..., H, W, 3) -> (..., height, width, 3), bilinear without antialiasing as OpenCV does
     it, to within 1 of 255."""
     *first, h, w, _ = pictures.shape
@@ -68,7 +69,7 @@ def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
     return flat.reshape(*first, height, width, 3).numpy()
 
 
-def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+def fit(pictures: ndarray, height: int, width: int) -> ndarray:
     """uint8 (..., H, W, 3) -> (..., height, width, 3): scaled by one factor, sides truncated to
     whole pixels, centred on black."""
     *first, h, w, _ = pictures.shape
@@ -82,8 +83,8 @@ def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_place(
-    places: np.ndarray, part: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
+    places: ndarray, part: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]
+) -> ndarray:
     """Places (n, 2) in the `part` (height, width) at the top left of a picture of size `whole`, 0
     to 1 from left and top, where `fit` puts them when the whole is fitted to `size`."""
     part, whole, size = (np.array(x[::-1]) for x in (part, whole, size))  # width, height
@@ -91,7 +92,7 @@ def fit_place(
     return (places * part * scale + (size - whole * scale) / 2) / size
 
 
-def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def t_layout(head: ndarray, left: ndarray, right: ndarray) -> ndarray:
     """The official three-camera picture: head on top, both wrists at half the head's size below,
     fitted to 384 x 320. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
     360 x 320 and 12 black rows above and below."""
@@ -106,12 +107,6 @@ def t_layout(head: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarra
     wrists = [resize(left, h // 2, w // 2), resize(right, h // 2, w - w // 2)]
     whole = np.concatenate([head, np.concatenate(wrists, axis=-2)], axis=-3)
     return fit(whole, *T_SIZE)
-
-
-def t_place(places: np.ndarray, head: tuple[int, int]) -> np.ndarray:
-    """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where
-    `t_layout` puts them."""
-    return fit_place(places, head, (head[0] + head[0] // 2, head[1]), T_SIZE)
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -147,7 +142,7 @@ class VideoReader:
         self.slack = TOLERANCE / self.tick + 1
         self.reformatter = av.video.reformatter.VideoReformatter()
 
-    def read(self, times: Iterable[float]) -> Iterator[np.ndarray]:
+    def read(self, times: Iterable[float]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 at these seconds."""
         for time in times:
             wanted = round(time / self.tick)
@@ -219,7 +214,7 @@ class VideoWriter:
         self.stream.height, self.stream.width = size
         self.stream.pix_fmt = storage.pix_fmt
 
-    def add(self, picture: np.ndarray, first: bool) -> None:
+    def add(self, picture: ndarray, first: bool) -> None:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame.pts = self.frames
         frame.time_base = 1 / self.stream.codec_context.framerate
@@ -276,11 +271,11 @@ class Choice:
 
 @dataclass
 class Window:
-    frames: dict[str, np.ndarray]  # camera -> (F, H, W, 3) uint8
-    video_mask: np.ndarray  # (F,) bool, False where the episode has ended or not begun
-    actions: np.ndarray | None  # (S, A) float32
-    action_mask: np.ndarray  # (S,) bool
-    state: np.ndarray | None  # (P,) float32, at the start time
+    frames: dict[str, ndarray]  # camera -> (F, H, W, 3) uint8
+    video_mask: ndarray  # (F,) bool, False where the episode has ended or not begun
+    actions: ndarray | None  # (S, A) float32
+    action_mask: ndarray  # (S,) bool
+    state: ndarray | None  # (P,) float32, at the start time
     instruction: str
 
 
@@ -311,20 +306,20 @@ class Recordings:
         """The episode's task, for drawing tasks alike."""
         return self.texts(episode)[0]
 
-    def labels(self, episode: int) -> dict[str, np.ndarray]:
+    def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only a simulator knew of each row: name -> (T,)."""
         return {}
 
-    def latents(self, episode: int) -> np.ndarray | None:
+    def latents(self, episode: int) -> ndarray | None:
         """Latent actions, standardised, one row for each frame that has one."""
         return None
 
-    def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+    def flows(self, episode: int, interval: int) -> Iterator[tuple[ndarray, ndarray]] | None:
         """True optical flow over `interval` rows, where the source knows it: batches of flow
         (n, H, W, 2) in pixels and which of them are valid (n,)."""
         return None
 
-    def motions(self, episode: int, interval: int) -> np.ndarray | None:
+    def motions(self, episode: int, interval: int) -> ndarray | None:
         """True motions (T, k) over `interval` rows, where the source knows them."""
         return None
 
@@ -341,7 +336,7 @@ class Recordings:
         except (av.error.FFmpegError, pyarrow.ArrowException, OSError, ValueError) as error:
             raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
 
-    def _finite(self, field: str, rows: np.ndarray, episode: int) -> np.ndarray:
+    def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
         """Rows (T, D) as they are, if all are finite."""
         for row, column in np.argwhere(~np.isfinite(rows))[:1]:
             problem = f"dimension {column} is {rows[row, column]}; repair or drop it"
@@ -352,7 +347,7 @@ class Recordings:
 
     def _nearest(
         self, episode: int, start_time: float, times: Sequence[float], field: str
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[ndarray, ndarray]:
         """Rows nearest to seconds after `start_time`, clipped to the episode, and which of them lie
         in it."""
         at = (np.asarray(times, float) + start_time) * self.fps
@@ -362,7 +357,7 @@ class Recordings:
         last = int(self.lengths[episode]) - 1
         return rows.clip(0, last), (rows >= 0) & (rows <= last)
 
-    def _frames(self, episode: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _frames(self, episode: int, rows: ndarray) -> dict[str, ndarray]:
         """Pictures (F, H, W, 3) of rows in any order, by camera; each is decoded once."""
         if not len(rows):
             return {}
@@ -380,9 +375,6 @@ class Recordings:
     ) -> Window:
         """The window at `start_time` seconds of an episode; other times are seconds after it. Each
         takes the nearest row. Without actions or state in the source these are None."""
-        count = len(self.lengths)
-        if not 0 <= episode < count:
-            raise self._fault("episode", f"is {episode}; there are episodes 0 to {count - 1}")
         (start,), (inside,) = self._nearest(episode, 0, [start_time], "start_time")
         if not inside:
             end = (self.lengths[episode] - 1) / self.fps
@@ -444,7 +436,7 @@ class Recordings:
         faults += self._swapped_cameras(looks)
         return [str(fault) for fault in faults]
 
-    def _swapped_cameras(self, looks: np.ndarray) -> Iterator[ValueError]:
+    def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:
         """Two cameras of an episode are swapped if each looks like what the other usually shows;
         `looks` (episodes, cameras, 48) are 4 x 4 pixels of their first pictures, NaN if unread."""
         known = looks[np.isfinite(looks).all(axis=(1, 2))]
@@ -461,18 +453,6 @@ class Recordings:
 
 
 # -- folders --------------------------------------------------------------------------------------
-
-
-def from_hub(name: str) -> Path:
-    """A hub dataset USER/NAME[@REVISION] to the local cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
-        raise ValueError(
-            f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME with "
-            "@REVISION if wanted"
-        )
-    repository, _, revision = name.partition("@")
-    files = ["meta/**", "data/**", "videos/**", "images/**"]
-    return Path(snapshot(repository, revision or None, files, repo_type="dataset"))
 
 
 class Folder(Recordings):
@@ -492,7 +472,17 @@ class Folder(Recordings):
         """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
         fields. ValueError for what is no valid dataset. Choices are printed on stderr unless
         `quiet`."""
-        dataset = cls(root if Path(root).is_dir() else from_hub(str(root)), mapping)
+        name = str(root)
+        if not Path(root).is_dir():
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
+                raise ValueError(
+                    f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME "
+                    "with @REVISION if wanted"
+                )
+            repository, _, revision = name.partition("@")
+            files = ["meta/**", "data/**", "videos/**"]
+            name = snapshot(repository, revision or None, files, repo_type="dataset")
+        dataset = cls(name, mapping)
         if not quiet:
             print(dataset.describe(), file=sys.stderr)
         return dataset
@@ -527,7 +517,7 @@ class Folder(Recordings):
         end: int,
         origin: float = 0.0,
         single: bool = True,
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[ndarray]:
         """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
         and ends before frame `end`; `single`: nothing else is in it."""
         key = ("video", path)

@@ -23,7 +23,15 @@ from lerobot_files import SINGLE, as_v21  # noqa: E402
 
 from formats import lerobot, recordings  # noqa: E402
 from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
-from formats.recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout, t_place  # noqa: E402
+from formats.recordings import (  # noqa: E402
+    ROBOTWIN_SCENE,
+    T_SIZE,
+    Choice,
+    Storage,
+    fit,
+    fit_place,
+    t_layout,
+)
 
 FPS, CAMERAS, LENGTHS = 10, ("high", "left", "right"), (11, 14, 12, 13)
 
@@ -284,11 +292,12 @@ def test_the_t_layout_has_the_official_sizes():
 
 @pytest.mark.parametrize("head", ((240, 320), (96, 128), (100, 100)))
 def test_a_place_in_the_head_picture_is_found_in_the_t(head):
-    """A white spot of the head picture is where `t_place` says, whatever the camera's shape."""
+    """A white spot of the head picture is where `fit_place` says, whatever the camera's shape."""
     picture, wrist = np.zeros((*head, 3), np.uint8), np.zeros((*head, 3), np.uint8)
     picture[20:28, 60:68] = 255
     spot = np.argwhere(t_layout(picture, wrist, wrist)[..., 0] > 128).mean(0) + 0.5
-    place = t_place(np.array([[64 / head[1], 24 / head[0]]]), head)[0]
+    whole = head[0] * 3 // 2, head[1]
+    place = fit_place(np.array([[64 / head[1], 24 / head[0]]]), head, whole, T_SIZE)[0]
     assert np.abs(place * (320, 384) - spot[::-1]).max() < 1.5
 
 

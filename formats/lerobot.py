@@ -319,7 +319,14 @@ class LeRobotDataset(Folder):
         ready = [key for key in self.sizes if key.endswith("cam_concatenated")]
         self.cameras = given.cameras or tuple(ready or self.sizes)
         if given.t_layout and not given.cameras:
-            self.cameras = self._t_cameras()
+            found = []  # head, left and right by name
+            for words in ("high|head|top|front", "left", "right"):
+                last = re.compile(rf"({words})[^.]*$", re.IGNORECASE)
+                found.append(list(filter(last.search, self.sizes)))
+            if any(len(names) != 1 for names in found):
+                problem = f"head, left, right could be {found}; name three of {list(self.sizes)}"
+                raise self._fault("cameras", problem)
+            self.cameras = tuple(name for (name,) in found)
         chosen = [(name, f"as {role}", vectors) for role, name in self.titles.items()]
         chosen += [(name, "as a camera", list(self.sizes)) for name in self.cameras]
         for name, role, allowed in chosen:
@@ -334,17 +341,6 @@ class LeRobotDataset(Folder):
             raise self._fault("cameras", f"are {list(self.cameras)}; {expected}")
         names = self.titles.values()
         self.widths = tuple(self.features[key]["shape"][0] if key else 0 for key in names)
-
-    def _t_cameras(self) -> tuple[str, ...]:
-        """Head, left and right by name."""
-        found = []
-        for words in ("high|head|top|front", "left", "right"):
-            last = re.compile(rf"({words})[^.]*$", re.IGNORECASE)
-            found.append(list(filter(last.search, self.sizes)))
-        if any(len(names) != 1 for names in found):
-            problem = f"head, left, right could be {found}; name three of {list(self.sizes)}"
-            raise self._fault("cameras", problem)
-        return tuple(name for (name,) in found)
 
     def _file(self, field: str, episode: int, chunk: int, file: int, key: str = "") -> Path:
         """The path that a template of info.json gives. Only plain fields are filled in."""

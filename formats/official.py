@@ -27,10 +27,11 @@ import torch
 from numpy import ndarray
 
 from formats.lerobot import write_v3
-from formats.recordings import MAX_BYTES, Choice, Folder, Recordings, Storage, VideoReader
+from formats.recordings import Choice, Folder, Recordings, Storage, VideoReader
 from weights.files import read_torch
 
 VIEW = "cam_concatenated"
+MAX_BYTES = 16 << 20  # of a text file
 PARTS = ("qpos", "latent_action_dim14")
 
 

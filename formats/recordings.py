@@ -42,7 +42,6 @@ try:
 except ImportError:
     av = pyarrow = None
 
-MAX_BYTES = 16 << 20  # of info.json, of a line of json, of all tasks
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
 T_SIZE = (384, 320)  # pixels of the official three-camera picture
@@ -494,7 +493,7 @@ class Folder(Recordings):
         """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
         blobs."""
         path = self.root / name
-        plain = "\0" not in name and ".." not in path.parts and path.is_relative_to(self.root)
+        plain = "\0" not in name and path.is_relative_to(self.root)
         real = Path(os.path.realpath(path)) if plain else Path()
         allowed = [path]
         if self.root.parent.name == "snapshots":

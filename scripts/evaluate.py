@@ -50,8 +50,9 @@ class RandomPolicy:
     """The floor: actions uniform in the robot's range. Its members are those that the loop needs of
     any policy."""
 
+    mode = "random"
+
     def __init__(self, chunk: int, dim: int):
-        self.mode = "random"
         self.size = (chunk, dim)
         self.generator = torch.Generator()
 
@@ -62,13 +63,14 @@ class RandomPolicy:
         return 2 * draws.numpy() - 1, None
 
 
-class Expert:
+class Expert(RandomPolicy):
     """The simulator's own scripted policy, asked anew before each action."""
 
+    mode = "expert"
+
     def __init__(self, worlds: Fleet):
-        self.mode = "expert"
+        super().__init__(1, worlds.action_dim)
         self.worlds = worlds
-        self.generator = torch.Generator()
 
     def predict(self, *_, video: bool = True) -> tuple[ndarray, None]:
         return self.worlds.expert()[:, None], None
@@ -77,7 +79,7 @@ class Expert:
 # -- statistics -----------------------------------------------------------------------------------
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: int, trials: int, z: float = 1.96) -> list[float]:
     """Wilson's interval for a rate: it does not leave 0..1 and does not shrink to a point at 0 or
     `trials` successes."""
     if trials < 1 or not 0 <= successes <= trials:
@@ -86,24 +88,24 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     spread = z * z / trials
     middle = rate + spread / 2
     half = z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
-    bounds = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    return max(0.0, bounds[0]), min(1.0, bounds[1])
+    bounds = np.array([middle - half, middle + half]) / (1 + spread)
+    return bounds.clip(0, 1).tolist()
 
 
 def rated(successes: int, episodes: int) -> dict:
-    rate = successes / episodes
-    interval = wilson(successes, episodes)
-    return {"successes": successes, "episodes": episodes, "rate": rate, "interval": interval}
+    return {
+        "successes": successes,
+        "episodes": episodes,
+        "rate": successes / episodes,
+        "interval": wilson(successes, episodes),
+    }
 
 
 def summary(success: ndarray, group: ndarray, steps: ndarray, groups: Sequence[str]) -> dict:
     """success (n,) bool, the group of each, steps (n,) -> rates with their intervals, over all and
     per group; a group without episodes has none."""
-    rates = {"all": rated(int(success.sum()), len(success))}
-    for name in groups:
-        chosen = success[group == name]
-        if len(chosen):
-            rates[name] = rated(int(chosen.sum()), len(chosen))
+    chosen = {"all": success} | {name: success[group == name] for name in groups}
+    rates = {name: rated(int(one.sum()), len(one)) for name, one in chosen.items() if len(one)}
     return rates | {"mean_steps": float(steps[success].mean()) if success.any() else None}
 
 
@@ -148,7 +150,7 @@ class Rollouts:
 
 
 def rollout(
-    policy: Policy | RandomPolicy | Expert,
+    policy: Policy | RandomPolicy,
     worlds: Fleet,
     seeds: Sequence[int],
     max_steps: int = 100,
@@ -191,14 +193,8 @@ def rollout(
             worlds.advance(action)
             done += 1
             steps[unsolved & worlds.success] = done
-    success = worlds.success.copy()
     group = np.array(worlds.group)
-    return Rollouts(success, group, steps, list(worlds.instruction), films)
-
-
-def world_seeds(seed: int, episodes: int) -> list[int]:
-    """Seeds of worlds: the first k of more are the same k."""
-    return episode_seeds(seed, EVALUATED, episodes)
+    return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films)
 
 
 def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
@@ -209,8 +205,8 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
         videos = {"real": np.stack(real)}
         if imagined[0] is not None:
             videos["imagined"] = np.stack(imagined)
-        ending = "solved" if rollouts.success[i] else "not solved"
-        caption = f"{rollouts.instruction[i]} ({ending})"
+        ending = "(solved)" if rollouts.success[i] else "(not solved)"
+        caption = f"{rollouts.instruction[i]} {ending}"
         film(folder / f"{name}_{i}.gif", videos, caption, max(1, 192 // len(real[0])), ms=150)
 
 
@@ -221,7 +217,7 @@ CARD = "meta/sim.json"  # of a recording: simulator, settings, and task and seed
 
 def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
     """A list with commas, each one allowed."""
-    return [choice(name, tuple(allowed), option) for name in text.split(",")]
+    return [choice(name, allowed, option) for name in text.split(",")]
 
 
 def keys_of(sim: str) -> list[str]:
@@ -263,13 +259,8 @@ def view(
     """The one picture (H, W, 3) that a policy sees of a world's cameras, all of them unless named:
     side by side, or head, left and right as the official T; fitted to `size`, its height and width.
     A world without cameras shows one black pixel."""
-    for camera in cameras:
-        if camera not in images:
-            raise ValueError(
-                f"camera {camera!r} is missing; the simulator shows {', '.join(images) or 'none'}: "
-                "choose with --set"
-            )
-    shown = [images[camera] for camera in cameras or images]
+    field = "camera (choose with --set)"
+    shown = [images[choice(camera, images, field)] for camera in cameras or images]
     if t_layout and len(shown) != 3:
         raise ValueError(f"expected head, left and right for the T, found {len(shown)} cameras")
     if not shown:
@@ -291,13 +282,12 @@ class Arena(NamedTuple):
         like = {"sim": args.sim, "settings": {}, "tasks": (), "episodes": ()}
         if args.like:
             like = read_card(args.like)
-        sim = like["sim"]
-        if policy and not sim:
-            sim = PRESETS[policy.card.preset].world
+        sim = like["sim"] or (policy and PRESETS[policy.card.preset].world)
         if not sim or args.sim not in (None, sim):
             raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
-        tried = {scene for seed in args.seed for scene in world_seeds(seed, args.episodes)}
-        if known := tried.intersection(episode["seed"] for episode in like["episodes"]):
+        recorded = {episode["seed"] for episode in like["episodes"]}
+        tried = np.ravel([episode_seeds(seed, EVALUATED, args.episodes) for seed in args.seed])
+        if known := recorded.intersection(tried.tolist()):
             raise ValueError(
                 f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; "
                 "choose another --seed"
@@ -355,18 +345,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--out", help="folder of evaluation.json and films (default: in the checkpoint)")
     args = parser.parse_args(argv)
-    for name in ("episodes", "steps", "max_steps", "batch", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least 1")
-    if min(args.seed) < 0:
-        raise ValueError(f"--seed {args.seed}; expected at least 0")
+    at_least(args, episodes=1, steps=1, max_steps=1, batch=1, workers=1, seed=0)
     return args
+
+
+def at_least(args: argparse.Namespace, **bounds: int) -> None:
+    """Refuses options (numbers, lists of them, or None) below their bounds."""
+    for name, bound in bounds.items():
+        value = getattr(args, name)
+        if value is not None and np.min(value) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least {bound}")
 
 
 def actor_named(
     name: str, policy: Policy | None, worlds: Fleet, args: argparse.Namespace
-) -> Policy | RandomPolicy | Expert:
+) -> Policy | RandomPolicy:
     if name == "expert":
         return Expert(worlds)
     if name == "random":
@@ -377,7 +370,7 @@ def actor_named(
 
 
 def play(
-    actor: Policy | RandomPolicy | Expert,
+    actor: Policy | RandomPolicy,
     worlds: Fleet,
     seed: int,
     episodes: int,
@@ -388,7 +381,7 @@ def play(
     steps = args.max_steps or worlds.max_steps
     execute = None if actor.mode == "expert" else args.execute
     actor.generator.manual_seed(seed)
-    seeds = world_seeds(seed, episodes)
+    seeds = episode_seeds(seed, EVALUATED, episodes)
     for start in range(0, episodes, worlds.size):
         yield rollout(actor, worlds, seeds[start : start + worlds.size], steps, execute, rate)
 

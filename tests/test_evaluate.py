@@ -21,13 +21,16 @@ from scripts.evaluate import (
     table,
     view,
     wilson,
-    world_seeds,
 )
 from worlds import EVALUATED, episode_seeds
 from worlds.fleet import Fleet
 from worlds.toy import Tabletops, many
 
 SKILLS = ["place", "push"]
+
+
+def world_seeds(seed: int, episodes: int) -> list[int]:
+    return episode_seeds(seed, EVALUATED, episodes)
 
 
 def tables(n: int) -> Tabletops:
@@ -303,7 +306,8 @@ def test_the_picture_of_a_policy_is_made_of_cameras():
         3,
     )
     with pytest.raises(
-        ValueError, match="camera 'top' is missing; the simulator shows head, left, right"
+        ValueError,
+        match="camera \\(choose with --set\\) is 'top'; expected one of head, left, right",
     ):
         view(images, ("top",))
     with pytest.raises(ValueError, match="found 2 cameras"):

@@ -321,9 +321,9 @@ def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarr
 
 def scenery(
     rng: np.random.Generator, split: str, randomized: bool, discs: ndarray
-) -> tuple[ndarray, ...]:
-    """One world's still background (CANVAS, CANVAS, 3) uint8, and the light on what stands on it:
-    `tint` (3,) and brightness (CANVAS, CANVAS)."""
+) -> dict[str, ndarray]:
+    """One world's still `background` (CANVAS, CANVAS, 3) uint8, and the light on what stands on
+    it: `tint` (3,) and brightness `light` (CANVAS, CANVAS)."""
     library = textures(split, randomized)
     table = library[rng.integers(len(library))]
     left, top = rng.integers(0, TEXTURE - CANVAS, 2)
@@ -336,8 +336,8 @@ def scenery(
         tint = np.float32(brightness * rng.uniform(0.92, 1.08, 3))
         slope = np.float32(rng.uniform(-0.35, 0.35, 2))
         picture = picture * tint * slanted(slope, 0.5)[..., None]
-    picture = np.clip(picture + 0.5, 0, 255)
-    return picture.astype(np.uint8), tint, slanted(slope, 0.0)
+    background = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return {"background": background, "tint": tint, "light": slanted(slope, 0.0)}
 
 
 def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:

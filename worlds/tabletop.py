@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
+from worlds import choice
 from worlds.render import PAD, Snapshot, capsules, distance, flow, paint, scenery
 from worlds.robots import (
     BAND,
@@ -44,6 +45,7 @@ from worlds.robots import (
     SPLITS,
     TIP,
     TURN_SPEED,
+    columns,
     instructions,
     sentence,
 )
@@ -119,23 +121,6 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
 # -- the world ------------------------------------------------------------------------------------
 
 
-class Scene(NamedTuple):
-    """How a world begins; of n worlds, each array has n in front."""
-
-    discs: ndarray  # (D, 2)
-    colours: ndarray  # (D,) index into COLOURS
-    named: int  # the disc that the instruction is about
-    skill: int
-    toward: ndarray  # (2,) direction of the side
-    goal: ndarray  # (2,) where the disc should go
-    effector: ndarray  # (2,)
-    opening: float
-    heading: float
-    background: ndarray  # (CANVAS, CANVAS, 3) uint8
-    tint: ndarray  # (3,)
-    light: ndarray  # (CANVAS, CANVAS)
-
-
 class Tabletop:
     """n worlds at once, one embodiment.
 
@@ -148,6 +133,11 @@ class Tabletop:
     astray           share of worlds that begin in the middle of a mistake: the effector anywhere,
                      more often than not near the named disc, the gripper open or closed on nothing.
                      Demonstrations of them teach how to recover
+
+    After `reset` it holds `task` (skill, colour, side) and `instruction` of each, and as arrays
+    with n in front: discs (D, 2), colours (D,) as indices into COLOURS, named (the disc that the
+    instruction is about), skill, toward (2,) the side, goal (2,) of the disc, effector (2,),
+    opening, heading, held (a disc, or -1) and success.
     """
 
     def __init__(
@@ -159,12 +149,8 @@ class Tabletop:
         task_agnostic: bool = False,
         astray: float = 0.0,
     ):
-        if embodiment not in EMBODIMENTS:
-            raise ValueError(f"embodiment is {embodiment!r}; expected one of {tuple(EMBODIMENTS)}")
-        if n < 1:
-            raise ValueError(f"n is {n}; expected at least one world")
         self.n = n
-        self.embodiment = EMBODIMENTS[embodiment]
+        self.embodiment = EMBODIMENTS[choice(embodiment, EMBODIMENTS, "embodiment")]
         self.randomized = randomized
         self.split = split
         self.tasks = instructions(split)
@@ -179,16 +165,13 @@ class Tabletop:
         n strings.
         """
         n = self.n
-        seeds = [int(seed) for seed in seeds]
-        if len(seeds) != n or min(seeds) < 0:
-            raise ValueError(
-                f"seeds are {seeds}; expected {n} non-negative integers, one per world"
-            )
+        if len(seeds) != n:
+            raise ValueError(f"seeds are {seeds}; expected {n} non-negative integers")
         self.task = []
         self.rngs = []
-        scenes = [self._scene(seed) for seed in seeds]
-        for name, rows in zip(Scene._fields, zip(*scenes)):
-            setattr(self, name, np.stack(rows))
+        scenes = [self._scene(int(seed)) for seed in seeds]
+        for name in scenes[0]:
+            setattr(self, name, np.stack([scene[name] for scene in scenes]))
         self.instruction = ["" if self.task_agnostic else sentence(*task) for task in self.task]
         self.start = self.disc
         self.held = np.full(n, -1)
@@ -201,7 +184,8 @@ class Tabletop:
         self._intention = None
         return self.observe()
 
-    def _scene(self, seed: int) -> Scene:
+    def _scene(self, seed: int) -> dict:
+        """How one world begins, by the names of what the worlds hold."""
         split = SPLITS.index(self.split)
         layout, look, play = (np.random.default_rng([split, k, seed]) for k in range(3))
         skill, colour, side = task = self.tasks[layout.integers(len(self.tasks))]
@@ -212,17 +196,24 @@ class Tabletop:
         rest = [c for c in range(len(COLOURS)) if c != first]
         colours = np.array([first, *layout.permutation(rest)[: DISCS - 1]])
         discs, effector = layout_of(layout, None if self.task_agnostic else skill, toward)
-        goal = goal_of(skill, discs[0], toward)
         order = layout.permutation(DISCS)  # the named disc may have any slot
         named = order.argmin()
         heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
-        surroundings = scenery(look, self.split, self.randomized, discs)
-        discs = discs[order]
         opening = 1.0
         if self.astray and play.random() < self.astray:
-            effector, opening = stray(play, discs, named)
-        what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
-        return Scene(*what, effector, opening, heading, *surroundings)
+            effector, opening = stray(play, discs[order], named)
+        return {
+            "discs": discs[order],
+            "colours": colours[order],
+            "named": named,
+            "skill": SKILLS.index(skill),
+            "toward": toward,
+            "goal": goal_of(skill, discs[0], toward),
+            "effector": effector,
+            "opening": opening,
+            "heading": heading,
+            **scenery(look, self.split, self.randomized, discs),
+        }
 
     @property
     def group(self) -> list[str]:
@@ -261,24 +252,15 @@ class Tabletop:
 
     # -- physics ----------------------------------------------------------------------------------
 
-    def step(self, actions: ndarray) -> tuple[dict, ndarray]:
-        """One action step of every world: actions (n, A), clipped to [-1, 1] -> observation,
-        success (n,) bool, latched."""
-        self.advance(actions)
-        return self.observe(), self.success.copy()
-
     def advance(self, actions: ndarray) -> None:
-        """`step` without a picture."""
+        """One action step of every world: actions (n, A), clipped to [-1, 1]."""
         actions = np.asarray(actions, float)
         shape = (self.n, self.embodiment.action_dim)
-        if actions.shape != shape:
+        if actions.shape != shape or not np.isfinite(actions).all():
             raise ValueError(
-                f"actions have shape {actions.shape}; {self.n} worlds of embodiment "
-                f"{self.embodiment.name!r} expected {shape}"
+                f"actions have shape {actions.shape} and values {actions}; {self.n} worlds of "
+                f"embodiment {self.embodiment.name!r} expected {shape} finite numbers"
             )
-        if not np.isfinite(actions).all():
-            i, j = np.argwhere(~np.isfinite(actions))[0]
-            raise ValueError(f"actions[{i}, {j}] is {actions[i, j]}; expected finite numbers")
         was_open = self.opening >= 0.5
         move = self._move(actions)
         self._drop()
@@ -526,16 +508,9 @@ def record(
     its frames have no pixels, for those who need the motion alone and sooner. Undisturbed, the
     expert starts where a policy does, and what is recorded is what is executed.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level is {level}; expected one of {tuple(LEVELS)}")
-    if embodiment is not None and embodiment not in EMBODIMENTS:
-        raise ValueError(
-            f"embodiment is {embodiment!r}; expected one of {tuple(EMBODIMENTS)}, or None for "
-            f"level {level}'s own"
-        )
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least one")
-    kind = LEVELS[level]
+    kind = LEVELS[choice(level, LEVELS, "level")]
     if not disturbed:
         kind = kind._replace(astray=0.0, slips=0.0)
         noise = 0.0
@@ -581,16 +556,16 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
         if (since > AFTER).all():
             break
     frames, states, shots = zip(*seen)
-    frames, states, actions = (np.stack(rows) for rows in (frames, states, actions))
+    frames, states, actions = map(np.stack, (frames, states, actions))
     shots = Snapshot.stack(shots)
     episodes = []
     for i, t in enumerate(length):
         shot = shots[: t + 1, i]
-        motion = np.concatenate([shot.effector, shot.opening[:, None]], axis=1)
+        motion = columns(*shot.effector.T, shot.opening)
         episode = Episode(
             frames[: t + 1, i].copy(),
-            states[: t + 1, i].copy(),
-            actions[:t, i].copy() if world.embodiment.has_actions else None,
+            states[: t + 1, i],
+            actions[:t, i] if world.embodiment.has_actions else None,
             None if world.task_agnostic else world.task[i],
             world.instruction[i],
             world.embodiment.name,

@@ -105,7 +105,7 @@ class Rendered(Recordings):
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
         shown = self.episode(episode)
-        found = tabletop.labels(shown.snapshots[:-1], shown.task) if shown.task else {}
+        found = tabletop.labels(shown.snapshots.at(slice(-1)), shown.task) if shown.task else {}
         return {name: np.array(values) for name, values in found.items()}
 
     def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

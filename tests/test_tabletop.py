@@ -228,7 +228,7 @@ def test_a_push_does_not_count_when_the_disc_was_grasped():
 def test_true_flow_carries_the_next_frame_back_to_this_one(body):
     """On moving pixels, warping frame t+3 by the true flow explains frame t far better than no
     warp."""
-    episode = record(2, 3, seed=4, embodiment=body, noise=0.0)[0]
+    episode = record(2, 3, seed=4, embodiment=body, disturbed=False)[0]
     t = np.arange(2, len(episode.frames) - 9, 3)
     motion = episode.flow(t, t + 3)
     plain, warped = [], []
@@ -360,7 +360,7 @@ def test_labels_name_the_disc_of_the_instruction():
     for i, text in enumerate(seen["instruction"]):
         skill, colour, side = world.task[i]
         assert text == sentence(skill, colour, side)
-        truth = {name: value[0] for name, value in labels(shot[[i]], world.task[i]).items()}
+        truth = {name: value[0] for name, value in labels(shot.at([i]), world.task[i]).items()}
         assert (truth["right"], truth["down"]) == tuple(DIRECTIONS[SIDES.index(side)])
         assert truth["push"] == (skill == "push") and truth["opening"] == 1
         column, row = int(truth["object x"] * IMAGE), int(truth["object y"] * IMAGE)
@@ -396,7 +396,7 @@ def test_an_opening_gripper_moves_its_fingers_apart():
         [[[0.8, 0.2], [0.8, 0.5], [0.8, 0.8]]],
         0.5,
     )
-    after = before[np.arange(1)]
+    after = before.at(np.arange(1))
     after.opening[:] = 1.0
     motion = flow("gripper", before, after)[0]
     gap, row, column = (0.022 + 0.068 / 2) * IMAGE, int(0.5 * IMAGE), 0.3 * IMAGE

@@ -50,6 +50,11 @@ def tip(data: object, hand: int) -> np.ndarray:
     return data.xpos[hand] + 0.14 * data.xmat[hand].reshape(3, 3)[:, 0]
 
 
+def between(values: list, i: int, part: float) -> np.ndarray | float:
+    """What lies this part of the way from waypoint i - 1 to i."""
+    return values[i - 1] + part * (values[i] - values[i - 1])
+
+
 class TransferCube(World):
     """`size` is the width of the pictures in pixels, `hold` the simulator's steps per action."""
 
@@ -64,7 +69,7 @@ class TransferCube(World):
         cameras: str = "head,left_wrist,right_wrist",
         hold: float = 5,
     ):
-        choice(task, tuple(TASKS))
+        choice(task, TASKS)
         package = importlib.util.find_spec("gym_aloha")
         if package is None or importlib.util.find_spec("mujoco") is None:
             raise ValueError(MISSING)
@@ -81,8 +86,7 @@ class TransferCube(World):
         self.hold = hold
         self.fps = round(50 / hold)
         self.max_steps = round(400 / hold)
-        names = [name for name in cameras.split(",") if name]
-        self.cameras = [choice(name, tuple(CAMERAS), "camera") for name in names]
+        self.cameras = [choice(name, CAMERAS, "camera") for name in cameras.split(",") if name]
         folder = Path(package.submodule_search_locations[0])
         scene = folder / "assets" / "bimanual_viperx_transfer_cube.xml"
         self.model = mujoco.MjModel.from_xml_path(str(scene))
@@ -153,58 +157,53 @@ class TransferCube(World):
 
     def _plan(self) -> np.ndarray:
         """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz, place
-        of the point between the fingertips, rotation from the start, opening of the gripper."""
+        of the point between the fingertips, opening of the gripper, rotation from the start."""
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        place = {arm: tip(ghost, hand) for arm, hand in self.hands.items()}
         pose = {arm: self._turned(ghost, hand) for arm, hand in self.hands.items()}
         cube = np.array([*self.data.qpos[16:18], 0.02])
         near = MEET - [0.1, 0, 0.02]
         over = cube + [0, 0, 0.08]
         beside = MEET + [0.1, 0, 0]
+        # Both hands turn on the way to their first waypoint.
         straight, down, side = self.Rotation.from_euler("yx", [(0, 0), (-60, 0), (0, 90)], True)
         ways = {
-            "left": [
-                (0, place["left"], straight, 0),
-                (100, near, side, 1),
-                (220, near, side, 1),
-                (260, MEET, side, 1),
-                (310, MEET, side, 0),
-                (360, near, side, 0),
-            ],
-            "right": [
-                (0, place["right"], straight, 0),
-                (90, over, down, 1),
-                (130, cube, down, 1),
-                (170, cube, down, 0),
-                (220, MEET, down, 0),
-                (310, MEET, down, 0),
-                (340, MEET, down, 1),
-                (380, beside, down, 1),
-            ],
+            "left": (
+                [0, 100, 220, 260, 310, 360],
+                [near, near, MEET, MEET, near],
+                [0, 1, 1, 1, 0, 0],
+                side,
+            ),
+            "right": (
+                [0, 90, 130, 170, 220, 310, 340, 380],
+                [over, cube, cube, MEET, MEET, MEET, beside],
+                [0, 1, 1, 0, 0, 0, 1, 1],
+                down,
+            ),
         }
+        starts = {arm: tip(ghost, hand) for arm, hand in self.hands.items()}
         plan = []
         for now in self.hold * np.arange(1, self.max_steps + 1):
-            for arm, first in ARMS.items():
-                way = ways[arm]
-                i = min(np.searchsorted([point[0] for point in way], now), len(way) - 1)
-                t0, place0, turn0, grip0 = way[i - 1]
-                t1, place1, turn1, grip1 = way[i]
-                part = min(1.0, (now - t0) / (t1 - t0))
-                goal = place0 + part * (place1 - place0)
-                turn = turn0 * (turn0.inv() * turn1) ** part * pose[arm]
-                self._solve(ghost, self.hands[arm], first, goal, turn)
-                plan += [*ghost.qpos[first : first + 6], grip0 + part * (grip1 - grip0)]
+            for arm, (times, places, grips, turn) in ways.items():
+                i = min(np.searchsorted(times, now), len(times) - 1)
+                part = min(1.0, (now - times[i - 1]) / (times[i] - times[i - 1]))
+                place = between([starts[arm], *places], i, part)
+                before = straight if i == 1 else turn
+                turn = before * (before.inv() * turn) ** part * pose[arm]
+                self._solve(ghost, arm, place, turn)
+                first = ARMS[arm]
+                plan += [*ghost.qpos[first : first + 6], between(grips, i, part)]
         return np.reshape(plan, (-1, 14))
 
     def _turned(self, data: object, hand: int) -> object:
         return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
 
-    def _solve(self, ghost: object, hand: int, first: int, place: np.ndarray, turn: object) -> None:
-        """Moves the six joints from `first` until the fingertips are at a place and the hand has
-        the rotation `turn`: damped least squares."""
-        joints = slice(first, first + 6)
+    def _solve(self, ghost: object, arm: str, place: np.ndarray, turn: object) -> None:
+        """Moves the six joints of an arm until the fingertips are at a place and the hand has the
+        rotation `turn`: damped least squares."""
+        hand = self.hands[arm]
+        joints = slice(ARMS[arm], ARMS[arm] + 6)
         low, high = self.model.actuator_ctrlrange[joints].T
         jacobian = np.zeros((6, self.model.nv))
         for _ in range(20):

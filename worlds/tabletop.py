@@ -82,9 +82,8 @@ def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
         good = (free > RADIUS + PUSH + 0.1) & (free < 0.78)
         spots = [named + step * toward for step in (-0.15, 0.07, 0.14, 0.22)]
         gap = 0.02
-    for spot in spots:
-        good &= (distance(spot[:, None], others) > 2 * RADIUS + gap).all(axis=1)
-    return good
+    gaps = [distance(spot[:, None], others) for spot in spots]
+    return good & (np.min(gaps, axis=(0, 2)) > 2 * RADIUS + gap)
 
 
 def layout_of(
@@ -247,8 +246,7 @@ class Tabletop:
 
     def snapshot(self) -> Snapshot:
         """A copy of all that moves."""
-        names = Snapshot.__dataclass_fields__
-        return Snapshot(*(getattr(self, name).copy() for name in names))
+        return Snapshot(*(getattr(self, name).copy() for name in Snapshot._fields))
 
     # -- physics ----------------------------------------------------------------------------------
 
@@ -285,10 +283,10 @@ class Tabletop:
     def _drop(self) -> None:
         """Open grippers let go. A disc to be pushed that was grasped by mistake begins anew."""
         opens = self.opening > 0.5
-        again = np.flatnonzero(opens & (self.held == self.named) & (self.skill != PLACE))
+        again = opens & (self.held == self.named) & (self.skill != PLACE)
         self.grasped[again, self.named[again]] = False
         self.start[again] = self.disc[again]
-        self.held = np.where(opens, -1, self.held)
+        self.held[opens] = -1
 
     def _grasp(self, was_open: ndarray) -> None:
         """Grippers that close near a disc take it, and what is held comes along."""
@@ -310,12 +308,11 @@ class Tabletop:
         pushing = (self.opening < 0.5) & (self.held < 0)
         offset = self.discs - self.effector[:, None]
         self.discs += driven(offset, RADIUS + TIP, pushing[:, None], move[:, None])
-        for i in range(DISCS):
-            for j in range(i):
-                offset = self.discs[:, i] - self.discs[:, j]
-                half = apart(offset, 2 * RADIUS, free[:, i] & free[:, j]) / 2
-                self.discs[:, i] += half
-                self.discs[:, j] -= half
+        for j, i in ((0, 1), (0, 2), (1, 2)):
+            offset = self.discs[:, i] - self.discs[:, j]
+            half = apart(offset, 2 * RADIUS, free[:, i] & free[:, j]) / 2
+            self.discs[:, i] += half
+            self.discs[:, j] -= half
         self.discs = np.clip(self.discs, RADIUS, 1 - RADIUS)
 
     def _judge(self) -> None:
@@ -461,7 +458,7 @@ class Episode:
     def flow(self, before: ndarray, after: ndarray) -> ndarray:
         """True optical flow (k, 48, 48, 2) between the frames numbered `before` (k,) and those
         numbered `after` (k,)."""
-        return flow(self.embodiment, self.snapshots[before], self.snapshots[after])
+        return flow(self.embodiment, self.snapshots.at(before), self.snapshots.at(after))
 
 
 class Level(NamedTuple):
@@ -473,6 +470,7 @@ class Level(NamedTuple):
     task_agnostic: bool = False
     astray: float = 0.0
     slips: float = 0.0  # chance at each step that the grip slips
+    noise: float = 0.01  # of what is executed, see `Tabletop.expert`
 
 
 LEVELS = {
@@ -495,16 +493,15 @@ def record(
     seed: int,
     embodiment: str | None = None,
     split: str = "train",
-    noise: float = 0.01,
     pictures: bool = True,
     disturbed: bool = True,
 ) -> list[Episode]:
     """Record the expert. Deterministic in its arguments; the first k of more episodes are the same
     k episodes.
 
-    A level with several bodies takes them in turn unless `embodiment` names one. `noise` disturbs
-    what is executed, not what is recorded (see `Tabletop.expert`); on level 6 the grip also slips
-    now and then, for a few steps. Each episode ends a few steps after success. Without `pictures`
+    A level with several bodies takes them in turn unless `embodiment` names one. Noise disturbs
+    what is executed, not what is recorded; on level 6 the grip also slips now and then, for a few
+    steps. Each episode ends a few steps after success. Without `pictures`
     its frames have no pixels, for those who need the motion alone and sooner. Undisturbed, the
     expert starts where a policy does, and what is recorded is what is executed.
     """
@@ -512,8 +509,7 @@ def record(
         raise ValueError(f"episodes is {episodes}; expected at least one")
     kind = LEVELS[choice(level, LEVELS, "level")]
     if not disturbed:
-        kind = kind._replace(astray=0.0, slips=0.0)
-        noise = 0.0
+        kind = kind._replace(astray=0.0, slips=0.0, noise=0.0)
     bodies = (embodiment,) if embodiment else kind.bodies
     seeds = np.random.SeedSequence([seed, level]).generate_state(episodes)
     recorded: list[Episode | None] = [None] * episodes
@@ -525,12 +521,12 @@ def record(
                 len(chunk), body, kind.randomized, split, kind.task_agnostic, kind.astray
             )
             world.reset(seeds[chunk])
-            for i, episode in zip(chunk, play(world, level, kind.slips, noise, pictures)):
+            for i, episode in zip(chunk, play(world, level, kind, pictures)):
                 recorded[i] = episode
     return recorded
 
 
-def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool) -> list[Episode]:
+def play(world: Tabletop, level: int, kind: Level, pictures: bool) -> list[Episode]:
     """Lets the expert act in worlds that were just reset."""
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
 
@@ -545,11 +541,11 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
     length = np.zeros(world.n, int)
     for _ in range(WANDER if world.task_agnostic else LIMIT):
         actions.append(world.expert().astype(np.float32))
-        if slips:
+        if kind.slips:
             draws = np.array([rng.random() for rng in world.rngs])
-            begins = (slipping == 0) & (draws < slips) & ~world.success
+            begins = (slipping == 0) & (draws < kind.slips) & ~world.success
             slipping = np.where(begins, SLIP, np.maximum(slipping - 1, 0))
-        world.advance(world.expert(noise, slipping > 0))
+        world.advance(world.expert(kind.noise, slipping > 0))
         seen.append(look())
         length += since <= AFTER
         since += world.success
@@ -557,10 +553,10 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
             break
     frames, states, shots = zip(*seen)
     frames, states, actions = map(np.stack, (frames, states, actions))
-    shots = Snapshot.stack(shots)
+    shots = Snapshot(*map(np.stack, zip(*shots)))  # time in front
     episodes = []
     for i, t in enumerate(length):
-        shot = shots[: t + 1, i]
+        shot = shots.at(slice(t + 1), i)
         motion = columns(*shot.effector.T, shot.opening)
         episode = Episode(
             frames[: t + 1, i].copy(),

@@ -82,8 +82,6 @@ class Expert(RandomPolicy):
 def wilson(successes: int, trials: int, z: float = 1.96) -> list[float]:
     """Wilson's interval for a rate: it does not leave 0..1 and does not shrink to a point at 0 or
     `trials` successes."""
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials; there is no rate")
     rate = successes / trials
     spread = z * z / trials
     middle = rate + spread / 2
@@ -117,9 +115,9 @@ def percent(rate: dict) -> str:
 
 def columns(*lines: Sequence[str]) -> str:
     """Lines of cells as text."""
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+    cells = np.array(lines)
+    padded = np.strings.ljust(cells, np.strings.str_len(cells).max(axis=0))
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
@@ -139,14 +137,14 @@ def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
 
 @dataclass
 class Rollouts:
-    """n finished worlds; `films` holds pairs (real, imagined or None) of pictures (H, W, 3), if
-    they were asked for."""
+    """n finished worlds; `films` holds pictures (H, W, 3), if they were asked for: real ones, and
+    with them what was imagined, if it was."""
 
     success: ndarray  # (n,) bool
     group: ndarray  # (n,) names: the task of each
     steps: ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
-    films: list[list[tuple[ndarray, ndarray | None]]]
+    films: list[list[list[ndarray]]]
 
 
 def rollout(
@@ -181,10 +179,11 @@ def rollout(
         length = min(length, max_steps - done)
         for k in range(length + 1):
             if rate and k % rate == 0:
-                real = worlds.render()
-                for row, i in enumerate(asking):
-                    dream = None if imagined is None else imagined[row, k // rate]
-                    films[i].append((real[i], dream))
+                shown = [worlds.render()[asking]]
+                if imagined is not None:
+                    shown.append(imagined[:, k // rate])
+                for i, *pictures in zip(asking, *shown):
+                    films[i].append(pictures)
             if k == length:
                 break
             unsolved = ~worlds.success
@@ -201,13 +200,12 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
     """A GIF per world: what happened, beside what the policy imagined when it last looked; a new
     look shows as a pause."""
     for i, pictures in enumerate(rollouts.films):
-        real, imagined = zip(*pictures)
-        videos = {"real": np.stack(real)}
-        if imagined[0] is not None:
-            videos["imagined"] = np.stack(imagined)
+        videos = dict(zip(("real", "imagined"), map(np.stack, zip(*pictures))))
         ending = "(solved)" if rollouts.success[i] else "(not solved)"
         caption = f"{rollouts.instruction[i]} {ending}"
-        film(folder / f"{name}_{i}.gif", videos, caption, max(1, 192 // len(real[0])), ms=150)
+        film(
+            folder / f"{name}_{i}.gif", videos, caption, max(1, 192 // len(pictures[0][0])), ms=150
+        )
 
 
 # -- the worlds -----------------------------------------------------------------------------------
@@ -393,37 +391,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not actors:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
-    hz, rate = (policy.statistics.action_hz, policy.rate) if policy else (0, 1)
     arena = Arena.of(args, policy)
     varied = settings_of(arena.sim, args.set)
+    looks = [dict(zip(varied, values)) for values in product(*varied.values())]
     out = newest_step(args.ckpt) / "evaluation" if modes else "runs/evaluation"
     out = Path(args.out or out)
     out.mkdir(parents=True, exist_ok=True)
     # Who acts under which settings -> seed, task, success and steps of each episode.
     found: dict[tuple, list[tuple]] = defaultdict(list)
-    for values in product(*varied.values()):
-        for task, worlds in arena.worlds(dict(zip(varied, values)), args):
-            if hz not in (0, worlds.fps):
+    for number, look in enumerate(looks):
+        for task, worlds in arena.worlds(look, args):
+            if policy and policy.statistics.action_hz not in (0, worlds.fps):
                 raise ValueError(
-                    f"{args.ckpt} acts {hz:g} times a second, the simulator {worlds.fps:g} times; "
-                    "change its rate with --set"
+                    f"{args.ckpt} acts {policy.statistics.action_hz:g} times a second, the "
+                    f"simulator {worlds.fps:g} times; change its rate with --set"
                 )
             for name in actors:
                 actor = actor_named(name, policy, worlds, args)
                 for seed in args.seed:
                     for done in play(actor, worlds, seed, args.episodes, args):
                         episodes = zip(repeat(seed), done.group, done.success, done.steps)
-                        found[name, values].extend(episodes)
+                        found[name, number].extend(episodes)
                 if args.gif:  # apart, so that rates do not depend on it
                     count = min(args.gif, worlds.size)
+                    rate = policy.rate if policy else 1
                     films = next(play(actor, worlds, args.seed[0], count, args, rate))
-                    title = filter(None, (name, *map(str, values), task))
+                    title = filter(None, (name, *map(str, look.values()), task))
                     save_films(films, out, "_".join(title))
     rows = []
-    for name, values in product(actors, product(*varied.values())):
-        seeds, group, success, steps = map(np.array, zip(*found[name, values]))
-        row = {"policy": name, "settings": dict(zip(varied, values))}
-        row |= summary(success, group, steps, arena.tasks)
+    for name, (number, look) in product(actors, enumerate(looks)):
+        seeds, group, success, steps = map(np.array, zip(*found[name, number]))
+        row = {"policy": name, "settings": look} | summary(success, group, steps, arena.tasks)
         row["successes_per_seed"] = {one: int(success[seeds == one].sum()) for one in args.seed}
         rows.append(row)
     card = vars(args) | {"sim": arena.sim, "tasks": arena.tasks, "settings": arena.settings}

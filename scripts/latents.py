@@ -309,12 +309,11 @@ def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> di
         raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
     flow, labels = torch.cat(flows), torch.cat(labels)
     mask = ~labels.isnan()
-    losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps=steps)
-    means = {name: float(np.mean(values[-100:])) for name, values in losses.items()}
+    losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps)
     return {
         "rows": len(flow),
         "labelled": mask.any(dim=1).sum().item(),
-        **means,
+        **losses,
         "skipped": skipped,
     }
 

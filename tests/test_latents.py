@@ -394,7 +394,7 @@ def test_pretraining_lowers_the_picture_loss():
     flow = torch.zeros(16, 48, 48, 2)
     flow[:, 10:30, 10:30] = torch.randn(16, 1, 1, 2, generator=torch.Generator().manual_seed(0)) * 3
     model, before = model_of(), model_of()
-    pretrain_dcae(model, flow, steps=20)
+    pretrain_dcae(model, flow, torch.zeros(16, 3), torch.zeros(16, 3).bool(), 20)
 
     def loss(m: LatentActionModel) -> float:
         return m.picture_loss(m.tokens_to_picture(m.flow_to_tokens(flow)), flow, 100.0)

@@ -22,7 +22,6 @@ Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets, A
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from collections import deque
@@ -42,7 +41,7 @@ from tqdm import tqdm
 from attention import mlp
 from backbones.frozen import Backbones
 from backbones.optical_flow import mirrored, rarest_motions
-from backbones.qwen3vl import SPECIAL, Qwen3VL, pad_prompts, patchify, prompt_ids
+from backbones.qwen3vl import SPECIAL, Qwen3VL
 from backbones.umt5 import T5Tokenizer, UMT5Encoder
 from backbones.wan_vae import WanVAE
 from data import open_pyramid
@@ -84,7 +83,8 @@ class Corpus:
                 f"card {pyramid.name}: no {'held-out' if held_out else 'trained'} episode has "
                 'labels; set "held_out" of a source, and record it with `python -m scripts.record`'
             )
-        order = np.random.default_rng(0).permutation(len(found))[:count].tolist()
+        self.rng = np.random.default_rng(0)
+        order = self.rng.permutation(len(found))[:count].tolist()
         reader, episode = found[order[0]]
         self.targets = tuple(reader.labels(episode))
         self.episodes = [self.read(pyramid, *found[i]) for i in order]
@@ -108,28 +108,26 @@ class Corpus:
         rate = max(1, round(reader.fps / pyramid.video_hz))
         return Episode(tiled(seen.frames, pyramid.size), rows, seen.instruction, rate)
 
-    def draw(self, seed: int, size: int) -> tuple[list[Episode], np.random.Generator]:
-        rng = np.random.default_rng(seed)
-        return [self.episodes[i] for i in rng.integers(len(self.episodes), size=size)], rng
+    def draw(self, size: int) -> list[Episode]:
+        return [self.episodes[i] for i in self.rng.integers(len(self.episodes), size=size)]
 
-    def clips(self, seed: int, size: int) -> Tensor:
-        """Five frames at the video rate (B, 5, H, W, 3) uint8."""
-        episodes, rng = self.draw(seed, size)
+    def clips(self, size: int) -> Tensor:
+        """Five frames at the video rate (B, 3, 5, H, W) in [-1, 1]."""
         clips = []
-        for frames, _, _, rate in episodes:
-            steps = rate * np.arange(5)
-            start = rng.integers(max(1, len(frames) - steps[-1]))
-            clips.append(frames[np.minimum(start + steps, len(frames) - 1)])
-        return torch.from_numpy(np.stack(clips))
+        for frames, _, _, rate in self.draw(size):
+            rows = rate * np.arange(5)
+            rows += self.rng.integers(max(1, len(frames) - rows[-1]))
+            clips.append(frames[rows.clip(max=len(frames) - 1)])
+        return rearrange(torch.tensor(np.stack(clips)), "b f h w c -> b c f h w") / 127.5 - 1
 
-    def grounded(self, seed: int, size: int) -> tuple[Tensor, list[str], Tensor]:
+    def grounded(self, size: int) -> tuple[Tensor, list[str], Tensor]:
         """Pictures (B, H, W, 3) uint8, the instruction about each, and targets (B, G)."""
-        episodes, rng = self.draw(seed, size)
-        times = [rng.integers(len(episode.frames)) for episode in episodes]
-        pictures = np.stack([episode.frames[t] for episode, t in zip(episodes, times)])
-        targets = np.stack([episode.labels[t] for episode, t in zip(episodes, times)])
-        texts = [episode.text for episode in episodes]
-        return torch.from_numpy(pictures), texts, torch.from_numpy(targets).float()
+        found = []
+        for frames, labels, text, _ in self.draw(size):
+            t = self.rng.integers(len(frames))
+            found.append((frames[t], text, labels[t]))
+        pictures, texts, targets = zip(*found)
+        return torch.tensor(np.stack(pictures)), texts, torch.tensor(np.stack(targets)).float()
 
 
 class Job(NamedTuple):
@@ -143,9 +141,10 @@ class Job(NamedTuple):
     steps: int
     batch: int
 
-    def shipped(self, part: str) -> nn.Module:
-        """The part as it is in the repository, frozen."""
-        return getattr(Backbones.load(PRESETS[self.preset].backbones, parts=[part]), part)
+
+def shipped(name: str, part: str) -> nn.Module:
+    """A part as it is in the repository, frozen."""
+    return getattr(Backbones.load(PRESETS[name].backbones, parts=[part]), part)
 
 
 def word_tokenizer(path: Path, specials: Sequence[str], sentences: Iterable[str]) -> Tokenizer:
@@ -164,29 +163,25 @@ def optimise(
     networks: Iterable[nn.Module],
     steps: int,
     lr: float,
-    loss: Callable[[int], dict[str, Tensor]],
+    loss: Callable[[], dict[str, Tensor]],
 ) -> dict[str, float]:
-    """AdamW with warm-up and cosine decay on the sum of loss(step). Returns the mean of each term
-    over the last hundred steps."""
+    """AdamW with warm-up and cosine decay on the sum of the terms of `loss`, each of whose means
+    over the last hundred steps is returned."""
     parameters = [p for network in networks for p in network.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
-
-    def rate(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        return min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8
+    )
     last = deque(maxlen=100)
-    for step in tqdm(range(steps), name, unit="step", mininterval=2):
+    for _ in tqdm(range(steps), name, unit="step", mininterval=2):
         optimizer.zero_grad()
-        terms = loss(step)
+        terms = loss()
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         last.append([term.item() for term in terms.values()])
-    means = np.mean(last, axis=0).tolist()
-    return {f"{name}_{term}_loss": mean for term, mean in zip(terms, means)}
+    return {f"{name}_{key}_loss": mean for key, mean in zip(terms, np.mean(last, axis=0).tolist())}
 
 
 # -- the networks ---------------------------------------------------------------------------------
@@ -194,17 +189,19 @@ def optimise(
 
 def pretrain_text(job: Job) -> dict[str, float]:
     """Predicts masked words, three in ten, with a head tied to the embedding."""
-    file, sentences = job.out / "text.json", job.corpus.sentences
+    file = job.out / "text.json"
+    sentences = job.corpus.sentences
     words = word_tokenizer(file, ["</s>"], sentences)
-    model = UMT5Encoder(replace(job.shipped("text").config, vocab=words.get_vocab_size()))
+    model = UMT5Encoder(replace(shipped(job.preset, "text").config, vocab=words.get_vocab_size()))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.05)
     all_ids, all_mask = T5Tokenizer(file, preset(job.preset).video.text_len).encode(sentences)
 
-    def loss(step: int) -> dict[str, Tensor]:
+    def loss() -> dict[str, Tensor]:
         rows = torch.randint(len(sentences), (job.batch,))
-        ids, mask = all_ids[rows], all_mask[rows]
+        ids = all_ids[rows]
+        mask = all_mask[rows]
         hidden = (torch.rand(ids.shape) < 0.3) & mask
         states = model(ids.masked_fill(hidden, words.token_to_id("<unk>")), mask)
         logits = states[hidden] @ model.token_embedding.weight.T
@@ -215,37 +212,43 @@ def pretrain_text(job: Job) -> dict[str, float]:
     return figures
 
 
+AFTER = 2  # tokens of a prompt after those of its picture: <|vision_end|> <|im_end|>
+
+
 def pretrain_vlm(job: Job) -> dict[str, float]:
     """Three questions, all answered by hidden states through linear probes: which image token holds
     the named object (dense, so it is learnt at once), where exactly that token thinks it is, and
     what the last token of the prompt makes of it all."""
-    sentences = [*job.corpus.sentences, "user assistant"]
+    names = job.corpus.targets
+    sentences = [*job.corpus.sentences, "user"]
     tokenizer = word_tokenizer(job.out / "vlm.json", SPECIAL, sentences)
-    words, image = tokenizer.get_vocab_size(), tokenizer.token_to_id("<|image_pad|>")
-    config = replace(job.shipped("vlm").config, vocab=words, image_token=image)
-    vlm, names = Qwen3VL(config), job.corpus.targets
+    words = tokenizer.get_vocab_size()
+    image = tokenizer.token_to_id("<|image_pad|>")
+    config = replace(shipped(job.preset, "vlm").config, vocab=words, image_token=image)
+    vlm = Qwen3VL(config)
     vlm.init_weights()
+    reader = Backbones(vlm=(vlm, tokenizer))
+    size = torch.tensor(job.pyramid.size)  # height and width
+    grid = size // (config.patch * config.merge)  # rows and columns of image tokens
     which, where, last = probes = [nn.Linear(config.width, n) for n in (1, 2, len(names))]
 
-    def answers(corpus: Corpus, seed: int, size: int) -> tuple[Tensor, ...]:
+    def answers(corpus: Corpus, count: int) -> tuple[Tensor, ...]:
         """Targets (B, G), the index (B,) of the image token at the named object, logits (B, image
         tokens) of that, its position (B, 2) by that token, and all targets by the last token."""
-        pictures, texts, target = corpus.grounded(seed, size)
-        pixels, grid = patchify(pictures, config)
-        prompts = [prompt_ids(tokenizer, text, grid[:1], merge=config.merge) for text in texts]
-        ids, mask = pad_prompts(prompts)
-        hidden = vlm(ids, mask, pixels, grid)
-        tokens = rearrange(hidden[ids == image], "(b n) d -> b n d", b=size)
-        rows, columns = (grid[0, 1:] // config.merge).tolist()
-        row = (target[:, 1] * rows).long().clamp(0, rows - 1)
-        cell = row * columns + (target[:, 0] * columns).long().clamp(0, columns - 1)
-        batch = torch.arange(size)
+        pictures, texts, target = corpus.grounded(count)
+        hidden, mask = reader.understand(pictures, texts)
+        batch = torch.arange(count)
+        end = mask.sum(dim=1)
+        places = end[:, None] - AFTER - grid.prod() + torch.arange(grid.prod())
+        tokens = hidden[batch[:, None], places]
+        row, column = (target[:, [1, 0]] * grid).long().clamp(0 * grid, grid - 1).unbind(dim=1)
+        cell = row * grid[1] + column
         position = where(tokens[batch, cell])
-        everything = last(hidden[batch, mask.sum(dim=1) - 1])
+        everything = last(hidden[batch, end - 1])
         return target, cell, which(tokens)[..., 0], position, everything
 
-    def loss(step: int) -> dict[str, Tensor]:
-        target, cell, logits, position, everything = answers(job.corpus, step, job.batch)
+    def loss() -> dict[str, Tensor]:
+        target, cell, logits, position, everything = answers(job.corpus, job.batch)
         return {
             "which": F.cross_entropy(logits, cell),
             "where": 8 * F.smooth_l1_loss(position, target[:, :2], beta=0.02),
@@ -255,8 +258,8 @@ def pretrain_vlm(job: Job) -> dict[str, float]:
     figures = optimise("vlm", [vlm, *probes], job.steps, 1.5e-3, loss)
     save_part(job.out / "vlm.safetensors", vlm, torch.float16)
     with torch.no_grad():
-        target, cell, logits, position, everything = answers(job.held_out, 0, 512)
-    away = (position - target[:, :2]) * torch.tensor(job.pyramid.size[::-1])
+        target, cell, logits, position, everything = answers(job.held_out, 512)
+    away = (position - target[:, :2]) * size.flip(0)
     figures["vlm_named_object_found"] = (logits.argmax(dim=1) == cell).float().mean().item()
     figures["vlm_position_error_px"] = away.norm(dim=1).mean().item()
     errors = (everything - target).abs().mean(dim=0).tolist()
@@ -268,14 +271,14 @@ def pretrain_vae(job: Job) -> dict[str, float]:
     which is of the same size and has begun to see: half the time. The mean and std of the latents
     are noted in the config, and the peak signal-to-noise ratio in dB in the figures, that of all
     pixels and of those that move."""
-    vae = job._replace(preset="toy").shipped("vae")
+    vae = shipped("toy", "vae")
     if job.preset == "toy":
         vae = WanVAE(vae.config)
-    zeros, ones = (0.0,) * vae.config.z_dim, (1.0,) * vae.config.z_dim
-    vae.config = replace(vae.config, mean=zeros, std=ones)
+    unit = {"mean": 0.0, "std": 1.0}  # while it learns
+    vae.config = replace(vae.config, **{key: (x,) * vae.config.z_dim for key, x in unit.items()})
 
-    def loss(step: int) -> dict[str, Tensor]:
-        video = as_video(job.corpus.clips(step, job.batch))
+    def loss() -> dict[str, Tensor]:
+        video = job.corpus.clips(job.batch)
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
@@ -286,21 +289,16 @@ def pretrain_vae(job: Job) -> dict[str, float]:
 
     figures = optimise("vae", [vae], job.steps, 3e-3, loss)
     with torch.no_grad():
-        latents, _ = vae.posterior(as_video(job.corpus.clips(job.steps, 128)))
+        latents, _ = vae.posterior(job.corpus.clips(128))
         std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
         vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-        video = as_video(job.held_out.clips(0, 128))
+        video = job.held_out.clips(128)
         error = ((vae.decode(vae.encode(video)) - video) / 2).square()
     save_part(job.out / "vae.safetensors", vae)
     weight = moving(video).expand_as(video)
     figures["vae_psnr_db"] = -10 * error.mean().log10().item()
     figures["vae_psnr_moving_db"] = -10 * ((error * weight).sum() / weight.sum()).log10().item()
     return figures
-
-
-def as_video(clips: Tensor) -> Tensor:
-    """(B, F, H, W, 3) uint8 -> (B, 3, F, H, W) in [-1, 1]."""
-    return rearrange(clips, "b f h w c -> b c f h w").float() / 127.5 - 1
 
 
 def moving(video: Tensor) -> Tensor:
@@ -318,22 +316,26 @@ def pretrain_dcae(
     away and reads the labels (N, A), where mask (N, A) has them, from the tokens, so that these
     keep what a small part of the robot does. Half of the rows that are drawn are any, a quarter
     labelled ones, and a quarter those in which the part that seldom moves does."""
-    generator, device = torch.Generator().manual_seed(0), model.token_mean.device
-    dcae, features = model.dcae.train(), len(model.token_mean)
+    generator = torch.Generator().manual_seed(0)
+    device = model.token_mean.device
+    features = len(model.token_mean)
+    dcae = model.dcae.train()
     reader = mlp(features, features, model.config.action_dim)
     head = nn.Sequential(nn.LayerNorm(features), reader).to(device)
-    known, rare = mask.any(dim=1), rarest_motions(labels, mask)
+    known = mask.any(dim=1)
+    rare = rarest_motions(labels, mask)
     often = torch.full((len(flow),), 2 / len(flow))
     often[known] += 1 / known.sum()
     often[rare] += 1 / max(1, len(rare))
 
-    def loss(step: int) -> dict[str, Tensor]:
+    def loss() -> dict[str, Tensor]:
         rows = often.multinomial(32, replacement=True, generator=generator)
         moved, wanted = mirrored(flow[rows], labels[rows], generator)
-        moved, wanted, given = moved.to(device), wanted.to(device), mask[rows].to(device)
+        moved = moved.to(device)
+        given = mask[rows].to(device)
         tokens = dcae.encode(model.flow_to_picture(moved))
         read = head(rearrange(tokens, "b c h w -> b (h w c)"))
-        error = torch.where(given, read - wanted, 0.0).square().sum()
+        error = torch.where(given, read - wanted.to(device), 0.0).square().sum()
         return {
             # Small moving things are a few percent of a picture: unless they weigh much, it stays
             # white.
@@ -384,7 +386,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    recipe, ours = RECIPES[args.preset], PRESETS[args.preset].backbones
+    recipe = RECIPES[args.preset]
+    ours = PRESETS[args.preset].backbones
     kept = set(filter(None, args.keep.split(",")))
     if args.out.resolve() == ours.resolve():
         raise ValueError(f"--out {args.out} holds the repository's backbones; name another folder")

@@ -608,10 +608,10 @@ def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras)
     assert corpus.targets == ("object x", "object y", "walked")
     assert (len(corpus.episodes), len(held.episodes)) == (9, 1)
     assert corpus.sentences == ["walk to the light"]
-    assert corpus.clips(1, 3).shape == (3, 5, 32, 64, 3)
-    pictures, texts, targets = corpus.grounded(3, 40)
+    assert corpus.clips(3).shape == (3, 3, 5, 32, 64)
+    pictures, texts, targets = corpus.grounded(40)
     columns = pictures[:, 16, :, 0].float().argmax(dim=1)
-    assert texts == ["walk to the light"] * 40 and (targets[:, 1] == 0.5).all()
+    assert texts == ("walk to the light",) * 40 and (targets[:, 1] == 0.5).all()
     assert (columns - targets[:, 0] * 64).abs().max() < 1
     assert columns.unique().numel() > 3 and targets[:, 2].unique().numel() > 5
 
@@ -632,7 +632,7 @@ def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
     sources = [{"path": "arms", "held_out": 0, "embodiment": "arms"}]
     (tmp_path / "card.json").write_text(json.dumps({"size": [96, 96], "sources": sources}))
     corpus = pretrain.Corpus(wide(tmp_path / "card.json"), 9)
-    pictures, _, targets = corpus.grounded(0, 16)
+    pictures, _, targets = corpus.grounded(16)
     for picture, (x, y) in zip(pictures.numpy(), targets.numpy() * 96):
         assert np.abs(np.argwhere(picture[..., 0] > 128).mean(0) + 0.5 - (y, x)).max() < 1
 

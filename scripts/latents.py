@@ -8,9 +8,10 @@
         a DC-AE, for sizes that have no published one
 
 DATA is a folder of mp4 files, a LeRobot or official folder, or a card. Of several cameras the first
-is taken, as a square of `--side` pixels. Clips stream through flow, DC-AE and VAE, a chunk of frames at
-a time. Files that are there already are kept if they were made in the same way, else refused. A
-clip that cannot be used is skipped, counted and reported with its reason; no row of it is written.
+is taken, as a square of `--side` pixels. Clips stream through flow, DC-AE and VAE, a chunk of
+frames at a time. Files that are there already are kept if they were made in the same way, else
+refused. A clip that cannot be used is skipped, counted and reported with its reason; no row of it
+is written.
 
 Shapes: T rows of a clip, which has T + 1 frames; H W height and width, D token features, A aligned
 dimensions.
@@ -253,13 +254,10 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
         figures.append(json.loads(about["figures"]))
     if not figures:
         raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
-    summary = {
-        "clips": len(figures),
-        "skipped": skipped,
-        "rows": sum(figure["rows"] for figure in figures),
-        "valid_rows": sum(figure["valid_rows"] for figure in figures),
-        "clipped": sum(figure["clipped"] for figure in figures) / len(figures),
-    }
+    summary = {"clips": len(figures), "skipped": skipped}
+    for key in ("rows", "valid_rows", "clipped"):
+        summary[key] = sum(figure[key] for figure in figures)
+    summary["clipped"] /= len(figures)
     (folder.parent / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -310,18 +308,13 @@ def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> di
     flow, labels = torch.cat(flows), torch.cat(labels)
     mask = ~labels.isnan()
     losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps)
-    return {
-        "rows": len(flow),
-        "labelled": mask.any(dim=1).sum().item(),
-        **losses,
-        "skipped": skipped,
-    }
+    labelled = mask.any(dim=1).sum().item()
+    return {"rows": len(flow), "labelled": labelled, **losses, "skipped": skipped}
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("encode", "tokens", "pretrain"):
         add = commands.add_parser(command).add_argument
@@ -336,19 +329,13 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
             add("--weights", type=Path, required=True, help="of python train.py --stage latent")
             continue
         add("--preset", default="toy", choices=PRESETS)
-        add(
-            "--labelled",
-            type=float,
-            nargs="?",
-            const=1.0,
-            default=0.0,
-            help="share of the clips whose actions are known; without a number all",
-        )
+        share = {"nargs": "?", "type": float, "const": 1.0, "default": 0.0}
+        add("--labelled", **share, help="share of the clips whose actions are known; alone: of all")
         if command == "tokens":
             add("--dcae", type=Path, required=True, help="published, or of the command pretrain")
         else:
             add("--steps", type=int, default=3000)
-            add("--init", type=Path, help="DC-AE weights to go on from")
+            add("--init", type=Path, dest="dcae", help="DC-AE weights to go on from")
     args = parser.parse_args(argv)
     args.labelled = getattr(args, "labelled", 0.0)
     if not 0 <= args.labelled <= 1:
@@ -363,10 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         torch.manual_seed(0)
         model = LatentActionModel(LatentActionConfig.of(PRESETS[args.preset].latent))
-    if args.command == "tokens":
-        model.load_dcae(args.dcae)
-    elif args.command == "pretrain" and args.init:
-        model.load_dcae(args.init)
+        if args.dcae:
+            model.load_dcae(args.dcae)
     model.to(DEVICE)
     clips, made = clips_of(args, model.config)
     if args.command == "encode":

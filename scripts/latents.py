@@ -8,9 +8,10 @@
         a DC-AE, for sizes that have no published one
 
 DATA is a folder of mp4 files, a LeRobot or official folder, or a card. Of several cameras the first
-is taken, as a square of 256 pixels. Clips stream through flow, DC-AE and VAE, a chunk of frames at
-a time. Files that are there already are kept if they were made in the same way, else refused. A
-clip that cannot be used is skipped, counted and reported with its reason; no row of it is written.
+is taken, as a square of `--side` pixels. Clips stream through flow, DC-AE and VAE, a chunk of
+frames at a time. Files that are there already are kept if they were made in the same way, else
+refused. A clip that cannot be used is skipped, counted and reported with its reason; no row of it
+is written.
 
 Shapes: T rows of a clip, which has T + 1 frames; H W height and width, D token features, A aligned
 dimensions.
@@ -42,11 +43,17 @@ from formats.recordings import MISSING, Recordings, av
 from latent_action import LatentActionConfig, LatentActionModel, encode_flows
 from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
-from weights.files import read_metadata, run_command, same_config, save_safetensors
+from weights.files import (
+    open_source,
+    read_metadata,
+    replace_file,
+    run_command,
+    same_config,
+    save_safetensors,
+)
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIDE = 256  # pixels at which flow is measured
 ROWS = 20_000  # of flow at most that a DC-AE is trained on; they are held in memory
 Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,), chunk after chunk
 
@@ -65,9 +72,9 @@ def estimator_of(name: str) -> FlowEstimator | None:
     return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(DEVICE)
 
 
-def square(picture: np.ndarray) -> Tensor:
-    """A picture (H, W, 3) uint8 -> (3, SIDE, SIDE) in [0, 1], padded with black to a square."""
-    padded = ImageOps.pad(Image.fromarray(picture), (SIDE, SIDE), Image.Resampling.BILINEAR)
+def square(picture: np.ndarray, side: int) -> Tensor:
+    """A picture (H, W, 3) uint8 -> (3, side, side) in [0, 1], padded with black to a square."""
+    padded = ImageOps.pad(Image.fromarray(picture), (side, side), Image.Resampling.BILINEAR)
     return rearrange(torch.from_numpy(np.array(padded)), "h w c -> c h w") / 255
 
 
@@ -168,6 +175,7 @@ class Clip:
     episode: int
     estimator: FlowEstimator | None  # None: the source knows its flow
     config: LatentActionConfig
+    side: int  # pixels at which flow is measured
     known: Labels | None = None
 
     def flows(self) -> Flows:
@@ -176,7 +184,7 @@ class Clip:
                 yield tuple(map(torch.as_tensor, chunk))
             return
         views = self.reader.views(self.episode, range(self.reader.lengths[self.episode]))
-        frames = map(square, next(iter(views.values())))
+        frames = (square(picture, self.side) for picture in next(iter(views.values())))
         yield from measured_flows(frames, self.estimator, self.config.interval)
 
     def labels(self, rows: int) -> Tensor:
@@ -197,14 +205,15 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict
     if list(path.glob("*.mp4")):
         sources = [("", Videos(path), LABELLED[0])]
     else:
-        opened = Pyramid(path, (2, 3, 4, 5, 6), 1, (SIDE, SIDE)).opened
+        opened = Pyramid(path, (2, 3, 4, 5, 6), 1, (args.side, args.side)).opened
         sources = [(o.name, o.reader, o.source.level) for o in opened]
     if args.command == "encode" and len(sources) > 1:
         raise ValueError(
             f"{path} has {len(sources)} sources; encode them one by one, by their paths"
         )
     estimator = estimator_of(args.flow)
-    made = {"interval": config.interval, "flow": args.flow, "side": SIDE, "labelled": args.labelled}
+    made = {key: getattr(args, key) for key in ("flow", "side", "labelled")}
+    made["interval"] = config.interval
     clips = {}
     for source, reader, level in sources:
         if estimator is None and reader.flows(0, config.interval) is None:
@@ -217,7 +226,7 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict
             name = reader.paths[e].stem if isinstance(reader, Videos) else f"episode_{e:06d}"
             name = f"{source}_{name}" if len(sources) > 1 else name
             chosen = int((e + 1) * args.labelled) > int(e * args.labelled)
-            clips[name] = Clip(reader, e, estimator, config, labels if chosen else None)
+            clips[name] = Clip(reader, e, estimator, config, args.side, labels if chosen else None)
     return clips, made
 
 
@@ -245,13 +254,10 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
         figures.append(json.loads(about["figures"]))
     if not figures:
         raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
-    summary = {
-        "clips": len(figures),
-        "skipped": skipped,
-        "rows": sum(figure["rows"] for figure in figures),
-        "valid_rows": sum(figure["valid_rows"] for figure in figures),
-        "clipped": sum(figure["clipped"] for figure in figures) / len(figures),
-    }
+    summary = {"clips": len(figures), "skipped": skipped}
+    for key in ("rows", "valid_rows", "clipped"):
+        summary[key] = sum(figure[key] for figure in figures)
+    summary["clipped"] /= len(figures)
     (folder.parent / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -261,6 +267,15 @@ def latents_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor],
     tensors, figures = encode_flows(model, clip.flows())
     del tensors["tokens"]
     return tensors, figures
+
+
+def write_official(folder: Path, made: dict) -> None:
+    """Beside each file of latents NAME.pt, the official form: a dictionary of tensors and of how
+    they were `made`."""
+    for path in folder.glob("*.safetensors"):
+        with open_source(path) as source:
+            tensors = {name: source.read(name).clone() for name in source.names()}
+        replace_file(path.with_suffix(".pt"), partial(torch.save, tensors | made))
 
 
 def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
@@ -292,20 +307,14 @@ def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> di
         raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
     flow, labels = torch.cat(flows), torch.cat(labels)
     mask = ~labels.isnan()
-    losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps=steps)
-    means = {name: float(np.mean(values[-100:])) for name, values in losses.items()}
-    return {
-        "rows": len(flow),
-        "labelled": mask.any(dim=1).sum().item(),
-        **means,
-        "skipped": skipped,
-    }
+    losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps)
+    labelled = mask.any(dim=1).sum().item()
+    return {"rows": len(flow), "labelled": labelled, **losses, "skipped": skipped}
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("encode", "tokens", "pretrain"):
         add = commands.add_parser(command).add_argument
@@ -314,17 +323,19 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         add(
             "--flow", default="dis", help=f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt"
         )
+        add("--side", type=int, default=256, help="pixels of the square at which flow is measured")
         if command == "encode":
+            add("--pt", action="store_true", help="also write NAME.pt, the official form")
             add("--weights", type=Path, required=True, help="of python train.py --stage latent")
             continue
         add("--preset", default="toy", choices=PRESETS)
-        add(
-            "--labelled", type=float, default=0.0, help="share of the clips whose actions are known"
-        )
+        share = {"nargs": "?", "type": float, "const": 1.0, "default": 0.0}
+        add("--labelled", **share, help="share of the clips whose actions are known; alone: of all")
         if command == "tokens":
             add("--dcae", type=Path, required=True, help="published, or of the command pretrain")
         else:
             add("--steps", type=int, default=3000)
+            add("--init", type=Path, dest="dcae", help="DC-AE weights to go on from")
     args = parser.parse_args(argv)
     args.labelled = getattr(args, "labelled", 0.0)
     if not 0 <= args.labelled <= 1:
@@ -339,8 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         torch.manual_seed(0)
         model = LatentActionModel(LatentActionConfig.of(PRESETS[args.preset].latent))
-    if args.command == "tokens":
-        model.load_dcae(args.dcae)
+        if args.dcae:
+            model.load_dcae(args.dcae)
     model.to(DEVICE)
     clips, made = clips_of(args, model.config)
     if args.command == "encode":
@@ -348,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = args.out / f"latent_action_dim{model.config.latent_dim}"
         report = each_clip(clips, folder, made, partial(latents_of, model))
         scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
+        if args.pt:
+            write_official(folder, made)
         (args.out / "statistics.json").write_text(json.dumps(scale | {"made": made}, indent=1))
     elif args.command == "tokens":
         made["dcae"] = model.dcae_fingerprint()

@@ -594,7 +594,7 @@ def corpora_of(path, folder, **card) -> list[pretrain.Corpus]:
     """What backbones learn from a card with this dataset alone, and what they are tried on."""
     stored = {"size": [32, 64], "sources": [{"path": str(path)} | card]}
     (folder / "card.json").write_text(json.dumps(stored))
-    return [pretrain.Corpus(wide(folder), 9, 0, held_out) for held_out in (False, True)]
+    return [pretrain.Corpus(wide(folder), 9, held_out) for held_out in (False, True)]
 
 
 @pytest.mark.parametrize(
@@ -608,10 +608,10 @@ def test_labels_of_a_simulator_point_at_the_named_thing(line, tmp_path, cameras)
     assert corpus.targets == ("object x", "object y", "walked")
     assert (len(corpus.episodes), len(held.episodes)) == (9, 1)
     assert corpus.sentences == ["walk to the light"]
-    assert corpus.clips(1, 3).shape == (3, 5, 32, 64, 3)
-    pictures, texts, targets = corpus.grounded(3, 40)
+    assert corpus.clips(3).shape == (3, 3, 5, 32, 64)
+    pictures, texts, targets = corpus.grounded(40)
     columns = pictures[:, 16, :, 0].float().argmax(dim=1)
-    assert texts == ["walk to the light"] * 40 and (targets[:, 1] == 0.5).all()
+    assert texts == ("walk to the light",) * 40 and (targets[:, 1] == 0.5).all()
     assert (columns - targets[:, 0] * 64).abs().max() < 1
     assert columns.unique().numel() > 3 and targets[:, 2].unique().numel() > 5
 
@@ -631,8 +631,8 @@ def test_labels_are_of_the_head_in_the_t_layout(tmp_path):
     write_v3(tmp_path / "arms", episodes, 10)
     sources = [{"path": "arms", "held_out": 0, "embodiment": "arms"}]
     (tmp_path / "card.json").write_text(json.dumps({"size": [96, 96], "sources": sources}))
-    corpus = pretrain.Corpus(wide(tmp_path / "card.json"), 9, 0)
-    pictures, _, targets = corpus.grounded(0, 16)
+    corpus = pretrain.Corpus(wide(tmp_path / "card.json"), 9)
+    pictures, _, targets = corpus.grounded(16)
     for picture, (x, y) in zip(pictures.numpy(), targets.numpy() * 96):
         assert np.abs(np.argwhere(picture[..., 0] > 128).mean(0) + 0.5 - (y, x)).max() < 1
 
@@ -654,6 +654,6 @@ def test_backbones_need_labels_and_held_out_episodes(line, card, tmp_path):
     """A dataset of a real robot has no labels, one without held-out episodes no figures: both are
     told what to do."""
     with pytest.raises(ValueError, match="labels.*record"):
-        pretrain.Corpus(opened(card), 2, 0)
+        pretrain.Corpus(opened(card), 2)
     with pytest.raises(ValueError, match="held"):
         corpora_of(line, tmp_path, held_out=0)

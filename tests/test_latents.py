@@ -74,7 +74,7 @@ def test_rows_that_touch_a_blank_frame_are_not_valid():
 
 def test_pictures_are_padded_to_a_square():
     """A wide picture fills the width, with as much black above as below."""
-    picture = latents.square(np.full((50, 100, 3), 255, np.uint8))
+    picture = latents.square(np.full((50, 100, 3), 255, np.uint8), 256)
     assert picture.shape == (3, 256, 256) and picture[:, 64:192].min() == 1
     assert not picture[:, :63].any() and not picture[:, 193:].any()
 
@@ -93,7 +93,7 @@ def test_dpflow_by_name_fetches_its_weights_and_says_their_licence(tmp_path, mon
         assert capsys.readouterr().err.count(hub.LICENCE_NOTICE) == 1
     fetched = tmp_path / "checkpoints" / hub.CHECKPOINTS["things"]
     assert loaded == [str(fetched), str(tmp_path / "mine.ckpt")]
-    with pytest.raises(ValueError, match="choose one of chairs"):
+    with pytest.raises(ValueError, match="expected one of chairs"):
         latents.estimator_of("raft")
 
 
@@ -235,8 +235,51 @@ def test_latents_of_a_source_that_knows_its_flow(tmp_path, monkeypatch):
         assert source.read("valid").tolist() == [True] * 4 + [False] * 2
     mu, _ = model.tokens_to_latent(model.flow_to_tokens(torch.from_numpy(Known().flow)))
     assert torch.allclose(found, mu, atol=1e-5)
-    with pytest.raises(ValueError, match="side=|flow=dis instead|flow="):
+    with pytest.raises(ValueError, match="flow="):
         main("encode", *args)
+    with pytest.raises(ValueError, match="side=256 instead of 96"):
+        main("encode", *args, "--flow", "true", "--side", 96)
+
+
+def test_latents_in_the_official_form(tmp_path, monkeypatch):
+    """`--pt` writes the same numbers as a dictionary that torch opens without code, with the
+    interval that official files lack."""
+    use(monkeypatch, ("a", Known(), 6))
+    model_of().save(tmp_path / "m.safetensors")
+    args = ("--weights", tmp_path / "m.safetensors", "--data", "card.json", "--out", tmp_path)
+    main("encode", *args, "--flow", "true", "--pt")
+    paths = sorted((tmp_path / "latent_action_dim14").glob("*.pt"))
+    assert len(paths) == 4
+    official = torch.load(paths[0], weights_only=True)
+    with open_source(paths[0].with_suffix(".safetensors")) as source:
+        assert torch.equal(official["latent_action"], source.read("latent_action"))
+    assert official["valid"].tolist() == [True] * 4 + [False] * 2 and official["interval"] == 3
+
+
+def test_a_dcae_goes_on_from_another(tmp_path, monkeypatch):
+    """`pretrain --init` begins at those weights: after one small step it is nearer to them than to
+    a fresh DC-AE."""
+    use(monkeypatch, ("a", Known(), 6))
+    out = tmp_path / "dcae.safetensors"
+    args = ("--data", "card.json", "--flow", "true", "--labelled", "--steps", 1, "--out", out)
+    main("pretrain", "--init", DCAE, *args)
+    begun, gone_on, fresh = model_of(), model_of(), model_of()
+    begun.load_dcae(DCAE)
+    gone_on.load_dcae(out)
+    flow = torch.from_numpy(Known().flow)
+
+    def distance(a: LatentActionModel, b: LatentActionModel) -> float:
+        return (a.flow_to_tokens(flow) - b.flow_to_tokens(flow)).norm().item()
+
+    assert distance(begun, gone_on) < 0.1 * distance(fresh, gone_on)
+
+
+def test_flow_is_measured_at_the_side_that_is_named(monkeypatch):
+    """Pictures reach the estimator as squares of `--side` pixels."""
+    clip = latents.Clip(Known(), 0, Shifts(), TOY, 32)
+    clip.reader.views = lambda *_: {"top": iter(np.zeros((5, 48, 64, 3), np.uint8))}
+    ((flow, _),) = clip.flows()
+    assert flow.shape == (4, 32, 32, 2)
 
 
 def test_flow_that_is_not_finite_is_a_skip_and_flow_too_fast_is_counted(tmp_path, monkeypatch):
@@ -351,7 +394,7 @@ def test_pretraining_lowers_the_picture_loss():
     flow = torch.zeros(16, 48, 48, 2)
     flow[:, 10:30, 10:30] = torch.randn(16, 1, 1, 2, generator=torch.Generator().manual_seed(0)) * 3
     model, before = model_of(), model_of()
-    pretrain_dcae(model, flow, steps=20)
+    pretrain_dcae(model, flow, torch.zeros(16, 3), torch.zeros(16, 3).bool(), 20)
 
     def loss(m: LatentActionModel) -> float:
         return m.picture_loss(m.tokens_to_picture(m.flow_to_tokens(flow)), flow, 100.0)

@@ -162,7 +162,7 @@ def rollout(
     worlds.reset(seeds)
     n = worlds.n
     done = 0
-    steps = np.full(n, max_steps)
+    steps = np.zeros(n, int)
     films = [[] for _ in range(n)] if rate else []
     while done < max_steps and not worlds.success.all():
         seen = worlds.observe()
@@ -187,12 +187,11 @@ def rollout(
                     films[i].append(pictures)
             if k == length:
                 break
-            unsolved = ~worlds.success
             action = np.zeros((n, actions.shape[2]))  # of a solved world it counts no more
             action[asking] = actions[:, k]
+            steps += ~worlds.success
             worlds.advance(action)
             done += 1
-            steps[unsolved & worlds.success] = done
     group = np.array(worlds.group)
     return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films)
 
@@ -292,9 +291,8 @@ class Arena(NamedTuple):
                 "choose another --seed"
             )
         module = simulator(sim)
-        tasks = list(like["tasks"] or module.TASKS)
-        if args.tasks:
-            tasks = names(args.tasks, module.TASKS, "--tasks")
+        tasks = args.tasks or ",".join(like["tasks"] or module.TASKS)
+        tasks = names(tasks, module.TASKS, "--tasks")
         if policy is None:
             return cls(sim, tasks, like["settings"], view)
         robot = policy.statistics
@@ -331,15 +329,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--expert", action="store_true", help="add rows of the simulator's scripted expert")
     add("--robot", default="", help="which robot acts, where the checkpoint knows several")
     add("--sim", help="a file of worlds/, or a module on PYTHONPATH (default: the preset's world)")
-    add("--like", metavar="DATASET", help="simulator, tasks and settings of a recording")
+    add("--like", help="dataset: simulator, tasks and settings of a recording")
     add("--tasks", help="with commas (default: those of --like, or all)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the simulator")
+    add("--set", nargs="+", default=[], help="KEY=VALUE: settings of the simulator")
     add("--episodes", type=int, default=50, help="worlds per row, task and seed")
     add("--seed", type=int, nargs="+", default=[0], help="of worlds and noise; a row pools them")
     add("--steps", type=int, default=10, help="Euler steps")
     add("--execute", type=int, help="actions before the next look (default: the whole chunk)")
     add("--max-steps", type=int, help="actions per episode (default: the simulator's)")
-    add("--gif", type=int, default=0, metavar="K", help="film K worlds per row and task")
+    add("--gif", type=int, default=0, help="film so many worlds per row and task")
     add("--batch", type=int, default=10, help="worlds at once")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--out", help="folder of evaluation.json and films (default: in the checkpoint)")
@@ -356,33 +354,33 @@ def at_least(args: argparse.Namespace, **bounds: int) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least {bound}")
 
 
-def actor_named(
-    name: str, policy: Policy | None, worlds: Fleet, args: argparse.Namespace
-) -> Policy | RandomPolicy:
-    if name == "expert":
-        return Expert(worlds)
-    if name == "random":
-        chunk = policy.model.config.chunk if policy else args.execute or 8
-        return RandomPolicy(chunk, worlds.action_dim)
-    policy.mode = name
-    return policy
-
-
 def play(
-    actor: Policy | RandomPolicy,
+    name: str,
+    policy: Policy | None,
     worlds: Fleet,
     seed: int,
     episodes: int,
     args: argparse.Namespace,
-    rate: int = 0,
+    filmed: bool = False,
 ) -> Iterator[Rollouts]:
-    """The worlds of a seed, as many at once as there is room for."""
-    steps = args.max_steps or worlds.max_steps
-    execute = None if actor.mode == "expert" else args.execute
+    """Who has this name acts in the worlds of a seed, in as many at once as there is room for."""
+    execute = args.execute
+    if name == "expert":
+        actor = Expert(worlds)
+        execute = None
+    elif name == "random":
+        chunk = policy.model.config.chunk if policy else execute or 8
+        actor = RandomPolicy(chunk, worlds.action_dim)
+    else:
+        actor = policy
+        actor.mode = name
+    rate = policy.rate if policy else 1
     actor.generator.manual_seed(seed)
     seeds = episode_seeds(seed, EVALUATED, episodes)
+    steps = args.max_steps or worlds.max_steps
     for start in range(0, episodes, worlds.size):
-        yield rollout(actor, worlds, seeds[start : start + worlds.size], steps, execute, rate)
+        some = seeds[start : start + worlds.size]
+        yield rollout(actor, worlds, some, steps, execute, rate if filmed else 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -392,6 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not actors:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
+    hz = policy.statistics.action_hz if policy else 0
     arena = Arena.of(args, policy)
     varied = settings_of(arena.sim, args.set)
     looks = [dict(zip(varied, values)) for values in product(*varied.values())]
@@ -402,21 +401,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[tuple, list[tuple]] = defaultdict(list)
     for number, look in enumerate(looks):
         for task, worlds in arena.worlds(look, args):
-            if policy and policy.statistics.action_hz not in (0, worlds.fps):
+            if hz not in (0, worlds.fps):
                 raise ValueError(
-                    f"{args.ckpt} acts {policy.statistics.action_hz:g} times a second, the "
-                    f"simulator {worlds.fps:g} times; change its rate with --set"
+                    f"{args.ckpt} acts {hz:g} times a second, the simulator {worlds.fps:g} times; "
+                    "change its rate with --set"
                 )
             for name in actors:
-                actor = actor_named(name, policy, worlds, args)
                 for seed in args.seed:
-                    for done in play(actor, worlds, seed, args.episodes, args):
+                    for done in play(name, policy, worlds, seed, args.episodes, args):
                         episodes = zip(repeat(seed), done.group, done.success, done.steps)
                         found[name, number].extend(episodes)
                 if args.gif:  # apart, so that rates do not depend on it
                     count = min(args.gif, worlds.size)
-                    rate = policy.rate if policy else 1
-                    films = next(play(actor, worlds, args.seed[0], count, args, rate))
+                    films = next(play(name, policy, worlds, args.seed[0], count, args, filmed=True))
                     title = filter(None, (name, *map(str, look.values()), task))
                     save_films(films, out, "_".join(title))
     rows = []

@@ -67,8 +67,8 @@ def record(
         recordings = chain([first], stream)
         total = len(tasks) * episodes
         for one in tqdm(recordings, total=total, desc="record", unit="episode"):
-            card = {name: getattr(one, name) for name in ("task", "seed", "disturbed")}
-            kept.append(card | {"rows": len(one.actions)})
+            rows = len(one.actions)
+            kept.append(dict(task=one.task, seed=one.seed, disturbed=one.disturbed, rows=rows))
             yield one.frames, one.states, one.actions, one.instruction, one.labels
 
     write_v3(out, stored(), first.fps, Storage(robot=first.robot))
@@ -107,7 +107,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--disturbed", type=float, default=0.5, help="share of episodes that are disturbed")
     add("--after", type=int, default=4, help="rows kept from success on")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the simulator")
+    add("--set", nargs="+", default=[], help="KEY=VALUE: settings of the simulator")
     args = parser.parse_args(argv)
     at_least(args, episodes=1, workers=1, after=1, seed=0, noise=0, recovery=0, disturbed=0)
     if args.disturbed > 1:

@@ -87,10 +87,11 @@ class TransferCube(World):
         self.model = mujoco.MjModel.from_xml_path(str(scene))
         self.data = mujoco.MjData(self.model)
         # Of one action: every 0.02 s, or 0.01.
-        self.commands = int(hold if hold == int(hold) else 2 * hold)
+        self.commands = int(hold if hold % 1 == 0 else 2 * hold)
         self.substeps = round(0.02 * hold / self.commands / self.model.opt.timestep)
-        geoms = ("red_box", "table", "vx300s_left/10_left_gripper_finger")
-        self.cube, self.table, self.finger = (self.model.geom(name).id for name in geoms)
+        self.cube = self.model.geom("red_box").id
+        self.table = self.model.geom("table").id
+        self.finger = self.model.geom("vx300s_left/10_left_gripper_finger").id
         self.hands = {arm: self.model.body(f"vx300s_{arm}/gripper_link").id for arm in ARMS}
         self.eye = Eye(self.model, size * 3 // 4, size) if self.cameras else None
 
@@ -111,9 +112,9 @@ class TransferCube(World):
         action = checked(action, self)
         for k in range(1, self.commands + 1):
             target = self.last + (action - self.last) * k / self.commands
-            joints, opening = np.split(target.reshape(2, 7), [6], axis=1)
-            finger = CLOSED + (OPEN - CLOSED) * np.clip(opening, 0, 1)
-            self.data.ctrl[:] = np.hstack([joints, finger, -finger]).ravel()
+            arms = target.reshape(2, 7)
+            finger = CLOSED + (OPEN - CLOSED) * np.clip(arms[:, 6:], 0, 1)
+            self.data.ctrl[:] = np.hstack([arms[:, :6], finger, -finger]).ravel()
             self.mujoco.mj_step(self.model, self.data, self.substeps)
             touching = {frozenset(pair) for pair in self.data.contact.geom.tolist()}
             held = frozenset((self.cube, self.finger)) in touching
@@ -122,9 +123,9 @@ class TransferCube(World):
         self.done += 1
 
     def state(self) -> np.ndarray:
-        joints, finger, _ = np.split(self.data.qpos[:16].reshape(2, 8), [6, 7], axis=1)
-        opening = (finger - CLOSED) / (OPEN - CLOSED)
-        return np.hstack([joints, opening]).ravel().astype(np.float32)
+        joints = self.data.qpos[:16].reshape(2, 8)[:, :7].astype(float)
+        joints[:, 6] = (joints[:, 6] - CLOSED) / (OPEN - CLOSED)
+        return np.float32(joints.ravel())
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
@@ -159,11 +160,17 @@ class TransferCube(World):
         beside = MEET + [0.1, 0, 0]
         starts = [tip(ghost, hand) for hand in self.hands.values()]
         # Of each hand step, place and opening, and how it is turned from its first waypoint on.
-        times = [0, 100, 220, 260, 310, 360], [0, 90, 130, 170, 220, 310, 340, 380]
-        left = [starts[0], near, near, MEET, MEET, near]
-        right = [starts[1], over, cube, cube, MEET, MEET, MEET, beside]
-        grips = [0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0, 1, 1]
-        ways = list(map(np.column_stack, zip(times, (left, right), grips)))
+        left = (
+            [0, 100, 220, 260, 310, 360],
+            [starts[0], near, near, MEET, MEET, near],
+            [0, 1, 1, 1, 0, 0],
+        )
+        right = (
+            [0, 90, 130, 170, 220, 310, 340, 380],
+            [starts[1], over, cube, cube, MEET, MEET, MEET, beside],
+            [0, 1, 1, 0, 0, 0, 1, 1],
+        )
+        ways = np.column_stack(left), np.column_stack(right)
         straight, side, down = self.Rotation.from_euler("yx", [(0, 0), (0, 90), (-60, 0)], True)
         plan = []
         for now in self.hold * np.arange(1, self.max_steps + 1):
@@ -180,7 +187,13 @@ class TransferCube(World):
     def _turned(self, data: object, hand: int) -> object:
         return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
 
-    def _solve(self, ghost: object, arm: str, place: list[float], turn: object) -> np.ndarray:
+    def _solve(
+        self,
+        ghost: object,
+        arm: str,
+        place: list[float],
+        turn: object,
+    ) -> np.ndarray:
         """Moves the six joints of an arm until the fingertips are at a place and the hand has the
         rotation `turn`, and returns them: damped least squares."""
         hand = self.hands[arm]

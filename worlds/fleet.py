@@ -76,13 +76,12 @@ class Fleet:
         self.size = n
         self.task = task
         self.view = view
-        shares = [len(share) for share in np.array_split(np.arange(n), min(n, workers))]
-        self.edges = np.cumsum(shares)[:-1]
+        self.shares = np.array_split(np.arange(n), min(n, workers))
         self.pipes = []
         self.processes = []
-        for share in shares:
+        for share in self.shares:
             ours, theirs = PROCESSES.Pipe()
-            arguments = (theirs, sim, task, settings or {}, share)
+            arguments = (theirs, sim, task, settings or {}, len(share))
             process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -104,7 +103,7 @@ class Fleet:
     def call(self, name: str, arguments: Sequence[tuple | None]) -> list:
         """Calls a method of every world that has arguments; the result of each."""
         arguments = [*arguments, *[None] * (self.size - len(arguments))]
-        for pipe, share in zip(self.pipes, np.split(np.arange(self.size), self.edges)):
+        for pipe, share in zip(self.pipes, self.shares):
             with suppress(BrokenPipeError):  # `_answer` tells what has happened
                 pipe.send((name, [arguments[i] for i in share]))
         answers = [row for pipe in self.pipes for row in self._answer(pipe)]
@@ -210,7 +209,6 @@ def attempt(order: Order) -> Recording:
     seen = world.reset(order.seed)
     rows = []
     left = order.after
-    shove = 0.0
     pushed = 0
     while len(rows) < world.max_steps and left > 0:
         action = world.expert()

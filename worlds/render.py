@@ -52,6 +52,7 @@ ORANGE = (250, 140, 30)
 CYAN = (30, 205, 215)
 SKIN = (236, 178, 144)
 SLEEVE = (146.32, 124.6, 123.84)
+TABLE = np.array([158, 148, 136])
 SHADE = np.array([0.018, 0.024])  # where shadows fall
 
 
@@ -127,7 +128,10 @@ def gantry(s: Snapshot) -> Iterator[Capsule]:
     x, y = s.effector.T
     low = np.full(len(x), -0.1)
     high = 1 - low
-    beams = (columns(x, low), columns(x, high)), (columns(low, y), columns(high, y))
+    beams = (
+        (columns(x, low), columns(x, high)),
+        (columns(low, y), columns(high, y)),
+    )
     for a, b in beams:
         yield Capsule(a + SHADE, b + SHADE, 0.018, soft=2.5, shadow=0.25)
     for a, b in beams:
@@ -156,7 +160,12 @@ def capsules(embodiment: str, s: Snapshot, held: ndarray) -> Iterator[Capsule]:
 # -- pixels ---------------------------------------------------------------------------------------
 
 
-def speckles(rng: np.random.Generator, side: int, channels: int, sigma: float) -> ndarray:
+def speckles(
+    rng: np.random.Generator,
+    side: int,
+    channels: int,
+    sigma: float,
+) -> ndarray:
     """Noise (side, side, channels) of unit variance, periodically blurred by a Gaussian."""
     noise = rng.standard_normal((side, side, channels))
     squares = np.fft.fftfreq(side) ** 2
@@ -185,10 +194,7 @@ def textures(split: str, randomized: bool) -> ndarray:
     rng = np.random.default_rng([11, SPLITS.index(split), randomized])
     made = []
     for _ in range(24 if randomized else 6):
-        if randomized:
-            base = rng.uniform(70, 190, 3)
-        else:
-            base = [158, 148, 136] + rng.uniform(-8, 8, 3)
+        base = rng.uniform(70, 190, 3) if randomized else TABLE + rng.uniform(-8, 8, 3)
         grey = base.mean()
         base = grey + 0.6 * (base - grey)  # away from the saturated colours of the discs
         wide = speckles(rng, TEXTURE, 3, 24.0)
@@ -287,7 +293,11 @@ def slanted(slope: ndarray, centre: float) -> ndarray:
     return 1 + slope[0] * across + slope[1] * down
 
 
-def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarray:
+def clutter(
+    rng: np.random.Generator,
+    picture: ndarray,
+    discs: ndarray,
+) -> ndarray:
     """A picture with squares and triangles, one to three, that nothing touches."""
     for _ in range(rng.integers(1, 4)):
         spots = rng.uniform(0.08, 0.92, (16, 2))
@@ -323,8 +333,7 @@ def scenery(
     slope = np.zeros(2, np.float32)
     if randomized:
         picture = clutter(rng, picture, discs)
-        brightness = rng.uniform(0.78, 1.15)
-        tint = np.float32(brightness * rng.uniform(0.92, 1.08, 3))
+        tint = np.float32(rng.uniform(0.78, 1.15) * rng.uniform(0.92, 1.08, 3))
         slope = np.float32(rng.uniform(-0.35, 0.35, 2))
         picture = picture * tint * slanted(slope, 0.5)[..., None]
     background = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
@@ -338,8 +347,8 @@ def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:
     Each pixel goes with the topmost capsule that covers it, turning with it; the table and the
     shadows on it stay.
     """
-    n = len(before.effector)
-    motions = np.zeros((n * CANVAS * CANVAS, 2), np.float32)
+    motions = np.zeros((len(before.effector), CANVAS, CANVAS, 2), np.float32)
+    pixels = motions.reshape(-1, 2)
     starts, ends = (capsules(embodiment, shot, before.held) for shot in (before, after))
     for old, new in zip(starts, ends, strict=True):
         if old.shadow:
@@ -354,6 +363,5 @@ def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:
         shift = IMAGE * (new.a - old.a)
         motion = shift[:, None, None] + columns(turned_x - dx, turned_y - dy)
         inside = coverage(old, far) >= 0.5
-        motions[pixel[inside]] = motion[inside]
-    motions = motions.reshape(n, CANVAS, CANVAS, 2)
+        pixels[pixel[inside]] = motion[inside]
     return motions[:, PAD:-PAD, PAD:-PAD].copy()

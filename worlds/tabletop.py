@@ -66,7 +66,7 @@ def goal_of(skill: str, disc: ndarray, toward: ndarray) -> ndarray:
     if skill == "push":
         return disc + (PUSH + 0.03) * toward
     depth = 0.12 if toward.sum() < 0 else 0.88
-    return np.where(toward != 0, depth, disc)
+    return np.where(toward, depth, disc)
 
 
 def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
@@ -111,10 +111,8 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
     spots = np.where(rng.random((64, 1)) < 0.7, near, anywhere)
     spots = np.clip(spots, 0.05, 0.95)
     opening = float(rng.integers(2))
-    if opening:
-        return spots[0], opening
     free = (distance(spots[:, None], discs) > RADIUS + TIP + 0.005).all(axis=1)
-    return spots[free.argmax()], opening
+    return spots[0 if opening else free.argmax()], opening
 
 
 # -- the world ------------------------------------------------------------------------------------
@@ -192,8 +190,8 @@ class Tabletop:
         self.rngs.append(play)
         toward = DIRECTIONS[SIDES.index(side)]
         first = COLOURS.index(colour)
-        rest = [c for c in range(len(COLOURS)) if c != first]
-        colours = np.array([first, *layout.permutation(rest)[: DISCS - 1]])
+        rest = layout.permutation(np.delete(np.arange(len(COLOURS)), first))
+        colours = np.array([first, *rest[: DISCS - 1]])
         discs, effector = layout_of(layout, None if self.task_agnostic else skill, toward)
         order = layout.permutation(DISCS)  # the named disc may have any slot
         named = order.argmin()
@@ -226,8 +224,7 @@ class Tabletop:
 
     def observe(self) -> dict:
         """All that a policy sees now, as `reset` returns it."""
-        instruction = list(self.instruction)
-        return {"image": self.render(), "state": self.state(), "instruction": instruction}
+        return {"image": self.render(), "state": self.state(), "instruction": self.instruction}
 
     def state(self) -> ndarray:
         """Proprioception (n, P) float32, scaled to [-1, 1] over the table."""
@@ -256,8 +253,8 @@ class Tabletop:
         shape = (self.n, self.embodiment.action_dim)
         if actions.shape != shape or not np.isfinite(actions).all():
             raise ValueError(
-                f"actions have shape {actions.shape} and values {actions}; {self.n} worlds of "
-                f"embodiment {self.embodiment.name!r} expected {shape} finite numbers"
+                f"actions have shape {actions.shape} and values {actions}; expected {shape} finite "
+                f"numbers for embodiment {self.embodiment.name!r}"
             )
         was_open = self.opening >= 0.5
         move = self._move(actions)
@@ -386,7 +383,7 @@ class Tabletop:
             over_disc = distance(self.discs[i], self.effector[i]).min() < GRASP
             chance = 0.9 if over_disc else 0.2
             if rng.random() < (0.5 if self.waypoint_grip[i] > 0 else chance):
-                self.waypoint_grip[i] = -self.waypoint_grip[i]
+                self.waypoint_grip[i] *= -1
             on_disc = rng.random() < 0.7
             spot = self.discs[i, rng.integers(DISCS)] + rng.uniform(-0.04, 0.04, 2)
             self.waypoint[i] = np.clip(spot if on_disc else rng.uniform(0.1, 0.9, 2), 0.05, 0.95)
@@ -512,7 +509,7 @@ def record(
         kind = kind._replace(astray=0.0, slips=0.0, noise=0.0)
     bodies = (embodiment,) if embodiment else kind.bodies
     seeds = np.random.SeedSequence([seed, level]).generate_state(episodes)
-    recorded: list[Episode | None] = [None] * episodes
+    recorded = {}
     for turn, body in enumerate(bodies):
         mine = range(turn, episodes, len(bodies))
         for start in range(0, len(mine), AT_ONCE):
@@ -521,9 +518,8 @@ def record(
                 len(chunk), body, kind.randomized, split, kind.task_agnostic, kind.astray
             )
             world.reset(seeds[chunk])
-            for i, episode in zip(chunk, play(world, level, kind, pictures)):
-                recorded[i] = episode
-    return recorded
+            recorded |= zip(chunk, play(world, level, kind, pictures))
+    return [recorded[i] for i in range(episodes)]
 
 
 def play(world: Tabletop, level: int, kind: Level, pictures: bool) -> list[Episode]:
@@ -536,9 +532,7 @@ def play(world: Tabletop, level: int, kind: Level, pictures: bool) -> list[Episo
 
     seen = [look()]
     actions = []
-    slipping = np.zeros(world.n, int)
-    since = np.zeros(world.n, int)  # steps after success
-    length = np.zeros(world.n, int)
+    slipping, since, length = np.zeros((3, world.n), int)  # steps; `since` those after success
     for _ in range(WANDER if world.task_agnostic else LIMIT):
         actions.append(world.expert().astype(np.float32))
         if kind.slips:

@@ -348,7 +348,7 @@ def pretrain_dcae(
         moved, wanted = mirrored(flow[rows], labels[rows], generator)
         moved, wanted, given = moved.to(device), wanted.to(device), mask[rows].to(device)
         tokens = model.dcae.encode(model.flow_to_picture(moved))
-        # Small moving things are a few percent of a picture: unless they weigh much, it stays white.
+        # What moves is a few percent of a picture: unless it weighs much, all stays white.
         reconstruction = model.picture_loss(model.dcae.decode(tokens), moved, moving=100.0)
         read = head(rearrange(tokens, "b c h w -> b (h w c)"))
         error = torch.where(given, read - wanted, 0.0).square().sum() / given.sum().clamp(min=1)

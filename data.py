@@ -1,5 +1,4 @@
-"""Episodes to batches: the data pyramid, windows at two rates, normalisation, masks (paper Sec. 3.3
-and 4.1).
+"""Episodes to batches: windows at two rates, normalisation, masks (paper Sec. 3.3 and 4.1).
 
     pyramid level   1 web              what the pre-trained backbones have already seen
                     2 human            video of hands, no actions
@@ -19,12 +18,10 @@ What lies past the end of an episode repeats the last frame or action and is mas
 mean and is no key. Robots of different width live in one batch: numbers are padded with zeros and
 masked. Order is a function of (seed, step) alone, for any number of workers and ranks.
 
-    python data.py inspect CARD                  what it is and what of it is used, with a picture
-    python data.py check CARD                    every fault, by name
+    python data.py inspect CARD                  card (docs/data.md) or dataset: what of it is used,
+                                                 a picture, every fault; `check` gives faults alone
     python data.py convert CARD OUT              its sources as LeRobot v3.0 datasets, with a card
     python data.py cache --stage 3 --out FILE    windows through the frozen backbones, for training
-
-CARD is described in docs/data.md; a dataset, or a folder of datasets, needs none.
 
 Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state dimensions.
 """
@@ -43,7 +40,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from backbones.frozen import Backbones
@@ -71,8 +67,7 @@ class LatentEncoder:
     def __call__(self, flows: Iterable[tuple]) -> tuple[np.ndarray, np.ndarray]:
         """Chunks of flow (n, H, W, 2) and valid (n,) -> standardised rows (T, 14), known (T,)."""
         found, _ = encode_flows(self.model, (map(torch.as_tensor, chunk) for chunk in flows))
-        rows = self.model.standardise(found["latent_action"])
-        return rows.numpy(), found["valid"].numpy()
+        return self.model.standardise(found["latent_action"]).numpy(), found["valid"].numpy()
 
 
 def open_pyramid(
@@ -84,13 +79,12 @@ def open_pyramid(
     robot: str = "",
     latent: str | Path | None = None,
 ) -> Pyramid:
-    """The sources of a stage's levels: of the card or dataset at `path`, or of the preset's own
-    card. A world renders `episodes` per level where the card does not say how many; `latent` is a
-    run of stage latent, whose encoder makes the actions of stage 2."""
+    """The sources of a stage's levels, by default of the preset's card. A world renders `episodes`
+    per level where the card is silent; the encoder of run `latent` makes the actions of stage 2."""
+    seen = preset(preset_name).frames, PRESETS[preset_name].size
     path = path or PRESETS[preset_name].data
     if path is None:
         raise ValueError(f"preset {preset_name!r} has no data of its own; name a card by --data")
-    seen = preset(preset_name).frames, PRESETS[preset_name].size
     encode = LatentEncoder(latent) if latent else None
     return Pyramid(path, STAGES[stage].levels, *seen, episodes, seed, robot, encode)
 
@@ -121,9 +115,6 @@ def backbones_of(
     parts = [part for part in parts if not (text and part == "text")]
     backbones = Backbones.load(folder, config.video.text_len, parts, motus)
     return backbones.load_text(text, config.video.text_dim) if text else backbones
-
-
-# -- batches --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -206,8 +197,8 @@ def held_out(
     pyramid.frames = config.frames
     if robot and robot.action_hz:
         pyramid.see_as(robot)
-    rows = pyramid.held_out(count, seed)
-    return batch_of(pyramid, rows, "real" if acts else "none", [robot], config)
+    actions = "real" if acts else "none"
+    return batch_of(pyramid, pyramid.held_out(count, seed), actions, [robot], config)
 
 
 # -- windows that training draws ------------------------------------------------------------------
@@ -223,11 +214,6 @@ def in_order(work: Callable, items: Iterable, threads: int = 2) -> Iterator:
                 yield pending.pop(0).result()
         while pending:
             yield pending.pop(0).result()
-
-
-def share(rows: Tensor, rank: int, world: int) -> Tensor:
-    """The rows of a batch that belong to a rank."""
-    return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
 
 class Stream:
@@ -263,9 +249,9 @@ class Stream:
     def decoded(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The part of batch `step` that belongs to `rank`, before the backbones. The next steps are
         begun, unless a worker of a DataLoader asks: workers are ahead themselves."""
-        steps = itertools.count(step)
-        parts = (share(self.rows(size, seed, n), rank, world) for n in steps)
-        if get_worker_info() is not None:
+        mine = slice(rank * size // world, (rank + 1) * size // world)
+        parts = (self.rows(size, seed, n)[mine] for n in itertools.count(step))
+        if torch.utils.data.get_worker_info() is not None:
             return self.cut(next(parts))
         if self.next != (size, seed, step, rank, world):
             self.ahead = in_order(self.cut, parts)
@@ -293,7 +279,7 @@ class Pool:
     interval: int | None  # action steps that one latent action spans
     sources: list[list]  # name, level and robot of each, in their order
     weights: list[float]  # by which they are mixed
-    made_by: dict  # stage, sizes and networks that decide what the windows are
+    made_by: dict  # `makers`
 
     ABOUT = "encoded windows"  # key of a file's metadata
 
@@ -309,8 +295,8 @@ class Pool:
         return torch.stack([groups[g][rng.integers(len(groups[g]))] for g in chosen])
 
     def batch(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Inputs:
-        """The part of batch `step`, `size` windows in all, that belongs to `rank`."""
-        return self.inputs.rows(share(self.rows(size, seed, step), rank, world))
+        mine = slice(rank * size // world, (rank + 1) * size // world)
+        return self.inputs.rows(self.rows(size, seed, step)[mine])
 
     def tensors(self, inputs: Inputs) -> dict[str, Tensor]:
         named = {**vars(inputs), "source": self.source}
@@ -326,30 +312,24 @@ class Pool:
         if self.sources != named_sources(pyramid):
             raise ValueError(
                 f"card {pyramid.name} mixes {named_sources(pyramid)}, the cache holds windows of "
-                f"{self.sources}; expected other weights of the same sources, or windows written "
-                "again with `python data.py cache`"
+                f"{self.sources}; expected other weights of the same sources, or a new cache"
             )
         self.weights = pyramid.weights.tolist()
 
     def save(self, path: str | Path) -> None:
-        about = {name: getattr(self, name) for name in ("interval", "sources", "weights")}
-        about["made_by"] = self.made_by
+        about = {k: getattr(self, k) for k in ("interval", "sources", "weights", "made_by")}
         about["robots"] = [robot.as_json() for robot in self.robots]
-        widths = ("ratio", "action_dim", "state_dim")  # of the network, which the data decide
-        about["widths"] = {name: getattr(self.config, name) for name in widths}
+        about["widths"] = {k: getattr(self.config, k) for k in ("ratio", "action_dim", "state_dim")}
         save_safetensors(path, self.tensors(self.inputs), {self.ABOUT: json.dumps(about)})
 
     @classmethod
     def load(
         cls, path: str | Path, preset_name: str, stage: str, latent: str | Path | None = None
     ) -> "Pool":
-        """A pool that `save` wrote, mapped from disk. ValueError if it is of another stage or size,
-        or a backbone or the latent-action encoder has changed since."""
+        """The pool that `save` wrote, mapped from disk. ValueError if its makers have changed."""
         with open_source(path) as source:
             if cls.ABOUT not in source.metadata:
-                raise ValueError(
-                    f"{path} is no cache of windows; `python data.py cache` writes one"
-                )
+                raise ValueError(f"{path} is no cache of windows: `python data.py cache` makes one")
             about = json.loads(source.metadata[cls.ABOUT])
             tensors = {name: source.read(name) for name in source.names()}
         config = replace(preset(preset_name, stage), **about.pop("widths"))
@@ -359,8 +339,8 @@ class Pool:
         stale = [f"{k} was {then[k]}, is {now.get(k)}" for k in then if then[k] != now.get(k)]
         if stale:
             raise ValueError(
-                f"{path} is stale: {'; '.join(stale)}; write it again with `python data.py cache`, "
-                "or name with --latent the encoder that it was made with"
+                f"{path} is stale: {'; '.join(stale)}; make it again with `python data.py cache`, "
+                "or name its latent-action encoder by --latent"
             )
         robots = tuple(map(Statistics.from_json, about.pop("robots")))
         which = tensors.pop("source")
@@ -378,9 +358,8 @@ def stage_backbones(preset_name: str, config: MotusConfig, stage: str) -> Backbo
     return backbones_of(preset_name, config, parts=parts)
 
 
-def makers(
-    config: MotusConfig, stage: str, backbones: Backbones, encode: LatentEncoder | None
-) -> dict:
+def makers(config: MotusConfig, stage: str, backbones: Backbones, encode=None) -> dict:
+    """Stage, sizes and digests of networks that decide what encoded windows are."""
     made = {"stage": stage, "frames": config.frames, "text_len": config.video.text_len}
     latent = {"latent": encode.fingerprint} if encode else {}
     return made | backbones.fingerprint() | latent
@@ -432,7 +411,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "check", "convert", "cache"):
         add = commands.add_parser(name).add_argument
-        add("--preset", default="toy", help="row of presets.toml")
+        add("--preset", default="toy", choices=tuple(PRESETS), help="row of presets.toml")
         if name != "cache":
             add("data", help="card, dataset folder, or USER/NAME on the hub")
         if name == "inspect":
@@ -461,10 +440,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         inspect(pyramid, args.out, args.card)
     elif args.command == "convert":
         convert(pyramid, args.out, args.lossless)
+    elif faults := pyramid.check():
+        raise ValueError(f"{len(faults)} faults\n" + "\n".join(faults))
     else:
-        faults = pyramid.check()
-        if faults:
-            raise ValueError(f"{len(faults)} faults\n" + "\n".join(faults))
         print("no fault found")
 
 

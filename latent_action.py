@@ -22,8 +22,7 @@ mean over the batch. The official release has none of this; where the paper is s
   DC-AE needs it, or its tokens would shrink to nothing.
 - logvar starts at -6: with unit noise at the start the decoder learns to ignore the latent.
 
-Shapes: B batch, N rows, T rows of a clip, H W height and width, D token features (positions *
-channels), Z latent dimensions (14), A aligned dimensions.
+Shapes: B batch, N or T rows, H W pixels, D token features, Z latent dimensions (14), A aligned.
 """
 
 import json
@@ -74,8 +73,7 @@ class LatentActionConfig:
         if self.interval < 1 or self.radius <= 0 or not 0 <= self.action_dim <= self.latent_dim:
             raise ValueError(
                 f"interval is {self.interval}, radius {self.radius}, action_dim {self.action_dim}; "
-                "expected interval >= 1, radius > 0, "
-                f"action_dim from 0 to latent_dim = {self.latent_dim}"
+                f"expected at least 1, above 0, and 0 to latent_dim = {self.latent_dim}"
             )
         if self.code not in TO_PICTURE:
             raise ValueError(f"code is {self.code!r}; expected one of {', '.join(TO_PICTURE)}")
@@ -119,7 +117,8 @@ def flow_to_colour(flow: Tensor, radius: float) -> Tensor:
     green = 2 - (hue - 2).abs()
     blue = 2 - (hue - 4).abs()
     colour = torch.stack([red, green, blue], dim=1).clamp(0, 1)
-    saturation = (flow.norm(dim=-1) / radius).clamp(max=1)[:, None]
+    speed = flow.norm(dim=-1) / radius
+    saturation = speed.clamp(max=1)[:, None]
     return 1 - 2 * saturation * (1 - colour)
 
 
@@ -134,14 +133,13 @@ def colour_to_flow(pictures: Tensor, radius: float) -> Tensor:
     steps = interpolate(hue, HUES.to(hue), STEPS.to(hue))
     angle = steps * (2 * math.pi / 55)
     direction = torch.cat([angle.cos(), angle.sin()], dim=1)
-    flow = spread.clamp(max=2) / 2 * radius * direction
-    return rearrange(flow, "b c h w -> b h w c")
+    speed = spread.clamp(max=2) / 2 * radius
+    return rearrange(speed * direction, "b c h w -> b h w c")
 
 
 def flow_to_planes(flow: Tensor, radius: float) -> Tensor:
-    """Flow (B, H, W, 2) px -> pictures (B, 3, H, W) in [-1, 1]: x, y and speed as they are, over
-    the radius. Opposite motions are opposite numbers, and an autoencoder that knows no pictures
-    learns them far sooner than the wheel's hues."""
+    """The same as x, y and speed over the radius: opposite motions are opposite numbers, and an
+    autoencoder that knows no pictures learns them far sooner than the wheel's hues."""
     speed = flow.norm(dim=-1, keepdim=True) / radius
     motion = flow / radius / speed.clamp(min=1)
     pace = 2 * speed.clamp(max=1) - 1
@@ -326,9 +324,8 @@ class LatentActionModel(nn.Module):
 
 
 def mixed_rows(labelled: Tensor, batch: int, fraction: float, seed: int, step: int) -> Tensor:
-    """Rows of a batch as a function of seed and step: `fraction` of them labelled (N,), drawn with
-    replacement. The number of labelled rows is within 1 of fraction * batch, equals it in
-    expectation, and over any run of steps adds up to it within 1."""
+    """Rows of a batch, by seed and step alone, drawn with replacement; `fraction` of them labelled
+    (N,): within 1 in a batch, in expectation, and within 1 over any run of steps."""
     share = fraction * batch
     start = np.random.default_rng(seed).random()
     before = math.floor(step * share + start)
@@ -361,7 +358,7 @@ def fit(
         if model.config.reconstruct == "tokens" and x.ndim == 4:
             x = model.flow_to_tokens(x)  # a frozen DC-AE sees each flow once
         model.token_std, model.token_mean = torch.std_mean(model.as_tokens(x), dim=0)
-    model.token_std.clamp_(min=0.01 * model.token_std.mean().item())  # of what hardly varies
+    model.token_std.clamp_(min=0.01 * model.token_std.mean())  # of what hardly varies
     generator = torch.Generator().manual_seed(settings.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -399,12 +396,15 @@ def fit(
 
 
 def probe(latents: Tensor, labels: Tensor, test_latents: Tensor, test_labels: Tensor) -> Tensor:
-    """R^2 (A,) on test rows of the best linear map from latents (N, Z) to labels (N, A): how much
-    of the true motion they hold."""
-    x = F.pad(latents, (0, 1), value=1.0).double()
-    weights = torch.linalg.lstsq(x, labels.double(), driver="gelsd").solution
-    predicted = F.pad(test_latents, (0, 1), value=1.0).double() @ weights
-    error = (predicted - test_labels).square().mean(dim=0)
+    """R^2 (A,) on test rows of the best linear map from latents (N, Z) to labels (N, A), by ridge
+    regression: how much of the true motion they hold."""
+    mean = latents.mean(dim=0)
+    std = latents.std(dim=0).clamp(min=1e-6)
+    x = F.pad((latents - mean) / std, (0, 1), value=1.0).double()
+    test = F.pad((test_latents - mean) / std, (0, 1), value=1.0).double()
+    ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(x.mT @ x + ridge, x.mT @ labels.double())
+    error = (test @ weights - test_labels).square().mean(dim=0)
     variance = test_labels.double().var(dim=0, correction=0)
     return (1 - error / variance.clamp(min=1e-12)).float()
 
@@ -412,7 +412,7 @@ def probe(latents: Tensor, labels: Tensor, test_latents: Tensor, test_labels: Te
 @torch.no_grad()
 def encode_flows(
     model: LatentActionModel, flows: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict]:
     """tokens (T, D), latent_action (T, 14), not standardised, logvar (T, 14) and valid (T,) of a
     clip's `flows`: flow (n, H, W, 2) and valid (n,), chunk after chunk. Row i spans frames i to i +
     interval of T + 1; those that end early are not valid. And figures: rows, valid_rows, `clipped`,

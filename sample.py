@@ -1,26 +1,24 @@
 """Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and
 `Policy`, for acting (paper Sec. 3.2).
 
-    python sample.py --ckpt runs/stage3 --mode joint         or vla, world_model, idm, vgm; several with commas; all
-    python sample.py --encode-text "pick up the cup" --text states.safetensors       what acting then reads by --text
+    python sample.py --ckpt runs/stage3 --mode joint         several modes with commas, or all
+    python sample.py --encode-text "pick up the cup" --text states.safetensors
+                                                             what acting then reads by --text
 
-Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are
-latent, and episodes hold none to be given or compared with. Stage 3 has all five. Windows come from
-episodes that no stage trains on and lie inside them.
+Stage 1 has mode vgm alone, stage 2 joint and vgm (latent actions), stage 3 all five. Windows
+come from episodes that no stage trains on and lie inside them.
 
-    PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only pixels that differ
-                   from the observation in the true future, widened by DILATE. `copy` repeats the observation; `vae`
-                   is the truth through the VAE and back.
-    action MSE     normalised and in robot units; `mean` always predicts the mean of the training data.
+    PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only
+                   pixels that differ from the observation in the true future, widened by DILATE.
+                   `copy` repeats the observation; `vae` is the truth through the VAE and back.
+    action MSE     normalised and in robot units; `mean` predicts the mean of the training data.
 
-Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions,
-n worlds.
+Shapes: B windows, F future frames, H W pixels, S actions, A and P action and state dimensions.
 """
 
 import argparse
 import json
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +35,7 @@ import flow
 from backbones.frozen import Backbones
 from backbones.published import holds_vlm
 from formats.cards import widened
+from formats.pictures import film, sheet
 from formats.recordings import fit
 from formats.statistics import Normaliser, Statistics
 from motus import STAGES, Inputs, Motus, Prediction, Stage, preset
@@ -78,16 +77,14 @@ class Policy:
         states, which stand in for the text encoder; `robot` says which one acts, where the
         checkpoint knows several."""
         model, card = Motus.from_pretrained(ckpt)
-        stage = STAGES.get(card.stage)
-        if stage is None or stage.finetune and not card.statistics:
+        stage = STAGES[card.stage]
+        if stage.finetune and not card.statistics:
             raise ValueError(
-                f"the checkpoint is of stage {card.stage!r} with statistics {card.statistics}; "
-                "expected 1, 2 or 3, the last with statistics, which give its actions units: take "
-                "one that train.py wrote"
+                f"{ckpt} is of stage {card.stage} and its statistics are {card.statistics}; "
+                "expected those that give its actions units: take a checkpoint that train.py wrote"
             )
-        backbones = data.backbones_of(
-            card.preset, model.config, text, ckpt if holds_vlm(ckpt) else None
-        )
+        official = ckpt if holds_vlm(ckpt) else None
+        backbones = data.backbones_of(card.preset, model.config, text, official)
         for part, digest in (card.backbones or {}).items():
             if backbones.fingerprint(part).get(part, digest) != digest:
                 raise ValueError(
@@ -224,8 +221,7 @@ def psnr(video: Tensor, truth: Tensor, region: Tensor | None = None) -> float:
 def ssim(video: Tensor, truth: Tensor) -> float:
     """Structural similarity, -1 to 1: Gaussian window of 11 pixels (sigma 1.5), per channel, mean
     over all places where it fits."""
-    x = rearrange(video.float() / 255, "b f h w c -> (b f c) 1 h w")
-    y = rearrange(truth.float() / 255, "b f h w c -> (b f c) 1 h w")
+    x, y = (rearrange(v.float() / 255, "b f h w c -> (b f c) 1 h w") for v in (video, truth))
     line = torch.signal.windows.gaussian(11, std=1.5)
     window = torch.outer(line, line)[None, None] / line.sum() ** 2
     mx, my, xx, yy, xy = (conv2d(v, window) for v in (x, y, x * x, y * y, x * y))
@@ -268,78 +264,6 @@ def action_figures(
     }
 
 
-# -- pictures: they carry their own dark ground, and so read the same on any page -----------------
-
-# Strides over frames and colours of a film; the first that fits its limit stays.
-SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
-
-
-def film(
-    path: Path,
-    columns: dict[str, np.ndarray],
-    caption: str,
-    scale: int = 4,
-    ms: int = 400,
-    limit: int = 300_000,
-) -> None:
-    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
-    names, above a caption."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(12)
-    padded = [np.pad(video, ((0, 0), (0, 0), (0, 1), (0, 0))) for video in columns.values()]
-    videos = np.concatenate(padded, axis=2).repeat(scale, axis=1).repeat(scale, axis=2)
-    _, height, width, _ = videos.shape
-    pages = []
-    for pictures in videos:
-        page = Image.new("RGB", (width, height + 40))
-        page.paste(Image.fromarray(pictures), (0, 20))
-        draw = ImageDraw.Draw(page)
-        draw.text((4, height + 22), caption, font=font)
-        for i, name in enumerate(columns):
-            draw.text((i * width // len(columns) + 4, 3), name, font=font)
-        pages.append(page)
-    for stride, colours in SMALLER:
-        shown = pages[::stride]
-        everything = Image.fromarray(np.concatenate(shown))
-        palette = everything.quantize(colours, Image.Quantize.MAXCOVERAGE)
-        first, *rest = (page.quantize(palette=palette, dither=Image.Dither.NONE) for page in shown)
-        first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
-        if path.stat().st_size <= limit:
-            return
-
-
-def sheet(
-    path: Path,
-    title: str,
-    captions: Sequence[str],
-    pictures: dict[str, np.ndarray],
-    *actions: np.ndarray,
-) -> None:
-    """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions
-    (B, S, A), a plot per dimension."""
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-
-    rows = len(captions)
-    columns = len(pictures) + (actions[0].shape[2] if actions else 0)
-    with context(["dark_background", {"font.size": 7}]):
-        size = (1.8 * columns + 0.4, 1.8 * rows + 0.4)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        units = "; actions in robot units: first predicted, then true"
-        figure.suptitle(title + (units if actions else ""), fontsize=9)
-        for row, caption in enumerate(captions):
-            axes[row, 0].set_ylabel(textwrap.fill(caption, 24))
-            for axis, (name, images) in zip(axes[row], pictures.items()):
-                axis.imshow(images[row], interpolation="nearest")
-                axis.set(xticks=[], yticks=[], title=name)
-            for i, axis in enumerate(axes[row, len(pictures) :]):
-                axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
-                axis.set(title=f"action {i}")
-        figure.savefig(path, dpi=110)
-
-
 # -- the modes on held-out episodes ---------------------------------------------------------------
 
 
@@ -351,7 +275,7 @@ def run_mode(
     und = policy.stage.actions != "none"
     inputs = data.encode(batch, policy.backbones, und).to(policy.device)
     prediction = policy.sample(inputs, mode)
-    true = batch.frames[:shown].numpy()
+    true = batch.frames[:shown]
     captions = batch.instruction[:shown]
     pictures = {"observation": true[:, 0], "true future": true[:, -1]}
     actions = []
@@ -360,15 +284,15 @@ def run_mode(
         video = policy.backbones.decode_video(prediction.video).cpu()
         decoded = policy.backbones.decode_video(inputs.latents).cpu()
         figures |= video_figures(video, decoded, batch.frames)
-        pictures["predicted future"] = video[:shown, -1].numpy()
+        pictures["predicted future"] = video[:shown, -1]
         for i, caption in enumerate(captions):
-            film(out / f"{mode}_{i}.gif", {"predicted": video[i].numpy(), "true": true[i]}, caption)
+            film(out / f"{mode}_{i}.gif", {"predicted": video[i], "true": true[i]}, caption)
     if prediction.actions is not None and policy.stage.finetune:
         robot = policy.statistics.actions
         predicted = prediction.actions[..., : policy.own_width].float().cpu()
         truth = batch.actions[..., : policy.own_width]
         figures |= action_figures(predicted, truth, robot)
-        actions = [robot.invert(x[:shown]).numpy() for x in (predicted, truth)]
+        actions = [robot.invert(x[:shown]) for x in (predicted, truth)]
     row = flow.MODES[mode]
     title = f"{mode}: video {row.video}, action {row.action}"
     sheet(out / f"{mode}.png", title, captions, pictures, *actions)
@@ -419,12 +343,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ckpt is None:
         raise ValueError("--ckpt is missing; name a run folder, or published weights")
     policy = Policy.load(args.ckpt, "vgm", args.steps, text=args.text, robot=args.robot)
+    card = policy.card
     if args.int8:
         quantise(policy.model)
     modes = policy.stage.modes if args.mode == "all" else args.mode.split(",")
     for mode in modes:
         policy.check_mode(mode)
-    card = policy.card
     seen = (policy.model.config, policy.statistics, args.episodes, args.seed)
     batch = data.held_out(args.data, card.stage, card.preset, *seen)
     out = Path(args.out or newest_step(args.ckpt) / "samples")
@@ -438,10 +362,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{mode:12} {name:20}{values}", flush=True)
     stored = {**vars(args), "figures": figures}
     (out / "figures.json").write_text(json.dumps(stored, indent=1, default=str))
-    print(
-        f"{len(batch.instruction)} windows, {policy.steps} steps, seed {args.seed}, "
-        f"on {policy.device}; wrote {out}"
-    )
+    print(f"{len(batch.instruction)} windows, {args.steps} steps, on {policy.device}; wrote {out}")
 
 
 if __name__ == "__main__":

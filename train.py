@@ -9,15 +9,13 @@
     torchrun --nproc-per-node 8 train.py --full         the same on eight GPUs: docs/scale.md
 
 From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
-VLM, VAE and text encoder are frozen throughout. One process or many run the same code (`scale`):
-each rank takes its rows of the batch, its share of the loss, its part of the weights.
+VLM, VAE and text encoder are frozen throughout. One process or many run the same code (`scale`).
 
 A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
-optimizer, safetensors and json only. A checkpoint is written under a temporary name and renamed, so
-a folder with its final name is complete; SIGTERM leaves one and ends the run. Every random number
-of step n comes from (seed, n), drawn for the whole batch whatever part of it a rank computes. So
-there is no random state to store: a resumed run equals an uninterrupted one bit for bit, and one on
-another number of ranks up to the order of sums.
+optimizer, safetensors and json only. A checkpoint is renamed when it is complete; SIGTERM leaves
+one and ends the run. Every random number of step n comes from (seed, n), for the whole batch
+whatever part of it a rank computes: a resumed run equals an uninterrupted one bit for bit, and one
+on another number of ranks up to the order of sums.
 """
 
 import argparse
@@ -101,7 +99,8 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            allowed, found = get_args(f.type), getattr(self, f.name)
+            allowed = get_args(f.type)
+            found = getattr(self, f.name)
             if allowed and found not in allowed:
                 raise ValueError(
                     f"--set {f.name} is {found!r}; expected one of {', '.join(map(repr, allowed))}"
@@ -146,7 +145,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
     for. With optimizer=muon the matrices of the blocks have an optimizer of their own."""
-    groups, rotated = [], []
+    groups = []
+    rotated = []
     for expert in experts:
         lr = settings.video_lr if expert == "video" and settings.video_lr else settings.lr
         decays = dict(params=[], base=lr, weight_decay=settings.weight_decay)
@@ -260,9 +260,10 @@ def step(
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
     video loss and an action loss. ValueError before the update if the loss is not finite."""
     # ------------------------------------------------------------------------------------------
-    settings, model, optimizers = run.settings, run.state.model, run.state.optimizers
+    settings = run.settings
+    optimizers = run.state.optimizers
     set_lr(optimizers, settings, number)
-    model.zero_grad(set_to_none=True)
+    run.state.model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=run.ranks.device)
     micro = settings.micro or len(inputs)
     for first in range(0, len(inputs), micro):
@@ -285,7 +286,7 @@ def step(
         )
     for optimizer in optimizers:
         optimizer.step()
-    run.ema.update(model, number)
+    run.ema.update(run.state.model, number)
     # ------------------------------------------------------------------------------------------
     run.log.add("loss", loss)
     run.log.add("grad_norm", norm)
@@ -305,7 +306,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
-    robots, network = as_stored(source.robots), source.config.as_json()
+    robots = as_stored(source.robots)
+    network = source.config.as_json()
     card = Card(network, args.stage, args.preset, robots, source.interval, backbones=frozen)
     about = {"code": code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
@@ -326,7 +328,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)
     start = 0
     if resumed:
-        newest, anyway = newest_step(args.out), args.resume == "anyway"
+        newest = newest_step(args.out)
+        anyway = args.resume == "anyway"
         start = ranks.together(lambda: state.resume(newest, FREE, anyway))
     ranks.same(newest_checkpoint=str(start))
 
@@ -352,7 +355,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
 def train_steps(run: Training, saver: Saver, start: int) -> int:
     """Steps from `start` to the last one, or until a rank is asked to stop; returns how many are
     done then."""
-    settings, ranks, log, done = run.settings, run.ranks, run.log, start
+    settings, ranks, log = run.settings, run.ranks, run.log
+    done = start
     deadline = time.monotonic() + 60 * (settings.minutes or math.inf)
     bar = tqdm(range(settings.steps), f"stage {run.state.card.stage}", disable=ranks.rank > 0)
     bar.update(start)
@@ -411,7 +415,7 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
         return
     torch.manual_seed(settings.seed)
     config = LatentActionConfig.of(PRESETS[args.preset].latent)
-    config = changed(config, [text for text in args.set if is_latent(text)])
+    config = changed(config, [text for text in args.set if text.partition("=")[0] in LATENT_FIELDS])
     model = LatentActionModel(config)
     model.load_dcae(dcae_of(args))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -440,11 +444,6 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
     print(f"wrote {args.out / data.LATENT_FILE}")
 
 
-def is_latent(change: str) -> bool:
-    """Whether a `key=value` is of LatentActionConfig."""
-    return change.partition("=")[0] in LATENT_FIELDS
-
-
 @torch.no_grad()
 def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list[float]]]:
     """How much of the true motion the latents hold, per level of the pyramid: R2 of each label by
@@ -454,7 +453,8 @@ def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list
     )
     figures = {}
     for level in held_out.level.unique().tolist():
-        known, new = seen.level == level, held_out.level == level
+        known = seen.level == level
+        new = held_out.level == level
         r2 = probe(mu[known], seen.labels[known], test[new], held_out.labels[new])
         figures[f"level {level}"] = r2.tolist()
     print("linear probe of the motion, R2 on held-out episodes:", json.dumps(figures))
@@ -502,7 +502,8 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     changes = [f"steps={args.steps}"] if args.steps else []
-    changes += [text for text in args.set if args.stage != "latent" or not is_latent(text)]
+    own = LATENT_FIELDS if args.stage == "latent" else ()
+    changes += [text for text in args.set if text.partition("=")[0] not in own]
     return settings_for(args.preset, args.stage, changes, args.long)
 
 
@@ -511,7 +512,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--stage", choices=list(STAGES), help="default all in order; finished ones are skipped")
-    add("--preset", default="toy", help="row of presets.toml (default toy)")
+    add("--preset", default="toy", help="row of presets.toml")
     add("--full", dest="preset", action="store_const", const="full", help="--preset full")
     add("--out", type=Path, help="folder of the run (default runs/stageN, of all runs/PRESET)")
     add("--init", type=Path, help="run or weights to start from; of stage latent its DC-AE")

@@ -41,7 +41,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from weights.files import open_source
-from weights.layouts import dpflow_own
+from weights.layouts import rename_from
 from weights.load import load_into
 
 # -- the interface, and an estimator without weights ----------------------------------------------
@@ -540,5 +540,5 @@ def load_dpflow(path: str | Path, config: DPFlowConfig = DPFlowConfig()) -> DPFl
     missing, unexpected or of another shape."""
     model = DPFlow(config)
     with open_source(path) as source:
-        load_into(model, source, dpflow_own)
+        load_into(model, source, rename_from("dpflow"))
     return model.eval()

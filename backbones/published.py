@@ -1,18 +1,17 @@
 """Published files: the sizes of the networks in them, and those networks built and filled.
 
 A size is seen in the shape of a tensor; what no shape shows (norm epsilons, rotary bases, the
-length of a chunk) is stated by config.json. Both must agree where both speak, and what neither says
-is an error that names the field, unless all sizes are the published ones: then the published values
-hold. A network keeps the dtype of its file.
+length of a chunk) is stated by config.json. They must agree on width and depth, and what neither
+says is an error that names the field, unless all sizes are the published ones: then the published
+values hold. A network keeps the dtype of its file.
 
     open_weights(PATH)             Motus weights: a checkpoint of ours, official, converted, or Wan
     load_vae, load_text, load_vlm  the frozen backbones, from the folders of Wan2.2 and Qwen3-VL
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -34,42 +33,30 @@ Rename = Callable[[str], str | None]
 # Where a config.json has a field of ours, most official first. Dots lead into sections.
 WAN_FIELDS = {
     "width": "dim",
-    "ffn": "ffn_dim",
     "layers": "num_layers",
     "heads": "num_heads num_attention_heads",
-    "latent": "in_dim in_channels",
-    "patch": "patch_size",
-    "text_dim": "text_dim",
-    "text_len": "text_len",
-    "freq_dim": "freq_dim",
-    "eps": "eps",
+    "text_len": "text_len wan.text_len",
+    "eps": "eps wan.eps",
 }
 VAE_FIELDS = {"mean": "latents_mean", "std": "latents_std"}
 QWEN_FIELDS = {
     "vocab": "text_config.vocab_size",
     "width": "text_config.hidden_size",
-    "ffn": "text_config.intermediate_size",
     "layers": "text_config.num_hidden_layers",
-    "heads": "text_config.num_attention_heads",
-    "kv_heads": "text_config.num_key_value_heads",
-    "head_dim": "text_config.head_dim",
     "eps": "text_config.rms_norm_eps",
     "rope_theta": "text_config.rope_theta text_config.rope_parameters.rope_theta",
     "mrope": "text_config.rope_scaling.mrope_section text_config.rope_parameters.mrope_section",
     "image_token": "image_token_id",
     "vision_width": "vision_config.hidden_size",
-    "vision_ffn": "vision_config.intermediate_size",
     "vision_layers": "vision_config.depth",
     "vision_heads": "vision_config.num_heads",
     "vision_theta": "vision_config.rope_parameters.rope_theta",
     "taps": "vision_config.deepstack_visual_indexes",
-    "patch": "vision_config.patch_size",
-    "repeat": "vision_config.temporal_patch_size",
-    "merge": "vision_config.spatial_merge_size",
     "min_pixels": "size.shortest_edge",
     "max_pixels": "size.longest_edge",
 }
 LISTS = ("mrope", "taps", "mean", "std")
+OPTIONAL = ("eps", "text_len", "vision_theta", "state_dim")  # may be neither shown nor stated
 
 # -- seen and stated ------------------------------------------------------------------------------
 
@@ -78,38 +65,32 @@ def flatten(config: Mapping, prefix: str = "", depth: int = 4) -> dict[str, obje
     """A nested config with dotted keys; no config here is nested deeper than `depth`."""
     flat = {}
     for key, value in config.items():
-        inner = isinstance(value, dict) and depth
-        flat |= flatten(value, f"{prefix}{key}.", depth - 1) if inner else {f"{prefix}{key}": value}
+        if isinstance(value, dict) and depth:
+            flat |= flatten(value, f"{prefix}{key}.", depth - 1)
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def number(value: object) -> float:
-    """A number of a config. Text is read too, because yaml readers leave 1e-5 as text; NaN for all
-    else."""
-    try:
-        return math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def value_of(field: str, value: object, several: bool) -> int | float | tuple:
-    """The value stated for a field, or a list (`several`) of them: sizes are whole, epsilons, bases
-    and statistics need not be; members of lists may be zero or less."""
+def value_of(field: str, value: object) -> int | float | tuple:
+    """The value stated for a field, or the values for one of LISTS: sizes are whole, epsilons,
+    bases and statistics need not be; members of lists may be zero or less."""
+    several = field in LISTS
     fractional = field.endswith(("eps", "theta")) or field in ("mean", "std")
-    items = value if several else [value]
-    numbers = [number(item) for item in items] if isinstance(items, list) else [math.nan]
+    items = value if isinstance(value, list) else [value]
+    try:
+        # by way of text, which yaml readers make of 1e-5, and in which true is no number
+        numbers = [float(str(item)) for item in items]
+    except ValueError:
+        numbers = [math.nan]
     least = -math.inf if several else 0
-    if not all(least < x < math.inf and (fractional or x.is_integer()) for x in numbers):
+    sound = all(least < x < math.inf and (fractional or x.is_integer()) for x in numbers)
+    if not sound or isinstance(value, list) != several:
         kind = "number" if fractional else "whole number"
         expected = f"a list of {kind}s" if several else f"a {kind} above 0"
         raise ValueError(f"{str(value)[:60]!r}; expected {expected}")
     found = tuple(x if fractional else int(x) for x in numbers)
     return found if several else found[0]
-
-
-def below(values: Mapping[str, object], prefix: str) -> dict:
-    """The items whose names begin with `prefix`, without it."""
-    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
 @dataclass(frozen=True)
@@ -130,54 +111,47 @@ class Evidence:
             stated = flatten(config_beside(source))
         return cls(source.path, shapes, stated)
 
-    def part(self, tensors: str, section: str) -> "Evidence":
-        """Of the network whose tensors and keys begin so, under names without that."""
-        return replace(self, shapes=below(self.shapes, tensors), stated=below(self.stated, section))
+    def count(self, prefix: str) -> int:
+        """How many different parts of a name follow `prefix`."""
+        inner = [name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)]
+        return len({name.split(".")[0] for name in inner})
 
     def sizes(self, **places: str) -> dict[str, int]:
-        """Sizes by field, each from a place "tensor axis". One ValueError for all tensors that are
-        missing, empty or of too few axes."""
+        """Sizes by field, each from a place: "tensor axis", or "prefix *" for the `count`. One
+        ValueError for all tensors that are missing, empty or of too few axes."""
         found = {}
         problems = []
         for field, place in places.items():
             name, axis = place.split()
             shape = self.shapes.get(name, ())
-            found[field] = shape[int(axis)] if int(axis) < len(shape) else 0
+            if axis == "*":
+                found[field] = self.count(name)
+            else:
+                found[field] = shape[int(axis)] if int(axis) < len(shape) else 0
             if not found[field]:
                 about = f"shows {field} on axis {axis} (found {shape or 'none'})"
                 problems.append(f"no tensor {name} that {about}")
         refuse(self.path, "parts are missing", problems)
         return found
 
-    def count(self, pattern: str) -> int:
-        """How many different indices (the group of `pattern`) the names have."""
-        matches = (re.match(pattern, name) for name in self.shapes)
-        return len({match[1] for match in matches if match})
-
     def reconcile(
-        self,
-        found: Mapping,
-        names: Mapping[str, str],
-        wanted: Iterable[str] = (),
-        published: type | None = None,
+        self, found: Mapping, names: Mapping[str, str], published: object | None = None
     ) -> dict:
         """Fields of a config, from what the shapes show (`found`) and config.json states under
-        `names`. `wanted` fields must be in one of them, unless all that is found equals the
-        defaults of `published`."""
+        `names`. One of them must give a field, unless it is OPTIONAL or all that is found is as in
+        the `published` config."""
         agreed = dict(found)
         problems = []
-        defaults = {f.name: f.default for f in fields(published)} if published else {}
-        known = bool(defaults) and found.items() <= defaults.items()
+        known = published is not None and found.items() <= vars(published).items()
         for field, keys in names.items():
             key = next((key for key in keys.split() if key in self.stated), None)
             if key is None:
-                if field in wanted and field not in found and not known:
+                if not known and field not in (*found, *OPTIONAL):
                     keys = keys.replace(" ", " or ")
                     problems.append(f"{keys} is missing; no tensor shows it")
                 continue
-            several = field in LISTS or isinstance(found.get(field), tuple)
             try:
-                agreed[field] = value_of(field, self.stated[key], several)
+                agreed[field] = value_of(field, self.stated[key])
             except ValueError as error:
                 problems.append(f"{key} is {error}")
                 continue
@@ -194,36 +168,38 @@ def wan_config(evidence: Evidence, heads: int | None = None) -> WanConfig:
     """The video expert's. No tensor of its own shows how many heads it has; in a Motus file the
     action expert's do."""
     found = evidence.sizes(
-        width="patch_embedding.weight 0",
-        latent="patch_embedding.weight 1",
-        ffn="blocks.0.ffn.0.weight 0",
-        text_dim="text_embedding.0.weight 1",
-        freq_dim="time_embedding.0.weight 1",
+        width="video.patch_embedding.weight 0",
+        latent="video.patch_embedding.weight 1",
+        ffn="video.blocks.0.ffn.0.weight 0",
+        text_dim="video.text_embedding.0.weight 1",
+        freq_dim="video.time_embedding.0.weight 1",
+        layers="video.blocks. *",
     )
-    found["layers"] = evidence.count(r"blocks\.(\d+)\.")
-    found["patch"] = tuple(evidence.shapes["patch_embedding.weight"][2:])
+    found["patch"] = tuple(evidence.shapes["video.patch_embedding.weight"][2:])
     if heads:
         found["heads"] = heads
-    return WanConfig(**evidence.reconcile(found, WAN_FIELDS, ("heads",), WanConfig))
+    return WanConfig(**evidence.reconcile(found, WAN_FIELDS, WanConfig()))
 
 
 def vae_config(evidence: Evidence) -> WanVAEConfig:
-    """The latents' mean and std are in no tensor: those of Wan2.2 hold for its 48 channels, others
-    must be stated."""
+    """The latents' mean and std are in no tensor: Wan2.2's hold for a VAE of its sizes, others must
+    be stated."""
     found = evidence.sizes(
-        dim="encoder.conv1.weight 0", dec_dim="decoder.head.0.gamma 0", z_dim="conv2.weight 0"
+        dim="encoder.conv1.weight 0",
+        dec_dim="decoder.head.0.gamma 0",
+        z_dim="conv2.weight 0",
+        levels="encoder.downsamples. *",
     )
-    level = "encoder.downsamples.{}.downsamples.{}."
-    levels = range(evidence.count(r"encoder\.downsamples\.(\d+)\."))
-    blocks = evidence.count(r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
-    places = {f"dim_{i}": level.format(i, 0) + "residual.6.weight 0" for i in levels}
+    level = "encoder.downsamples.{}.downsamples."
+    levels = range(found.pop("levels"))
+    blocks = evidence.count(level.format(levels[-1]))  # the last level has nothing else
+    places = {f"dim_{i}": level.format(i) + "0.residual.6.weight 0" for i in levels}
     widths = evidence.sizes(**places).values()
     found["dim_mult"] = tuple(width // found["dim"] for width in widths)
     found["num_res_blocks"] = blocks
-    timed = (level.format(i, blocks) + "time_conv.weight" for i in levels[:-1])
+    timed = [level.format(i) + f"{blocks}.time_conv.weight" for i in levels[:-1]]
     found["temporal_downsample"] = tuple(name in evidence.shapes for name in timed)
-    wanted = VAE_FIELDS if found["z_dim"] != WanVAEConfig.z_dim else ()
-    return WanVAEConfig(**evidence.reconcile(found, VAE_FIELDS, wanted))
+    return WanVAEConfig(**evidence.reconcile(found, VAE_FIELDS, WanVAEConfig()))
 
 
 def text_config(evidence: Evidence) -> UMT5Config:
@@ -234,8 +210,9 @@ def text_config(evidence: Evidence) -> UMT5Config:
         dim_ffn="blocks.0.ffn.fc1.weight 0",
         buckets="blocks.0.pos_embedding.embedding.weight 0",
         heads="blocks.0.pos_embedding.embedding.weight 1",
+        layers="blocks. *",
     )
-    return UMT5Config(**found, layers=evidence.count(r"blocks\.(\d+)\."))
+    return UMT5Config(**found)
 
 
 def vlm_config(evidence: Evidence) -> Qwen3VLConfig:
@@ -252,20 +229,19 @@ def vlm_config(evidence: Evidence) -> Qwen3VLConfig:
         vision_ffn="visual.blocks.0.mlp.linear_fc1.weight 0",
         side="visual.pos_embed.weight 0",
         merge="visual.merger.linear_fc1.weight 1",
+        layers="language_model.layers. *",
+        vision_layers="visual.blocks. *",
     )
     found["heads"] //= found["head_dim"]
     found["kv_heads"] //= found["head_dim"]
     found["side"] = math.isqrt(found["side"])
     found["merge"] = math.isqrt(found["merge"] // found["vision_width"])
-    found["layers"] = evidence.count(r"language_model\.layers\.(\d+)\.")
-    found["vision_layers"] = evidence.count(r"visual\.blocks\.(\d+)\.")
-    wanted = "rope_theta mrope image_token vision_heads taps min_pixels max_pixels".split()
-    return Qwen3VLConfig(**evidence.reconcile(found, QWEN_FIELDS, wanted, Qwen3VLConfig))
+    return Qwen3VLConfig(**evidence.reconcile(found, QWEN_FIELDS, Qwen3VLConfig()))
 
 
-def motus_fields(evidence: Evidence, positions: int | None) -> dict:
-    """The fields of MotusConfig. `positions`: the rows of the file's position table, if known; the
-    stated chunk must have as many."""
+def motus_fields(evidence: Evidence, positions: str) -> dict:
+    """The fields of MotusConfig. `positions`: the rows of the file's position table, or "" if not
+    known; the stated chunk must have as many."""
     places = {
         "heads": "action.blocks.0.qkv 1",
         "action_width": "action.blocks.0.qkv 2",
@@ -279,12 +255,11 @@ def motus_fields(evidence: Evidence, positions: int | None) -> dict:
         places["state_dim"] = "action.input_encoder.state_encoder.0.weight 1"
         places["registers"] = "action.registers 1"
     found = evidence.sizes(**places)
-    video = wan_config(evidence.part("video.", "wan."), found.pop("heads"))
+    video = wan_config(evidence, found.pop("heads"))
     found["expert_ffn"] //= found["action_width"]
-    wanted = ("frames", "ratio", "action_eps", "und_eps")
-    agreed = evidence.reconcile(found, MOTUS_FIELDS, wanted)
+    agreed = evidence.reconcile(found, MOTUS_FIELDS)
     rows = agreed["frames"] * agreed["ratio"] + (2 + found["registers"] if finetune else 0)
-    if positions not in (None, rows):
+    if positions not in ("", str(rows)):
         raise ValueError(
             f"{evidence.path}: config.json makes chunks of {agreed['frames']} x {agreed['ratio']} "
             f"actions, whose position table has {rows} rows; the file's has {positions}: take the "
@@ -304,8 +279,12 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
     def raw(size: int) -> dict:
         return {"mean": [0.0] * size, "std": [1.0] * size}
 
-    about = {"embodiment": "robotwin", "rate": config["ratio"]}
-    return about | {"actions": raw(config["action_dim"]), "state": raw(config["state_dim"])}
+    return {
+        "embodiment": "robotwin",
+        "rate": config["ratio"],
+        "actions": raw(config["action_dim"]),
+        "state": raw(config["state_dim"]),
+    }
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -326,9 +305,7 @@ def holds_vlm(path: str | Path) -> bool:
     path = fetched(path)
     if not is_published(path):
         return False
-    names = open_source(path).names()
-    rename = renaming(names)
-    return any((rename(name) or "").startswith("vlm.") for name in names)
+    return any(name.startswith(("vlm_model.", "vlm.")) for name in open_source(path).names())
 
 
 def open_weights(
@@ -350,12 +327,12 @@ def open_published(source: TensorSource) -> tuple[TensorSource, Rename, Card, tu
     converted. ValueError if it is neither."""
     kind, stage = identify(source.names())
     rename = renaming(source.names())
-    evidence = Evidence.of(source, rename)
     if kind in ("motus", "motus-own"):
+        evidence = Evidence.of(source, rename)
         rows = source.metadata.get("pos_embedding_rows", "")
         if POSITIONS in source.tensors:
             rows = str(source.shape(POSITIONS)[1])
-        config = motus_fields(evidence, int(rows) if rows.isdecimal() else None)
+        config = motus_fields(evidence, rows)
         statistics = robot_statistics(evidence.stated, config)
         return source, rename, Card(config, str(stage), "full", statistics), ()
     if stage != 1:
@@ -363,9 +340,13 @@ def open_published(source: TensorSource) -> tuple[TensorSource, Rename, Card, tu
             f"{source.path}: holds {kind} weights, expected motus, wan or wan-diffusers weights to "
             "build a model from"
         )
-    config = {"video": asdict(wan_config(evidence)), "finetune": False, "ratio": 1}
-    card = Card(config, "1", "full")
-    return source, lambda name: f"video.{rename(name)}", card, ("action.", "und.")
+
+    def rename_video(name: str) -> str:
+        return f"video.{rename(name)}"
+
+    video = wan_config(Evidence.of(source, rename_video))
+    card = Card({"video": asdict(video), "finetune": False, "ratio": 1}, "1", "full")
+    return source, rename_video, card, ("action.", "und.")
 
 
 def first_of(folder: str | Path, *names: str) -> Path:
@@ -373,22 +354,34 @@ def first_of(folder: str | Path, *names: str) -> Path:
     folder = Path(folder)
     if folder.is_file():
         return folder
-    for name in names:
-        if (folder / name).exists():
-            return folder / name
+    for path in (folder / name for name in names):
+        if path.exists():
+            return path
     raise ValueError(
         f"{folder}: has none of {', '.join(names)}; `python -m weights download NAME` fetches "
         "published folders"
     )
 
 
-def filled(
-    module: type[nn.Module], config: object, source: TensorSource, rename: Rename
+def network_of(
+    module: type[nn.Module],
+    config_of: Callable[[Evidence], object],
+    path: Path,
+    part: str = "",
+    stated: Mapping | None = None,
 ) -> nn.Module:
-    """A network with the weights of a file, in the dtype of its first tensor."""
+    """A network with the weights of a file, or with those whose names in ours begin with `part`, in
+    the dtype of the first of them. `stated`: as for `Evidence.of`."""
+    source = open_source(path)
+    own = renaming(source.names())
+
+    def rename(name: str) -> str | None:
+        key = own(name)
+        return key.removeprefix(part) if key and key.startswith(part) else None
+
     with torch.device("meta"):
-        network = module(config)
-    kept = [name for name in source.names() if rename(name) is not None]
+        network = module(config_of(Evidence.of(source, rename, stated)))
+    kept = [name for name in source.names() if rename(name)]
     load_into(network, source, rename, source.dtype(kept[0]))
     return network.eval()
 
@@ -397,9 +390,7 @@ def load_vae(folder: str | Path) -> WanVAE:
     """From Wan2.2_VAE.pth, or the folder `vae` of a diffusers repository. The decoder, which only
     makes pictures for people, is kept in bf16; the encoder, whose latents the network was trained
     on, in the dtype of the file."""
-    source = open_source(first_of(folder, "Wan2.2_VAE.pth", "vae"))
-    rename = renaming(source.names())
-    vae = filled(WanVAE, vae_config(Evidence.of(source, rename)), source, rename)
+    vae = network_of(WanVAE, vae_config, first_of(folder, "Wan2.2_VAE.pth", "vae"))
     vae.decoder.bfloat16()
     vae.conv2.bfloat16()
     return vae
@@ -408,32 +399,23 @@ def load_vae(folder: str | Path) -> WanVAE:
 def load_text(folder: str | Path, text_len: int = 512) -> tuple[UMT5Encoder, T5Tokenizer]:
     """From models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl, or the folders of a diffusers
     repository."""
-    source = open_source(first_of(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"))
+    path = first_of(folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
     words = first_of(folder, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
-    rename = renaming(source.names())
-    encoder = filled(UMT5Encoder, text_config(Evidence.of(source, rename)), source, rename)
-    return encoder, T5Tokenizer(words, text_len)
+    return network_of(UMT5Encoder, text_config, path), T5Tokenizer(words, text_len)
 
 
 def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3VL, Tokenizer]:
     """From a Qwen3-VL folder, or with its configs and tokenizer and the `vlm.` part of the Motus
     file `motus`."""
-    source = open_source(fetched(motus or folder))
     folder = Path(folder)
-    own = renaming(source.names())
-
-    def part_of_motus(name: str) -> str | None:
-        key = own(name) or ""
-        return key.removeprefix("vlm.") if key.startswith("vlm.") else None
-
-    rename = own if motus is None else part_of_motus
     stated = {}
     for name in ("preprocessor_config.json", "config.json"):
         if (folder / name).is_file():
             stated |= flatten(read_json(folder / name))
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    config = vlm_config(Evidence.of(source, rename, stated))
-    return filled(Qwen3VL, config, source, rename), tokenizer
+    path = fetched(motus or folder)
+    vlm = network_of(Qwen3VL, vlm_config, path, "vlm." if motus else "", stated)
+    return vlm, tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

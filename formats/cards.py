@@ -144,10 +144,7 @@ class OpenSource:
         if source.rendered:
             self.name = f"level{source.level}_{self.source.embodiment}"
         self.folder = root / (source.latents or f"latents/{self.name}")
-        self.encoded: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.tasks = []
-        if self.source.draw == "tasks":
-            self.tasks = [self.reader.group(e) for e in range(self.trained)]
+        self.encoded = {}  # episode -> latent actions and which are known
 
     def plan(self, span: float) -> None:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
@@ -155,8 +152,9 @@ class OpenSource:
         half = int(span / 2 * self.reader.fps + 1e-6)
         self.counts = np.maximum(1, self.reader.lengths[: self.trained] - half)
         chance = self.counts.astype(float)
-        if self.tasks:  # every task alike, then its episodes
-            _, task, size = np.unique(self.tasks, return_inverse=True, return_counts=True)
+        if self.source.draw == "tasks":  # every task alike, then its episodes
+            tasks = [self.reader.group(e) for e in range(self.trained)]
+            _, task, size = np.unique(tasks, return_inverse=True, return_counts=True)
             chance = 1 / size[task]
         self.edges = np.cumsum(chance) / chance.sum()
 
@@ -203,7 +201,8 @@ class OpenSource:
 def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Recordings:
     """The reader of a folder, relative to `root`, or of a name on the hub. Where no cameras are
     chosen: a ready concatenated view, else head and two wrists as the T-layout, else the first."""
-    choice, folder = Choice.of(mapping), root / path
+    choice = Choice.of(mapping)
+    folder = root / path
     if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ValueError(
             f"source {path}: no folder {folder}; correct the path, which is relative to the card"
@@ -246,9 +245,7 @@ def widened(x: np.ndarray | Tensor, width: int) -> Tensor:
 
 def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Which of several groups each of `size` places goes to, in random order: within one of its
-    share by weight, in every batch. Equal weights take turns."""
-    if np.ptp(weights) == 0:
-        return rng.permutation(np.arange(size) % len(weights))
+    share by weight, in every batch."""
     edges = np.cumsum(weights) / weights.sum()
     places = (np.arange(size) + rng.random()) / size
     return rng.permutation(np.searchsorted(edges[:-1], places, side="right"))
@@ -331,7 +328,8 @@ class Pyramid:
     def _check_widths(self) -> None:
         widths: dict[str, tuple[int, int]] = {}
         for o in self.opened:
-            robot, found = o.source.embodiment, o.reader.widths
+            robot = o.source.embodiment
+            found = o.reader.widths
             if found[1] and widths.setdefault(robot, found) != found:
                 raise ValueError(
                     f"source {o.source.path} has {found} numbers of state and action, another of "
@@ -367,8 +365,10 @@ class Pyramid:
 
     def see_as(self, robot: Statistics) -> None:
         """Takes the rates and the picture that a checkpoint knows."""
-        self.action_hz, self.ratio, self.size = robot.action_hz, robot.rate, robot.size
+        self.action_hz = robot.action_hz
         self.video_hz = robot.action_hz / robot.rate
+        self.ratio = robot.rate
+        self.size = robot.size
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -408,16 +408,13 @@ class Pyramid:
         statistics = []
         for robot in sorted({o.source.embodiment for o in chosen}):
             mine = [o for o in chosen if o.source.embodiment == robot]
-            kind, *others = sorted({o.source.normalise for o in mine})
-            if others:
+            kinds = sorted({o.source.normalise for o in mine})
+            if len(kinds) > 1:
                 raise ValueError(
-                    f"card {self.name}: sources of {robot} are normalised by {[kind, *others]}; "
-                    "choose one"
+                    f"card {self.name}: sources of {robot} are normalised by {kinds}; choose one"
                 )
-            actions, state = (
-                Normaliser.of(tensors, f"{robot}/{column}/", kind)
-                for column in ("actions", "state")
-            )
+            actions = Normaliser.of(tensors, f"{robot}/actions/", kinds[0])
+            state = Normaliser.of(tensors, f"{robot}/state/", kinds[0])
             reader = mine[0].reader
             views = tuple(name.removeprefix("observation.images.") for name in reader.cameras)
             seen = self.action_hz, views, reader.given.t_layout, self.size
@@ -429,7 +426,8 @@ class Pyramid:
     def draw(self, size: int, seed: int, step: int) -> Tensor:
         """(B, 3): source, episode and first row of the windows of batch `step`, a function of its
         arguments alone."""
-        rng, rows = np.random.default_rng([seed, step]), []
+        rng = np.random.default_rng([seed, step])
+        rows = []
         for i in shares(self.weights, size, rng):
             o = self.opened[i]
             episode = min(int(np.searchsorted(o.edges, rng.random(), side="right")), o.trained - 1)
@@ -455,7 +453,8 @@ class Pyramid:
     def window(self, row: Sequence[int], actions: str) -> Example:
         """The window of a row (source, episode, first row); `actions`: none, latent or real."""
         i, episode, start = row
-        o, reader = self.opened[i], self.opened[i].reader
+        o = self.opened[i]
+        reader = o.reader
         video_times = np.arange(self.frames + 1) / self.video_hz
         action_times = ()
         if actions == "real" and reader.widths[1]:
@@ -473,20 +472,15 @@ class Pyramid:
     # What is told of it.
 
     def describe(self) -> str:
-        """What is used: per source and per level hours, episodes, rows, windows and share of a
-        batch; the rates; and what each reader says."""
-        line = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
-        heads = ("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share")
-        table = []
+        """The sources with hours, episodes, rows, windows and share of a batch; the rates; and what
+        each reader says."""
+        table = [("level", "source", "embodiment", "hours", "episodes", "rows", "windows", "share")]
         for o, share in zip(self.opened, self.weights / self.weights.sum()):
-            figures = o.rows / o.reader.fps / 3600, o.trained, o.rows, o.windows, share
-            table.append((o.source.level, o.name[:24], o.source.embodiment[:16], *figures))
-        for level in sorted({level for level, *_ in table}) if len(table) > 1 else ():
-            sums = map(sum, zip(*(figures for other, _, _, *figures in table if other == level)))
-            table.append((level, "all", "", *sums))
-        lines = [f"{self.name}: {len(self.opened)} sources", line(*heads)]
-        for *names, hours, episodes, rows, windows, share in table:
-            lines.append(line(*names, f"{hours:.3f}", episodes, rows, windows, f"{share:.1%}"))
+            names = o.source.level, o.name[:24], o.source.embodiment[:16]
+            hours = o.rows / o.reader.fps / 3600
+            table.append((*names, f"{hours:.3f}", o.trained, o.rows, o.windows, f"{share:.1%}"))
+        line = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
+        lines = [f"{self.name}: {len(self.opened)} sources", *(line(*cells) for cells in table)]
         lines.append(
             f"video at {self.video_hz:g} Hz ({self.frames} frames after the observation), actions "
             f"at {self.action_hz:g} Hz ({self.ratio} per frame), pictures {self.size[0]} x "
@@ -514,7 +508,7 @@ class Pyramid:
         faults = [fault for o in self.opened for fault in o.reader.check()]
         if faults:
             return faults
-        seen: dict[bytes, tuple[str, int]] = {}
+        seen = {}  # digest of an episode's numbers -> path and number of the first that has them
         for o in self.opened:
             for e in range(len(o.reader.lengths)):
                 numbers = b"".join(x.tobytes() for x in o.reader.numbers(e) if x is not None)

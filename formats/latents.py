@@ -17,18 +17,19 @@ class LatentFiles:
     An episode that was skipped there has none."""
 
     def __init__(self, folder: Path, fps: float, more: str = ""):
-        about = {}
-        if (folder / "statistics.json").is_file():
-            about = read_json(folder / "statistics.json")
+        about, summary = (
+            read_json(file) if file.is_file() else {}
+            for file in (folder / "statistics.json", folder / "summary.json")
+        )
         if not {"mean", "std", "made"} <= about.keys():
             raise ValueError(
                 f"{folder} holds no latent actions (statistics.json with mean, std, made); make "
                 "them with `python -m scripts.latents encode --data DATASET`, or name their folder "
                 f'with "latents" in the card{more}'
             )
-        self.folder, self.name, self.skipped = folder, str(folder), {}
-        if (folder / "summary.json").is_file():
-            self.skipped = read_json(folder / "summary.json").get("skipped", {})
+        self.folder = folder
+        self.name = str(folder)
+        self.skipped = summary.get("skipped", {})
         self.seconds = about["made"]["interval"] / fps  # that one latent action spans
         self.mean = np.float32(about["mean"])
         self.std = np.float32(about["std"])
@@ -42,8 +43,8 @@ class LatentFiles:
         if not path.is_file():
             raise ValueError(f"{path} is missing; encode the dataset's latent actions again")
         with open_source(path) as source:
-            rows, known = source.read("latent_action").numpy(), source.read("valid").numpy()
-            return (rows - self.mean) / self.std, known.copy()
+            rows = (source.read("latent_action").numpy() - self.mean) / self.std
+            return rows, source.read("valid").numpy().copy()
 
 
 class LatentFlows:
@@ -51,7 +52,9 @@ class LatentFlows:
     rows that one latent action spans, and turns flows into rows and which of them are known."""
 
     def __init__(self, reader: Recordings, encode: Callable):
-        self.reader, self.encode, self.name = reader, encode, reader.name
+        self.reader = reader
+        self.encode = encode
+        self.name = reader.name
         self.seconds = encode.interval / reader.fps
 
     def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """Episodes that a world renders instead of decoding them: a source of recordings like a folder.
 
 A line of a card names the world as `world:NAME`, with the level of the data pyramid and the robot.
-The world is asked for all episodes of one split at once, when the first of them is needed. Episodes
+The world is asked for all episodes of a split at once, when the first of them is needed. Episodes
 that are trained on come first: there what is executed is disturbed, and what the expert meant is
 recorded. Held-out ones have layouts that training never sees and are not disturbed: a world model
 is asked what an action does, so the one recorded must be the one executed.
@@ -13,11 +13,10 @@ Shapes: T rows of an episode, H W pixels.
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from formats.recordings import Choice, Recordings
+from formats.recordings import Recordings
 from worlds import motions, simulator
 
 PREFIX = "world:"  # of a source's path
@@ -25,7 +24,7 @@ CAMERA = "top"  # as the world names it
 
 
 class Lengths:
-    """Rows of each episode, of the split that is asked for: the other one need not be rendered."""
+    """Rows of each episode; only the split that is asked for is rendered."""
 
     def __init__(self, reader: "Rendered"):
         self.reader = reader
@@ -54,22 +53,23 @@ class Rendered(Recordings):
         count: int,
         held_out: int,
         seed: int = 0,
-        mapping: Choice | Mapping | None = None,
+        mapping: Mapping | None = None,
     ):
-        self.name, self.root, self.given = path, Path(path), Choice.of(mapping)
-        self.world, self.level, self.seed = path.removeprefix(PREFIX), level, seed
-        self.robot, self.count, self.held_out = robot or None, count, held_out
+        super().__init__(path, mapping)
+        self.world = path.removeprefix(PREFIX)
+        self.level = level
+        self.robot = robot or None
+        self.count = count
+        self.held_out = held_out
+        self.seed = seed
         self.fps = float(simulator(self.world).make.fps)
         self.cameras = (CAMERA,)
         self.lengths = Lengths(self)
         (first,) = self._record(1, pictures=False)
         self.robot = first.embodiment
-        self.widths = (0, 0)
-        if first.actions is not None:
-            self.widths = (first.states.shape[1], first.actions.shape[1])
-        self.titles = {"state": "state", "action": "actions"} if self.widths[1] else {}
-
-    __reduce__ = object.__reduce__
+        acts = first.actions is not None
+        self.widths = (first.states.shape[1], first.actions.shape[1]) if acts else (0, 0)
+        self.titles = {"state": "state", "action": "actions"} if acts else {}
 
     def _record(self, count: int, split: str = "train", **more) -> list:
         record = simulator(self.world).record
@@ -90,7 +90,7 @@ class Rendered(Recordings):
         return self.untrained[number - self.count]
 
     def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        if not self.widths[1]:
+        if not self.titles:
             return None, None
         return self.episode(episode).states[:-1], self.episode(episode).actions
 
@@ -114,10 +114,8 @@ class Rendered(Recordings):
         return motions.labels(self.episode(episode), interval)
 
     def describe(self) -> str:
-        numbers = f"state ({self.widths[0]}), actions ({self.widths[1]})"
         return (
             f"{self.name}: level {self.level} with {self.robot}, {self.count} episodes and "
-            f"{self.held_out} of other layouts at {self.fps:g} fps\n"
-            f"  state, actions  {numbers if self.widths[1] else 'none'}\n"
-            f"  cameras         {CAMERA}"
+            f"{self.held_out} of other layouts at {self.fps:g} fps, seed {self.seed}\n"
+            f"  state ({self.widths[0]}), actions ({self.widths[1]}), camera {CAMERA}"
         )

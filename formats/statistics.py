@@ -7,6 +7,7 @@ the same for any number of ranks.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def measured(rows: np.ndarray, name: str, total: int, seed: int) -> dict[str, Te
     deviations, minimum, maximum) under moments/NAME, and rows for quantiles under rows/NAME: all of
     them, or a share if the robot has more than MOST in `total`."""
     rows = torch.from_numpy(rows).double()
-    count, mean = torch.full_like(rows[0], len(rows)), rows.mean(0)
+    count = torch.full_like(rows[0], len(rows))
+    mean = rows.mean(0)
     square = (rows - mean).square().sum(0)
     drawn = np.random.default_rng(seed).random(len(rows)) < MOST / total
     return {
@@ -69,7 +71,7 @@ class Normaliser:
         found = centre, std, low.amin(0), high.amax(0), *ends
         return cls(*(tuple(values.tolist()) for values in found), kind)
 
-    @property
+    @cached_property
     def scale(self) -> tuple[float, ...]:
         spans = {
             "mean_std": self.std,
@@ -79,7 +81,7 @@ class Normaliser:
         }
         return tuple(float(span) if span > 1e-6 else 1.0 for span in spans[self.kind])
 
-    @property
+    @cached_property
     def offset(self) -> tuple[float, ...]:
         middles = {
             "mean_std": self.mean,

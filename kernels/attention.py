@@ -1,10 +1,5 @@
-"""Triton kernels that equal the plain functions of the same names in attention.py, which calls them
-where `attention.choose` says so.
-
-    joint_attention, attention          three experts in one attention, nothing concatenated
-    norm_rotate                         RMS norm of queries and keys, rotation, layout and cast in one pass
-    norm_modulate                       layer norm, shift, scale and cast in one pass
-    add_gated                           cast, gate and residual sum in one pass
+"""Triton attention: `joint_attention`, three experts in one attention with nothing concatenated,
+and `attention`. Here also lies what all kernels share.
 
 Attention is computed tile by tile with a running maximum and sum (Dao, arXiv 2307.08691). Every
 expert keeps its own tensors: a program finds by its number which segment its tile of queries (or
@@ -13,22 +8,22 @@ bias: 0, -inf for padding, log(c) for a key that stands for c identical ones. A 
 key gets zeros.
 
 Everything is deterministic: no atomics. The backward pass is one kernel over query tiles (dq, and
-delta = sum(o * do) on the way) and one over key tiles (dk, dv); gradients that sum over tokens are
-summed per program and then by torch. Accumulators are fp32, offsets int64. Tiles come from a table
-(`TILES`), never from a search: what is tested and compiled ahead of time is what runs.
+delta = sum(o * do) on the way) and one over key tiles (dk, dv). Accumulators are fp32, offsets
+int64. Tiles come from a table (`TILES`), never from a search: what is tested and compiled ahead of
+time is what runs.
 
 Each operation is a `torch.library.custom_op`, opaque to torch.compile and to checkpointing. Triton
 is optional: without it the file imports, and a kernel that is asked for is refused.
 TRITON_INTERPRET=1, set before Triton is imported, runs the kernels on a CPU, for tests.
 
-Shapes: B batch, L tokens of a segment, N heads, K head size, M = N*K, D width. A segment is passed
-to the kernels as the tuple (pointer, batch stride, row stride) of a (B, L, N, K) tensor whose last
-two axes are contiguous; the lengths are q0 q1 q2, k0 k1 k2.
+Shapes: B batch, L tokens of a segment, N heads, K head size, KP the power of two that holds it. A
+segment is passed to the kernels as the tuple (pointer, batch stride, row stride) of a (B, L, N, K)
+tensor whose last two axes are contiguous; the lengths are q0 q1 q2, k0 k1 k2.
 """
 
 from __future__ import annotations  # the kernels' annotations name `tl`, which may be missing
 
-from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -40,14 +35,20 @@ try:
 except ModuleNotFoundError:
     triton = None
 
+# -- where and how a kernel runs ------------------------------------------------------------------
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret) if triton else False
+LOG2_E = tl.constexpr(1.4426950408889634) if triton else None
+LN_2 = tl.constexpr(0.6931471805599453) if triton else None
 
 # Numbers of rows are no part of what is compiled: an instruction of another length must not stop a
 # robot for a compilation. (Triton heeds this for plain arguments only, not inside tuples.)
 LENGTHS = ("q0", "q1", "q2", "k0", "k1", "k2", "length", "rows")
-jit = partial(triton.jit, do_not_specialize=LENGTHS) if triton else lambda function: function
-INTERPRET = bool(triton and triton.knobs.runtime.interpret)
 
-# -- where and how a kernel runs ------------------------------------------------------------------
+
+def jit(function):
+    """Makes a kernel of a function, where Triton is there."""
+    return triton.jit(function, do_not_specialize=LENGTHS) if triton else function
 
 
 class Tile(NamedTuple):
@@ -85,13 +86,14 @@ def check(device: torch.device) -> None:
     """Refuses a device on which no kernel can run."""
     if triton is None:
         raise ValueError(
-            "a Triton kernel was asked for, but Triton is not installed: pip install 'motus[kernels]', or set "
-            "MOTUS_ATTENTION to sdpa or plain"
+            "a Triton kernel was asked for, but Triton is not installed: pip install "
+            "'motus[kernels]', or set MOTUS_ATTENTION to sdpa or plain"
         )
     if device.type != "cuda" and not INTERPRET:
         raise ValueError(
-            f"a Triton kernel was asked for on {device.type}: use a CUDA device, set MOTUS_ATTENTION to sdpa or plain, or set "
-            "TRITON_INTERPRET=1 before Triton is imported to run the kernels, slowly, on a CPU"
+            f"a Triton kernel was asked for on {device.type}: use a CUDA device, set "
+            "MOTUS_ATTENTION to sdpa or plain, or set TRITON_INTERPRET=1 before Triton is imported "
+            "to run the kernels, slowly, on a CPU"
         )
 
 
@@ -113,7 +115,12 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **options
             kernel[grid](*args, **options)
 
 
-# -- attention: kernels ---------------------------------------------------------------------------
+def rooms_like(*tensors: Tensor) -> list[Tensor]:
+    """An uninitialised, contiguous tensor for each of `tensors`."""
+    return [x.new_empty(x.shape) for x in tensors]
+
+
+# -- kernels --------------------------------------------------------------------------------------
 
 
 @jit
@@ -146,11 +153,12 @@ def pick(which, triple):
 
 
 @jit
-def cell(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def pointers(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
     """Pointers to the rows from `start` on of one head and the mask of those that exist, each
-    (ROWS, KP). The tile is found by 64 bits, the cell in it by 32, which leaves more registers to
-    the arithmetic."""
-    row, d = tl.arange(0, ROWS)[:, None], tl.arange(0, KP)[None, :]
+    (ROWS, KP). The tile is found by 64 bits, the element in it by 32, which leaves more registers
+    to the arithmetic."""
+    row = tl.arange(0, ROWS)[:, None]
+    d = tl.arange(0, KP)[None, :]
     corner = segment[0] + b * segment[1] + tl.cast(start, tl.int64) * segment[2] + h * K
     mask = row < length - start
     if KP > K:
@@ -159,28 +167,19 @@ def cell(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: 
 
 
 @jit
-def fetch(
-    segment,
-    length,
-    b,
-    h,
-    start,
-    ROWS: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    UP: tl.constexpr,
-):
+def fetch(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
     """(ROWS, KP) of one head, zero outside."""
-    at, mask = cell(segment, length, b, h, start, ROWS, K, KP)
+    at, mask = pointers(segment, length, b, h, start, ROWS, K, KP)
     x = tl.load(at, mask=mask, other=0.0)
-    if UP:  # the interpreter would compute on the bit patterns of bf16
+    if INTERPRET:  # the interpreter would compute on the bit patterns of bf16
         x = x.to(tl.float32)
     return x
 
 
 @jit
 def put(segment, length, b, h, start, x, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
-    at, mask = cell(segment, length, b, h, start, ROWS, K, KP)
+    """Stores x (ROWS, KP) as the rows of one head that exist."""
+    at, mask = pointers(segment, length, b, h, start, ROWS, K, KP)
     tl.store(at, x.to(segment[0].dtype.element_ty), mask=mask)
 
 
@@ -190,8 +189,14 @@ def bias_of(bias, length, b, rows):
     length), or is None."""
     x = tl.where(rows < length, 0.0, float("-inf"))
     if bias is not None:
-        x += 1.4426950408889634 * tl.load(bias + b * length + rows, mask=rows < length, other=0.0)
+        x += tl.load(bias + b * length + rows, mask=rows < length, other=0.0) * LOG2_E
     return x
+
+
+@jit
+def product(a, b):
+    """a @ b, in fp32 as three products of TF32, which is nearly as exact."""
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @jit
@@ -214,45 +219,39 @@ def forward_kernel(
     KP: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
-    UP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    q_lengths, k_lengths = (q0, q1, q2), (k0, k1, k2)
+    """The attended values of one tile of queries, and their log-sum-exp (B, N, sum of L)."""
+    q_lengths = (q0, q1, q2)
+    k_lengths = (k0, k1, k2)
     which, start, before = find_tile(tl.program_id(0), q_lengths, OWN)
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
     rows = start + tl.arange(0, OWN)
     length = pick(which, q_lengths)
-    query = fetch(pick(which, q), length, b, h, start, OWN, K, KP, UP)
-    top = tl.full(
-        (OWN,), float("-inf"), tl.float32
-    )  # running maximum, sum and weighted values, logits in units of log 2
+    query = fetch(pick(which, q), length, b, h, start, OWN, K, KP)
+    # Running maximum, sum and weighted values, logits in units of log 2.
+    top = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     out = tl.zeros((OWN, KP), tl.float32)
     for s in tl.static_range(3):
         for j in range(0, k_lengths[s], OTHER):
             columns = j + tl.arange(0, OTHER)
-            key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (
-                scale * 1.4426950408889634
-            )
+            key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            logits = product(query, tl.trans(key)) * (scale * LOG2_E)
             logits += bias_of(bias[s], k_lengths[s], b, columns)[None, :]
             new_top = tl.maximum(top, tl.max(logits, 1))
-            finite = tl.where(
-                new_top == float("-inf"), 0.0, new_top
-            )  # all keys padded so far: -inf - -inf would be NaN
+            # While all keys were padded: -inf - -inf would be NaN.
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
             p = tl.exp2(logits - finite[:, None])
             shrink = tl.exp2(top - finite)
             total = total * shrink + tl.sum(p, 1)
-            value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            out = out * shrink[:, None] + tl.dot(
-                p.to(value.dtype), value, input_precision=PRECISION
-            )
+            value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            out = out * shrink[:, None] + product(p.to(value.dtype), value)
             top = new_top
     empty = total == 0.0
-    put(pick(which, o), length, b, h, start, out / tl.where(empty, 1.0, total)[:, None], OWN, K, KP)
-    log_sum = tl.where(
-        empty, 0.0, (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453
-    )
+    total = tl.where(empty, 1.0, total)
+    put(pick(which, o), length, b, h, start, out / total[:, None], OWN, K, KP)
+    log_sum = tl.where(empty, 0.0, (top + tl.log2(total)) * LN_2)
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2) + before + rows
     tl.store(lse + at, log_sum, mask=rows < length)
 
@@ -280,39 +279,33 @@ def dq_kernel(
     KP: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
-    UP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    q_lengths, k_lengths = (q0, q1, q2), (k0, k1, k2)
+    """The gradient of one tile of queries, and delta = sum(o * do) of its rows."""
+    q_lengths = (q0, q1, q2)
+    k_lengths = (k0, k1, k2)
     which, start, before = find_tile(tl.program_id(0), q_lengths, OWN)
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
     rows = start + tl.arange(0, OWN)
     length = pick(which, q_lengths)
-    query = fetch(pick(which, q), length, b, h, start, OWN, K, KP, UP)
-    d_out = fetch(pick(which, do), length, b, h, start, OWN, K, KP, UP)
-    diff = tl.sum(
-        d_out.to(tl.float32)
-        * fetch(pick(which, o), length, b, h, start, OWN, K, KP, UP).to(tl.float32),
-        1,
-    )
+    query = fetch(pick(which, q), length, b, h, start, OWN, K, KP)
+    d_out = fetch(pick(which, do), length, b, h, start, OWN, K, KP)
+    out = fetch(pick(which, o), length, b, h, start, OWN, K, KP)
+    diff = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2) + before + rows
     tl.store(delta + at, diff, mask=rows < length)
-    log_sum = tl.load(lse + at, mask=rows < length, other=0.0) * 1.4426950408889634
+    log_sum = tl.load(lse + at, mask=rows < length, other=0.0) * LOG2_E
     d_query = tl.zeros((OWN, KP), tl.float32)
     for s in tl.static_range(3):
         for j in range(0, k_lengths[s], OTHER):
             columns = j + tl.arange(0, OTHER)
-            key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (
-                scale * 1.4426950408889634
-            )
+            key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            logits = product(query, tl.trans(key)) * (scale * LOG2_E)
             logits += bias_of(bias[s], k_lengths[s], b, columns)[None, :]
             p = tl.exp2(logits - log_sum[:, None])
-            value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP, UP)
-            d_p = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
-            d_query += tl.dot(
-                (p * (d_p - diff[:, None])).to(key.dtype), key, input_precision=PRECISION
-            )
+            value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            d_p = product(d_out, tl.trans(value))
+            d_query += product((p * (d_p - diff[:, None])).to(key.dtype), key)
     put(pick(which, dq), length, b, h, start, d_query * scale, OWN, K, KP)
 
 
@@ -339,16 +332,17 @@ def dkv_kernel(
     KP: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
-    UP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    q_lengths, k_lengths = (q0, q1, q2), (k0, k1, k2)
+    """The gradients of one tile of keys and of its values."""
+    q_lengths = (q0, q1, q2)
+    k_lengths = (k0, k1, k2)
     which, start, _ = find_tile(tl.program_id(0), k_lengths, OWN)
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = tl.program_id(1) % heads
     columns = start + tl.arange(0, OWN)
     length = pick(which, k_lengths)
-    key = fetch(pick(which, k), length, b, h, start, OWN, K, KP, UP)
-    value = fetch(pick(which, v), length, b, h, start, OWN, K, KP, UP)
+    key = fetch(pick(which, k), length, b, h, start, OWN, K, KP)
+    value = fetch(pick(which, v), length, b, h, start, OWN, K, KP)
     offset = bias_of(bias[0], length, b, columns)  # not `pick`: a bias may be None
     if which == 1:
         offset = bias_of(bias[1], length, b, columns)
@@ -360,39 +354,32 @@ def dkv_kernel(
     for s in tl.static_range(3):
         for i in range(0, q_lengths[s], OTHER):
             rows = i + tl.arange(0, OTHER)
-            query = fetch(q[s], q_lengths[s], b, h, i, OTHER, K, KP, UP)
-            log_sum = (
-                tl.load(lse + at + rows, mask=rows < q_lengths[s], other=float("inf"))
-                * 1.4426950408889634
-            )
-            logits = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (
-                scale * 1.4426950408889634
-            )
-            p = tl.exp2(
-                logits + offset[:, None] - log_sum[None, :]
-            )  # (keys, queries), 0 for queries that do not exist
-            d_out = fetch(do[s], q_lengths[s], b, h, i, OTHER, K, KP, UP)
-            d_value += tl.dot(p.to(d_out.dtype), d_out, input_precision=PRECISION)
-            diff = tl.load(delta + at + rows, mask=rows < q_lengths[s], other=0.0)
-            d_p = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
-            d_key += tl.dot(
-                (p * (d_p - diff[None, :])).to(query.dtype), query, input_precision=PRECISION
-            )
+            exists = rows < q_lengths[s]
+            query = fetch(q[s], q_lengths[s], b, h, i, OTHER, K, KP)
+            log_sum = tl.load(lse + at + rows, mask=exists, other=float("inf")) * LOG2_E
+            logits = product(key, tl.trans(query)) * (scale * LOG2_E)
+            # (keys, queries), 0 for queries that do not exist
+            p = tl.exp2(logits + offset[:, None] - log_sum[None, :])
+            d_out = fetch(do[s], q_lengths[s], b, h, i, OTHER, K, KP)
+            d_value += product(p.to(d_out.dtype), d_out)
+            diff = tl.load(delta + at + rows, mask=exists, other=0.0)
+            d_p = product(value, tl.trans(d_out))
+            d_key += product((p * (d_p - diff[None, :])).to(query.dtype), query)
         at += q_lengths[s]
     put(pick(which, dk), length, b, h, start, d_key * scale, OWN, K, KP)
     put(pick(which, dv), length, b, h, start, d_value, OWN, K, KP)
 
 
-# -- attention: operations ------------------------------------------------------------------------
+KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
+
+# -- operations -----------------------------------------------------------------------------------
 
 
-def segments(*groups: list[Tensor]) -> list[tuple]:
-    """Lists of one to three (B, L, N, K) tensors -> kernel arguments: three segments each, the
-    missing ones repeat the first."""
-    return [
-        tuple((x, x.stride(0), x.stride(1)) for x in group + group[:1] * (3 - len(group)))
-        for group in groups
-    ]
+def segments(group: list[Tensor]) -> tuple:
+    """One to three (B, L, N, K) tensors -> kernel argument: three segments, the missing ones repeat
+    the first."""
+    three = group + group[:1] * (3 - len(group))
+    return tuple((x, x.stride(0), x.stride(1)) for x in three)
 
 
 def lengths(group: list[Tensor]) -> tuple[int, ...]:
@@ -400,10 +387,14 @@ def lengths(group: list[Tensor]) -> tuple[int, ...]:
     return (*(x.shape[1] for x in group), 0, 0)[:3]
 
 
-def by_heads(x: Tensor) -> Tensor:
-    """A tensor whose rows (N, K) are contiguous: itself, or a copy (gradients may be expanded or
+def by_heads(group: list[Tensor]) -> list[Tensor]:
+    """Tensors whose rows (N, K) are contiguous: themselves, or copies (gradients may be expanded or
     transposed)."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+    rows = []
+    for x in group:
+        ready = x.stride(3) == 1 and x.stride(2) == x.shape[3]
+        rows.append(x if ready else x.contiguous())
+    return rows
 
 
 def launch_attention(
@@ -420,37 +411,31 @@ def launch_attention(
     segments that `bias` belongs to, like "12"; groups: the further lists of segments; rows: lse and
     delta."""
     batch, _, heads, size = q[0].shape
-    padded = max(16, power_of_2(size))
-    own, other, *pipeline = tile(kernel, q[0].dtype)
-    bias_args = tuple(dict(zip(biased, bias)).get(s) for s in "012")
-    q_args, k_args, v_args, *rest = segments(q, k, *groups)
-    grid = (sum(ceil_div(x.shape[1], own) for x in (k if kernel == "dkv" else q)), batch * heads)
+    cut = tile(kernel, q[0].dtype)
+    tiles = sum(ceil_div(x.shape[1], cut.own) for x in (k if kernel == "dkv" else q))
+    biases = dict(zip(biased, bias))
+    v_args, *rest = (segments(group) for group in groups)
     launch(
         KERNELS[kernel],
-        grid,
+        (tiles, batch * heads),
         q[0].device,
-        q_args,
-        k_args,
+        segments(q),
+        segments(k),
         v_args,
         *lengths(q),
         *lengths(k),
-        bias_args,
+        tuple(biases.get(s) for s in "012"),
         *rest,
         *rows,
         heads,
         scale,
         K=size,
-        KP=padded,
-        OWN=own,
-        OTHER=other,
-        UP=INTERPRET and q[0].dtype == torch.bfloat16,
-        PRECISION="tf32x3",
-        num_warps=pipeline[0],
-        num_stages=pipeline[1],
+        KP=max(16, power_of_2(size)),
+        OWN=cut.own,
+        OTHER=cut.other,
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
     )
-
-
-KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
 
 
 @torch.library.custom_op("motus::attention", mutates_args=())
@@ -459,19 +444,17 @@ def attention_op(
 ) -> list[Tensor]:
     """-> the attended values per query segment, each (B, L, N, K) contiguous, and the log-sum-exp
     (B, N, sum of L) in fp32."""
-    q, k, v = ([by_heads(x) for x in group] for group in (q, k, v))
     *o, lse = empty_outputs(q, k, v, bias, biased, scale)
-    launch_attention("forward", q, k, bias, biased, [v, o], (lse,), scale)
+    groups = [by_heads(v), o]
+    launch_attention("forward", by_heads(q), by_heads(k), bias, biased, groups, (lse,), scale)
     return [*o, lse]
 
 
 @attention_op.register_fake
 def empty_outputs(q, k, v, bias, biased, scale):
     batch, _, heads, _ = q[0].shape
-    return [
-        *(x.new_empty(x.shape) for x in q),
-        q[0].new_empty((batch, heads, sum(x.shape[1] for x in q)), dtype=torch.float32),
-    ]
+    rows = (batch, heads, sum(x.shape[1] for x in q))
+    return [*rooms_like(*q), q[0].new_empty(rows, dtype=torch.float32)]
 
 
 @torch.library.custom_op("motus::attention_backward", mutates_args=())
@@ -487,18 +470,17 @@ def attention_backward_op(
     scale: float,
 ) -> list[Tensor]:
     """-> dq, dk, dv of all segments, in one list."""
-    do, q, k, v = ([by_heads(x) for x in group] for group in (do, q, k, v))
-    grads = empty_grads(do, q, k, v, bias, biased, o, lse, scale)
-    dq, dk, dv = grads[: len(q)], grads[len(q) : -len(v)], grads[-len(v) :]
-    delta = torch.empty_like(lse)
-    launch_attention("dq", q, k, bias, biased, [v, o, do, dq], (lse, delta), scale)
-    launch_attention("dkv", q, k, bias, biased, [v, do, dk, dv], (lse, delta), scale)
-    return grads
+    do, q, k, v = (by_heads(group) for group in (do, q, k, v))
+    dq, dk, dv = (rooms_like(*group) for group in (q, k, v))
+    rows = (lse, torch.empty_like(lse))
+    launch_attention("dq", q, k, bias, biased, [v, o, do, dq], rows, scale)
+    launch_attention("dkv", q, k, bias, biased, [v, do, dk, dv], rows, scale)
+    return [*dq, *dk, *dv]
 
 
-@attention_backward_op.register_fake
-def empty_grads(do, q, k, v, bias, biased, o, lse, scale):
-    return [x.new_empty(x.shape) for x in (*q, *k, *v)]
+attention_backward_op.register_fake(
+    lambda do, q, k, v, bias, biased, o, lse, scale: rooms_like(*q, *k, *v)
+)
 
 
 def save_attention(ctx, inputs, output):
@@ -509,10 +491,11 @@ def save_attention(ctx, inputs, output):
 
 def attention_gradients(ctx, grads):
     saved = iter(ctx.saved_tensors)
-    q, k, v, bias, o = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    q, k, v, bias, o = (list(islice(saved, size)) for size in ctx.sizes)
     do = [torch.zeros_like(x) if grad is None else grad for grad, x in zip(grads, o)]
-    d = attention_backward_op(do, q, k, v, bias, ctx.biased, o, next(saved), ctx.scale)
-    return d[: len(q)], d[len(q) : -len(v)], d[-len(v) :], [None] * len(bias), None, None
+    found = attention_backward_op(do, q, k, v, bias, ctx.biased, o, next(saved), ctx.scale)
+    dq, dk = found[: len(q)], found[len(q) : -len(v)]
+    return dq, dk, found[-len(v) :], [None] * len(bias), None, None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=save_attention)
@@ -528,21 +511,18 @@ def attend(
     """Softmax attention of one to three query segments over one to three key segments. q, k, v: (B,
     L, N, K) each; bias: (B, L) fp32 per key segment, or None. Computes in the dtype of the first v
     (bf16 or fp32). Returns (B, L, N, K) contiguous per query segment."""
-    size, dtype = q[0].shape[3], v[0].dtype
-    if size > 128 or dtype not in (torch.float32, torch.bfloat16):
+    batch, _, heads, size = q[0].shape
+    dtype = v[0].dtype
+    if size > 128 or dtype not in TILES:
         raise ValueError(
-            f"head size {size} and {dtype}: the Triton attention takes head sizes to 128 in float32 or bfloat16; set "
-            "MOTUS_ATTENTION to sdpa"
+            f"head size {size} and {dtype}: the Triton attention takes head sizes to 128 in "
+            "float32 or bfloat16; set MOTUS_ATTENTION to sdpa"
         )
-    assert all(
-        x.shape[0] == q[0].shape[0] and x.shape[2:] == q[0].shape[2:] for x in (*q, *k, *v)
-    ), "B, N, K must be the same"
-    assert len(k) == len(v) == len(bias) and all(x.shape == y.shape for x, y in zip(k, v)), (
-        "every key has a value"
-    )
-    assert all(x is None or x.shape == y.shape[:2] for x, y in zip(bias, k)), (
-        "a bias has one number per key"
-    )
+    for x in (*q, *k, *v):
+        assert (x.shape[0], *x.shape[2:]) == (batch, heads, size), "B, N, K must be the same"
+    for key, value, row in zip(k, v, bias, strict=True):
+        assert key.shape == value.shape, "every key has a value"
+        assert row is None or row.shape == key.shape[:2], "a bias has one number per key"
     q, k, v = ([x.to(dtype) for x in group] for group in (q, k, v))
     biased = "".join(str(s) for s, x in enumerate(bias) if x is not None)
     bias = [x.float().contiguous() for x in bias if x is not None]
@@ -553,9 +533,8 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """`attention.attention` for a bias that is absent or (B, 1, 1, Lk), one number per key."""
-    return attend(
-        [q], [k], [v], [None if bias is None else bias[:, 0, 0].expand(k.shape[:2])], scale
-    )[0]
+    row = None if bias is None else bias[:, 0, 0].expand(k.shape[:2])
+    return attend([q], [k], [v], [row], scale)[0]
 
 
 def joint_attention(
@@ -563,6 +542,5 @@ def joint_attention(
 ) -> list[Tensor]:
     """`attention.joint_attention`: (q, k, v) and bias of the keys per expert -> (B, L, N*K) per
     expert. Nothing is concatenated."""
-    q, k, v = zip(*qkv)
-    out = attend(list(q), list(k), list(v), biases)
-    return [x.flatten(2) for x in out]
+    q, k, v = (list(group) for group in zip(*qkv))
+    return [x.flatten(2) for x in attend(q, k, v, biases)]

@@ -1,6 +1,6 @@
 """Memory, FLOPs, speed and hours of a training run, told before anyone rents a GPU.
 
-    python train.py --full --plan --gpus 8 --memory 80          the paper's model on eight 80 GB cards
+    python train.py --full --plan --gpus 8 --memory 80        the paper's model on 8 cards of 80 GB
     python train.py --preset small --plan --gpus 1 --memory 24 --peak 165
 
 Between steps a rank holds its share of P parameters, T of them trained (FSDP2, W ranks;
@@ -10,18 +10,20 @@ Between steps a rank holds its share of P parameters, T of them trained (FSDP2, 
     gradients    4 T / W     in the dtype of the weights
     optimizer    8 T / W     AdamW's two moments, in the dtype of the weights
     EMA          4 P / W     always fp32
-    frozen       2 F         --frozen live: every rank has VLM, VAE and text encoder whole, in bf16; cached: nothing
+    frozen       2 F         --frozen live: every rank has VLM, VAE and text encoder whole, in bf16
 
 Within a step three more things come and go. Layer by layer the backward pass frees activations and
 fills in gradients, at a constant rate, so the worst moment is at its beginning or at its end:
 
-    gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead; the fp32 buffer in
-                 which the gradients of the layer before are reduced (one GPU gathers nothing)
-    activations  what the forward pass leaves behind for the backward pass. `none` keeps all of it; `full` keeps what
-                 goes into a layer and computes the layer again; `selective` also keeps what matrix products and
-                 attentions give, and computes only norms, modulation and GELU again (`sharding.keep_expensive`)
-    working      the layer whose backward pass runs: what was computed again, its gradients before they are reduced,
-                 and those of its widest activation
+    gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead;
+                 the fp32 buffer in which the gradients of the layer before are reduced (one GPU
+                 gathers nothing)
+    activations  what the forward pass leaves behind for the backward pass. `none` keeps all of it;
+                 `full` keeps what goes into a layer and computes the layer again; `selective` also
+                 keeps what matrix products and attentions give, and computes only norms, modulation
+                 and GELU again (`sharding.keep_expensive`)
+    working      the layer whose backward pass runs: what was computed again, its gradients before
+                 they are reduced, and those of its widest activation
 
 Activations are counted in numbers that the linear maps of a layer put out, of all tokens: KEPT
 bytes of each are kept, norms and attentions included. That the same bytes serve every preset and
@@ -307,7 +309,7 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 
 def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
-    """What a checkpointing policy needs; `rate` in FLOP/s of all cards."""
+    """The needs of a checkpointing policy; `rate` in FLOP/s of all cards."""
     fitting = plan.fitting(policy)
     depth = len(plan.model.layers)
     one = plan.saved(policy, depth, 3) - plan.saved(policy, depth, 2)

@@ -40,8 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.published import open_weights
 from backbones.wan import WanModel
-from flow import Losses, draw_noise
+from flow import Losses
 from motus import EXPERTS, STAGES, ActionExpert, Inputs, Motus, MotusConfig, UndExpert
+from scale.batches import draw_noise
 from weights.card import Card
 from weights.load import copy_shard, load_into
 

@@ -38,7 +38,7 @@ from backbones.dpflow import DISFlow, FlowEstimator, load_dpflow
 from backbones.optical_flow import resize_flow
 from formats.cards import Pyramid
 from formats.motions import LABELLED
-from formats.recordings import Recordings
+from formats.recordings import MISSING, Recordings, av
 from latent_action import LatentActionConfig, LatentActionModel, encode_flows
 from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
@@ -100,6 +100,8 @@ class Videos(Recordings):
     ValueError for a file that cannot be decoded to its end."""
 
     def __init__(self, folder: Path):
+        if av is None:
+            raise ValueError(MISSING)
         super().__init__(folder)
         self.paths = sorted(folder.glob("*.mp4"))
         self.lengths = np.zeros(len(self.paths), int)
@@ -109,8 +111,6 @@ class Videos(Recordings):
         return {"video": self.decoded(self.paths[episode])}
 
     def decoded(self, path: Path) -> Iterator[np.ndarray]:
-        import av
-
         count = 0
         try:
             with av.open(str(path)) as container:

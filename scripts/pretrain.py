@@ -47,7 +47,7 @@ from backbones.wan_vae import WanVAE
 from data import open_pyramid
 from formats.cards import Pyramid, placed, tiled
 from formats.motions import motions
-from formats.recordings import Recordings, t_place
+from formats.recordings import T_SIZE, Recordings, fit_place
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
 from weights.files import run_command
@@ -101,7 +101,8 @@ class Corpus:
         for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:  # and y after it
             places = rows[:, x : x + 2]
             if reader.given.t_layout:
-                places = t_place(places, reader.sizes[reader.cameras[0]])
+                height, width = head = reader.sizes[reader.cameras[0]]
+                places = fit_place(places, head, (height + height // 2, width), T_SIZE)
             rows[:, x : x + 2] = placed(places, seen.frames, pyramid.size)
         rate = max(1, round(reader.fps / pyramid.video_hz))
         return Episode(tiled(seen.frames, pyramid.size), rows, seen.instruction, rate)

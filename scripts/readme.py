@@ -134,7 +134,7 @@ def sizes() -> str:
 def published() -> str:
     """Names that `python -m weights download` knows."""
     rows = []
-    for name, (repository, _, _, gigabytes, licence) in HUB.items():
+    for name, (repository, _, gigabytes, licence) in HUB.items():
         rows.append((f"`{name}`", repository, f"{gigabytes:g}", licence))
     return table(("name", "repository", "GB", "licence"), rows, right=(2,))
 

@@ -280,7 +280,7 @@ def test_tasks_can_be_drawn_alike(tmp_path):
 def test_the_report_says_what_is_used(card):
     """Hours, episodes, rows and share per source and level; rates; held-out episodes."""
     text = opened(card, (2, 5, 6)).describe()
-    assert text.count("33.3%") == 5 and text.count("16.7%") == 2 and "0.00" in text
+    assert text.count("33.3%") == 2 and text.count("16.7%") == 2 and "0.00" in text
     assert "video at 5 Hz" in text and "actions at 15 Hz (3 per frame)" in text
     assert "6 episodes held out" in text
     assert "observation.state (4), chosen automatically" in text

@@ -22,7 +22,7 @@ from formats.inspect import convert
 from formats.lerobot import DEFAULTS, write_v3
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, Inputs, preset
-from scripts import pretrain
+from scripts import evaluate, pretrain, record
 from weights.card import Card, newest_step
 from weights.files import save_safetensors
 from worlds.fleet import Order
@@ -452,8 +452,6 @@ def test_a_run_from_a_card_knows_its_robot_and_is_sampled_in_its_units(card, tmp
 def test_two_robots_train_together_and_each_acts_in_its_own_numbers(card, tmp_path):
     """Four-dimensional arm and three-dimensional gripper in one stage 3: the checkpoint knows both,
     and acts as the one that is named."""
-    from scripts import evaluate
-
     stored = json.loads(card.read_text())
     for source in stored["sources"]:
         source["path"] = str(card.parent / source["path"])
@@ -583,8 +581,6 @@ def line(tmp_path_factory):
     which is held out."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("av")
-    from scripts import record
-
     out = tmp_path_factory.mktemp("line") / "set"
     record.record(Order("fake_world", settings=(("size", 32),), after=1), ["walk"], 20, out)
     return out
@@ -646,7 +642,7 @@ def test_labels_reach_no_policy(line):
     count it."""
     pyramid = wide(line)
     reader = pyramid.opened[0].reader
-    assert (reader.state_key, reader.action_key) == ("observation.state", "action")
+    assert reader.titles == {"state": "observation.state", "action": "action"}
     assert reader.widths == (2, 1) and reader.labels(0)
     assert pyramid.window((0, 0, 0), "real").state.shape == (2,)
     assert set(reader.rows(0)) - {"observation.state", "action"} == set(DEFAULTS)

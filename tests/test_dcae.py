@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tables import expected
 from torch import nn
 
 from backbones.dcae import DCAE, DCAEConfig, LinearAttention
 from weights.files import open_source, save_safetensors
-from weights.layouts import canonical, dcae_own, expected
+from weights.layouts import canonical, rename_from
 from weights.load import load_into
 
+dcae_own = rename_from("dcae")
 FULL = DCAEConfig()
 TINY = DCAEConfig((16, 32, 32, 64, 64), (1,) * 5, (1,) * 5, latent_channels=64, head_dim=16)
 THIN = DCAEConfig(

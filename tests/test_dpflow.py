@@ -22,8 +22,9 @@ from backbones.dpflow import (
     pyramid_levels,
 )
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
-from weights.layouts import dpflow_own
+from weights.layouts import rename_from
 
+dpflow_own = rename_from("dpflow")
 THIN = DPFlowConfig(stem=(16, 24), width=32, depth=1)
 
 

@@ -21,7 +21,7 @@ from backbones.wan import WanConfig
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import Inputs, Motus, MotusConfig
 from weights.files import open_source
-from weights.layouts import official_name, own_name
+from weights.layouts import official_name, rename_from
 from weights.load import load_into
 
 FOLDER = Path(os.environ.get("MOTUS_GOLDEN", Path(__file__).parent / "golden"))
@@ -64,7 +64,7 @@ def motus_case(name: str) -> tuple[dict, Motus, dict[str, torch.Tensor], Inputs]
     with torch.device("meta"):
         model = Motus(config)
     with open_source(FOLDER / f"{name}{MOTUS_SUFFIX}") as source:
-        load_into(model, source, own_name)
+        load_into(model, source, rename_from("motus"))
     stored = load_file(FOLDER / f"{name}.safetensors")
     lengths = torch.full((size["batch"],), stored["in/text"].shape[1])
     inputs = Inputs(

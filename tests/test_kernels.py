@@ -33,9 +33,9 @@ import test_motus  # noqa: E402
 
 import attention as eager  # noqa: E402
 import kernels  # noqa: E402
-from flow import draw_noise  # noqa: E402
 from kernels import rows as row_kernels  # noqa: E402
 from motus import Motus  # noqa: E402
+from scale.batches import draw_noise  # noqa: E402
 
 # `kernels.attention` is the function; this is the file.
 flash = importlib.import_module("kernels.attention")
@@ -392,7 +392,7 @@ def op_arguments() -> dict:
         ),
         "norm_rotate": (
             row_kernels.norm_rotate_op,
-            (rows, rows, weight, weight, None, None, 1e-6, 4, torch.float32),
+            (rows, rows, weight, weight, None, None, 1e-6, 4),
         ),
         "norm_modulate": (row_kernels.norm_modulate_op, (rows, mod, mod, 1e-6, torch.bfloat16)),
         "add_gated": (row_kernels.add_gated_op, (rows, leaf(1, 3, 8), mod)),
@@ -687,7 +687,7 @@ def test_row_kernels_move_at_most_a_tenth_more_than_they_must():
         (bf16(1, 64, 4, 16), bf16(1, 64, 4, 16)),
     )
     for operation, rows, shared, options, parts in (
-        (row_kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16, torch.bfloat16), 0),
+        (row_kernels.norm_rotate_op, (y, z), (*weights, *rope), (1e-6, 16), 0),
         (row_kernels.norm_rotate_backward_op, (*heads, y, z), (*weights, *rope), (1e-6,), 2),
         (row_kernels.norm_modulate_op, (stream,), (mod, scale), (1e-6, torch.bfloat16), 0),
         (row_kernels.norm_modulate_backward_op, (y, stream), (scale,), (1e-6,), 2),
@@ -738,7 +738,7 @@ def launches(
                 torch.empty(width, dtype=dtype),
             )
             mod, table = torch.empty(1, 1, 6, width).unbind(2), torch.empty(360, 64)
-            heads = row_kernels.norm_rotate_op(y, y, weight, weight, table, table, 1e-6, 128, dtype)
+            heads = row_kernels.norm_rotate_op(y, y, weight, weight, table, table, 1e-6, 128)
             row_kernels.norm_rotate_backward_op(*heads, y, y, weight, weight, table, table, 1e-6)
             kernels.norm_modulate(stream, mod[0], mod[1], 1e-6, dtype)
             row_kernels.norm_modulate_backward_op(y, stream, mod[1], 1e-6)

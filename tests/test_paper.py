@@ -1,6 +1,7 @@
 """The experiments of docs/latent_action at the least size, and the arithmetic of their claims."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,6 +44,29 @@ def test_a_tenth_of_the_rows_keeps_its_labels():
     assert seen.mask.any(dim=1).sum() == 100 and seen.mask[::10].all()
 
 
+def test_the_page_shows_both_arms_and_what_is_saved(tmp_path):
+    """Rates pooled over seeds with their interval, each seed's, and a bound where the arm without
+    stage 2 never comes as far."""
+    args = SimpleNamespace(
+        demonstrations=[10, 20], modes="joint", episodes=50, seeds=2, out=tmp_path
+    )
+    successes = {"stage 1": (5, 10), "stages 1, 2": (10, 20)}
+    cells = {
+        f"{arm}/{seed}/{n}": {"joint": {"successes": count + seed, "episodes": 50}}
+        for arm, counts in successes.items()
+        for seed in range(2)
+        for n, count in zip(args.demonstrations, counts)
+    }
+    paper.report(args, "by hand", cells)
+    page = (tmp_path / "downstream.md").read_text()
+    assert "| joint, stage 1 | 11 [" in page and "([10. 12.]) | 21 [" in page
+    assert "| joint, times as many | 2.00 [" in page and "| over 1.00 [" in page
+    stored = json.loads((tmp_path / "downstream.json").read_text())
+    assert stored["about"] == "by hand" and stored["cells"] == cells
+    assert stored["savings"]["joint"]["reached"] == [True, False]
+    assert (tmp_path / "downstream.png").stat().st_size > 5000
+
+
 @pytest.mark.long
 def test_the_downstream_experiment_runs_stops_and_goes_on(tmp_path, capsys):
     """All cells of one seed at the smallest size; a second run trains nothing, and other settings
@@ -55,7 +79,7 @@ def test_the_downstream_experiment_runs_stops_and_goes_on(tmp_path, capsys):
     paper.main(args)
     stored = json.loads((tmp_path / "out/downstream.json").read_text())
     assert set(stored["cells"]) == {"stage 1/0/2", "stages 1, 2/0/2"}
-    assert "2 demonstrations" in (tmp_path / "out/downstream.md").read_text()
+    assert "| joint, stage 1 | " in (tmp_path / "out/downstream.md").read_text()
     assert (tmp_path / "out/downstream.png").exists()
     capsys.readouterr()
     paper.main(args)

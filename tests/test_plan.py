@@ -23,10 +23,10 @@ from torch.utils.flop_counter import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-import flow
 import motus
 import train
 from scale import plan, sharding
+from scale.batches import draw_noise
 from scale.plan import GB, KEPT, Plan
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def step_of(config, inputs, fake, experts=motus.EXPERTS, **options):
     """The training loss of a network without values, and its arguments."""
     model = motus.Motus(config)
     inputs = inputs.map(fake.from_tensor)
-    noise = flow.draw_noise(inputs, torch.Generator())
+    noise = draw_noise(inputs, torch.Generator())
     step = sharding.parallelize(model, experts, precision="bf16", **options)
     return model, step, inputs, noise
 
@@ -258,7 +258,7 @@ def test_the_page_says_what_the_plan_says(command, capsys):
     ],
 )
 def test_bad_input_is_refused_by_name(arguments, said):
-    """Each error names the option, what was found and what is allowed, before anything is counted."""
+    """Each error names the option, what was found and what is allowed."""
     with pytest.raises(ValueError, match=re.escape(said)):
         train.main(["--plan", *arguments])
 

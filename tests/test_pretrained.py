@@ -211,7 +211,8 @@ def wan_folders(folder: Path, config: WanConfig) -> tuple[WanModel, dict[str, Pa
     model.init_weights()
     torch.nn.init.normal_(model.head.head.weight)
     tensors = model.state_dict()
-    theirs = {layouts.wan_from_diffusers(name): name for name in expected("wan-diffusers")}
+    rename = layouts.rename_from("wan-diffusers")
+    theirs = {rename(name): name for name in expected("wan-diffusers")}
     stated = {
         "_class_name": "WanModel",
         "dim": config.width,
@@ -341,7 +342,7 @@ WRONG = {
     ),
     "no video expert": (
         lambda f: drop(f, "wan_model."),
-        "no tensor patch_embedding.weight that shows width",
+        "no tensor video.patch_embedding.weight that shows width",
     ),
     "no state encoder": (
         lambda f: drop(f, "state_encoder."),
@@ -389,7 +390,8 @@ def test_a_video_expert_must_say_how_many_heads_it_has(tmp_path):
         with pytest.raises(ValueError, match=message):
             Motus.from_pretrained(copy)
         shutil.rmtree(copy)
-    assert published.wan_config(evidence(expected("wan"))) == WanConfig()
+    shapes = {f"video.{name}": shape for name, shape in expected("wan").items()}
+    assert published.wan_config(evidence(shapes)) == WanConfig()
     with pytest.raises(ValueError, match="holds umt5 weights"):
         Motus.from_pretrained(GOLDEN / "umt5.pth")
 
@@ -496,7 +498,8 @@ def test_the_published_configs_are_the_defaults_of_ours():
     this repository has as defaults."""
     assert published.text_config(evidence(expected("umt5"))) == UMT5Config()
     assert published.vae_config(evidence(expected("wan-vae"))) == WanVAEConfig()
-    names = {layouts.qwen_own(name): shape for name, shape in expected("qwen3vl").items()}
+    rename = layouts.rename_from("qwen3vl")
+    names = {rename(name): shape for name, shape in expected("qwen3vl").items()}
     assert published.vlm_config(evidence(names)) == Qwen3VLConfig()
     stated = {
         "common.num_video_frames": 8,
@@ -504,8 +507,9 @@ def test_the_published_configs_are_the_defaults_of_ours():
         "action_expert.norm_eps": 1e-5,
         "und_expert.norm_eps": 1e-5,
     }
-    names = {layouts.own_name(name): shape for name, shape in expected("motus-stage3").items()}
-    assert MotusConfig.of(published.motus_fields(evidence(names, stated), 22)) == preset("full")
+    rename = layouts.rename_from("motus")
+    names = {rename(name): shape for name, shape in expected("motus-stage3").items()}
+    assert MotusConfig.of(published.motus_fields(evidence(names, stated), "22")) == preset("full")
 
 
 def test_eight_billion_parameters_need_eighteen_gigabytes_to_act():

@@ -27,14 +27,11 @@ def recording(tmp_path_factory):
 def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
     """It opens as LeRobot v3.0 without a fault; rows are what the expert saw and would have done;
     scenes that it failed are left out."""
-    card, dataset = (
-        read_card(recorded),
-        LeRobotDataset.open(recorded, {"constant": True}, quiet=True),
-    )
+    card = read_card(recorded)
+    dataset = LeRobotDataset.open(recorded, {"constant": True}, quiet=True)
     assert dataset.check() == []
-    assert (dataset.version, dataset.fps, len(dataset.lengths)) == ("v3.0", 10, 8) and isinstance(
-        dataset.info["fps"], int
-    )
+    assert (dataset.version, dataset.fps, len(dataset.lengths)) == ("v3.0", 10, 8)
+    assert isinstance(dataset.info["fps"], int)
     seeds = episode_seeds(0, RECORDED, 40)
     good = [seed for seed in seeds if seed % 2]
     assert [e["seed"] for e in card["episodes"] if e["task"] == "walk"] == seeds[:4]
@@ -51,7 +48,7 @@ def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
         assert np.array_equal(rows["observation.state"], again.states) and np.array_equal(
             rows["action"][:, 0], again.actions[:, 0]
         )
-        assert dataset.group(i) == again.instruction and kept["disturbed"] == again.disturbed
+        assert dataset.texts(i) == [again.instruction] and kept["disturbed"] == again.disturbed
         labels = dataset.labels(i)
         assert list(labels) == ["object x", "object y", "walked"] and np.array_equal(
             labels["walked"], again.states[:, 0]

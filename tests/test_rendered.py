@@ -127,7 +127,7 @@ def test_the_card_of_the_preset_has_all_levels_in_equal_shares():
         level[1] += o.trained
     assert shares == {level: [1.0, 4] for level in tabletop.LEVELS}
     bodies = {(o.source.level, o.source.embodiment) for o in pyramid.opened}
-    assert bodies == {(k, b) for k, kind in tabletop.LEVELS.items() for b in kind["bodies"]}
+    assert bodies == {(k, b) for k, kind in tabletop.LEVELS.items() for b in kind.bodies}
     assert (pyramid.video_hz, pyramid.action_hz, pyramid.ratio) == (5, 15, 3)
 
 

@@ -4,6 +4,7 @@ small, and errors that say what to do."""
 import json
 import math
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,24 +16,26 @@ from PIL import Image
 
 import data
 import sample
-from motus import Motus, preset
-from sample import Policy, action_figures, film, moving_region, psnr, sheet, ssim, video_figures
+from formats.pictures import film, sheet
+from formats.statistics import Normaliser, Statistics
+from motus import Inputs, Motus, preset
+from sample import Policy, action_figures, moving_region, psnr, ssim, video_figures
 from weights.card import Card
 from weights.files import save_safetensors
+
+ROOT = Path(__file__).parents[1]
 
 
 def write_checkpoint(folder: Path, stage: str, /, **changes) -> Path:
     """A checkpoint of a one-layer toy model with random weights, the heads included."""
     torch.manual_seed(0)
-    config = (
-        preset("toy") if stage == "3" else preset("toy", finetune=False, ratio=1, action_dim=14)
-    )
+    config = preset("toy", stage)
     config = replace(config, video=replace(config.video, layers=1))
-    robot = data.Normaliser((0.1, -0.2, 0.3), (0.5, 0.25, 2.0))
-    statistics = data.Statistics("gripper", 3, robot, robot).as_json() if stage == "3" else None
+    robot = Normaliser((0.1, -0.2, 0.3), (0.5, 0.25, 2.0))
+    statistics = Statistics("gripper", 3, robot, robot).as_json() if stage == "3" else None
     card = replace(
         Card(
-            config,
+            config.as_json(),
             stage,
             statistics=statistics,
             latent_interval=3 if stage == "2" else None,
@@ -117,7 +120,8 @@ def test_the_moving_region_is_what_changes_and_two_pixels_around():
 def test_copying_the_observation_is_the_baseline_of_the_video():
     """A prediction that repeats the observation scores exactly as the baseline does, and the truth
     scores better than both."""
-    frames = torch.from_numpy(data.toy_episodes([6], 1, 0, "eval")[0].frames[None, 0:15:3])
+    frames = torch.zeros(1, 5, 24, 24, 3, dtype=torch.uint8)
+    frames[0, torch.arange(5), 10, 4 + 2 * torch.arange(5)] = 255  # a point on its way
     figures = video_figures(frames[:, :1].expand_as(frames), frames, frames)
     for figure in figures.values():
         assert figure["model"] == figure["copy"] < figure["vae"]
@@ -126,7 +130,7 @@ def test_copying_the_observation_is_the_baseline_of_the_video():
 
 def test_predicting_the_mean_is_the_baseline_of_the_actions():
     """Zeros are the mean of normalised actions; robot units weigh each dimension by its std."""
-    truth, robot = torch.tensor([[[1.0, 2.0]]]), data.Normaliser((5.0, 5.0), (1.0, 0.5))
+    truth, robot = torch.tensor([[[1.0, 2.0]]]), Normaliser((5.0, 5.0), (1.0, 0.5))
     figures = action_figures(torch.tensor([[[1.0, 0.0]]]), truth, robot)
     assert figures == {
         "action MSE": {"model": 2.0, "mean": 2.5},
@@ -148,7 +152,7 @@ def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path):
         limit=120_000,
     )
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.size == (2 * 192 + 4, 192 + 40) and 1 < gif.n_frames <= 9
+        assert gif.size == (2 * 192, 192 + 40) and 1 < gif.n_frames <= 9
     assert (tmp_path / "a.gif").stat().st_size <= 120_000
 
 
@@ -163,12 +167,7 @@ def test_a_sheet_has_a_dark_ground_of_its_own(tmp_path):
         actions,
         actions,
     )
-    assert Image.open(tmp_path / "a.png").convert("RGBA").getpixel((2, 2)) == (
-        0x15,
-        0x18,
-        0x1E,
-        255,
-    )
+    assert Image.open(tmp_path / "a.png").convert("RGBA").getpixel((2, 2)) == (0, 0, 0, 255)
 
 
 # -- the policy -----------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def test_a_policy_acts_in_robot_units_and_repeats_itself_from_a_seed(policy):
     policy.generator.manual_seed(4)
     robot = policy.statistics.state
     inputs = policy.inputs(
-        torch.tensor(images[:, None]), texts, robot.apply(torch.tensor(states, dtype=torch.float32))
+        torch.tensor(images), texts, robot.apply(torch.tensor(states, dtype=torch.float32))
     )
     normalised = policy.sample(inputs, "joint").actions
     assert np.allclose(first, normalised.numpy() * [0.5, 0.25, 2.0] + [0.1, -0.2, 0.3], atol=1e-5)
@@ -202,35 +201,26 @@ def test_a_policy_decodes_no_video_unless_asked(policy, monkeypatch):
     assert policy.predict(*views(), video=True)[1] is None
 
 
+IMAGES, STATES = np.zeros((2, 48, 48, 3), np.uint8), np.zeros((2, 3))
+
+
 @pytest.mark.parametrize(
-    "images, states, texts, message",
+    "images, states, texts, found",
     [
-        (np.zeros((2, 48, 48, 3), np.float32), np.zeros((2, 3)), ["a", "b"], "images are float32"),
-        (
-            np.zeros((48, 48, 3), np.uint8),
-            np.zeros((1, 3)),
-            ["a"],
-            r"expected uint8 of shape \(n, H, W, 3\)",
-        ),
-        (
-            np.zeros((2, 48, 48, 3), np.uint8),
-            np.zeros((2, 4)),
-            ["a", "b"],
-            r"finite states \(2, 3\), found \(2, 4\)",
-        ),
-        (np.zeros((2, 48, 48, 3), np.uint8), np.full((2, 3), np.nan), ["a", "b"], "finite states"),
-        (
-            np.zeros((2, 48, 48, 3), np.uint8),
-            np.zeros((2, 3)),
-            ["a"],
-            "2 images need 2 instructions, found 1",
-        ),
+        (IMAGES.astype(np.float32), STATES, ["a", "b"], "images are float32 (2, 48, 48, 3)"),
+        (IMAGES[0], STATES[:1], ["a"], "images are uint8 (48, 48, 3)"),
+        (IMAGES, np.zeros((2, 4)), ["a", "b"], "states (2, 4)"),
+        (IMAGES, np.full((2, 3), np.nan), ["a", "b"], "states (2, 3)"),
+        (IMAGES, STATES, ["a"], "1 instructions"),
+        (IMAGES[:0], STATES[:0], [], "0 instructions"),
     ],
 )
-def test_a_policy_refuses_what_it_cannot_read(policy, images, states, texts, message):
+def test_a_policy_refuses_what_it_cannot_read(policy, images, states, texts, found):
     """One ValueError that names what was found and what is allowed."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:
         policy.act(images, states, texts)
+    expected = f"expected uint8 (n, H, W, 3), finite ({len(images)}, 3)"
+    assert found in str(error.value) and expected in str(error.value)
 
 
 # -- checkpoints and modes ------------------------------------------------------------------------
@@ -243,7 +233,8 @@ def test_stage_1_samples_video_without_the_action_and_understanding_experts(runs
     for expert in (policy.model.action, policy.model.und):
         for parameter in expert.parameters():
             torch.nn.init.constant_(parameter, math.nan)
-    inputs = policy.inputs(torch.tensor(views()[0][:, None]), views()[2])
+    frames = torch.tensor(views()[0][:, None])
+    inputs = Inputs(**policy.backbones.conditions(frames, views()[2], und=False))
     prediction = policy.sample(inputs, "vgm")
     assert inputs.und is None and prediction.actions is None
     assert prediction.video.shape == (2, 24, 2, 6, 6) and prediction.video.isfinite().all()
@@ -253,9 +244,9 @@ def test_stage_1_samples_video_without_the_action_and_understanding_experts(runs
 @pytest.mark.parametrize(
     "stage, mode, message",
     [
-        ("3", "policy", "mode is 'policy'; allowed: joint, vla, world_model, idm, vgm"),
-        ("1", "joint", "mode joint needs actions that stage 1 lacks; allowed: vgm"),
-        ("2", "idm", "mode idm needs actions that stage 2 lacks; allowed: joint, vgm"),
+        ("3", "policy", "mode is 'policy'; expected one of joint, vla, world_model, idm, vgm"),
+        ("1", "joint", "mode joint needs actions that stage 1 lacks; expected one of vgm"),
+        ("2", "idm", "mode idm needs actions that stage 2 lacks; expected one of joint, vgm"),
     ],
 )
 def test_a_mode_that_a_checkpoint_lacks_is_refused(runs, stage, mode, message):
@@ -273,11 +264,11 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json"):
             Policy.load(tmp_path)
-    with pytest.raises(ValueError, match="stage '7'"):
+    with pytest.raises(ValueError, match="stage is '7'"):
         Policy.load(write_checkpoint(tmp_path / "a", "3", stage="7"))
-    with pytest.raises(ValueError, match="with statistics None"):
+    with pytest.raises(ValueError, match="its statistics are None"):
         Policy.load(write_checkpoint(tmp_path / "b", "3", statistics=None))
-    with pytest.raises(ValueError, match="does not act; allowed: joint, vla at stage 3"):
+    with pytest.raises(ValueError, match="does not act; expected joint or vla at stage 3"):
         Policy.load(runs["2"], "joint").act(*views())
 
 
@@ -285,17 +276,38 @@ def test_what_is_no_checkpoint_is_refused(runs, tmp_path):
 
 
 def test_windows_lie_inside_held_out_episodes(policy):
-    """Nothing is padded, the split is not the training one, and a seed repeats the windows."""
-    batch, again = (sample.held_out_windows(policy, 4, seed=3) for _ in range(2))
-    assert (
-        batch.video_mask.all()
-        and batch.action_mask.all()
-        and torch.equal(batch.frames, again.frames)
+    """Nothing is padded, and a seed repeats the windows."""
+    batch, again = (
+        data.held_out(None, "3", "toy", policy.model.config, policy.statistics, 4, seed=3)
+        for _ in range(2)
     )
-    assert not any(
-        np.array_equal(e.frames[0], data.toy_episodes([6], 4, 3, "eval")[i].frames[0])
-        for i, e in enumerate(data.toy_episodes([6], 4, 3, "train"))
-    )
+    assert len(batch.instruction) == 4
+    assert batch.video_mask.all() and batch.action_mask.all()
+    assert torch.equal(batch.frames, again.frames)
+
+
+def test_acting_draws_nothing_and_needs_no_drawing_library(runs):
+    """A robot's computer may lack matplotlib."""
+    program = f"""
+import sys
+sys.modules["matplotlib"] = None
+import numpy as np
+from sample import Policy
+policy = Policy.load({str(runs["3"])!r}, "vla", steps=1)
+policy.act(np.zeros((1, 48, 48, 3), np.uint8), np.zeros((1, 3)), ["push it"])
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_int8_halves_the_maps_of_the_video_expert(runs, tmp_path, capsys):
+    """`--int8` samples with another video expert: figures differ, by little."""
+    found = []
+    for extra in ([], ["--int8"]):
+        arguments = ["--ckpt", str(runs["3"]), "--mode", "vgm", "--episodes", "1", "--steps", "1"]
+        sample.main([*arguments, "--out", str(tmp_path), *extra])
+        figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+        found.append(figures["vgm"]["PSNR (dB)"]["model"])
+    assert found[0] != found[1] == pytest.approx(found[0], abs=1)
 
 
 def test_the_command_writes_figures_and_pictures_of_all_modes(runs, tmp_path, capsys):
@@ -359,12 +371,11 @@ def test_earlier_stages_are_sampled_in_the_modes_they_have(runs, tmp_path, stage
     )
 
 
-@pytest.mark.parametrize("program", ["sample", "evaluate"])
-def test_a_bad_command_ends_with_one_line_and_status_2(program, monkeypatch, capsys):
+def test_a_bad_command_ends_with_one_line_and_status_2(monkeypatch, capsys):
     """`error: ...` on stderr, no traceback."""
-    monkeypatch.setattr(sys, "argv", [program, "--ckpt", "no/such/run"])
+    monkeypatch.setattr(sys, "argv", ["sample", "--ckpt", "no/such/run"])
     with pytest.raises(SystemExit) as ending:
-        runpy.run_path(str(Path(sample.__file__).with_name(f"{program}.py")), run_name="__main__")
+        runpy.run_path(sample.__file__, run_name="__main__")
     message = capsys.readouterr().err
     assert (
         ending.value.code == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from backbones.wan import WanConfig, WanModel
-from weights.layouts import wan_from_diffusers
+from weights.layouts import rename_from
 
 CONFIGS = [
     WanConfig(width=48, ffn=80, layers=2, heads=2, latent=4, text_dim=20, text_len=12, freq_dim=32),
@@ -49,7 +49,9 @@ def pair(config: WanConfig, seed: int) -> tuple[WanModel, torch.nn.Module]:
     for parameter in oracle.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     ours = WanModel(config).eval()
-    state = {wan_from_diffusers(name): tensor for name, tensor in oracle.state_dict().items()}
+    state = {
+        rename_from("wan-diffusers")(name): tensor for name, tensor in oracle.state_dict().items()
+    }
     assert state.keys() == ours.state_dict().keys()
     ours.load_state_dict(state)
     return ours, oracle

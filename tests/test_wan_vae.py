@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from backbones.wan_vae import WanVAE, WanVAEConfig
-from weights.layouts import vae_from_diffusers
+from weights.layouts import rename_from
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -111,7 +111,7 @@ def test_vae_equals_diffusers_in_fp32_and_rounds_no_worse_in_bf16(config, shape)
     oracle, ours = randomise(oracle_of(config)), WanVAE(config)
     ours.load_state_dict(
         {
-            vae_from_diffusers(name, config.num_res_blocks): weight
+            rename_from("wan-vae-diffusers", config.num_res_blocks)(name): weight
             for name, weight in oracle.state_dict().items()
         }
     )
@@ -176,7 +176,8 @@ def test_full_size_has_the_published_parameters_names_and_statistics():
         (4, 16),
     )
     assert {
-        vae_from_diffusers(name): weight.shape for name, weight in oracle.state_dict().items()
+        rename_from("wan-vae-diffusers")(name): weight.shape
+        for name, weight in oracle.state_dict().items()
     } == shapes
     sums = [
         sum(config.mean),

@@ -18,7 +18,6 @@ from weights.layouts import (
     canonical,
     identify,
     official_name,
-    own_name,
     renaming,
 )
 from weights.load import plan_names
@@ -31,11 +30,9 @@ def convert(src: str | Path, dst: str | Path) -> None:
         kind, stage = identify(source.names())
         if kind not in KINDS:
             raise ValueError(f"{source.path}: the layout is not known, expected {', '.join(KINDS)}")
-        rename = renaming(source.names())
         if kind.startswith("dcae"):  # where a tensor of the file may be three of ours
             source.tensors = canonical(source.tensors)
-            rename = str
-        plan, _ = plan_names(source, rename)
+        plan = plan_names(source, renaming(source.names()))
         kind = re.sub("-(diffusers|transformers|own)$", "", kind)
         metadata = source.metadata | {"format": "pt", "kind": kind}
         if stage:
@@ -72,40 +69,38 @@ def export(
         rows = rows or int(source.metadata.get("pos_embedding_rows", 0))
         if motus and own and not rows:
             rows = own["frames"] * own["ratio"]
-            rows += 2 + own["registers"] if own["finetune"] else 0
+            if own["finetune"]:
+                rows += 2 + own["registers"]
         if not motus or not rows:
             raise ValueError(
                 f"{source.path}: expected Motus weights and the rows of the position table (found"
                 f" {rows}); pass --rows CHUNK+6 for fine-tuned weights, --rows CHUNK for"
                 " pre-trained ones"
             )
-        plan, _ = plan_names(source, own_name)
+        plan = plan_names(source, renaming(source.names()))
         module = {official_name(key): source.read(name).to(dtype) for key, name in plan.items()}
         width = module["action_expert.blocks.0.modulation"].shape[-1]
         module[POSITIONS] = position_table(rows, width).to(dtype)
         embedding = "vlm_model.model.language_model.embed_tokens.weight"
         if embedding in module:
             module["vlm_model.lm_head.weight"] = module[embedding]
-        for wrapper, part in WRAPPERS:
-            inner = [name for name in module if name.startswith(part)]
+        for wrapper, parts in WRAPPERS.items():
+            inner = [name for name in module if name.startswith(parts)]
             module |= {wrapper + name: module[name] for name in inner}
         weights = {"module": module}
         replace_file(Path(dst) / "mp_rank_00_model_states.pt", partial(torch.save, weights))
-        text = json.dumps(official_config(own) if own else config, indent=2)
-        if own or config:
+        if own:
+            config = official_config(own)
+        if config:
+            text = json.dumps(config, indent=2)
             replace_file(Path(dst) / "config.json", lambda path: path.write_text(text))
 
 
 def official_config(own: Mapping) -> dict:
     """The official config.json of a MotusConfig, given as a dictionary. The section `wan`, for
     readers of ours, holds what neither the official file nor a shape says of the video expert."""
-    config = {}
-    if "video" in own:
-        config["wan"] = {field: own["video"][field] for field in ("eps", "text_len")}
-    for field in MOTUS_FIELDS.keys() & own.keys():
-        *sections, key = MOTUS_FIELDS[field].split(".")
-        place = config
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = own[field]
+    config = {"wan": {field: own["video"][field] for field in ("eps", "text_len")}}
+    for field, place in MOTUS_FIELDS.items():
+        section, key = place.split(".")
+        config.setdefault(section, {})[key] = own[field]
     return config

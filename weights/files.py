@@ -14,7 +14,6 @@ import math
 import os
 import pickletools
 import re
-import struct
 import sys
 import zipfile
 from collections import Counter
@@ -22,30 +21,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights.layouts import MOTUS_PARTS, identify, renaming
+from weights.layouts import identify, renaming
 
 # Bytes of json or pickle; the largest honest one (a whole Motus file) is below 2 MiB.
 MAX_HEADER = 16 << 20
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Any of these may be loaded as any other.
-CASTABLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 # -- reading --------------------------------------------------------------------------------------
 
@@ -84,18 +79,19 @@ def parse_json(path: Path, raw: bytes) -> dict:
 
 def read_json(path: Path) -> dict:
     """A json object. ValueError if it is something else, unsound or suspiciously large."""
-    if path.stat().st_size > MAX_HEADER:
-        raise ValueError(
-            f"{path}: is {path.stat().st_size} bytes long, expected a config or index of at most"
-            f" {MAX_HEADER}"
-        )
+    size = path.stat().st_size
+    if size > MAX_HEADER:
+        raise ValueError(f"{path}: is {size} bytes long, expected a json of at most {MAX_HEADER}")
     return parse_json(path, path.read_bytes())
 
 
 def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    wrong = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]
-    problems = [f"{name}: is {tensors[name].dtype}, expected {', '.join(DTYPES)}" for name in wrong]
-    refuse(path, "kinds of numbers that are not read or written here", problems)
+    problems = [
+        f"{name}: is {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in DTYPE_NAMES
+    ]
+    refuse(path, f"dtypes other than the expected {', '.join(DTYPE_NAMES.values())}", problems)
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,27 +120,27 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not named or not listed:
         raise ValueError(f"{path}: weight_map must map tensor names to shard files")
     folder = path.parent.resolve()
-    homes = {folder}
+    homes = [folder]
     if folder.parent.name == "snapshots":
-        homes.add(folder.parent.parent / "blobs")
+        homes.append(folder.parent.parent / "blobs")
     shards = sorted(set(listed.values()))
-    plain = re.compile(r"[\w\-][\w\-.]*\.safetensors")
-    strange = [shard for shard in shards if not plain.fullmatch(shard)]
-    refuse(path, "shards that are no plain .safetensors names", strange)
-    outside = [shard for shard in shards if (folder / shard).resolve().parent not in homes]
-    refuse(path, "shards that lead out of the folder", outside)
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    refuse(path, "missing shards", missing)
     problems = []
+    for shard in shards:
+        plain = re.fullmatch(r"[\w\-.]{1,200}", shard)
+        if not plain or (folder / shard).resolve().parent not in homes:
+            problems.append(f"{shard!r} leads out of the folder")
+        elif not (folder / shard).is_file():
+            problems.append(f"{shard} is missing")
+    refuse(path, "expected shards beside the index", problems)
     tensors = {}
+    places = set()
     for shard in shards:
         found, metadata = open_safetensors(folder / shard)
-        wanted = {name for name, home in listed.items() if home == shard}
-        for name in sorted(found.keys() ^ wanted):
-            where = "lies" if name in found else "does not lie"
-            says = listed.get(name, "nothing")
-            problems.append(f"{name}: {where} in {shard}, the index says {says}")
         tensors |= found
+        places |= {(name, shard) for name in found}
+    for name, shard in sorted(places ^ listed.items()):
+        says = "lies in" if (name, shard) in places else "is not in"
+        problems.append(f"{name}: {says} {shard}; the index puts it in {listed.get(name, 'none')}")
     refuse(path, "index and shards disagree", problems)
     return tensors, metadata
 
@@ -156,103 +152,75 @@ PICKLE_NAMES = re.compile(
     r"|torch\._utils _rebuild_(tensor_v2|parameter)"
     r"|torch (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
 )
-# Opcodes that build objects without naming them in one piece.
-PICKLE_BUILDERS = ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ", "NEWOBJ_EX")
-BROKEN_ZIP = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    OverflowError,
-    RuntimeError,
-    OSError,
-    KeyError,
-    struct.error,
-)
 
 
-def zip_problems(infos: list[zipfile.ZipInfo], size: int) -> list[str]:
-    """Faults in the records of a torch zip file of `size` bytes."""
+def zip_problems(archive: zipfile.ZipFile, size: int) -> list[str]:
+    """Faults of a torch zip file of `size` bytes, before torch opens it."""
+    infos = archive.infolist()
     problems = []
     for info in infos:
         packed = info.compress_type or info.file_size != info.compress_size
         if packed or info.header_offset + info.file_size > size:
             problems.append(f"{info.filename}: compressed or past the end of the file")
-    counts = Counter(info.filename for info in infos)
-    problems += [f"{name}: appears twice" for name, count in counts.items() if count > 1]
-    if sum(info.file_size for info in infos) > size:
-        problems.append("the records overlap: together they are larger than the file")
-    pickled = [info for info in infos if re.fullmatch(r"[^/]+/data\.pkl", info.filename)]
-    if len(pickled) != 1 or pickled[0].file_size > MAX_HEADER:
-        problems.append(f"{len(pickled)} data.pkl records (1 needed, at most {MAX_HEADER} bytes)")
+    if len(set(archive.namelist())) < len(infos):
+        problems.append("two records have one name")
+    pickles = [info for info in infos if re.fullmatch(r"[^/]+/data\.pkl", info.filename)]
+    if len(pickles) != 1 or pickles[0].file_size > MAX_HEADER:
+        problems.append(
+            f"{len(pickles)} data.pkl records; expected 1 of at most {MAX_HEADER} bytes"
+        )
+    if problems:
+        return problems
+    order = pickles[0].filename.replace("data.pkl", "byteorder")
+    if order in archive.namelist() and archive.read(order) != b"little":
+        return ["big-endian tensors; save it again on a little-endian machine"]
+    for operation, name, _ in pickletools.genops(archive.read(pickles[0])):
+        if operation.name == "GLOBAL" and not PICKLE_NAMES.fullmatch(name):
+            problems.append(f"the pickle names {name}, neither a tensor nor a plain container")
     return problems
 
 
-def check_torch_zip(path: Path) -> Counter[int]:
-    """Checks a torch zip file before torch opens it; returns how many storage records there are of
-    each size."""
+def read_torch(path: Path) -> tuple[object, set[int]]:
+    """What a .pt or .pth file holds, its tensors mapped, and the sizes of its records in bytes.
+    Nothing in it is run."""
     try:
         with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-            refuse(path, "not a plain torch file", zip_problems(infos, path.stat().st_size))
-            names = archive.namelist()
-            root = next(n for n in names if re.fullmatch(r"[^/]+/data\.pkl", n))
-            root = root.removesuffix("data.pkl")
-            order = root + "byteorder"
-            if order in names and archive.read(order) != b"little":
-                raise ValueError(
-                    f"{path}: big-endian tensors; save it again on a little-endian machine"
-                )
-            operations = list(pickletools.genops(archive.read(root + "data.pkl")))
-    except BROKEN_ZIP as error:
+            problems = zip_problems(archive, path.stat().st_size)
+            sizes = {info.file_size for info in archive.infolist()}
+        content = None
+        if not problems:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # many kinds; all mean that the file is not what it claims to be
         raise ValueError(
-            f"{path}: not a whole torch zip file ({error}); a file in the old torch format must be "
-            "saved again"
+            f"{path}: not a sound torch file: {str(error)[:300]}; a file in the old torch format"
+            " must be saved again"
         ) from error
-    problems = set()
-    for operation, argument, _ in operations:
-        foreign = operation.name == "GLOBAL" and not PICKLE_NAMES.fullmatch(argument)
-        if foreign or operation.name in PICKLE_BUILDERS:
-            problems.add(f"{operation.name} {argument}")
-    what = "the pickle names things that are neither tensors nor plain containers"
-    refuse(path, what, sorted(problems))
-    return Counter(info.file_size for info in infos if info.filename.startswith(root + "data/"))
-
-
-def read_torch(path: Path) -> tuple[object, Counter]:
-    """The content of a .pt or .pth file, its tensors mapped, and how many records of each size it
-    has. Nothing in it is run."""
-    records = check_torch_zip(path)
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True), records
-    except Exception as error:  # torch raises many kinds; all mean that the file is not sound
-        raise ValueError(f"{path}: torch refuses the file: {str(error)[:300]}") from error
+    refuse(path, "not a plain torch file", problems)
+    return content, sizes
 
 
 def open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a .pt or .pth file, mapped; the state dict may lie under 'module', 'model' or
     'state_dict'."""
-    content, records = read_torch(path)
-    if isinstance(content, dict):
-        inner = [content[key] for key in ("module", "model", "state_dict") if key in content]
-        content = inner[0] if inner else content
+    content, sizes = read_torch(path)
+    for key in ("module", "model", "state_dict"):
+        if isinstance(content, dict):
+            content = content.get(key, content)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: is {type(content).__name__}, expected a dictionary of tensors")
+        raise ValueError(
+            f"{path}: expected a dictionary of tensors, found {type(content).__name__}"
+        )
     problems = []
-    storages = {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            problems.append(f"{str(name)[:80]!r}: is {kind}, expected a tensor with a name")
+            found = f"{str(name)[:80]!r} is {type(value).__name__}"
+            problems.append(f"{found}; expected a tensor with a name")
         elif value.layout != torch.strided or value.device.type != "cpu":
             problems.append(f"{name}: {value.layout} on {value.device} is not a plain tensor")
-        else:
-            storage = value.untyped_storage()
-            if value.nbytes > storage.nbytes():
-                claim = f"claims {value.nbytes} bytes, its storage has {storage.nbytes()}"
-                problems.append(f"{name}: {claim}")
-            elif storage.nbytes():
-                storages[storage.data_ptr()] = storage.nbytes()
-    for size in Counter(storages.values()) - records:
-        problems.append(f"a storage claims {size} bytes, no record has that size")
+        elif value.nbytes > (size := value.untyped_storage().nbytes()):
+            problems.append(f"{name}: claims {value.nbytes} bytes, its storage has {size}")
+        elif size and size not in sizes:
+            problems.append(f"{name}: its storage claims {size} bytes, no record has that size")
     refuse(path, "not a dictionary of tensors", problems)
     check_dtypes(path, content)
     return {name: value.detach() for name, value in content.items()}, {}
@@ -284,20 +252,22 @@ class TensorSource:
         return self.tensors[name]
 
     def describe(self) -> str:
-        """Kind, stage, parts with parameter counts, dtypes, how many names are dropped."""
+        """Lines that say what the file is: kind, stage, parts with parameter counts, dtypes, how
+        many names are dropped, metadata."""
         kind, stage = identify(self.tensors)
         rename = renaming(self.tensors)
         kept = {rename(name): tensor for name, tensor in self.tensors.items()}
         kept.pop(None, None)
         dtypes = Counter(DTYPE_NAMES[tensor.dtype] for tensor in kept.values())
-        counts = ", ".join(f"{name} x {count}" for name, count in dtypes.items())
-        total = sum(tensor.numel() for tensor in kept.values())
-        lines = [f"{self.path}: {kind}" + (f", Motus stage {stage}" if stage else "")]
-        lines.append(f"  {len(kept)} tensors, {total:,} parameters, {counts}")
-        for prefix, part in MOTUS_PARTS.items():
-            sizes = [tensor.numel() for name, tensor in kept.items() if name.startswith(prefix)]
-            if sizes:
-                lines.append(f"  {part:22} {len(sizes):5} tensors {sum(sizes):15,} parameters")
+        sizes = Counter()
+        for name, tensor in kept.items():
+            sizes[name.split(".")[0]] += tensor.numel()
+        lines = [
+            f"{self.path}: {kind}" + (f", Motus stage {stage}" if stage else ""),
+            f"  {len(kept)} tensors, {sizes.total():,} parameters, {dict(dtypes)}",
+        ]
+        if kind.startswith("motus"):
+            lines += [f"  {part:8} {size:15,} parameters" for part, size in sizes.items()]
         if len(kept) < len(self.tensors):
             dropped = len(self.tensors) - len(kept)
             lines.append(f"  {dropped} second names and fixed tables are not loaded")
@@ -402,13 +372,13 @@ def safetensors_header(
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = struct.pack("<Q", len(text)) + text
+    start = len(text).to_bytes(8, "little") + text
     begins = {name: len(start) + begin for name, begin in begins.items()}
     return start, begins, len(start) + end
 
 
-def raw_bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+def raw_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
 
 
 def save_safetensors(
@@ -424,7 +394,7 @@ def save_safetensors(
         with temporary.open("wb") as file:
             file.write(start)
             for name in begins:
-                file.write(raw_bytes(tensors[name]))
+                file.write(raw_bytes(tensors[name]).numpy())
 
     replace_file(Path(path), write)
 
@@ -436,7 +406,7 @@ def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         state.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        state.update(raw_bytes(value))
+        state.update(raw_bytes(value).numpy())
     return state.hexdigest()[:16]
 
 
@@ -446,11 +416,10 @@ def config_beside(source: TensorSource) -> dict:
     if "official_config" in source.metadata:
         return parse_json(source.path, source.metadata["official_config"].encode())
     folder = source.path.parent
-    folders = [folder, folder.parent] if folder.name == "pytorch_model" else [folder]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return read_json(folder / "config.json")
-    return {}
+    path = folder / "config.json"
+    if folder.name == "pytorch_model" and not path.is_file():
+        path = folder.parent / "config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def check_keys(stored: dict, kind: type, source: object) -> None:

@@ -7,28 +7,26 @@ from pathlib import Path
 
 import torch
 
-# Published folders: repository, revision, files, gigabytes, licence.
+# Published folders: repository, revision, gigabytes, licence.
 HUB = {
     "wan": (
         "Wan-AI/Wan2.2-TI2V-5B",
         "921dbaf3f1674a56f47e83fb80a34bac8a8f203e",
-        ["*.safetensors", "*.json", "*.pth", "google/umt5-xxl/*"],
         34.2,
         "Apache-2.0",
     ),
     "qwen3vl": (
         "Qwen/Qwen3-VL-2B-Instruct",
         "89644892e4d85e24eaac8bacfd4f463576704203",
-        ["*"],
         4.3,
         "Apache-2.0",
     ),
-    "motus-stage1": ("motus-robotics/Motus_Wan2_2_5B_pretrain", "main", ["*"], 10, "Apache-2.0"),
-    "motus-stage2": ("motus-robotics/Motus", "main", ["*"], 16, "Apache-2.0"),
-    "motus-stage3": ("motus-robotics/Motus_robotwin2", "main", ["*"], 16, "Apache-2.0"),
-    "dcae": ("mit-han-lab/dc-ae-f128c512-in-1.0", "main", ["*"], 4.5, "Apache-2.0"),
+    "motus-stage1": ("motus-robotics/Motus_Wan2_2_5B_pretrain", "main", 10, "Apache-2.0"),
+    "motus-stage2": ("motus-robotics/Motus", "main", 16, "Apache-2.0"),
+    "motus-stage3": ("motus-robotics/Motus_robotwin2", "main", 16, "Apache-2.0"),
+    "dcae": ("mit-han-lab/dc-ae-f128c512-in-1.0", "main", 4.5, "Apache-2.0"),
     # A release on GitHub, not on the hub.
-    "dpflow": ("hmorimitsu/ptlflow", "weights1", [], 0.04, "academic and research use only"),
+    "dpflow": ("hmorimitsu/ptlflow", "weights1", 0.04, "academic and research use only"),
 }
 COMPLETE = ".complete"  # lies in a folder whose download has ended
 
@@ -59,7 +57,7 @@ def download(name: str, folder: str | Path) -> None:
     name or huggingface_hub is missing."""
     if name not in HUB:
         raise ValueError(f"download: name is {name!r}, expected one of {', '.join(HUB)}")
-    repository, revision, files, gigabytes, licence = HUB[name]
+    repository, revision, gigabytes, licence = HUB[name]
     print(
         f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read"
         f" its card), into {folder}"
@@ -67,7 +65,7 @@ def download(name: str, folder: str | Path) -> None:
     if name == "dpflow":
         fetch("things", folder)
     else:
-        snapshot(repository, revision, files, local_dir=folder)
+        snapshot(repository, revision, ["*"], local_dir=folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / COMPLETE).write_text(revision)
 

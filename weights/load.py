@@ -13,17 +13,14 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from weights.files import (
-    CASTABLE,
     TensorSource,
     open_source,
     raw_bytes,
@@ -54,16 +51,13 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same bytes (NaN equals NaN)."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return a.data_ptr() == b.data_ptr() or np.array_equal(raw_bytes(a), raw_bytes(b))
+    return a.data_ptr() == b.data_ptr() or torch.equal(raw_bytes(a), raw_bytes(b))
 
 
-def plan_names(
-    source: TensorSource, rename: Callable[[str], str | None]
-) -> tuple[dict[str, str], list[str]]:
-    """(our name -> name in the file, names knowingly dropped). Second names must equal the tensor
-    they repeat."""
+def plan_names(source: TensorSource, rename: Callable[[str], str | None]) -> dict[str, str]:
+    """Our name -> name in the file. Second names are dropped; they must equal the tensor they
+    repeat."""
     plan = {}
-    dropped = []
     problems = []
     for name in source.names():
         key = rename(name)
@@ -72,35 +66,12 @@ def plan_names(
             problems.append(f"{name} and {plan[key]} are both {key}")
         elif key is not None:
             plan[key] = name
-        else:
-            dropped.append(name)
-            if original and original not in source.tensors:
-                problems.append(f"{name}: the tensor it repeats, {original}, is not in the file")
-            elif original and not same_bytes(source.read(name), source.read(original)):
-                problems.append(f"{name}: differs from {original}, of which it should be a copy")
+        elif original and not (
+            original in source.tensors and same_bytes(source.read(name), source.read(original))
+        ):
+            problems.append(f"{name}: differs from {original}, or that is not in the file")
     refuse(source.path, "tensors that contradict each other", problems)
-    return plan, dropped
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of a load; `fresh` and `dropped` are names, `ignored` names of the file that the
-    caller asked not to load."""
-
-    path: Path
-    loaded: int
-    nbytes: int
-    seconds: float
-    fresh: tuple[str, ...]
-    dropped: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path.name}: loaded {self.loaded} tensors, {self.nbytes / 1e9:.2f} GB in"
-            f" {self.seconds:.1f} s; {len(self.fresh)} start fresh, {len(self.dropped)} second"
-            f" names or tables dropped, {len(self.ignored)} left out"
-        )
+    return plan
 
 
 def local_shard(tensor: Tensor) -> tuple[Tensor, int, int]:
@@ -136,22 +107,18 @@ def read_shards(source: TensorSource, wanted: Sequence[tuple[str, Tensor]]) -> I
     another: fetched from disk while the one before is in use, its pages given back afterwards. Of a
     tensor that is sharded, nothing but the part is fetched; the kernel would read megabytes around
     it."""
-
-    def advise_mapped(tensor: Tensor | None, advice: str) -> None:
-        if tensor is not None and tensor.untyped_storage().data_ptr() in source.mapped:
-            advise(tensor, advice)
-
     views = []
     for name, tensor in wanted:
         whole = source.read(name)
         views.append(shard_of(tensor, whole))
         if views[-1].numel() < whole.numel():
-            advise_mapped(whole, "RANDOM")
-    for view, following in zip([None, *views], [*views, None]):
-        advise_mapped(following, "WILLNEED")
-        if view is not None:
-            yield view
-            advise_mapped(view, "DONTNEED")
+            advise(whole, "RANDOM")
+    for i, view in enumerate(views):
+        for coming in views[i : i + 2]:
+            advise(coming, "WILLNEED")
+        yield view
+        if view.untyped_storage().data_ptr() in source.mapped:
+            advise(view, "DONTNEED")
 
 
 def misfits(
@@ -175,7 +142,9 @@ def misfits(
         elif want.shape != found.shape:
             shapes = f"{tuple(found.shape)} in the file, {tuple(want.shape)} in the module"
             yield f"shape: {key} is {shapes}"
-        elif want.dtype != found.dtype and not {want.dtype, found.dtype} <= CASTABLE:
+        elif want.dtype != found.dtype and not (
+            want.is_floating_point() and found.is_floating_point()
+        ):
             yield f"dtype: {key} is {found.dtype} in the file, {want.dtype} in the module"
 
 
@@ -188,10 +157,10 @@ def load_into(
     ignore: Iterable[str] = (),
     fresh: Iterable[str] = (),
     device: str = "cpu",
-) -> Report:
+) -> None:
     """Fills every parameter and saved buffer of `module` from `source`, one tensor at a time,
     replacing meta tensors by real ones. Of a tensor that is sharded over ranks, each fetches and
-    reads its own part; `nbytes` of the report counts that.
+    reads its own part.
 
     rename  name in the file -> name in the module, or None: knowingly dropped
     dtype   replaces the module's floating dtypes; None keeps each as it is
@@ -201,24 +170,20 @@ def load_into(
 
     Raises one ValueError for all missing, unexpected and misfitting tensors, before any is loaded.
     """
-    begun = time.perf_counter()
-    ignore, fresh = tuple(ignore), tuple(fresh)
     wanted = module.state_dict(keep_vars=True)
-    plan, dropped = plan_names(source, rename)
-    ignored = [plan.pop(key) for key in list(plan) if key.startswith(ignore)]
-    problems = list(misfits(wanted, source, plan, fresh))
+    plan = plan_names(source, rename)
+    plan = {key: name for key, name in plan.items() if not key.startswith(tuple(ignore))}
+    problems = list(misfits(wanted, source, plan, tuple(fresh)))
     for key, buffer in module.named_buffers():
         if buffer.is_meta and key not in wanted:
             reason = "is on meta and in no file; build it on a real device"
             problems.append(f"not initialised: buffer {key} {reason}")
     refuse(source.path, f"does not fit {type(module).__name__}", problems)
 
-    nbytes = 0
     pairs = [(name, wanted[key]) for key, name in plan.items()]
     for key, view in zip(plan, read_shards(source, pairs)):
         old = wanted[key]
-        nbytes += view.nbytes
-        kind = dtype if dtype and old.dtype in CASTABLE else old.dtype
+        kind = dtype if dtype and old.is_floating_point() else old.dtype
         if not old.is_meta and old.dtype == kind:
             local_shard(old)[0].copy_(view)
             continue
@@ -230,9 +195,6 @@ def load_into(
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         owner, _, leaf = key.rpartition(".")
         setattr(module.get_submodule(owner), leaf, new)
-    kept = tuple(key for key in wanted if key not in plan)
-    seconds = time.perf_counter() - begun
-    return Report(source.path, len(plan), nbytes, seconds, kept, tuple(dropped), tuple(ignored))
 
 
 def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:

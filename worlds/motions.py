@@ -1,5 +1,4 @@
-"""True motions of the tabletop's episodes: optical flow and labels over an interval of steps, and
-where things are.
+"""True motions of the tabletop's episodes, over an interval of steps, and where things are.
 
 An episode of T steps has T + 1 frames and T rows here. Row i spans steps i to i + interval; one
 that would end past the last frame ends there, and is not valid.
@@ -13,26 +12,26 @@ from worlds.tabletop import Episode
 
 def greatest_change(interval: int) -> np.ndarray:
     """The most that x, y and opening can change over an interval: the unit of labels."""
-    return np.float32([interval * MAX_SPEED, interval * MAX_SPEED, min(1, interval * GRIP_SPEED)])
-
-
-def ends(episode: Episode, interval: int) -> tuple[np.ndarray, np.ndarray]:
-    """The frame (T,) at which each row ends, and which rows are valid (T,)."""
-    end = np.arange(len(episode.motion) - 1) + interval
-    last = len(episode.motion) - 1
-    return np.minimum(end, last), end <= last
+    move = interval * MAX_SPEED
+    grip = min(1, interval * GRIP_SPEED)
+    return np.float32([move, move, grip])
 
 
 def flows(episode: Episode, interval: int) -> tuple[np.ndarray, np.ndarray]:
     """True optical flow (T, H, W, 2) in pixels, and which rows are valid (T,)."""
-    end, valid = ends(episode, interval)
-    return episode.flow(np.arange(len(end)), end), valid
+    begin = np.arange(len(episode.motion) - 1)
+    end = begin + interval
+    last = len(begin)
+    flow = episode.flow(begin, end.clip(max=last))
+    return flow, end <= last
 
 
 def labels(episode: Episode, interval: int) -> np.ndarray:
     """Change (T, 3) of x, y and opening, in [-1, 1]: over the greatest change possible."""
-    end, _ = ends(episode, interval)
-    return (episode.motion[end] - episode.motion[:-1]) / greatest_change(interval)
+    steps = len(episode.motion) - 1
+    end = (np.arange(steps) + interval).clip(max=steps)
+    change = episode.motion[end] - episode.motion[:-1]
+    return change / greatest_change(interval)
 
 
 def places(episode: Episode) -> dict[str, np.ndarray]:
@@ -42,11 +41,7 @@ def places(episode: Episode) -> dict[str, np.ndarray]:
     if not named:
         return {}
     shots = episode.snapshots
-    disc = shots.discs[:, np.flatnonzero(shots.colours[0] == named[0])[0]]
-    return {
-        "object x": disc[:, 0],
-        "object y": disc[:, 1],
-        "effector x": shots.effector[:, 0],
-        "effector y": shots.effector[:, 1],
-        "opening": shots.opening,
-    }
+    number = shots.colours[0].tolist().index(named[0])
+    columns = np.column_stack([shots.discs[:, number], shots.effector, shots.opening])
+    names = ("object x", "object y", "effector x", "effector y", "opening")
+    return dict(zip(names, columns.T))

@@ -183,16 +183,19 @@ class Watchdog:
         self.timeout = timeout
         self.stopped = False
         self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
         self.beat("starting")
 
     def __enter__(self) -> "Watchdog":
         self.previous = signal.signal(signal.SIGTERM, self._stop)
         if self.ranks.world > 1:
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.thread.start()
         return self
 
     def __exit__(self, *_) -> None:
         self.ended.set()
+        if self.thread.ident:
+            self.thread.join(10)  # its store must be closed before the process ends
         signal.signal(signal.SIGTERM, self.previous)
 
     def _stop(self, *_) -> None:

@@ -1,6 +1,6 @@
-# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: about ten minutes
-# make test    the quick tests;  make test-slow  those over ten seconds too;  make test-long  those of many minutes too
-# make toy     the same as the demo by the long recipe, for about an hour
+# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: under ten minutes
+# make test    the tests;  make test-slow  those over twenty seconds too;  make test-long  those of many minutes too
+# make toy     the same as the demo, for about an hour
 # make bench   ratios of speed
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,46 +28,43 @@ demo: $(VENV)/.core
 	@$(MAKE) --no-print-directory -j2 run
 	@echo "look at $(RUN)/report.html; for another run: make demo RUN=runs/again"
 
-# Sizes are those of the preset's recipe (presets.toml): the quick one, or with LONG=--long the other; smoke has its own.
-LONG ?=
-EVALUATE ?= --episodes 100 --steps 2 --execute 2 --max-steps 150 --gif 2
-SAMPLE ?= --episodes 64 --steps 2
+# Sizes are those of presets.toml: the quick recipe, or with LONG=--long the long one. TINY, CACHE, LATENT, ... are for `make smoke`.
+LOOP ?= --episodes 100 --max-steps 150 --execute 2 --gif 2
 
 run: $(RUN)/report.md
 
 $(RUN)/stage1/curve.png:
-	$(PY) train.py --stage 1 --out $(RUN)/stage1 $(LONG) $(SET1)
+	$(PY) train.py --stage 1 --out $(RUN)/stage1 $(LONG) $(TINY)
 $(RUN)/latent/figures.json:
-	$(ASIDE) $(PY) train.py --stage latent --out $(RUN)/latent $(LONG) $(SETL)
+	$(ASIDE) $(PY) train.py --stage latent --out $(RUN)/latent $(LONG) $(TINY)
 $(RUN)/windows2.safetensors: $(RUN)/latent/figures.json
-	$(ASIDE) $(PY) data.py cache --stage 2 --latent $(RUN)/latent --out $@ $(LONG) $(CACHE2)
+	$(ASIDE) $(PY) data.py cache --stage 2 --latent $(RUN)/latent --out $@ $(LONG) $(CACHE)
 $(RUN)/windows3.safetensors: | $(RUN)/windows2.safetensors      # not of them, but after them: they are needed first
-	$(ASIDE) $(PY) data.py cache --stage 3 --out $@ $(LONG) $(CACHE3)
+	$(ASIDE) $(PY) data.py cache --stage 3 --out $@ $(LONG) $(CACHE)
 $(RUN)/stage2/curve.png: $(RUN)/stage1/curve.png $(RUN)/windows2.safetensors
-	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --cache $(RUN)/windows2.safetensors --out $(RUN)/stage2 $(LONG) $(SET2)
+	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --cache $(RUN)/windows2.safetensors --out $(RUN)/stage2 $(LONG) $(TINY)
 $(RUN)/stage3/curve.png: $(RUN)/stage2/curve.png $(RUN)/windows3.safetensors
-	$(PY) train.py --stage 3 --init $(RUN)/stage2 --cache $(RUN)/windows3.safetensors --out $(RUN)/stage3 $(LONG) $(SET3)
+	$(PY) train.py --stage 3 --init $(RUN)/stage2 --cache $(RUN)/windows3.safetensors --out $(RUN)/stage3 $(LONG) $(TINY)
 $(RUN)/samples/figures.json: $(RUN)/stage3/curve.png
-	$(ASIDE) $(PY) sample.py --ckpt $(RUN)/stage3 --mode all --out $(RUN)/samples $(SAMPLE)
+	$(ASIDE) $(PY) sample.py --ckpt $(RUN)/stage3 --mode all --steps 2 --episodes 64 --out $(RUN)/samples $(SAMPLE)
 $(RUN)/evaluation/evaluation.json: $(RUN)/stage3/curve.png
-	$(PY) -m scripts.evaluate --ckpt $(RUN)/stage3 --modes joint,vla --random --out $(RUN)/evaluation $(EVALUATE)
+	$(PY) -m scripts.evaluate --ckpt $(RUN)/stage3 --modes joint,vla --steps 2 --random $(LOOP) --out $(RUN)/evaluation
 $(RUN)/report.md: $(RUN)/samples/figures.json $(RUN)/evaluation/evaluation.json
 	$(PY) -m scripts.report --run $(RUN)
 
 toy:
 	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) LONG=--long \
-		EVALUATE="--episodes 200 --steps 2 --execute 2 --max-steps 150 --gif 2 --set split=eval,held_out randomized=false,true"
+		LOOP="$(LOOP) --episodes 200 --set split=eval,held_out randomized=false,true"
 
 smoke:
-	$(MAKE) demo RUN=$(RUN) SET1="--steps 8 --set episodes=3 windows=32" SETL="--steps 20 --set episodes=4" SET2="--steps 8" SET3="--steps 8" \
-		CACHE2="--episodes 3 --windows 32" CACHE3="--episodes 4 --windows 32" SAMPLE="--episodes 4 --steps 2" \
-		EVALUATE="--episodes 4 --max-steps 24 --steps 2 --execute 2"
+	$(MAKE) demo RUN=$(RUN) TINY="--steps 8 --set episodes=3 windows=32" CACHE="--episodes 3 --windows 32" \
+		SAMPLE="--episodes 4" LOOP="--episodes 2 --max-steps 24 --gif 1"
 
 test: $(VENV)/.test
 	$(PY) -m pytest -n 2 -m "not slow and not long"
 
 test-slow: $(VENV)/.test
-	$(PY) -m pytest -n 2 -m "not long"
+	$(PY) -m pytest -m "not long"
 
 test-long: $(VENV)/.test
 	$(PY) -m pytest
@@ -77,4 +74,3 @@ bench: $(VENV)/.core
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .

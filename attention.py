@@ -1,5 +1,4 @@
-"""Joint attention: the one place where the three experts of Motus meet (paper Sec. 3.1, "Tri-model
-Joint Attention").
+"""Joint attention: the one place where the three experts of Motus meet (paper Sec. 3.1).
 
 Each expert normalises, projects and feeds forward alone; in every layer their queries, keys and
 values are lined up in one sequence
@@ -7,8 +6,7 @@ values are lined up in one sequence
     [ video  Lv = T*h*w | action  La = state, actions, registers | understanding  Lu ]
 
 and one bidirectional softmax attention of N heads of size K runs over it, scale 1/sqrt(K). Only
-video tokens are rotated (3-D RoPE); action and understanding tokens carry no rotary position. The
-result is split again and goes back to the three experts.
+video tokens are rotated (3-D RoPE). The result is split again and goes back to the experts.
 
 Below it stand the leaves that every network shares: norms, modulation, rotary positions, linear
 maps. On a CUDA device five of these functions hand over to Triton kernels (end of the file).

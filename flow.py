@@ -15,12 +15,10 @@ the same t as the others, carries no loss but counts in the mean (official), and
 every Euler step. Training draws t from a table shifted by 5, sampling takes uniform steps (shift
 1): both official.
 
-Departures from the paper: the paper states logit-normal times; the released code draws uniformly
-from the shift-5 table, which is the default here (`official`), with `logit_normal` beside it.
-Departure from the official code: times and sigmas stay in fp32 (there: bf16).
+Departures: the paper states logit-normal times; the released code draws uniformly from the shift-5
+table, the default here (`official`), with `logit_normal` beside it. Times stay fp32 (there: bf16).
 
-Shapes: B batch, C latent channels, T latent frames, h w latent grid, S actions of a chunk, A action
-dimensions.
+Shapes: B batch, C latent channels, T latent frames, h w latent grid, S chunk, A action dimensions.
 """
 
 from collections.abc import Callable
@@ -176,34 +174,6 @@ def mean_where(loss: Tensor, counts: Tensor, number: float | None) -> Tensor:
     """Sum of `loss` (B,) where `counts` is True, over their number, or over the `number` given."""
     number = counts.sum().clamp(min=1) if number is None else max(number, 1)
     return (loss * counts).sum() / number
-
-
-def draw_noise(
-    inputs,
-    generator: torch.Generator,
-    times: str = "official",
-    given: float = 0.0,
-    size: int | None = None,
-    first: int = 0,
-) -> dict[str, Tensor]:
-    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a
-    whole batch of `size` (default: these inputs), of which `inputs` are the rows from `first` on;
-    order: video time, action time, what is given, video noise, action noise. In a share `given` of
-    the samples one modality is given (`pin_modality`)."""
-    size = len(inputs) if size is None else size
-    t_video = TIMES[times](size, generator)
-    t_action = None if inputs.actions is None else TIMES[times](size, generator)
-    if given and t_action is not None:
-        t_video, t_action = pin_modality(t_video, t_action, given, generator)
-    shape = inputs.latents.shape[1:]
-    drawn = {"t_video": t_video, "video_noise": torch.randn(size, *shape, generator=generator)}
-    if t_action is not None:
-        shape = inputs.actions.shape[1:]
-        drawn["t_action"] = t_action
-        drawn["action_noise"] = torch.randn(size, *shape, generator=generator)
-    ours = slice(first, first + len(inputs))
-    device = inputs.latents.device
-    return {name: value[ours].to(device) for name, value in drawn.items()}
 
 
 def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:

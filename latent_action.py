@@ -22,8 +22,7 @@ mean over the batch. The official release has none of this; where the paper is s
   DC-AE needs it, or its tokens would shrink to nothing.
 - logvar starts at -6: with unit noise at the start the decoder learns to ignore the latent.
 
-Shapes: B batch, N or T rows, H W height and width, D token features, Z latent dimensions (14), A
-aligned ones.
+Shapes: B batch, N or T rows, H W pixels, D token features, Z latent dimensions (14), A aligned.
 """
 
 import json
@@ -74,8 +73,7 @@ class LatentActionConfig:
         if self.interval < 1 or self.radius <= 0 or not 0 <= self.action_dim <= self.latent_dim:
             raise ValueError(
                 f"interval is {self.interval}, radius {self.radius}, action_dim {self.action_dim}; "
-                "expected interval >= 1, radius > 0, "
-                f"action_dim from 0 to latent_dim = {self.latent_dim}"
+                f"expected at least 1, above 0, and 0 to latent_dim = {self.latent_dim}"
             )
         if self.code not in TO_PICTURE:
             raise ValueError(f"code is {self.code!r}; expected one of {', '.join(TO_PICTURE)}")

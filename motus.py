@@ -15,8 +15,7 @@ attention. `flow.py` says how the two timesteps make five modes out of one netwo
 there are a state token and registers (stage 3); without, the actions are latent (stages 1, 2).
 
 Precision (weights may be bf16): residual streams of video and action, time paths, modulation tables
-and the video head are fp32; the understanding stream stays in the dtype of its weights; attention
-runs in the dtype of v.
+and video head are fp32; the understanding stream has the dtype of its weights, attention that of v.
 
 Departures from the official code: padded understanding tokens and actions are masked as keys (no
 effect at batch size 1); what does not depend on the noise is computed once per observation; the
@@ -491,7 +490,7 @@ class Motus(nn.Module):
         t_action: Tensor | None = None,
         action_noise: Tensor | None = None,
     ) -> flow.Losses:
-        """The training loss per sample at times (B,) and noise of `flow.draw_noise`. Without
+        """The training loss per sample at times (B,) and noise like the data. Without
         `inputs.actions` the video expert is trained alone (stage 1)."""
         latents, actions, mask = inputs.latents, inputs.actions, inputs.action_mask
         noisy_video = flow.mix(latents, video_noise, t_video)

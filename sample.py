@@ -5,23 +5,20 @@
     python sample.py --encode-text "pick up the cup" --text states.safetensors
                                                              what acting then reads by --text
 
-Stage 1 has only mode vgm, by the video expert alone. Stage 2 has joint and vgm: its actions are
-latent, and episodes hold none to be given or compared with. Stage 3 has all five. Windows come from
-episodes that no stage trains on and lie inside them.
+Stage 1 has mode vgm alone, stage 2 joint and vgm (latent actions), stage 3 all five. Windows
+come from episodes that no stage trains on and lie inside them.
 
     PSNR, SSIM     predicted against true future, PSNR of the pooled squared error; `moving`: only
                    pixels that differ from the observation in the true future, widened by DILATE.
                    `copy` repeats the observation; `vae` is the truth through the VAE and back.
     action MSE     normalised and in robot units; `mean` predicts the mean of the training data.
 
-Shapes: B windows, F future frames, H W pixels, S actions, A action dimensions, P state dimensions,
-n worlds.
+Shapes: B windows, F future frames, H W pixels, S actions, A and P action and state dimensions.
 """
 
 import argparse
 import json
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +35,7 @@ import flow
 from backbones.frozen import Backbones
 from backbones.published import holds_vlm
 from formats.cards import widened
+from formats.pictures import film, sheet
 from formats.recordings import fit
 from formats.statistics import Normaliser, Statistics
 from motus import STAGES, Inputs, Motus, Prediction, Stage, preset
@@ -264,69 +262,6 @@ def action_figures(
         name: {k: (error * unit).square().mean().item() for k, error in errors.items()}
         for name, unit in {"action MSE": 1, "action MSE (robot)": scale}.items()
     }
-
-
-# -- pictures: they carry their own dark ground, and so read the same on any page -----------------
-
-# Strides over frames and colours of a film; the first that fits its limit stays.
-SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
-
-
-def film(
-    path: Path,
-    columns: dict[str, np.ndarray],
-    caption: str,
-    scale: int = 4,
-    ms: int = 400,
-    limit: int = 300_000,
-) -> None:
-    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
-    names, above a caption."""
-    from PIL import Image, ImageDraw, ImageOps
-
-    videos = np.concatenate(list(columns.values()), axis=2)
-    pages = []
-    for pictures in videos.repeat(scale, axis=1).repeat(scale, axis=2):
-        page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
-        draw = ImageDraw.Draw(page)
-        draw.text((4, 3), " | ".join(columns), font_size=12)
-        draw.text((4, page.height - 18), caption, font_size=12)
-        pages.append(page)
-    for stride, colours in SMALLER:
-        first, *rest = (page.quantize(colours) for page in pages[::stride])
-        first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
-        if path.stat().st_size <= limit:
-            return
-
-
-def sheet(
-    path: Path,
-    title: str,
-    captions: Sequence[str],
-    pictures: dict[str, np.ndarray],
-    *actions: np.ndarray,
-) -> None:
-    """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions
-    (B, S, A), a plot per dimension."""
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-
-    rows = len(captions)
-    columns = len(pictures) + (actions[0].shape[2] if actions else 0)
-    with context(["dark_background", {"font.size": 7}]):
-        size = (1.8 * columns + 0.4, 1.8 * rows + 0.4)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        figure.suptitle(title, fontsize=9)
-        for row, caption in enumerate(captions):
-            axes[row, 0].set_ylabel(textwrap.fill(caption, 24))
-            for axis, (name, images) in zip(axes[row], pictures.items()):
-                axis.imshow(np.asarray(images[row]), interpolation="nearest")
-                axis.set(xticks=[], yticks=[], title=name)
-            for i, axis in enumerate(axes[row, len(pictures) :]):
-                axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
-                axis.set(title=f"action {i}: predicted, true")
-        figure.savefig(path, dpi=110)
 
 
 # -- the modes on held-out episodes ---------------------------------------------------------------

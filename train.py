@@ -1,37 +1,33 @@
 """Trains Motus: three stages, and the latent actions between the first and the second (paper Sec.
-3.3, Tab. 1).
+3.3, Tab. 1; `motus.STAGES`).
 
-    python train.py                                             all stages in order; finished ones are skipped
-    python train.py --stage 1                                   video generation: the video expert alone
-    python train.py --stage latent                              the 14-d latent-action VAE on optical flow
-    python train.py --stage 2 --init runs/stage1 --latent runs/latent        all experts on latent actions
-    python train.py --stage 3 --init runs/stage2                all experts on the target robot's actions and state
-    torchrun --nproc-per-node 8 train.py --full                 the same on eight GPUs; docs/scale.md for more
+    python train.py                         all stages in order, what is finished is left out
+    python train.py --stage 1               video generation: the video expert alone
+    python train.py --stage latent          the 14-d latent-action VAE, on optical flow
+    python train.py --stage 2 --init runs/stage1 --latent runs/latent       all experts on those
+    python train.py --stage 3 --init runs/stage2        all experts on a robot's actions and state
+    torchrun --nproc-per-node 8 train.py --full         the same on eight GPUs: docs/scale.md
 
-`motus.STAGES` is the table of them. From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
-VLM, VAE and text encoder are frozen throughout.
-
-One process or many run the same code (`scale`): each rank takes its rows of the batch, its share of
-the loss, its part of the weights.
+From stage 2 to 3 the action encoder, decoder and registers start fresh; every block carries over.
+VLM, VAE and text encoder are frozen throughout. One process or many run the same code (`scale`).
 
 A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
-optimizer, safetensors and json only. A checkpoint is written under a temporary name and renamed, so
-a folder with its final name is complete; SIGTERM leaves one and ends the run. Every random number
-of step n comes from (seed, n), drawn for the whole batch whatever part of it a rank computes. So
-there is no random state to store: a resumed run equals an uninterrupted one bit for bit, and one on
-another number of ranks up to the order of sums.
+optimizer, safetensors and json only. A checkpoint is renamed when it is complete; SIGTERM leaves
+one and ends the run. Every random number of step n comes from (seed, n), for the whole batch
+whatever part of it a rank computes: a resumed run equals an uninterrupted one bit for bit, and one
+on another number of ranks up to the order of sums.
 """
 
 import argparse
 import csv
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -53,6 +49,7 @@ from scale.batches import batches, divide
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
 from scale.muon import Muon
+from scale.needs import backbones_folder, dcae_of, missing, unfit
 from scale.ranks import Ranks, Watchdog, launch
 from weights.card import Card, newest_step
 from weights.files import check_keys, digest, run_command
@@ -102,7 +99,8 @@ class Settings:
 
     def __post_init__(self):
         for f in fields(self):
-            allowed, found = get_args(f.type), getattr(self, f.name)
+            allowed = get_args(f.type)
+            found = getattr(self, f.name)
             if allowed and found not in allowed:
                 raise ValueError(
                     f"--set {f.name} is {found!r}; expected one of {', '.join(map(repr, allowed))}"
@@ -147,7 +145,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
     for. With optimizer=muon the matrices of the blocks have an optimizer of their own."""
-    groups, rotated = [], []
+    groups = []
+    rotated = []
     for expert in experts:
         lr = settings.video_lr if expert == "video" and settings.video_lr else settings.lr
         decays = dict(params=[], base=lr, weight_decay=settings.weight_decay)
@@ -201,13 +200,14 @@ class EMA:
 # -- data of a stage ------------------------------------------------------------------------------
 
 
-def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks):
-    """The windows of the stage, a `data.Pool` or `data.Stream`: those of --cache, mixed by the
-    weights of --data if that is given too, or those of the card, which the ranks measure together."""
+def windows_for(
+    args: argparse.Namespace, settings: Settings, ranks: Ranks
+) -> data.Pool | data.Stream:
+    """The windows of the stage: those of --cache, mixed by the weights of --data if that is given
+    too, or those of the card, whose statistics the ranks share out."""
     if args.cache:
-        pool = ranks.together(
-            lambda: data.Pool.load(args.cache, args.preset, args.stage, args.latent)
-        )
+        load = partial(data.Pool.load, args.cache, args.preset, args.stage, args.latent)
+        pool = ranks.together(load)
         if args.data:
             ranks.together(lambda: pool.mix(open_card(args, settings)))
         return pool
@@ -219,11 +219,11 @@ def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks):
     if acts:
         measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))
 
-    def encode():
+    def encode() -> data.Pool | data.Stream:
         robots = pyramid.robots(acts, measured)
         config = data.network_for(pyramid, args.preset, args.stage)
-        where = config, args.stage, args.preset
-        return data.windows_of(pyramid, robots, *where, settings.windows, settings.seed)
+        kind = args.stage, args.preset
+        return data.windows_of(pyramid, robots, config, *kind, settings.windows, settings.seed)
 
     return ranks.together(encode)
 
@@ -260,9 +260,10 @@ def step(
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
     video loss and an action loss. ValueError before the update if the loss is not finite."""
     # ------------------------------------------------------------------------------------------
-    settings, model, optimizers = run.settings, run.state.model, run.state.optimizers
+    settings = run.settings
+    optimizers = run.state.optimizers
     set_lr(optimizers, settings, number)
-    model.zero_grad(set_to_none=True)
+    run.state.model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=run.ranks.device)
     micro = settings.micro or len(inputs)
     for first in range(0, len(inputs), micro):
@@ -285,7 +286,7 @@ def step(
         )
     for optimizer in optimizers:
         optimizer.step()
-    run.ema.update(model, number)
+    run.ema.update(run.state.model, number)
     # ------------------------------------------------------------------------------------------
     run.log.add("loss", loss)
     run.log.add("grad_norm", norm)
@@ -305,8 +306,9 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
-    motus, robots = source.config.as_json(), as_stored(source.robots)
-    card = Card(motus, args.stage, args.preset, robots, source.interval, backbones=frozen)
+    robots = as_stored(source.robots)
+    network = source.config.as_json()
+    card = Card(network, args.stage, args.preset, robots, source.interval, backbones=frozen)
     about = {"code": code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
 
@@ -326,7 +328,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)
     start = 0
     if resumed:
-        newest, anyway = newest_step(args.out), args.resume == "anyway"
+        newest = newest_step(args.out)
+        anyway = args.resume == "anyway"
         start = ranks.together(lambda: state.resume(newest, FREE, anyway))
     ranks.same(newest_checkpoint=str(start))
 
@@ -352,7 +355,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
 def train_steps(run: Training, saver: Saver, start: int) -> int:
     """Steps from `start` to the last one, or until a rank is asked to stop; returns how many are
     done then."""
-    settings, ranks, log, done = run.settings, run.ranks, run.log, start
+    settings, ranks, log = run.settings, run.ranks, run.log
+    done = start
     deadline = time.monotonic() + 60 * (settings.minutes or math.inf)
     bar = tqdm(range(settings.steps), f"stage {run.state.card.stage}", disable=ranks.rank > 0)
     bar.update(start)
@@ -388,16 +392,6 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
     return done
 
 
-def backbones_folder(preset_name: str) -> Path:
-    return Path(os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones or "weights")
-
-
-def dcae_of(args: argparse.Namespace) -> Path:
-    """The DC-AE of stage latent: that of --init, our own file or the published folder."""
-    own = backbones_folder(args.preset) / "dcae.safetensors"
-    return args.init or (own if own.exists() else own.with_suffix(""))
-
-
 def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, str] | None:
     """Digests of frozen backbones of our own making; published ones do not change."""
     if not (backbones_folder(preset_name) / "vae.safetensors").is_file():
@@ -412,19 +406,16 @@ def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, 
 LATENT_FIELDS = {f.name for f in fields(LatentActionConfig) if f.type in (int, float, str, bool)}
 
 
-def train_latent(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
-    """The latent-action VAE, by rank 0 while the others wait."""
-    ranks.together(lambda: None if ranks.rank else train_vae(args, settings))
-
-
-def train_vae(args: argparse.Namespace, settings: Settings) -> None:
-    """On the optical flow that the sources of the card know,
-    or on what `python -m scripts.latents tokens` made of videos (--cache). Actions are looked at
-    where they are labelled, in a tenth of each batch. A frozen DC-AE (--init) sees each flow once;
+def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> None:
+    """The latent-action VAE, by rank 0: on the optical flow that the sources of the card know, or
+    on what `python -m scripts.latents tokens` made of videos (--cache). Actions are looked at where
+    they are labelled, in a tenth of each batch. A frozen DC-AE (--init) sees each flow once;
     `--set` also takes fields of LatentActionConfig, as in `reconstruct=picture`."""
+    if rank:
+        return
     torch.manual_seed(settings.seed)
     config = LatentActionConfig.of(PRESETS[args.preset].latent)
-    config = changed(config, [text for text in args.set if is_latent(text)])
+    config = changed(config, [text for text in args.set if text.partition("=")[0] in LATENT_FIELDS])
     model = LatentActionModel(config)
     model.load_dcae(dcae_of(args))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -441,7 +432,7 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
         writer.writeheader()
 
         def log(number: int, losses: dict[str, float]) -> None:
-            if number % settings.log_every == 0:
+            if number % settings.log_every == 0 or number == settings.steps:
                 writer.writerow({"step": number} | losses)
 
         fit(model, rows, settings, log=log)
@@ -453,11 +444,6 @@ def train_vae(args: argparse.Namespace, settings: Settings) -> None:
     print(f"wrote {args.out / data.LATENT_FILE}")
 
 
-def is_latent(change: str) -> bool:
-    """Whether a `key=value` is of LatentActionConfig."""
-    return change.partition("=")[0] in LATENT_FIELDS
-
-
 @torch.no_grad()
 def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list[float]]]:
     """How much of the true motion the latents hold, per level of the pyramid: R2 of each label by
@@ -467,7 +453,8 @@ def probes(model: LatentActionModel, seen, held_out) -> dict[str, dict[str, list
     )
     figures = {}
     for level in held_out.level.unique().tolist():
-        known, new = seen.level == level, held_out.level == level
+        known = seen.level == level
+        new = held_out.level == level
         r2 = probe(mu[known], seen.labels[known], test[new], held_out.labels[new])
         figures[f"level {level}"] = r2.tolist()
     print("linear probe of the motion, R2 on held-out episodes:", json.dumps(figures))
@@ -482,8 +469,8 @@ def folder_of(stage: str) -> str:
 
 
 def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The stages to train, in order, each with the arguments of its own command. Without --stage
-    all of them, each from the one before: what is begun is resumed, what is finished left out."""
+    """The stages to train, in order, as if each had its own command. Without --stage all of them,
+    each from the one before: what is begun is resumed, what is finished left out."""
     if args.stage:
         args.out = args.out or Path("runs") / folder_of(args.stage)
         return [args]
@@ -502,59 +489,22 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
         if (job.out / "tokens").is_dir():
             job.cache = job.out
         job.resume = (args.resume or "same") if job.out.exists() else None
-        if finished(job):
+        finished = (job.out / data.LATENT_FILE).is_file()
+        if any(job.out.glob("step_*")):
+            card = Card.read(newest_step(job.out) / "config.json")
+            finished = card.step >= settings_of(job).steps
+        if finished:
             print(f"stage {stage} is finished: {job.out}")
         else:
             jobs.append(job)
     return jobs
 
 
-def finished(args: argparse.Namespace) -> bool:
-    if args.stage == "latent":
-        return (args.out / data.LATENT_FILE).is_file()
-    if not any(args.out.glob("step_*")):
-        return False
-    return Card.read(newest_step(args.out) / "config.json").step >= settings_of(args).steps
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     changes = [f"steps={args.steps}"] if args.steps else []
-    changes += [text for text in args.set if args.stage != "latent" or not is_latent(text)]
+    own = LATENT_FIELDS if args.stage == "latent" else ()
+    changes += [text for text in args.set if text.partition("=")[0] not in own]
     return settings_for(args.preset, args.stage, changes, args.long)
-
-
-def missing(args: argparse.Namespace) -> list[str]:
-    """The needs of a stage that are not there, each with the command that gets it."""
-    found = []
-    if not (args.data or args.cache or PRESETS[args.preset].data):
-        card = "python data.py inspect DATASET --card card.json, then --data card.json"
-        found.append(f"a dataset card: {card}")
-    folder = backbones_folder(args.preset)
-    if args.stage == "latent":
-        if not dcae_of(args).exists():
-            get = "python -m weights download dcae"
-            if PRESETS[args.preset].latent["dcae"]:  # not of the published size
-                get = f"python -m scripts.latents pretrain --out {dcae_of(args)}.safetensors"
-            found.append(f"DC-AE {dcae_of(args)}: {get}")
-    elif not (folder / "vae.safetensors").is_file():
-        for name in ("wan", "qwen3vl") if args.stage != "1" else ("wan",):
-            if not (folder / name).is_dir():
-                found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
-    return found
-
-
-def unfit(args: argparse.Namespace) -> list[str]:
-    """The faults of --data for a stage, without looking at more than an episode."""
-    if not args.data or args.cache:
-        return []
-    try:
-        pyramid = data.open_pyramid(args.data, args.stage, args.preset, episodes=1)
-    except ValueError as error:
-        return [str(error)]
-    if args.stage != "latent" or any(o.reader.flows(0, 1) is not None for o in pyramid.opened):
-        return []
-    get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
-    return [f"optical flow of the videos: {get}"]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -562,7 +512,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
     add("--stage", choices=list(STAGES), help="default all in order; finished ones are skipped")
-    add("--preset", default="toy", help="row of presets.toml (default toy)")
+    add("--preset", default="toy", help="row of presets.toml")
     add("--full", dest="preset", action="store_const", const="full", help="--preset full")
     add("--out", type=Path, help="folder of the run (default runs/stageN, of all runs/PRESET)")
     add("--init", type=Path, help="run or weights to start from; of stage latent its DC-AE")
@@ -599,8 +549,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = settings[jobs[0].stage]
     with launch(first.shards, first.timeout) as ranks:
         for job in jobs:
-            run = train_latent if job.stage == "latent" else train
-            run(job, settings[job.stage], ranks)
+            if job.stage == "latent":
+                ranks.together(partial(train_latent, job, settings["latent"], ranks.rank))
+            else:
+                train(job, settings[job.stage], ranks)
 
 
 if __name__ == "__main__":

@@ -316,11 +316,11 @@ class VisionTower(nn.Module):
         c = self.config
         rows = torch.arange(h, device=device)
         columns = torch.arange(w, device=device)
-        place = torch.cartesian_prod(rows, columns).float()
+        coordinates = torch.cartesian_prod(rows, columns).float()
         block = "(h a w b) two -> (h w a b) two 1"
-        place = rearrange(place, block, a=c.merge, w=w // c.merge, b=c.merge)
+        coordinates = rearrange(coordinates, block, a=c.merge, w=w // c.merge, b=c.merge)
         quarter = c.vision_width // c.vision_heads // 4
-        angle = (place * frequencies(c.vision_theta, quarter, device)).flatten(1)
+        angle = (coordinates * frequencies(c.vision_theta, quarter, device)).flatten(1)
         return angle.cos(), angle.sin()
 
     def encode(self, patches: Tensor, h: int, w: int) -> Tensor:
@@ -484,14 +484,14 @@ class Qwen3VL(nn.Module):
         count = rows * columns  # (n,) tokens per image
         image_of = torch.arange(len(grid), device=grid.device).repeat_interleave(count)  # (P/4,)
         first = (count.cumsum(0) - count)[image_of]
-        place = torch.arange(len(image_of), device=grid.device) - first  # inside its image
+        index = torch.arange(len(image_of), device=grid.device) - first  # inside its image
         # Text moves the count by one, an image by its longer side, at its last token.
-        last = place == count[image_of] - 1
+        last = index == count[image_of] - 1
         step = torch.ones_like(mask, dtype=torch.long)
         step[image] = torch.where(last, torch.maximum(rows, columns)[image_of], 0)
         positions = (step.cumsum(dim=1) - step).repeat(3, 1, 1)
-        positions[1][image] += place // columns[image_of]
-        positions[2][image] += place % columns[image_of]
+        positions[1][image] += index // columns[image_of]
+        positions[2][image] += index % columns[image_of]
         return positions.masked_fill(~mask, 1)
 
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor, grid: Tensor) -> Tensor:

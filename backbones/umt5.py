@@ -81,7 +81,7 @@ class UMT5Attention(nn.Module):
             rearrange(project(x), "b l (n k) -> b l n k", n=self.heads)
             for project in (self.q, self.k, self.v)
         )
-        attended = attention(q, k, v, bias, 1.0)
+        attended = attention(q, k, v, bias, scale=1.0)
         return self.o(rearrange(attended, "b l n k -> b l (n k)"))
 
 

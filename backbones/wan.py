@@ -87,10 +87,10 @@ class Modulation(NamedTuple):
 def modulations(table: Tensor, time: Tensor) -> list[Modulation]:
     """A learned table (1, n, D) plus the time projection (B, 1 or L, n or 1, D), in fp32: for n = 6
     (shift, scale, gate) of the attention and of the FFN, for n = 2 (shift, scale) of a head."""
-    parts = (table.float() + time.float()).unbind(dim=2)  # n of (B, 1 or L, D)
-    if len(parts) == 2:
-        return [Modulation(*parts)]
-    return [Modulation(*parts[:3]), Modulation(*parts[3:])]
+    rows = (table.float() + time.float()).unbind(dim=2)  # n of (B, 1 or L, D)
+    if len(rows) == 2:
+        return [Modulation(*rows)]
+    return [Modulation(*rows[:3]), Modulation(*rows[3:])]
 
 
 def frequencies(count: int, device: torch.device | str | None = None) -> Tensor:
@@ -112,10 +112,10 @@ def rope_3d(
     half = head_dim // 2
     side = half // 3
     axes = [torch.arange(size, dtype=torch.float64, device=device) for size in grid]
-    places = torch.cartesian_prod(*axes)  # (L, 3): t, h, w of each token
+    coordinates = torch.cartesian_prod(*axes)  # (L, 3): t, h, w of each token
     angles = []
     for axis, pairs in enumerate((half - 2 * side, side, side)):
-        angles.append(torch.outer(places[:, axis], frequencies(pairs, device)))
+        angles.append(torch.outer(coordinates[:, axis], frequencies(pairs, device)))
     angle = torch.cat(angles, dim=1)
     return angle.cos().float(), angle.sin().float()
 

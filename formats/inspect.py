@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
 from formats import official
 from formats.cards import Pyramid, Source
+from formats.pictures import plot
 
 
 def inspect(pyramid: Pyramid, picture: str, card: str | None) -> None:
@@ -27,26 +26,6 @@ def inspect(pyramid: Pyramid, picture: str, card: str | None) -> None:
         return
     plot(pyramid, picture)
     print(f"no fault found; wrote {picture}")
-
-
-def plot(pyramid: Pyramid, out: str) -> None:
-    """A row for each of a few windows: its frames, with the actions over them against time."""
-    from matplotlib.figure import Figure
-
-    rows = sorted(pyramid.draw(8, 0, 0).tolist())
-    right = pyramid.frames + 0.5
-    figure = Figure((2 * pyramid.frames + 2, 2 * len(rows)), layout="constrained")
-    for axis, row in zip(figure.subplots(len(rows)), rows):
-        o = pyramid.opened[row[0]]
-        seen = pyramid.window(row, "real")
-        axis.imshow(np.concatenate(seen.frames, axis=1), extent=(-0.5, right, 0, 1), aspect="auto")
-        title = f"{o.name}, episode {row[1]}, row {row[2]}: {seen.instruction[:90]}"
-        axis.set(yticks=[], xlabel=f"video frames at {pyramid.video_hz:g} Hz", title=title)
-        if seen.actions is not None:
-            times = (np.arange(len(seen.actions)) + o.source.ahead) / pyramid.ratio
-            mask = seen.action_mask
-            axis.twinx().plot(times[mask], seen.actions[mask], linewidth=1.2)
-    figure.savefig(out)
 
 
 def convert(pyramid: Pyramid, out: Path, lossless: bool) -> None:

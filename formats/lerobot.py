@@ -9,12 +9,11 @@
           many episodes in each parquet and mp4; meta/episodes says where each lies
 
 The picture of row i of an episode is at from_timestamp + i / fps in the mp4 (from_timestamp is 0 in
-v2.1). Pictures may also lie in the parquet files, as PNG or JPEG.
+v2.1). Pictures inside parquet files, LeRobot's dtype image, are refused: convert them to videos.
 
 Shapes: E episodes, T rows of one, H W pixels, D dimensions of a vector.
 """
 
-import io
 import json
 import os
 import re
@@ -24,9 +23,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from numpy import ndarray
 
 from formats.recordings import (
+    AGAIN,
     MISSING,
     TOLERANCE,
     Choice,
@@ -69,12 +69,13 @@ FOREIGN = {"v3.0": ("tasks.jsonl", "episodes.jsonl"), "v2.1": ("tasks.parquet", 
 # Where an episode lies in the videos of a camera: columns of meta/episodes, in seconds at the end.
 VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 LABELS = "observation.environment_state"
+WHOLE = {"dtype": "int64", "shape": [1], "names": None}
 DEFAULTS = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
+    "timestamp": WHOLE | {"dtype": "float32"},
+    "frame_index": WHOLE,
+    "episode_index": WHOLE,
+    "index": WHOLE,
+    "task_index": WHOLE,
 }
 # The lerobot package reads tasks with pandas, which learns from this that the text is the index.
 PANDAS = """{"index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
@@ -82,7 +83,10 @@ PANDAS = """{"index_columns": ["task"], "column_indexes": [], "pandas_version": 
              "pandas_type": "unicode", "numpy_type": "object"},
             {"name": "task_index", "field_name": "task_index", "metadata": null,
              "pandas_type": "int64", "numpy_type": "int64"}]}"""
-AGAIN = "fetch or write it again"
+# What a path of info.json may hold; nothing else of a template is filled in.
+TEMPLATE = (
+    r"([^{}]|\{video_key\}|\{(episode_chunk|chunk_index|episode_index|file_index)(:0\dd)?\})+"
+)
 
 # -- reading --------------------------------------------------------------------------------------
 
@@ -107,31 +111,22 @@ class LeRobotDataset(Folder):
 
     def _read_info(self) -> None:
         path = self._path("meta/info.json")
-        try:
+        with self._reading("meta/info.json", "cannot be read:"):
             self.info = read_json(path)
-        except ValueError as error:
-            raise self._fault("meta/info.json", f"{error}; {AGAIN}") from error
         self.version = self.info.get("codebase_version")
         if self.version not in PATHS:
-            raise self._fault(
-                "codebase_version", f"is {self.version!r}; convert it to one of {list(PATHS)}"
-            )
+            problem = f"is {self.version!r}; convert it to one of {list(PATHS)}"
+            raise self._fault("codebase_version", problem)
         for other in FOREIGN[self.version]:
             if (self.root / "meta" / other).exists():
-                raise self._fault(
-                    f"meta/{other}",
-                    f"belongs to another version than {self.version}; keep the files of one "
-                    "version",
-                )
+                problem = f"belongs to another version than {self.version}"
+                raise self._fault(f"meta/{other}", f"{problem}; keep the files of one version")
         for key, limit in LIMITS.items():
             value = self.info.get(key)
             kinds = (int, float) if key == "fps" else (int,)
             if type(value) not in kinds or not 0 < value <= limit:
-                raise self._fault(
-                    key,
-                    f"is {value!r:.50}; expected a number above 0 and at most {limit}, whole "
-                    "but for fps",
-                )
+                expected = f"a number above 0 and at most {limit}, whole but for fps"
+                raise self._fault(key, f"is {value!r:.50}; expected {expected}")
         self.fps = self.info["fps"]
         self.robot = str(self.info.get("robot_type") or self.root.name)
 
@@ -146,19 +141,18 @@ class LeRobotDataset(Folder):
             sizes = shape if isinstance(shape, list) else [None]
             sound = all(type(n) is int and 0 < n <= MAX_SIDE for n in sizes)
             if not sound or not isinstance(feature.get("dtype"), str):
-                raise self._fault(
-                    key,
-                    f"feature is {feature!r:.80}; expected dtype and shape, sizes from 1 to "
-                    f"{MAX_SIDE}",
-                )
-            if feature["dtype"] not in ("video", "image"):
+                expected = f"dtype and shape, sizes from 1 to {MAX_SIDE}"
+                raise self._fault(key, f"feature is {feature!r:.80}; expected {expected}")
+            if feature["dtype"] == "image":
+                problem = "has dtype image, pictures inside parquet files"
+                raise self._fault(key, f"{problem}; expected video: convert the dataset")
+            if feature["dtype"] != "video":
                 continue
             depth = (feature.get("info") or {}).get("video.is_depth_map")
             if depth or len(shape) != 3 or 3 not in (shape[0], shape[2]):
                 self.left_out.append(key)
             else:
                 self.sizes[key] = tuple(shape[:2] if shape[2] == 3 else shape[1:])
-        self.videos = [key for key in self.sizes if self.features[key]["dtype"] == "video"]
 
     def _parquet(
         self,
@@ -169,23 +163,17 @@ class LeRobotDataset(Folder):
         episode: int | None = None,
     ) -> "pq.ParquetFile":
         """Opens a parquet file that must have these columns and this many rows."""
-        try:
+        with self._reading(field, f"{path.name} is no whole parquet file:", episode):
             file = pq.ParquetFile(path, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise self._fault(
-                field, f"{path.name} is no whole parquet file ({error}); {AGAIN}", episode
-            ) from error
         names = file.schema_arrow.names
-        if missing := [name for name in columns if name not in names]:
-            raise self._fault(
-                missing[0], f"{path.name} has no such column; there are {names}", episode
-            )
-        if rows not in (None, file.metadata.num_rows):
-            raise self._fault(
-                field,
-                f"{path.name} has {file.metadata.num_rows} rows, expected {rows}; {AGAIN}",
-                episode,
-            )
+        for name in columns:
+            if name not in names:
+                problem = f"{path.name} has no such column; there are {names}"
+                raise self._fault(name, problem, episode)
+        count = file.metadata.num_rows
+        if rows not in (None, count):
+            problem = f"{path.name} has {count} rows, expected {rows}; {AGAIN}"
+            raise self._fault(field, problem, episode)
         return file
 
     def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
@@ -197,33 +185,32 @@ class LeRobotDataset(Folder):
         if size > MAX_META:
             raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
-        try:
-            if self.version == "v2.1":
-                parse = pj.ParseOptions(schema, unexpected_field_behavior="ignore")
-                read = pj.ReadOptions(block_size=MAX_META)  # a line lies in one block
-                tables = [pj.read_json(path, read, parse) for path in paths]
-                found = sum(map(len, tables))
-            else:
-                files = [
-                    self._parquet(path, name, schema.names) for path, name in zip(paths, names)
-                ]
-                found = sum(file.metadata.num_rows for file in files)
-            if rows not in (None, found):
-                raise self._fault(
-                    field, f"has {found} rows, info.json says {rows}; correct one of them"
-                )
+        if self.version == "v2.1":
+            parse = pj.ParseOptions(schema, unexpected_field_behavior="ignore")
+            read = pj.ReadOptions(block_size=MAX_META)  # a line lies in one block
+            with self._reading(field, "cannot be read:"):
+                files = [pj.read_json(path, read, parse) for path in paths]
+            found = sum(map(len, files))
+        else:
+            files = [self._parquet(path, name, schema.names) for path, name in zip(paths, names)]
+            found = sum(file.metadata.num_rows for file in files)
+        if rows not in (None, found):
+            problem = f"has {found} rows, info.json says {rows}; correct one of them"
+            raise self._fault(field, problem)
+        with self._reading(field, "cannot be read:"):
             if self.version == "v3.0":
-                tables = [file.read(schema.names) for file in files]
-            table = pa.concat_tables(one.select(schema.names).cast(schema) for one in tables)
+                files = [file.read(schema.names) for file in files]
+            table = pa.concat_tables(file.select(schema.names).cast(schema) for file in files)
             table.validate(full=True)
-        except (pa.ArrowException, OSError) as error:
-            raise self._fault(field, f"cannot be read ({error}); {AGAIN}") from error
         return table
 
     def _read_tasks(self) -> dict[int, str]:
-        name, text, rows = "meta/tasks.jsonl", "task", None
+        name = "meta/tasks.jsonl"
+        text = "task"
+        rows = None
         if self.version == "v3.0":
-            name, rows = "meta/tasks.parquet", self.info.get("total_tasks")
+            name = "meta/tasks.parquet"
+            rows = self.info.get("total_tasks")
             # The text is a pandas index, which may have no name.
             columns = self._parquet(self._path(name), name, ()).schema_arrow.names
             text = "task" if "task" in columns else "__index_level_0__"
@@ -231,15 +218,12 @@ class LeRobotDataset(Folder):
         tasks = {}
         for index, task in zip(*(column.to_pylist() for column in table.columns)):
             if index is None or not task or index in tasks:
-                raise self._fault(
-                    name,
-                    f"task {index} is {task!r:.60}; each whole task_index must appear once, "
-                    "with a text",
-                )
+                expected = "each whole task_index once, with a text"
+                raise self._fault(name, f"task {index} is {task!r:.60}; expected {expected}")
             tasks[index] = task
         return tasks
 
-    def _episode_columns(self) -> dict[str, np.ndarray]:
+    def _episode_columns(self) -> dict[str, ndarray]:
         """Columns of meta/episodes as numbers (E,) in the order of episodes; of the tasks, which
         become `episode_tasks`, how many each has."""
         files = ["meta/episodes.jsonl"]
@@ -249,7 +233,7 @@ class LeRobotDataset(Folder):
             files = sorted(str(path.relative_to(self.root)) for path in paths)
             names += ["dataset_from_index", "dataset_to_index"]
             names += ["data/chunk_index", "data/file_index"]
-            names += [f"videos/{key}/{name}" for key in self.videos for name in VIDEO]
+            names += [f"videos/{key}/{name}" for key in self.sizes for name in VIDEO]
         kinds = {name: pa.float64() if "timestamp" in name else pa.int64() for name in names}
         kinds["tasks"] = pa.list_(pa.string())
         table = self._metadata(files, self.info["total_episodes"], kinds)
@@ -258,9 +242,8 @@ class LeRobotDataset(Folder):
             columns[name] = table[name].to_numpy()
             good = (columns[name] >= 0) & (columns[name] < np.inf)
             if table[name].null_count or not good.all():
-                raise self._fault(
-                    name, f"has values that are null, negative or not finite; {AGAIN}"
-                )
+                problem = "has values that are null, negative or not finite"
+                raise self._fault(name, f"{problem}; {AGAIN}")
         order = np.argsort(columns["episode_index"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         self.episode_tasks = table["tasks"].combine_chunks().take(pa.array(order))
@@ -272,52 +255,48 @@ class LeRobotDataset(Folder):
         number = np.arange(self.info["total_episodes"])
         length = columns["length"]
 
-        def require(good: np.ndarray, name: str, remedy: str) -> None:
-            if not good.all():
-                episode = int(np.argmin(good))
-                raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
-
-        remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
-        require(columns["episode_index"] == number, "episode_index", remedy)
-        remedy = f"an episode has 1 to {MAX_ROWS} rows: split or drop it"
-        require((length >= 1) & (length <= MAX_ROWS), "length", remedy)
-        require(columns["tasks"] > 0, "tasks", "give each episode at least one")
-        total = int(length.sum())
-        if total != self.info["total_frames"]:
-            raise self._fault(
-                "total_frames",
-                f"is {self.info['total_frames']}, the episodes have {total}; correct info.json",
-            )
         start = np.cumsum(length) - length
-        for name, wanted in {
-            "dataset_from_index": start,
-            "dataset_to_index": start + length,
-        }.items():
+        remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
+        # Column, which episodes are right, remedy.
+        checks = [("episode_index", columns["episode_index"] == number, remedy)]
+        remedy = f"an episode has 1 to {MAX_ROWS} rows: split or drop it"
+        checks.append(("length", (length >= 1) & (length <= MAX_ROWS), remedy))
+        checks.append(("tasks", columns["tasks"] > 0, "give each episode at least one"))
+        for name, wanted in (("from", start), ("to", start + length)):
+            name = f"dataset_{name}_index"
             remedy = "must count the rows of all episodes before"
-            require(columns.get(name, wanted) == wanted, name, remedy)
+            checks.append((name, columns.get(name, wanted) == wanted, remedy))
         # In v2.1, which does not say it, each episode has its own files.
         own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
         self.video_at = {}
-        for key in self.videos:
+        for key in self.sizes:
             names = [f"videos/{key}/{name}" for name in VIDEO]
             chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
             right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
-            require(right, names[3], "must be from_timestamp + length / fps")
+            checks.append((names[3], right, "must be from_timestamp + length / fps"))
             order = np.lexsort((begin, file, chunk))
-            other_file = (np.diff(chunk[order]) != 0) | (np.diff(file[order]) != 0)
+            other_file = np.diff([chunk[order], file[order]]).any(axis=0)
             gap = begin[order[1:]] - end[order[:-1]]
             apart = np.ones(len(number), bool)
             apart[order[1:]] = other_file | (gap >= -0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
-            require(apart, names[2], remedy)
+            checks.append((names[2], apart, remedy))
             self.video_at[key] = (chunk, file, begin)
+        for name, good, remedy in checks:
+            for episode in np.flatnonzero(~good)[:1]:
+                raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
+        if length.sum() != self.info["total_frames"]:
+            problem = f"is {self.info['total_frames']}, the episodes have {length.sum()}"
+            raise self._fault("total_frames", f"{problem}; correct info.json")
         # Within a data file rows run from its first episode; it has the rows of all its episodes.
         chunk = columns.get("data/chunk_index", own[0])
         file = columns.get("data/file_index", own[1])
-        files = np.stack([chunk, file], axis=1)
-        _, first, which = np.unique(files, axis=0, return_index=True, return_inverse=True)
-        rows = np.bincount(which.ravel(), length).astype(int)
-        self.data_at = (chunk, file, start - start[first[which.ravel()]], rows[which.ravel()])
+        _, first, which = np.unique(
+            np.stack([chunk, file]), axis=1, return_index=True, return_inverse=True
+        )
+        which = which.ravel()
+        rows = np.bincount(which, length).astype(int)
+        self.data_at = (chunk, file, start - start[first[which]], rows[which])
         self.start = start
         self.lengths = length
 
@@ -340,7 +319,14 @@ class LeRobotDataset(Folder):
         ready = [key for key in self.sizes if key.endswith("cam_concatenated")]
         self.cameras = given.cameras or tuple(ready or self.sizes)
         if given.t_layout and not given.cameras:
-            self.cameras = self._t_cameras()
+            found = []  # head, left and right by name
+            for words in ("high|head|top|front", "left", "right"):
+                last = re.compile(rf"({words})[^.]*$", re.IGNORECASE)
+                found.append(list(filter(last.search, self.sizes)))
+            if any(len(names) != 1 for names in found):
+                problem = f"head, left, right could be {found}; name three of {list(self.sizes)}"
+                raise self._fault("cameras", problem)
+            self.cameras = tuple(name for (name,) in found)
         chosen = [(name, f"as {role}", vectors) for role, name in self.titles.items()]
         chosen += [(name, "as a camera", list(self.sizes)) for name in self.cameras]
         for name, role, allowed in chosen:
@@ -351,83 +337,47 @@ class LeRobotDataset(Folder):
             _, *wrists = self.cameras
             wrong |= len(wrists) != 2 or ("right" in wrists[0] and "left" in wrists[1])
         if wrong:
-            raise self._fault(
-                "cameras",
-                f"are {list(self.cameras)}; each once, and for the T-layout head, left, "
-                "right in this order",
-            )
-        widths = [self.features[key]["shape"][0] if key else 0 for key in self.titles.values()]
-        self.widths = tuple(widths)
-
-    def _t_cameras(self) -> tuple[str, ...]:
-        """Head, left and right by name."""
-        found = []
-        for words in (("high", "head", "top", "front"), ("left",), ("right",)):
-            ends = {key: key.lower().rsplit(".", 1)[-1] for key in self.sizes}
-            found.append([key for key, end in ends.items() if any(word in end for word in words)])
-        if any(len(names) != 1 for names in found):
-            raise self._fault(
-                "cameras", f"head, left, right could be {found}; name three of {list(self.sizes)}"
-            )
-        return tuple(name for (name,) in found)
+            expected = "each once, and for the T-layout head, left, right in this order"
+            raise self._fault("cameras", f"are {list(self.cameras)}; {expected}")
+        names = self.titles.values()
+        self.widths = tuple(self.features[key]["shape"][0] if key else 0 for key in names)
 
     def _file(self, field: str, episode: int, chunk: int, file: int, key: str = "") -> Path:
         """The path that a template of info.json gives. Only plain fields are filled in."""
-        template = str(self.info.get(field) or "{")
-        values = {
-            "episode_chunk": chunk,
-            "chunk_index": chunk,
-            "episode_index": episode,
-            "file_index": file,
-            "video_key": key,
-        }
-
-        def fill(match: re.Match) -> str:
-            return str(values.get(match[1], "{")).zfill(int(match[2] or 0))
-
-        name = re.sub(r"\{(\w+)(?::0(\d)d)?\}", fill, template)
-        if "{" in name:
-            raise self._fault(
-                field,
-                f"is {self.info.get(field)!r:.100}; write it as {PATHS[self.version][field]}",
-                episode,
-            )
+        template = str(self.info.get(field) or "")
+        if not re.fullmatch(TEMPLATE, template):
+            expected = PATHS[self.version][field]
+            problem = f"is {self.info.get(field)!r:.100}; write it as {expected}"
+            raise self._fault(field, problem, episode)
+        name = template.format(
+            episode_chunk=chunk,
+            chunk_index=chunk,
+            episode_index=episode,
+            file_index=file,
+            video_key=key,
+        )
         return self._path(name, episode, key or field)
 
     # Numbers.
 
-    def _batches(
-        self, episode: int, columns: Sequence[str], low: int, high: int, size: int
-    ) -> Iterator[tuple[int, "pa.RecordBatch"]]:
-        """Rows low..high of an episode from its data file, in batches with the number of their
-        first row; nothing else stays in memory."""
+    def _table(self, episode: int, columns: Sequence[str]) -> "pa.Table":
+        """An episode's columns from its data file; read are the row groups in which it lies."""
         chunk, file, offset, rows = (int(x[episode]) for x in self.data_at)
         path = self._file("data_path", episode, chunk, file)
         key = ("data", path, *columns)
         opened = self.open_files.take(key) or self._parquet(path, "data", columns, rows, episode)
+        length = int(self.lengths[episode])
         groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        ends = np.cumsum(groups) - offset  # as rows of the episode
-        first, last = np.searchsorted(ends, [low, high - 1], "right")
-        wanted = range(first, last + 1)
-        at = int(ends[first]) - groups[first]
-        try:
-            for batch in opened.iter_batches(size, wanted, columns, use_threads=False):
-                begin = max(low - at, 0)
-                stop = min(high - at, len(batch))
-                if begin < stop:
-                    yield at + begin, batch.slice(begin, stop - begin)
-                at += len(batch)
-        except (pa.ArrowException, OSError) as error:
-            raise self._fault(
-                "data", f"{path.name} breaks while it is read ({error}); {AGAIN}", episode
-            ) from error
+        ends = np.cumsum(groups)
+        first, last = np.searchsorted(ends, [offset, offset + length - 1], "right")
+        with self._reading("data", f"{path.name} breaks while it is read:", episode):
+            table = opened.read_row_groups(range(first, last + 1), columns, use_threads=False)
         self.open_files.put(key, opened)
+        return table.slice(offset - ends[first] + groups[first], length)
 
-    def _values(self, episode: int, key: str, column: "pa.Array") -> np.ndarray:
+    def _values(self, episode: int, key: str, column: "pa.Array") -> ndarray:
         """A column (T, D) of the dtype and width that info.json says, all of it finite."""
-        feature = {"dtype": DEFAULTS.get(key), "shape": [1]}
-        if key not in DEFAULTS:
-            feature = self.features[key]
+        feature = DEFAULTS.get(key) or self.features[key]
         width = feature["shape"][0]
         widths = np.ones(len(column))
         values = column
@@ -439,36 +389,25 @@ class LeRobotDataset(Folder):
         if not right or empty:
             raise self._fault(
                 key,
-                f"has {len(values)} values of type {column.type} in {len(column)} rows, "
-                f"{empty} of them empty, expected {width} of {feature['dtype']} in each; "
-                "write the column again or correct info.json",
+                f"has {len(values)} values of type {column.type} in {len(column)} rows, {empty} of "
+                f"them empty, expected {width} of {feature['dtype']} in each; {AGAIN}",
                 episode,
             )
-        rows = values.to_numpy(zero_copy_only=False).reshape(-1, width)
-        if len(bad := np.argwhere(~np.isfinite(rows))):
-            row, dimension = bad[0]
-            raise self._fault(
-                key,
-                f"row {row}, dimension {dimension} is {rows[row, dimension]} (of "
-                f"{len(bad)}); repair or drop it",
-                episode,
-            )
-        return rows
+        rows = values.to_numpy(zero_copy_only=False).reshape(-1, width).copy()
+        return self._finite(key, rows, episode)
 
-    def _load(self, episode: int, *more: str) -> tuple[dict[str, np.ndarray], list[ValueError]]:
-        """Columns of an episode, each (T, D), and every fault in them."""
+    def _load(self, episode: int, *more: str) -> dict[str, ndarray]:
+        """Columns of an episode, each (T, D); an error names every fault in them."""
         keys = dict.fromkeys([*DEFAULTS, *filter(None, self.titles.values()), *more])
-        length = int(self.lengths[episode])
+        table = self._table(episode, list(keys))
         rows = {}
         faults = []
-        batches = [batch for _, batch in self._batches(episode, list(keys), 0, length, 4096)]
-        table = pa.Table.from_batches(batches)
         for key in keys:
             try:
                 rows[key] = self._values(episode, key, table[key].combine_chunks())
             except ValueError as error:
                 faults.append(error)
-        at = np.arange(length)[:, None]
+        at = np.arange(len(table))[:, None]
         expected = {
             "frame_index": at,
             "episode_index": np.full_like(at, episode),
@@ -478,50 +417,34 @@ class LeRobotDataset(Folder):
         for key, wanted in expected.items():
             # Seconds in float32 are coarse late in an episode.
             slack = TOLERANCE + 1e-7 * wanted if key == "timestamp" else 0
-            bad = np.flatnonzero(np.abs(rows.get(key, wanted) - wanted) > slack)
-            if len(bad):
-                faults.append(
-                    self._fault(
-                        key,
-                        f"row {bad[0]} is {rows[key][bad[0], 0]}, expected "
-                        f"{wanted[bad[0], 0]:.10g}; rows must follow one another at {self.fps} "
-                        "fps: it is another fps, a gap, or another order",
-                        episode,
-                    )
-                )
-        unknown = set(rows.get("task_index", at[:0]).flat) - self.tasks.keys()
-        if unknown:
-            faults.append(
-                self._fault(
-                    "task_index",
-                    f"is {min(unknown)}, which meta/tasks lacks; add the task, or choose from "
-                    f"{sorted(self.tasks)[:20]}",
-                    episode,
-                )
-            )
-        return rows, faults
+            found = rows.get(key, wanted)
+            for row in np.flatnonzero(np.abs(found - wanted) > slack)[:1]:
+                problem = f"row {row} is {found[row, 0]}, expected {wanted[row, 0]:.10g}"
+                remedy = f"rows must follow at {self.fps} fps: other fps, a gap, or another order?"
+                faults.append(self._fault(key, f"{problem}; {remedy}", episode))
+        for unknown in set(rows.get("task_index", at[:0]).flat) - self.tasks.keys():
+            remedy = f"add the task, or choose from {sorted(self.tasks)[:20]}"
+            problem = f"is {unknown}, which meta/tasks lacks; {remedy}"
+            faults.append(self._fault("task_index", problem, episode))
+        if faults:
+            raise ValueError("\n".join(map(str, faults)))
+        return rows
 
-    def rows(self, episode: int, *more: str) -> dict[str, np.ndarray]:
+    def rows(self, episode: int, *more: str) -> dict[str, ndarray]:
         """The tested columns of an episode: state (T, P) and action (T, A) under their own names,
         LeRobot's five (T, 1), and `more`."""
         key = ("rows", episode, *more)
         rows = self.open_files.take(key)
         if rows is None:
-            rows, faults = self._load(episode, *more)
-            if faults:
-                raise faults[0]
+            rows = self._load(episode, *more)
         self.open_files.put(key, rows)
         return rows
 
-    def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def numbers(self, episode: int) -> tuple[ndarray | None, ndarray | None]:
         rows = self.rows(episode)
         return rows.get(self.titles["state"]), rows.get(self.titles["action"])
 
-    def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
-        rows, faults = self._load(episode)
-        return {role: rows[key] for role, key in self.titles.items() if key in rows}, faults
-
-    def labels(self, episode: int) -> dict[str, np.ndarray]:
+    def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only the simulator knew, as `worlds.World.labels` says: name -> (T,); empty if
         it was not recorded, or without names. It is there for frozen backbones to learn from; no
         window holds it, so no policy is given it."""
@@ -530,9 +453,8 @@ class LeRobotDataset(Folder):
             return {}
         rows = self.rows(episode, LABELS)[LABELS]
         if len(names) != rows.shape[1]:
-            raise self._fault(
-                LABELS, f"has {len(names)} names for {rows.shape[1]} numbers; give each its name"
-            )
+            problem = f"has {len(names)} names for {rows.shape[1]} numbers"
+            raise self._fault(LABELS, f"{problem}; give each its name")
         return dict(zip(names, rows.T))
 
     def texts(self, episode: int, row: int = 0) -> list[str]:
@@ -543,45 +465,16 @@ class LeRobotDataset(Folder):
 
     # Pictures.
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
         return {camera: self.pictures(episode, camera, rows) for camera in self.cameras}
 
-    def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
+    def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
-        if camera not in self.videos:
-            yield from self._stored(episode, camera, rows)
-            return
         chunk, file, origin = (x[episode].item() for x in self.video_at[camera])
         path = self._file("video_path", episode, chunk, file, camera)
         end = round(origin * self.fps) + int(self.lengths[episode])
         single = self.version == "v2.1"
         yield from self._decode(episode, camera, rows, path, end, origin, single)
-
-    def _stored(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """Pictures that lie in the parquet files."""
-        batches = self._batches(episode, [camera], int(rows[0]), int(rows[-1]) + 1, 16)
-        for first, batch in batches:
-            for row in rows:
-                if not first <= row < first + len(batch):
-                    continue
-                try:
-                    yield self._unpack(episode, camera, batch.column(0)[row - first].as_py())
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise self._fault(
-                        camera,
-                        f"picture of row {row}: {error}; write it again or correct info.json",
-                        episode,
-                    ) from error
-
-    def _unpack(self, episode: int, camera: str, cell: object) -> np.ndarray:
-        if not isinstance(cell, dict) or not (cell.get("bytes") or cell.get("path")):
-            raise ValueError(f"is {type(cell).__name__} or empty, expected bytes or a path")
-        raw = cell["bytes"] or self._path(cell["path"], episode, camera).read_bytes()
-        with Image.open(io.BytesIO(raw)) as picture:
-            size = (picture.height, picture.width)
-            if size != self.sizes[camera] or picture.mode not in ("RGB", "RGBA", "P", "L"):
-                raise ValueError(f"is {picture.mode} of {size}, expected {self.sizes[camera]}")
-            return np.array(picture.convert("RGB"))
 
     def describe(self) -> str:
         def how(field: str) -> str:
@@ -605,30 +498,28 @@ class LeRobotDataset(Folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-def named_stats(*stats: np.ndarray | list) -> dict[str, list]:
-    names = ("min", "max", "mean", "std", "count")
-    return {name: np.asarray(values).tolist() for name, values in zip(names, stats)}
+STATS = ("min", "max", "mean", "std", "count")
 
 
-def measure(rows: np.ndarray, axis: int | tuple[int, ...] = 0, **keep: bool) -> dict[str, list]:
-    """LeRobot's statistics of rows (T, D), each (D,); their count is (1,)."""
-    ends = (rows.min(axis, **keep), rows.max(axis, **keep))
-    return named_stats(*ends, rows.mean(axis, **keep), rows.std(axis, **keep), [len(rows)])
+def measure(rows: ndarray, count: int) -> ndarray:
+    """LeRobot's statistics (5, D) of rows (T, D), which count as so many."""
+    counts = np.full(rows.shape[1], count)
+    return np.stack([rows.min(0), rows.max(0), rows.mean(0), rows.std(0), counts])
 
 
-def measure_picture(picture: np.ndarray) -> dict[str, list]:
-    """The same of the colours of a picture (H, W, 3), 0 to 1, each (3, 1, 1); it counts as one."""
-    stats = measure(picture.transpose(2, 0, 1) / 255, axis=(1, 2), keepdims=True)
-    return stats | {"count": [1]}
+def pool(parts: Sequence[ndarray]) -> ndarray:
+    """Statistics (5, D) of the whole from those of its parts."""
+    low, high, mean, std, count = np.stack(parts, axis=1)
+    whole = np.average(mean, axis=0, weights=count)
+    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=count)
+    return np.stack([low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0)])
 
 
-def pool(parts: Sequence[dict[str, list]]) -> dict[str, list]:
-    """Statistics of the whole from those of its parts."""
-    low, high, mean, std, count = (np.array([part[name] for part in parts]) for name in parts[0])
-    weights = count[:, 0]
-    whole = np.average(mean, axis=0, weights=weights)
-    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=weights)
-    return named_stats(low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0))
+def named(stats: ndarray, feature: dict) -> dict[str, list]:
+    """Statistics as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one number."""
+    shape = (5, -1, 1, 1) if feature["dtype"] == "video" else (5, -1)
+    values = dict(zip(STATS, stats.reshape(shape).tolist()))
+    return values | {"count": [int(stats[4, 0])]}
 
 
 class Writer:
@@ -666,9 +557,9 @@ class Writer:
 
     def add(
         self,
-        frames: Mapping[str, Iterable[np.ndarray]],
-        states: np.ndarray | None,
-        actions: np.ndarray | None,
+        frames: Mapping[str, Iterable[ndarray]],
+        states: ndarray | None,
+        actions: ndarray | None,
         task: str,
         labels: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
@@ -679,45 +570,38 @@ class Writer:
         if labels:
             vectors[LABELS] = np.stack(list(labels.values()), axis=1)
         vectors = {key: np.asarray(v, np.float32) for key, v in vectors.items() if v is not None}
-        length = len(next(iter(vectors.values()))) if vectors else None
+        length = next(map(len, vectors.values()), None)
         features = {}
         stats = {}
         for key, v in vectors.items():
             if v.ndim != 2 or not v.size or len(v) != length or not np.isfinite(v).all():
-                raise self._fault(
-                    key,
-                    f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite; give finite "
-                    f"({length}, dimensions)",
-                )
-            names = [f"{key.split('.')[-1]}_{i}" for i in range(v.shape[1])]
-            names = list(labels) if key == LABELS else names
+                problem = f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite"
+                raise self._fault(key, f"{problem}; give finite ({length}, dimensions)")
+            names = list(labels if key == LABELS else map(str, range(v.shape[1])))
             features[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": names}
-            stats[key] = measure(v.astype(np.float64))
+            stats[key] = measure(v.astype(np.float64), len(v))
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
             count, shape, sample = self._write_video(key, pictures)
             if not count or length not in (None, count):
-                raise self._fault(
-                    key, f"has {count} pictures for {length} rows; expected one picture per row"
-                )
+                problem = f"has {count} pictures for {length} rows"
+                raise self._fault(key, f"{problem}; expected one picture per row")
             length = count
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
             stats[key] = pool(sample)
         self.features = self.features or features
         if features != self.features or not features:
-            raise self._fault(
-                "features",
-                f"are { {key: f['shape'] for key, f in features.items()} }; expected the "
-                "cameras and widths of episode 0",
-            )
+            found = {key: feature["shape"] for key, feature in features.items()}
+            expected = "the cameras and widths of episode 0"
+            raise self._fault("features", f"are {found}; expected {expected}")
         self._write_rows(vectors, length, self.tasks.setdefault(task, len(self.tasks)))
         self._write_episode(task, length, stats)
         self._close(self.storage.data_mb, self.storage.video_mb)
 
     def _write_video(
-        self, key: str, pictures: Iterable[np.ndarray]
-    ) -> tuple[int, list[int], list[dict]]:
+        self, key: str, pictures: Iterable[ndarray]
+    ) -> tuple[int, list[int], list[ndarray]]:
         """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
         stats = []
         shape = self.features.get(key, {}).get("shape")
@@ -725,38 +609,36 @@ class Writer:
         for picture in map(np.asarray, pictures):
             shape = shape or list(picture.shape)
             if picture.dtype != np.uint8 or list(picture.shape) != [*shape[:2], 3]:
-                raise self._fault(
-                    key,
-                    f"picture {count} is {picture.dtype} {picture.shape}; expected uint8 (H, "
-                    "W, 3) of one size",
-                )
+                problem = f"picture {count} is {picture.dtype} {picture.shape}"
+                raise self._fault(key, f"{problem}; expected uint8 (H, W, 3) of one size")
             if key not in self.videos:
                 path = self._file("video_path", key)
                 self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
             self.videos[key].add(picture, first=count == 0)
             if count % 10 == 0:
-                stats.append(measure_picture(picture[::4, ::4]))
+                stats.append(measure(picture[::4, ::4].reshape(-1, 3) / 255, 1))
             count += 1
         return count, shape, stats
 
-    def _write_rows(self, vectors: dict[str, np.ndarray], length: int, task: int) -> None:
+    def _write_rows(self, vectors: dict[str, ndarray], length: int, task: int) -> None:
         """Adds an episode to the data file, which is opened if there is none."""
         columns = {}
         for key, v in vectors.items():
-            wide = v.shape[1] > 1
-            flat = pa.array(v.ravel())
-            columns[key] = pa.FixedSizeListArray.from_arrays(flat, v.shape[1]) if wide else flat
+            columns[key] = pa.array(v.ravel())
+            if v.shape[1] > 1:
+                columns[key] = pa.FixedSizeListArray.from_arrays(columns[key], v.shape[1])
         at = np.arange(length)
-        here = (np.full(length, len(self.episodes)), self.total + at, np.full(length, task))
-        for (key, dtype), values in zip(DEFAULTS.items(), (at / self.fps, at, *here)):
-            columns[key] = pa.array(values.astype(dtype))
+        episode = np.full(length, len(self.episodes))
+        values = (at / self.fps, at, episode, self.total + at, np.full(length, task))
+        for (key, feature), numbers in zip(DEFAULTS.items(), values):
+            columns[key] = numbers.astype(feature["dtype"])
         table = pa.table(columns)
         if self.data is None:
             self.data_path = self._file("data_path")
             self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(self, task: str, length: int, stats: dict[str, dict]) -> None:
+    def _write_episode(self, task: str, length: int, stats: dict[str, ndarray]) -> None:
         """The episode's row of meta/episodes: places, tasks and statistics."""
         size = self.storage.chunks_size
         row = {
@@ -774,8 +656,9 @@ class Writer:
             end = video.frames / self.fps
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
-        for key, one in stats.items():
-            row |= {f"stats/{key}/{name}": values for name, values in one.items()}
+        for key, feature in self.features.items():
+            found = named(stats[key], feature)
+            row |= {f"stats/{key}/{name}": values for name, values in found.items()}
         self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
@@ -803,14 +686,11 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {key: pool([one[key] for one in self.stats]) for key in self.features}
+        whole = {}
+        for key, feature in self.features.items():
+            whole[key] = named(pool([one[key] for one in self.stats]), feature)
         (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
-        (meta / "info.json").write_text(json.dumps(self._info(), indent=4), "utf-8")
-        os.replace(self.root, self.final)
-
-    def _info(self) -> dict:
         count = len(self.episodes)
-        plain = {k: {"dtype": t, "shape": [1], "names": None} for k, t in DEFAULTS.items()}
         info = {
             "codebase_version": "v3.0",
             "robot_type": self.storage.robot,
@@ -823,24 +703,12 @@ class Writer:
             **PATHS["v3.0"],
             "data_files_size_in_mb": self.storage.data_mb,
             "video_files_size_in_mb": self.storage.video_mb,
-            "features": self.features | plain,
+            "features": self.features | DEFAULTS,
         }
-        cameras = [key for key, f in self.features.items() if f["dtype"] == "video"]
-        if not cameras:
+        if not self.number.keys() - {""}:  # no camera
             info["video_path"] = None
-        for key in cameras:
-            height, width, _ = self.features[key]["shape"]
-            self.features[key]["info"] = {
-                "video.height": height,
-                "video.width": width,
-                "video.fps": self.fps,
-                "video.channels": 3,
-                "video.codec": av.codec.Codec(self.storage.codec, "w").canonical_name,
-                "video.pix_fmt": self.storage.pix_fmt,
-                "video.is_depth_map": False,
-                "has_audio": False,
-            }
-        return info
+        (meta / "info.json").write_text(json.dumps(info, indent=4), "utf-8")
+        os.replace(self.root, self.final)
 
 
 def write_v3(

@@ -24,12 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy import ndarray
 
 from formats.lerobot import write_v3
-from formats.recordings import MAX_BYTES, Choice, Folder, Recordings, Storage, av
+from formats.recordings import Choice, Folder, Recordings, Storage, VideoReader
 from weights.files import read_torch
 
 VIEW = "cam_concatenated"
+MAX_BYTES = 16 << 20  # of a text file
 PARTS = ("qpos", "latent_action_dim14")
 
 
@@ -50,11 +52,12 @@ class OfficialFolder(Folder):
 
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
         super().__init__(root, mapping)
-        if self.given.t_layout or self.given.cameras or self.given.state or self.given.action:
+        chosen = self.given.t_layout or self.given.cameras or self.given.state or self.given.action
+        if chosen:
             raise self._fault(
                 "mapping",
-                f"is {self.given}; official folders have one view and one array: only "
-                "texts can be chosen",
+                f"is {self.given}; official folders have one view and one array: only texts can "
+                "be chosen",
             )
         self.files = []  # task folder, name of an episode
         kinds = set()
@@ -66,98 +69,60 @@ class OfficialFolder(Folder):
             names = sorted(video.stem for video in (folder / "videos").glob("*.mp4"))
             self.files += [(inner, name) for name in names]
         if len(kinds) != 1:
-            raise self._fault(
-                "folders",
-                f"have {sorted(kinds) or 'no qpos beside videos'}; give a root of one kind",
-            )
+            found = sorted(kinds) or "no qpos beside videos"
+            raise self._fault("folders", f"have {found}; give a root of one kind")
         if not self.files:
             raise self._fault("videos", "hold no mp4; each episode is videos/N.mp4 and qpos/N.pt")
         (self.part,) = kinds
-        self._read_video(self._file(0, "videos"))
+        path = self._file(0, "videos")
+        with self._reading("videos", path.name, 0):
+            video = VideoReader(path)
+        self.open_files.put(("video", path), video)
+        # Rate and size, which all videos must have.
+        self.fps = float(video.stream.average_rate)
+        self.sizes = {VIEW: video.size}
         self.cameras = (VIEW,)
         self.robot = self.root.name
         shapes = np.array([self._rows(e).shape for e in range(len(self.files))])  # (E, 2)
         widths = shapes[:, 1]
-        if (widths != widths[0]).any():
-            e = int(np.argmax(widths != widths[0]))
-            raise self._fault(
-                self.part, f"has {widths[e]} columns, episode 0 has {widths[0]}; keep one robot", e
-            )
+        for e in np.flatnonzero(widths != widths[0])[:1]:
+            problem = f"has {widths[e]} columns, episode 0 has {widths[0]}; keep one robot"
+            raise self._fault(self.part, problem, e)
         acting = self.part == "qpos"
         self.lengths = shapes[:, 0] + (0 if acting else 1)  # one latent less than frames
         self.widths = (int(widths[0]),) * 2 if acting else (0, 0)
         self.titles = dict.fromkeys(("state", "action"), "qpos" if acting else "")
-
-    def _read_video(self, path: Path) -> None:
-        """Rate and size, which all videos must have."""
-        try:
-            with av.open(str(path)) as container:
-                stream = container.streams.video[0]
-                context = stream.codec_context
-                self.fps = float(stream.average_rate)
-                self.sizes = {VIEW: (context.height, context.width)}
-        except (av.error.FFmpegError, OSError, IndexError, TypeError) as error:
-            raise self._fault(
-                "videos", f"{path.name} cannot be opened ({error}); fetch or write it again", 0
-            ) from error
 
     def _file(self, episode: int, part: str) -> Path:
         folder, name = self.files[episode]
         suffix = "mp4" if part == "videos" else "pt"
         return self._path(str(folder / part / f"{name}.{suffix}"), episode, part)
 
-    def _rows(self, episode: int) -> np.ndarray:
+    def _rows(self, episode: int) -> ndarray:
         """The tested (T, D) float32 of an episode's .pt: a tensor, or a dictionary with
         `latent_action`."""
-        key = ("rows", episode)
-        rows = self.open_files.take(key)
-        if rows is None:
-            rows = self._read_rows(episode)
-        self.open_files.put(key, rows)
-        return rows
-
-    def _read_rows(self, episode: int) -> np.ndarray:
         path = self._file(episode, self.part)
-        again = "write a float tensor (rows, dimensions)"
-        try:
+        with self._reading(self.part, path.name, episode):
             rows, _ = read_torch(path)
-        except ValueError as error:
-            raise self._fault(self.part, f"{error}; {again}", episode) from error
-        if isinstance(rows, dict):
-            rows = rows.get("latent_action")
-        tensor = isinstance(rows, torch.Tensor)
-        if not tensor or not rows.is_floating_point() or rows.dim() != 2 or not rows.numel():
-            kind = f"{rows.dtype} {tuple(rows.shape)}" if tensor else type(rows).__name__
-            raise self._fault(self.part, f"{path.name} holds {kind}; {again}", episode)
-        if rows.nbytes > path.stat().st_size:
-            raise self._fault(
-                self.part,
-                f"{path.name} claims {rows.nbytes} bytes and has {path.stat().st_size}; {again}",
-                episode,
-            )
-        rows = rows.float().numpy().copy()
-        if len(bad := np.argwhere(~np.isfinite(rows))):
-            row, column = bad[0]
-            raise self._fault(
-                self.part,
-                f"row {row}, dimension {column} is {rows[row, column]} (of {len(bad)}); repair it",
-                episode,
-            )
-        return rows
+            if isinstance(rows, dict):
+                rows = rows.get("latent_action")
+            tensor = isinstance(rows, torch.Tensor)
+            if not tensor or not rows.is_floating_point() or rows.dim() != 2 or not rows.numel():
+                kind = f"{rows.dtype} {tuple(rows.shape)}" if tensor else type(rows).__name__
+                raise ValueError(f"holds {kind}, expected a float tensor (rows, dimensions)")
+            size = path.stat().st_size
+            if rows.nbytes > size:
+                raise ValueError(f"claims {rows.nbytes} bytes and has {size}")
+        return self._finite(self.part, rows.float().numpy().copy(), episode)
 
-    def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def numbers(self, episode: int) -> tuple[ndarray | None, ndarray | None]:
         rows = self._rows(episode) if self.part == "qpos" else None
         return rows, rows
 
-    def latents(self, episode: int) -> np.ndarray | None:
+    def latents(self, episode: int) -> ndarray | None:
         """Latent actions (T - 1, 14): row i is the motion from frame i on. None where the folder
         has none."""
         return None if self.part == "qpos" else self._rows(episode)
-
-    def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
-        self.texts(episode)
-        rows = self._rows(episode)
-        return {role: rows for role, title in self.titles.items() if title}, []
 
     def group(self, episode: int) -> str:
         """The folder's name, whether clean or randomized."""
@@ -173,26 +138,18 @@ class OfficialFolder(Folder):
             found = known.get(name) or known.get(folder.name) or only
             found = folder / "instructions" / f"{found}.txt"
         path = self._path(str(found), episode, "instruction")
-        again = "write a line per wording, in UTF-8"
-        if path.stat().st_size > MAX_BYTES:
-            raise self._fault(
-                "instruction", f"{path.name} has {path.stat().st_size} bytes; {again}", episode
-            )
-        try:
+        with self._reading("instruction", path.name, episode):
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-        except UnicodeDecodeError as error:
-            raise self._fault(
-                "instruction", f"{path.name} is no text ({error.reason}); {again}", episode
-            ) from error
-        lines = list(filter(None, lines))
-        if not lines:
-            raise self._fault("instruction", f"{path.name} is empty; {again}", episode)
-        return lines
+            if not any(lines):
+                raise ValueError("is empty, expected a line per wording")
+        return list(filter(None, lines))
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
         return {VIEW: self.pictures(episode, rows)}
 
-    def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[np.ndarray]:
+    def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         path = self._file(episode, "videos")
         yield from self._decode(episode, VIEW, rows, path, int(self.lengths[episode]))

@@ -5,11 +5,12 @@ read and written with `av` alone.
 i / fps seconds. A wanted time takes the nearest row. What lies outside the episode repeats its
 first or last row and is masked.
 
-Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with
-i / fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
-numbers and a window's frames are all that is in memory; what a header claims is held against other
-claims before anything is allocated. (3) Faults are ValueErrors that name dataset, episode, field
-and remedy. `window` tests what it reads; `check` tests everything and lists every fault.
+Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i /
+fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
+numbers (while they are read, their parquet row groups) and a window's frames are all that is in
+memory; what a header claims is held against other claims before anything is allocated. (3) Faults
+are ValueErrors that name dataset, episode, field and remedy. `window` tests what it reads; `check`
+tests everything and lists every fault.
 
 Shapes: T rows of an episode, F frames of a window, H W pixels, S actions of a window, A action
 dimensions, P state dimensions.
@@ -20,6 +21,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from itertools import combinations
@@ -29,6 +31,7 @@ from types import NoneType
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 
 from weights.files import check_keys
 from weights.hub import snapshot
@@ -39,9 +42,10 @@ try:
 except ImportError:
     av = pyarrow = None
 
-MAX_BYTES = 16 << 20  # of info.json, of a line of json, of all tasks
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
+T_SIZE = (384, 320)  # pixels of the official three-camera picture
+AGAIN = "fetch or write it again, or correct its metadata"
 # Official RoboTwin data put these words before every instruction: `Choice(prefix=ROBOTWIN_SCENE)`.
 ROBOTWIN_SCENE = (
     "The whole scene is in a realistic, industrial art style with three views: a fixed rear camera,"
@@ -52,7 +56,7 @@ ROBOTWIN_SCENE = (
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(pictures: ndarray, height: int, width: int) -> ndarray:
     """uint8 (..., H, W, 3) -> (..., height, width, 3), bilinear without antialiasing as OpenCV does
     it, to within 1 of 255."""
     *first, h, w, _ = pictures.shape
@@ -64,7 +68,7 @@ def resize(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
     return flat.reshape(*first, height, width, 3).numpy()
 
 
-def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+def fit(pictures: ndarray, height: int, width: int) -> ndarray:
     """uint8 (..., H, W, 3) -> (..., height, width, 3): scaled by one factor, sides truncated to
     whole pixels, centred on black."""
     *first, h, w, _ = pictures.shape
@@ -78,41 +82,30 @@ def fit(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_place(
-    places: np.ndarray, part: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]
-) -> np.ndarray:
+    places: ndarray, part: tuple[int, int], whole: tuple[int, int], size: tuple[int, int]
+) -> ndarray:
     """Places (n, 2) in the `part` (height, width) at the top left of a picture of size `whole`, 0
     to 1 from left and top, where `fit` puts them when the whole is fitted to `size`."""
     part, whole, size = (np.array(x[::-1]) for x in (part, whole, size))  # width, height
-    scaled = whole * (size / whole).min()
-    return (places * part / whole * scaled + (size - scaled) / 2) / size
+    scale = (size / whole).min()
+    return (places * part * scale + (size - whole * scale) / 2) / size
 
 
-def t_layout(
-    head: np.ndarray, left: np.ndarray, right: np.ndarray, height: int = 384, width: int = 320
-) -> np.ndarray:
+def t_layout(head: ndarray, left: ndarray, right: ndarray) -> ndarray:
     """The official three-camera picture: head on top, both wrists at half the head's size below,
-    fitted to height x width. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
+    fitted to 384 x 320. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
     360 x 320 and 12 black rows above and below."""
     for name, picture in {"head": head, "left": left, "right": right}.items():
-        shape = picture.shape
-        alike = len(shape) > 2 and shape[-1] == 3 and shape[:-3] == head.shape[:-3]
+        alike = picture.shape[:-3] == head.shape[:-3] and picture.shape[-1:] == (3,)
         if picture.dtype != np.uint8 or not alike:
             raise ValueError(
-                f"{name} is {picture.dtype} {shape}; expected uint8 (..., H, W, 3), "
-                "all with the same first sizes"
+                f"{name} is {picture.dtype} {picture.shape}; expected uint8 (..., H, W, 3), all "
+                "with the same first sizes"
             )
     h, w = head.shape[-3:-1]
     wrists = [resize(left, h // 2, w // 2), resize(right, h // 2, w - w // 2)]
     whole = np.concatenate([head, np.concatenate(wrists, axis=-2)], axis=-3)
-    return fit(whole, height, width)
-
-
-def t_place(
-    places: np.ndarray, head: tuple[int, int], height: int = 384, width: int = 320
-) -> np.ndarray:
-    """Places (n, 2) in a head picture of this height and width, 0 to 1 from left and top, where
-    `t_layout` puts them."""
-    return fit_place(places, head, (head[0] + head[0] // 2, head[1]), (height, width))
+    return fit(whole, *T_SIZE)
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -122,8 +115,7 @@ class VideoReader:
     """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks
     if a key frame lies in between."""
 
-    def __init__(self, path: Path, size: tuple[int, int]):
-        self.size = size  # height, width
+    def __init__(self, path: Path, size: tuple[int, int] | None = None):
         self.frame = None  # the last one decoded
         self.container = av.open(str(path))
         if not self.container.streams.video:
@@ -131,27 +123,25 @@ class VideoReader:
         self.stream = self.container.streams.video[0]
         self.index = self.stream.index_entries
         context = self.stream.codec_context
-        if (context.height, context.width) != size:
+        self.size = (context.height, context.width)
+        if size not in (None, self.size):
             raise ValueError(
-                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in "
-                "info.json (wrong or swapped camera?)"
+                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in the "
+                "metadata (wrong or swapped camera?)"
             )
         count = len(self.index)
         if not count or count != self.stream.frames:
             raise ValueError(f"claims {self.stream.frames} frames and indexes {count}")
         end = self.index[count - 1].pos + self.index[count - 1].size
         if end > path.stat().st_size:
-            raise ValueError(
-                f"is truncated: its last frame ends at byte {end} of {path.stat().st_size}"
-            )
+            raise ValueError(f"is truncated: it ends before byte {end}, the end of its last frame")
         context.thread_count = 1
-        context.thread_type = "NONE"
         context.options = {"err_detect": "explode"}
         self.tick = float(self.stream.time_base)  # seconds
         self.slack = TOLERANCE / self.tick + 1
         self.reformatter = av.video.reformatter.VideoReformatter()
 
-    def read(self, times: Iterable[float]) -> Iterator[np.ndarray]:
+    def read(self, times: Iterable[float]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 at these seconds."""
         for time in times:
             wanted = round(time / self.tick)
@@ -174,15 +164,13 @@ class VideoReader:
                 raise ValueError(f"changes size to {self.frame.height} x {self.frame.width}")
             yield self.reformatter.reformat(self.frame, format="rgb24").to_ndarray()
 
-    def close(self) -> None:
-        self.container.close()
-
 
 class OpenFiles:
     """The last few open files and tables. `take` removes one, so that it has one user; `put` puts
-    it back and closes the oldest. Keys hold the process id: a forked loader worker must not move
-    its parent's file offsets. A plain dictionary, each of whose methods is whole to other threads;
-    OrderedDict is not, when a key's comparison or the end of an old item lets another thread in."""
+    it back and lets go of the oldest, which closes it. Keys hold the process id: a forked loader
+    worker must not move its parent's file offsets. A plain dictionary, each of whose methods is
+    whole to other threads; OrderedDict is not, when a key's comparison or the end of an old item
+    lets another thread in."""
 
     def __init__(self, size: int = 24):
         self.items = {}
@@ -193,10 +181,8 @@ class OpenFiles:
 
     def put(self, key: tuple, item) -> None:
         self.items[os.getpid(), *key] = item
-        for key in list(self.items)[: max(0, len(self.items) - self.size)]:
-            old = self.items.pop(key, None)  # None if another thread was faster
-            if hasattr(old, "close") and key[0] == os.getpid():
-                old.close()
+        for old in list(self.items)[: -self.size]:
+            self.items.pop(old, None)  # another thread may have been faster
 
 
 @dataclass(frozen=True)
@@ -227,7 +213,7 @@ class VideoWriter:
         self.stream.height, self.stream.width = size
         self.stream.pix_fmt = storage.pix_fmt
 
-    def add(self, picture: np.ndarray, first: bool) -> None:
+    def add(self, picture: ndarray, first: bool) -> None:
         frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
         frame.pts = self.frames
         frame.time_base = 1 / self.stream.codec_context.framerate
@@ -267,9 +253,7 @@ class Choice:
         kinds = {"cameras": (list, tuple), "instruction": (str, NoneType)}
         for f in fields(self):
             value = getattr(self, f.name)
-            texts = value if f.name == "cameras" else ()
-            right = isinstance(value, kinds.get(f.name, type(f.default)))
-            if not right or not all(isinstance(text, str) for text in texts):
+            if not isinstance(value, kinds.get(f.name, type(f.default))):
                 raise ValueError(
                     f"mapping: {f.name} is {value!r:.80}; expected a text, for cameras a list of "
                     "texts, for t_layout and constant true or false"
@@ -286,11 +270,11 @@ class Choice:
 
 @dataclass
 class Window:
-    frames: dict[str, np.ndarray]  # camera -> (F, H, W, 3) uint8
-    video_mask: np.ndarray  # (F,) bool, False where the episode has ended or not begun
-    actions: np.ndarray | None  # (S, A) float32
-    action_mask: np.ndarray  # (S,) bool
-    state: np.ndarray | None  # (P,) float32, at the start time
+    frames: dict[str, ndarray]  # camera -> (F, H, W, 3) uint8
+    video_mask: ndarray  # (F,) bool, False where the episode has ended or not begun
+    actions: ndarray | None  # (S, A) float32
+    action_mask: ndarray  # (S,) bool
+    state: ndarray | None  # (P,) float32, at the start time
     instruction: str
 
 
@@ -307,8 +291,6 @@ class Recordings:
         given       the Choice
 
         numbers(episode)        state (T, P) and actions (T, A), or None; ValueError for a fault
-        columns(episode)        {"state": (T, P), "action": (T, A)}, those that can be read, and
-                                every fault as a list of ValueErrors
         texts(episode, row=0)   its instructions at a row, of which each window gets one
         views(episode, rows)    {camera: iterator of pictures (H, W, 3) uint8}; rows must rise
         describe()              the source, and what of it is used
@@ -323,20 +305,20 @@ class Recordings:
         """The episode's task, for drawing tasks alike."""
         return self.texts(episode)[0]
 
-    def labels(self, episode: int) -> dict[str, np.ndarray]:
+    def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only a simulator knew of each row: name -> (T,)."""
         return {}
 
-    def latents(self, episode: int) -> np.ndarray | None:
+    def latents(self, episode: int) -> ndarray | None:
         """Latent actions, standardised, one row for each frame that has one."""
         return None
 
-    def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]] | None:
+    def flows(self, episode: int, interval: int) -> Iterator[tuple[ndarray, ndarray]] | None:
         """True optical flow over `interval` rows, where the source knows it: batches of flow
         (n, H, W, 2) in pixels and which of them are valid (n,)."""
         return None
 
-    def motions(self, episode: int, interval: int) -> np.ndarray | None:
+    def motions(self, episode: int, interval: int) -> ndarray | None:
         """True motions (T, k) over `interval` rows, where the source knows them."""
         return None
 
@@ -345,11 +327,26 @@ class Recordings:
         where = "" if episode is None else f", episode {episode}"
         return ValueError(f"dataset {self.name}{where}, {field}: {problem}")
 
+    @contextmanager
+    def _reading(self, field: str, what: str, episode: int | None = None) -> Iterator[None]:
+        """Errors of the libraries that read a file become faults of `what`."""
+        try:
+            yield
+        except (av.error.FFmpegError, pyarrow.ArrowException, OSError, ValueError) as error:
+            raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
+
+    def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
+        """Rows (T, D) as they are, if all are finite."""
+        for row, column in np.argwhere(~np.isfinite(rows))[:1]:
+            problem = f"dimension {column} is {rows[row, column]}; repair or drop it"
+            raise self._fault(field, f"row {row}, {problem}", episode)
+        return rows
+
     # Windows.
 
     def _nearest(
         self, episode: int, start_time: float, times: Sequence[float], field: str
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[ndarray, ndarray]:
         """Rows nearest to seconds after `start_time`, clipped to the episode, and which of them lie
         in it."""
         at = (np.asarray(times, float) + start_time) * self.fps
@@ -359,7 +356,7 @@ class Recordings:
         last = int(self.lengths[episode]) - 1
         return rows.clip(0, last), (rows >= 0) & (rows <= last)
 
-    def _frames(self, episode: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _frames(self, episode: int, rows: ndarray) -> dict[str, ndarray]:
         """Pictures (F, H, W, 3) of rows in any order, by camera; each is decoded once."""
         if not len(rows):
             return {}
@@ -377,18 +374,11 @@ class Recordings:
     ) -> Window:
         """The window at `start_time` seconds of an episode; other times are seconds after it. Each
         takes the nearest row. Without actions or state in the source these are None."""
-        if not 0 <= episode < len(self.lengths):
-            raise self._fault(
-                "episode", f"is {episode}; there are episodes 0 to {len(self.lengths) - 1}"
-            )
         (start,), (inside,) = self._nearest(episode, 0, [start_time], "start_time")
         if not inside:
-            raise self._fault(
-                "start_time",
-                f"is {start_time} s; the episode lasts from 0 to "
-                f"{(self.lengths[episode] - 1) / self.fps:.3f} s",
-                episode,
-            )
+            end = (self.lengths[episode] - 1) / self.fps
+            problem = f"is {start_time} s; the episode lasts from 0 to {end:.3f} s"
+            raise self._fault("start_time", problem, episode)
         video, video_mask = self._nearest(episode, start_time, video_times, "video_times")
         action, action_mask = self._nearest(episode, start_time, action_times, "action_times")
         states, actions = self.numbers(episode)
@@ -410,30 +400,25 @@ class Recordings:
     def check(self) -> list[str]:
         """Reads every episode, decodes every frame, and names every fault."""
         faults = []
-        ranges = {}  # "state", "action" -> lowest and highest numbers of each episode
+        ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         first_with = {}  # digest of all numbers -> the first episode that has them
         looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
         for episode, length in enumerate(self.lengths.tolist()):
-            columns = {}
             try:
-                columns, found = self.columns(episode)
-                faults += found
+                self.texts(episode)
+                state, action = self.numbers(episode)
             except ValueError as error:
                 faults.append(error)
-            for role, rows in columns.items():
-                ranges.setdefault(role, []).append((rows.min(0), rows.max(0)))
-            if "action" in columns and np.ptp(columns["action"], axis=0).any():
-                numbers = b"".join(rows.tobytes() for rows in columns.values())
+                state = action = None
+            for title, rows in zip(self.titles.values(), (state, action)):
+                if rows is not None:
+                    ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
+            if action is not None and np.ptp(action, axis=0).any():
+                numbers = bytes(action) + (b"" if state is None else bytes(state))
                 first = first_with.setdefault(hashlib.sha256(numbers).digest(), episode)
                 if first != episode:
-                    title = self.titles["action"]
-                    faults.append(
-                        self._fault(
-                            title,
-                            f"equals episode {first} number for number; drop one of the two",
-                            episode,
-                        )
-                    )
+                    problem = f"equals episode {first} number for number; drop one of the two"
+                    faults.append(self._fault(self.titles["action"], problem, episode))
             for camera, pictures in enumerate(self.views(episode, range(length)).values()):
                 try:
                     for row, picture in enumerate(pictures):
@@ -442,22 +427,15 @@ class Recordings:
                 except ValueError as error:
                     faults.append(error)
         if not self.given.constant:
-            faults += self._still_dimensions(ranges)
+            for title, rows in ends.items():
+                for d in np.flatnonzero(np.ptp(rows, axis=0) == 0):
+                    problem = f"dimension {d} is {rows[0][d]:.6g} in every row"
+                    remedy = "allow it with constant=True or leave it out"
+                    faults.append(self._fault(title, f"{problem}; {remedy}"))
         faults += self._swapped_cameras(looks)
         return [str(fault) for fault in faults]
 
-    def _still_dimensions(self, ranges: dict[str, list]) -> Iterator[ValueError]:
-        for role, pairs in ranges.items():
-            low = np.min([low for low, _ in pairs], axis=0)
-            high = np.max([high for _, high in pairs], axis=0)
-            for d in np.flatnonzero(low == high):
-                yield self._fault(
-                    self.titles[role],
-                    f"dimension {d} is {low[d]:.6g} in every row; allow it with constant=True "
-                    "or leave it out",
-                )
-
-    def _swapped_cameras(self, looks: np.ndarray) -> Iterator[ValueError]:
+    def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:
         """Two cameras of an episode are swapped if each looks like what the other usually shows;
         `looks` (episodes, cameras, 48) are 4 x 4 pixels of their first pictures, NaN if unread."""
         known = looks[np.isfinite(looks).all(axis=(1, 2))]
@@ -469,29 +447,11 @@ class Recordings:
             straight = gaps[:, a, a] + gaps[:, b, b]
             crossed = gaps[:, a, b] + gaps[:, b, a]
             for episode in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
-                yield self._fault(
-                    self.cameras[a],
-                    f"and {self.cameras[b]} show each other's view; swap their files in this "
-                    "episode",
-                    int(episode),
-                )
+                problem = f"and {self.cameras[b]} show each other's view; swap their files"
+                yield self._fault(self.cameras[a], problem, episode)
 
 
 # -- folders --------------------------------------------------------------------------------------
-
-
-def from_hub(name: str) -> Path:
-    """A hub dataset USER/NAME[@REVISION] to the local cache."""
-    try:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
-            raise ValueError("no hub name; give a folder, or USER/NAME with @REVISION if wanted")
-        repository, _, revision = name.partition("@")
-        parts = ["meta/**", "data/**", "videos/**", "images/**"]
-        return Path(snapshot(repository, revision or None, parts, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dataset {name}: no such folder, and not from the hub: {error}"
-        ) from error
 
 
 class Folder(Recordings):
@@ -511,7 +471,17 @@ class Folder(Recordings):
         """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
         fields. ValueError for what is no valid dataset. Choices are printed on stderr unless
         `quiet`."""
-        dataset = cls(root if Path(root).is_dir() else from_hub(str(root)), mapping)
+        name = str(root)
+        if not Path(root).is_dir():
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
+                raise ValueError(
+                    f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME "
+                    "with @REVISION if wanted"
+                )
+            repository, _, revision = name.partition("@")
+            files = ["meta/**", "data/**", "videos/**"]
+            name = snapshot(repository, revision or None, files, repo_type="dataset")
+        dataset = cls(name, mapping)
         if not quiet:
             print(dataset.describe(), file=sys.stderr)
         return dataset
@@ -522,25 +492,19 @@ class Folder(Recordings):
     def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
         """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
         blobs."""
-        field = field or name
         path = self.root / name
-        plain = "\0" not in name and ".." not in path.parts and path.is_relative_to(self.root)
+        plain = "\0" not in name and path.is_relative_to(self.root)
         real = Path(os.path.realpath(path)) if plain else Path()
         allowed = [path]
         if self.root.parent.name == "snapshots":
             allowed.append(self.root.parents[1] / "blobs" / real.name)
+        problem = ""
         if real not in allowed:
-            raise self._fault(
-                field,
-                f"{name!r} is a link or leaves the folder; put the file itself into the folder",
-                episode,
-            )
-        if not real.is_file():
-            raise self._fault(
-                field,
-                f"{name} is missing or no file; fetch the whole dataset or correct its metadata",
-                episode,
-            )
+            problem = f"{name!r} is a link or leaves the folder; put the file itself into it"
+        elif not real.is_file():
+            problem = f"{name} is missing or no file; {AGAIN}"
+        if problem:
+            raise self._fault(field or name, problem, episode)
         return real
 
     def _decode(
@@ -552,20 +516,14 @@ class Folder(Recordings):
         end: int,
         origin: float = 0.0,
         single: bool = True,
-    ) -> Iterator[np.ndarray]:
+    ) -> Iterator[ndarray]:
         """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
         and ends before frame `end`; `single`: nothing else is in it."""
         key = ("video", path)
-        try:
+        with self._reading(camera, path.name, episode):
             video = self.open_files.take(key) or VideoReader(path, self.sizes[camera])
             count = len(video.index)
             if count < end or (single and count > end):
                 raise ValueError(f"has {count} frames, expected {end}")
             yield from video.read(origin + i / self.fps for i in rows)
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise self._fault(
-                camera,
-                f"{path.name} {error}; fetch or encode it again, or correct its metadata",
-                episode,
-            ) from error
         self.open_files.put(key, video)

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from formats.recordings import Recordings
-from worlds import motions, simulator, tabletop
+from worlds import motions, simulator
 
 PREFIX = "world:"  # of a source's path
 CAMERA = "top"  # as the world names it
@@ -104,9 +104,8 @@ class Rendered(Recordings):
         return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
-        shown = self.episode(episode)
-        found = tabletop.labels(shown.snapshots[:-1], shown.task) if shown.task else {}
-        return {name: np.array(values) for name, values in found.items()}
+        found = motions.places(self.episode(episode))
+        return {name: values[:-1] for name, values in found.items()}
 
     def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield motions.flows(self.episode(episode), interval)

@@ -4,8 +4,8 @@
     norm_modulate    layer norm, shift, scale and cast in one pass
     add_gated        cast, gate and residual sum in one pass
 
-A forward program takes one row. A backward program walks through `ROWS` of them and writes its part
-of a gradient that sums over rows; torch adds the parts. Conventions are those of
+A forward program takes one row. A backward program walks through `ROWS` of them and writes its
+partial sum of a gradient that sums over rows; torch adds those up. Conventions are those of
 kernels/attention.py.
 
 Shapes: B batch, L tokens, N heads, K head size, D width, in kernels WIDTH, inside a BLOCK that is a
@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError:
     tl = None
 
-# The parts of a gradient are then a few per cent of the traffic.
+# The partial sums of a gradient are then a few per cent of the traffic.
 ROWS = 32
 
 
@@ -56,20 +56,20 @@ def per_sample(mod: Tensor, x: Tensor) -> tuple[Tensor, int, int]:
     return mod, mod.stride(0), mod.stride(1) if mod.shape[1] > 1 else 0
 
 
-def mod_parts(x: Tensor, mod: Tensor) -> tuple[int, int, Tensor]:
-    """Rows per program, programs per sample, and room (B, programs, D) for their parts of the
-    gradient of `mod` (B, 1 or L, D)."""
+def partial_sums(x: Tensor, mod: Tensor) -> tuple[int, int, Tensor]:
+    """Rows per program, programs per sample, and room (B, programs, D) for their partial sums of
+    the gradient of `mod` (B, 1 or L, D)."""
     batch, length, width = x.shape
     rows = ROWS if mod.shape[1] == 1 else 1
     programs = ceil_div(length, rows)
     return rows, programs, x.new_empty((batch, programs, width), dtype=torch.float32)
 
 
-def whole(parts: Tensor, mod: Tensor) -> Tensor:
-    """The gradient of `mod` from its parts (B, programs, D)."""
+def sum_up(partial: Tensor, mod: Tensor) -> Tensor:
+    """The gradient of `mod` from its partial sums (B, programs, D)."""
     if mod.shape[1] == 1:
-        parts = parts.sum(dim=1, keepdim=True)
-    return parts.to(mod.dtype)
+        partial = partial.sum(dim=1, keepdim=True)
+    return partial.to(mod.dtype)
 
 
 # -- pieces of the kernels ------------------------------------------------------------------------
@@ -160,11 +160,11 @@ def norm_rotate_backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, parts of
+    """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, partial sums of
     d_weight)."""
-    x, stride, weight, dy, dx, parts = q
+    x, stride, weight, dy, dx, partial = q
     if tl.program_id(1) == 1:
-        x, stride, weight, dy, dx, parts = k
+        x, stride, weight, dy, dx, partial = k
     i = tl.arange(0, BLOCK)
     first = tl.program_id(0) * ROWS
     w = load(weight, i, WIDTH)
@@ -181,7 +181,7 @@ def norm_rotate_backward_kernel(
         d_weight += d_out * as_stored(normed, x)
         d_value = inverse * (d_normed - normed * mean(d_normed * normed, WIDTH))
         store_row(dx, row, i, d_value, WIDTH)
-    store_row(parts, tl.program_id(0), i, d_weight, WIDTH)
+    store_row(partial, tl.program_id(0), i, d_weight, WIDTH)
 
 
 @torch.library.custom_op("motus::norm_rotate", mutates_args=())
@@ -327,8 +327,8 @@ def norm_modulate_backward_kernel(
     b = tl.program_id(1)
     first = tl.program_id(0) * ROWS
     i = tl.arange(0, BLOCK)
-    shift_part = tl.zeros((BLOCK,), tl.float32)
-    scale_part = tl.zeros((BLOCK,), tl.float32)
+    shift_sum = tl.zeros((BLOCK,), tl.float32)
+    scale_sum = tl.zeros((BLOCK,), tl.float32)
     gain = 1 + load_mod(scale, b, first, i, WIDTH)  # ROWS is 1 where every token has its own
     for j in range(0, tl.minimum(ROWS, length - first)):
         row = b * length + first + j
@@ -338,13 +338,13 @@ def norm_modulate_backward_kernel(
         inverse = tl.rsqrt(mean(centred * centred, WIDTH) + eps)
         normed = centred * inverse
         d_normed = d_out * gain
-        shift_part += d_out
-        scale_part += d_out * as_stored(normed, x)
+        shift_sum += d_out
+        scale_sum += d_out * as_stored(normed, x)
         d_centred = d_normed - mean(d_normed, WIDTH) - normed * mean(d_normed * normed, WIDTH)
         store_row(dx, row, i, inverse * d_centred, WIDTH)
-    part = b * tl.num_programs(0) + tl.program_id(0)
-    store_row(d_shift, part, i, shift_part, WIDTH)
-    store_row(d_scale, part, i, scale_part, WIDTH)
+    program = b * tl.num_programs(0) + tl.program_id(0)
+    store_row(d_shift, program, i, shift_sum, WIDTH)
+    store_row(d_scale, program, i, scale_sum, WIDTH)
 
 
 @torch.library.custom_op("motus::norm_modulate", mutates_args=())
@@ -379,7 +379,7 @@ def norm_modulate_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x.shape
     (dx,) = rooms_like(x)
-    rows, programs, d_shift = mod_parts(x, scale)
+    rows, programs, d_shift = partial_sums(x, scale)
     d_scale = torch.empty_like(d_shift)
     launch(
         norm_modulate_backward_kernel,
@@ -396,7 +396,7 @@ def norm_modulate_backward_op(
         ROWS=rows,
         **row_options(width),
     )
-    return dx, whole(d_shift, scale), whole(d_scale, scale)
+    return dx, sum_up(d_shift, scale), sum_up(d_scale, scale)
 
 
 norm_modulate_backward_op.register_fake(
@@ -457,14 +457,14 @@ def add_gated_backward_kernel(
     b = tl.program_id(1)
     first = tl.program_id(0) * ROWS
     i = tl.arange(0, BLOCK)
-    part = tl.zeros((BLOCK,), tl.float32)
+    gate_sum = tl.zeros((BLOCK,), tl.float32)
     g = load_mod(gate, b, first, i, WIDTH)
     for j in range(0, tl.minimum(ROWS, length - first)):
         row = b * length + first + j
         d = load_row(d_out, row, WIDTH, i, WIDTH)
-        part += d * load_row(y, row, stride, i, WIDTH)
+        gate_sum += d * load_row(y, row, stride, i, WIDTH)
         store_row(dy, row, i, d * g, WIDTH)
-    store_row(d_gate, b * tl.num_programs(0) + tl.program_id(0), i, part, WIDTH)
+    store_row(d_gate, b * tl.num_programs(0) + tl.program_id(0), i, gate_sum, WIDTH)
 
 
 @torch.library.custom_op("motus::add_gated", mutates_args=())
@@ -492,7 +492,7 @@ add_gated_op.register_fake(lambda x, y, gate: x.new_empty(x.shape, dtype=torch.f
 def add_gated_backward_op(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     batch, length, width = y.shape
     (dy,) = rooms_like(y)
-    rows, programs, d_gate = mod_parts(y, gate)
+    rows, programs, d_gate = partial_sums(y, gate)
     launch(
         add_gated_backward_kernel,
         (programs, batch),
@@ -506,7 +506,7 @@ def add_gated_backward_op(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tenso
         ROWS=rows,
         **row_options(width),
     )
-    return dy, whole(d_gate, gate)
+    return dy, sum_up(d_gate, gate)
 
 
 add_gated_backward_op.register_fake(lambda d_out, y, gate: tuple(rooms_like(y, gate)))

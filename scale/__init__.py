@@ -1,1 +1,1 @@
-
+"""Many ranks and big models: agreement, sharding, checkpoints, log, plan, faster sampling."""

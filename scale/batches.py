@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import flow
 from data import Pool, Stream
-from flow import draw_noise
 from motus import Inputs
 from scale.ranks import Ranks
 
@@ -26,6 +26,34 @@ def divide(settings, world: int) -> None:
             f"micro={micro} samples at a time; set batch to a multiple of "
             f"{world * (settings.micro or 1)}"
         )
+
+
+def draw_noise(
+    inputs: Inputs,
+    generator: torch.Generator,
+    times: str = "official",
+    given: float = 0.0,
+    size: int | None = None,
+    first: int = 0,
+) -> dict[str, Tensor]:
+    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a
+    whole batch of `size` (default: these inputs), of which `inputs` are the rows from `first` on;
+    order: video time, action time, what is given, video noise, action noise. In a share `given` of
+    the samples one modality is given (`flow.pin_modality`)."""
+    size = len(inputs) if size is None else size
+    t_video = flow.TIMES[times](size, generator)
+    t_action = None if inputs.actions is None else flow.TIMES[times](size, generator)
+    if given and t_action is not None:
+        t_video, t_action = flow.pin_modality(t_video, t_action, given, generator)
+    shape = inputs.latents.shape[1:]
+    drawn = {"t_video": t_video, "video_noise": torch.randn(size, *shape, generator=generator)}
+    if t_action is not None:
+        shape = inputs.actions.shape[1:]
+        drawn["t_action"] = t_action
+        drawn["action_noise"] = torch.randn(size, *shape, generator=generator)
+    ours = slice(first, first + len(inputs))
+    device = inputs.latents.device
+    return {name: value[ours].to(device) for name, value in drawn.items()}
 
 
 class Batches(Dataset):

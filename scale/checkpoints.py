@@ -107,7 +107,7 @@ class Saver:
         self.pending = self.thread.submit(self._write, f"step_{step:06d}", files, texts)
 
     def wait(self) -> None:
-        """Until the last checkpoint is complete. ValueError on every rank if any could not write."""
+        """Until the last one is complete. ValueError on every rank if any could not write."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
@@ -284,32 +284,23 @@ class RunState:
 
     def check(self, folder: Path, stored: Card, free: Collection[str], anyway: bool) -> None:
         """ValueError if a checkpoint is of another run."""
-        for name in ("motus", "stage", "preset", "statistics", "latent_interval"):
-            theirs, ours = getattr(stored, name), getattr(self.card, name)
-            if theirs != ours:
-                raise ValueError(
-                    f"{folder} was trained with {name} {theirs}, this run has {ours}; resume with "
-                    "the settings it was started with, or start another run"
-                )
         before = json.loads((folder / "settings.json").read_text())
-        for key, ours in self.settings.items():
-            theirs = before.get(key, ours)
-            if key not in free and theirs != ours:
+        ours = self.settings | self.about
+        remedies = {"data": "resume with the same data"}
+        remedies["code"] = (
+            "check out the code it began with, or continue with --resume-anyway, perhaps not bit "
+            "for bit"
+        )
+        rows = [(key, before.get(key, ours[key]), ours[key]) for key in ours if key not in free]
+        for key in ("motus", "stage", "preset", "statistics", "latent_interval"):
+            rows.append((key, getattr(stored, key), getattr(self.card, key)))
+            remedies[key] = "resume with what it was started with, or start another run"
+        for key, theirs, here in rows:
+            if theirs != here and not (key == "code" and anyway):
+                remedy = remedies.get(key, f"resume with --set {key}={theirs}")
                 raise ValueError(
-                    f"{folder} was trained with {key}={theirs}, this run has {key}={ours}; resume "
-                    f"with --set {key}={theirs}"
+                    f"{folder} was trained with {key}={theirs}, this run has {key}={here}; {remedy}"
                 )
-        if before["data"] != self.about["data"]:
-            raise ValueError(
-                f"{folder} was trained on data {before['data']}, this run has "
-                f"{self.about['data']}; resume with the same data"
-            )
-        if before["code"] != self.about["code"] and not anyway:
-            raise ValueError(
-                f"{folder} was written by code {before['code']}, this is {self.about['code']}; "
-                "check out the code it began with, or continue with --resume-anyway, perhaps not "
-                "bit for bit"
-            )
 
 
 def code_digest() -> str:

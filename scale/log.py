@@ -3,7 +3,6 @@
 import csv
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,29 +72,25 @@ class Log:
         self.track = tracker(to, path.parent, start)
 
     def begin_row(self) -> None:
-        self.totals: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
-        self.bins: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[float, float]] = {}  # totals and counts
+        self.bins: dict[str, Tensor] = {}  # the same (2, BINS) per modality, on the device
         self.begun = time.perf_counter()
 
-    def add(self, name: str, value: float) -> None:
-        self.totals[name] += value
-        self.counts[name] += 1
+    def add(self, name: str, value: float, count: float = 1) -> None:
+        total, before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = total + value, before + count
 
     def losses(self, losses: Losses) -> None:
         """Adds the losses of a pass per time bin, on their device, which nobody waits for. A
         modality that a sample lacks, or is given, does not count."""
-        self.add_bins("video", losses.video, losses.t_video, losses.t_video > 0)
+        counts = {"video": losses.t_video > 0}
         if losses.action is not None:
-            counts = losses.has_action & (losses.t_action > 0)
-            self.add_bins("action", losses.action, losses.t_action, counts)
-
-    def add_bins(self, name: str, loss: Tensor, t: Tensor, counts: Tensor) -> None:
-        if name not in self.bins:
-            self.bins[name] = loss.new_zeros(2, BINS, dtype=torch.float32)
-        index = (t * BINS).long().clamp(max=BINS - 1)
-        rows = torch.stack([loss.detach().float() * counts, counts.float()])
-        self.bins[name].index_add_(1, index, rows)
+            counts["action"] = losses.has_action & (losses.t_action > 0)
+        for name, counted in counts.items():
+            loss, t = getattr(losses, name).detach().float(), getattr(losses, f"t_{name}")
+            rows = torch.stack([loss * counted, counted.float()])
+            bins = self.bins.setdefault(name, rows.new_zeros(2, BINS))
+            bins.index_add_(1, (t * BINS).long().clamp(max=BINS - 1), rows)
 
     def row(self, step: int) -> dict[str, float]:
         """Ends a row. What was added to `samples_per_s`, `tokens_per_s` and `mfu` (there in shares
@@ -107,13 +102,12 @@ class Log:
         self.add("memory_gb", peak / 1e9)
         for name, bins in self.bins.items():
             for i, (total, count) in enumerate(bins.T.tolist()):
-                for column in (name, f"{name}_t{i}"):
-                    self.totals[column] += total
-                    self.counts[column] += count
-        totals = self.ranks.sums(*(self.totals[name] for name in COLUMNS))
-        counts = self.ranks.sums(*(self.counts[name] for name in COLUMNS))
+                self.add(name, total, count)
+                self.add(f"{name}_t{i}", total, count)
+        pairs = [x for name in COLUMNS for x in self.sums.get(name, (0.0, 0.0))]
+        sums = self.ranks.sums(*pairs)
         row = {}
-        for name, total, count in zip(COLUMNS, totals, counts):
+        for name, total, count in zip(COLUMNS, sums[::2], sums[1::2]):
             if count:
                 row[name] = total / (seconds if name in SPEEDS else count)
         if "mfu" in row:

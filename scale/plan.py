@@ -309,7 +309,7 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 
 def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
-    """What a checkpointing policy needs; `rate` in FLOP/s of all cards."""
+    """The needs of a checkpointing policy; `rate` in FLOP/s of all cards."""
     fitting = plan.fitting(policy)
     depth = len(plan.model.layers)
     one = plan.saved(policy, depth, 3) - plan.saved(policy, depth, 2)

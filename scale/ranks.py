@@ -1,8 +1,8 @@
 """The processes of a run: how they start, how they agree, and what ends a run that stalls.
 
-    launch      the ranks that torchrun started, or one process; without torchrun nothing here communicates
-    Ranks       what one rank refuses, all refuse by name, at once; facts that must be the same; sums over ranks
-    Watchdog    a rank that stalls ends all of them, in a message that says which one it was and what it was doing
+    launch      the ranks that torchrun started, or one process, which talks to nobody
+    Ranks       what one refuses, all refuse by name, at once; facts that must be the same; sums
+    Watchdog    a rank that stalls ends all of them, saying which one it was and what it did
 
 Ranks talk over gloo on the CPU, as bytes: nothing is unpickled, and no GPU waits for it.
 """
@@ -66,7 +66,8 @@ class Ranks:
     def together(self, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """The result of `work`, which must not communicate. An error of the user, the data or the
         disk on any rank is raised on every one, as one ValueError."""
-        result, problem = None, ""
+        result = None
+        problem = ""
         try:
             result = work()
         except (ValueError, OSError) as error:
@@ -114,7 +115,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     """The ranks that torchrun started; one without it. `shards` ranks share one copy of the
     weights, each such group holds a replica; 0 means all ranks of a node, whose links are fast. A
     rank that does not answer for `timeout` seconds is an error."""
-    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
+    rank = environment("RANK", 0)
+    world = environment("WORLD_SIZE", 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", environment("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if world == 1:
@@ -130,7 +132,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
             f"start all {world} ranks, with torchrun"
         ) from error
     try:
-        control, writing = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo")
+        writing = dist.new_group(backend="gloo")
         ranks = Ranks(rank, world, device, control=control, writing=writing)
         shards = shards or environment("LOCAL_WORLD_SIZE", world)
         ranks.same(shards=str(shards))
@@ -149,7 +152,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
 
 def check_launch(ranks: Ranks, shards: int) -> None:
     """ValueError if a rank has no GPU of its own, or the ranks do not fall into groups."""
-    gpus, local = torch.cuda.device_count(), ranks.device.index
+    gpus = torch.cuda.device_count()
+    local = ranks.device.index
     if local is not None and local >= gpus:
         raise ValueError(
             f"local rank {local} has no GPU of its own, there are {gpus}; start torchrun with "
@@ -210,7 +214,8 @@ class Watchdog:
                 )
 
     def _compare(self) -> None:
-        address, port = os.environ["MASTER_ADDR"], environment("MASTER_PORT", 0)
+        address = os.environ["MASTER_ADDR"]
+        port = environment("MASTER_PORT", 0)
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
         key = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{{}}".format
         while not self.ended.wait(min(2.0, self.timeout / 4)):

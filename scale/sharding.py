@@ -1,8 +1,8 @@
 """A model over many ranks: activation checkpointing, compilation, FSDP2 and precision around an
 unchanged network, and its first values.
 
-    parallelize   the training loss of a model as one module that is sharded; without ranks, one process
-    initialise    fresh values and those of an earlier stage, of which each rank holds its part alone
+    parallelize   the training loss of a model as one module, sharded if there are ranks
+    initialise    fresh values and those of an earlier stage; a rank holds its part alone
 
 Sharding. A layer of `Motus` (three blocks, gathered together because they meet in one attention) is
 a group, what lies outside the layers is the root group. An expert that a stage does not train has
@@ -40,8 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.published import open_weights
 from backbones.wan import WanModel
-from flow import Losses, draw_noise
+from flow import Losses
 from motus import EXPERTS, STAGES, ActionExpert, Inputs, Motus, MotusConfig, UndExpert
+from scale.batches import draw_noise
 from weights.card import Card
 from weights.load import copy_shard, load_into
 

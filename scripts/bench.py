@@ -47,12 +47,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import data
-import flow
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.wan import rope_3d, time_sinusoid
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
+from scale.batches import draw_noise
 from scale.fast import compile_sampler, quantise, sample_action_first
 from scale.sharding import parallelize
 from weights.files import run_command
@@ -197,7 +197,8 @@ def official_velocity(
 ) -> tuple[Tensor, Tensor]:
     """One evaluation on noisy video and actions; t (B,) is spread over the tokens of both experts
     before it is embedded. und (B, Lu, Dv), embedded context."""
-    video, action = model.video, model.action
+    video = model.video
+    action = model.action
     xv, grid = video.patchify(noisy[0])
     encoder = action.input_encoder
     registers = action.registers.expand(len(t), -1, -1)
@@ -212,7 +213,8 @@ def official_velocity(
     for layer in model.layers:
         streams = official_layer(layer, streams, (time_v, time_a), grid, context)
     xv, xa, _ = streams
-    head, decoder = video.head, action.decoder
+    head = video.head
+    decoder = action.decoder
     xv = modulated(head.norm, xv, *per_token(head.modulation, ev.unsqueeze(2)))
     xa = modulated(decoder.norm, xa, *per_token(decoder.modulation, ea.unsqueeze(2)))
     v_action = decoder.action_head(xa)[:, 1 : -model.config.registers]
@@ -336,7 +338,7 @@ def trainer(inputs: Inputs, name: str, compiled: bool) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> float:
-        noise = flow.draw_noise(inputs, torch.Generator().manual_seed(0))
+        noise = draw_noise(inputs, torch.Generator().manual_seed(0))
         with implementation(name):
             loss = compute(inputs, noise).total()
             optimizer.zero_grad()
@@ -359,7 +361,8 @@ def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
     inputs.und_mask = torch.ones(inputs.und.shape[:2], dtype=torch.bool)
     rows = []
     for how in (False, True) if compiled else (False,):
-        ours, plain = trainer(inputs, "sdpa", how), trainer(inputs, "plain", False)
+        ours = trainer(inputs, "sdpa", how)
+        plain = trainer(inputs, "plain", False)
         losses = [torch.tensor([step() for _ in range(3)]) for step in (ours, plain)]
         same = f"{agree(*losses)} (loss)"
         name = f"training step, toy, batch {batch}{', compiled' if how else ''}"
@@ -488,7 +491,8 @@ def milliseconds(work: Callable[[], object]) -> float:
 def kernel_cases(config: MotusConfig, device: str) -> dict[str, tuple]:
     """Functions of attention.py that have a Triton twin, with arguments of the network's shapes in
     bf16."""
-    width, size = config.video.width, config.video.head_dim
+    width = config.video.width
+    size = config.video.head_dim
     grid = [config.latent_frames, *(n // p for n, p in zip(SIDE, config.video.patch[1:]))]
     video = math.prod(grid)
     new = partial(torch.randn, device=device, dtype=torch.bfloat16)

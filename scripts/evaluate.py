@@ -36,10 +36,11 @@ import torch
 from numpy import ndarray
 from tqdm import tqdm
 
+from formats.pictures import film
 from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
-from sample import ACTING, Policy, film
+from sample import ACTING, Policy
 from weights.card import newest_step
 from weights.files import run_command
 from worlds import EVALUATED, choice, episode_seeds, simulator
@@ -50,8 +51,9 @@ class RandomPolicy:
     """The floor: actions uniform in the robot's range. Its members are those that the loop needs of
     any policy."""
 
+    mode = "random"
+
     def __init__(self, chunk: int, dim: int):
-        self.mode = "random"
         self.size = (chunk, dim)
         self.generator = torch.Generator()
 
@@ -62,13 +64,14 @@ class RandomPolicy:
         return 2 * draws.numpy() - 1, None
 
 
-class Expert:
+class Expert(RandomPolicy):
     """The simulator's own scripted policy, asked anew before each action."""
 
+    mode = "expert"
+
     def __init__(self, worlds: Fleet):
-        self.mode = "expert"
+        super().__init__(1, worlds.action_dim)
         self.worlds = worlds
-        self.generator = torch.Generator()
 
     def predict(self, *_, video: bool = True) -> tuple[ndarray, None]:
         return self.worlds.expert()[:, None], None
@@ -77,33 +80,31 @@ class Expert:
 # -- statistics -----------------------------------------------------------------------------------
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: int, trials: int, z: float = 1.96) -> list[float]:
     """Wilson's interval for a rate: it does not leave 0..1 and does not shrink to a point at 0 or
     `trials` successes."""
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials; there is no rate")
     rate = successes / trials
     spread = z * z / trials
     middle = rate + spread / 2
     half = z * math.sqrt(rate * (1 - rate) / trials + spread / (4 * trials))
-    bounds = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    return max(0.0, bounds[0]), min(1.0, bounds[1])
+    bounds = np.array([middle - half, middle + half]) / (1 + spread)
+    return bounds.clip(0, 1).tolist()
 
 
 def rated(successes: int, episodes: int) -> dict:
-    rate = successes / episodes
-    interval = wilson(successes, episodes)
-    return {"successes": successes, "episodes": episodes, "rate": rate, "interval": interval}
+    return {
+        "successes": successes,
+        "episodes": episodes,
+        "rate": successes / episodes,
+        "interval": wilson(successes, episodes),
+    }
 
 
 def summary(success: ndarray, group: ndarray, steps: ndarray, groups: Sequence[str]) -> dict:
     """success (n,) bool, the group of each, steps (n,) -> rates with their intervals, over all and
     per group; a group without episodes has none."""
-    rates = {"all": rated(int(success.sum()), len(success))}
-    for name in groups:
-        chosen = success[group == name]
-        if len(chosen):
-            rates[name] = rated(int(chosen.sum()), len(chosen))
+    chosen = {"all": success} | {name: success[group == name] for name in groups}
+    rates = {name: rated(int(one.sum()), len(one)) for name, one in chosen.items() if len(one)}
     return rates | {"mean_steps": float(steps[success].mean()) if success.any() else None}
 
 
@@ -115,9 +116,9 @@ def percent(rate: dict) -> str:
 
 def columns(*lines: Sequence[str]) -> str:
     """Lines of cells as text."""
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+    cells = np.array(lines)
+    padded = np.strings.ljust(cells, np.strings.str_len(cells).max(axis=0))
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
@@ -137,18 +138,18 @@ def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
 
 @dataclass
 class Rollouts:
-    """n finished worlds; `films` holds pairs (real, imagined or None) of pictures (H, W, 3), if
-    they were asked for."""
+    """n finished worlds; `films` holds pictures (H, W, 3), if they were asked for: real ones, and
+    with them what was imagined, if it was."""
 
     success: ndarray  # (n,) bool
     group: ndarray  # (n,) names: the task of each
     steps: ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
-    films: list[list[tuple[ndarray, ndarray | None]]]
+    films: list[list[list[ndarray]]]
 
 
 def rollout(
-    policy: Policy | RandomPolicy | Expert,
+    policy: Policy | RandomPolicy,
     worlds: Fleet,
     seeds: Sequence[int],
     max_steps: int = 100,
@@ -179,10 +180,11 @@ def rollout(
         length = min(length, max_steps - done)
         for k in range(length + 1):
             if rate and k % rate == 0:
-                real = worlds.render()
-                for row, i in enumerate(asking):
-                    dream = None if imagined is None else imagined[row, k // rate]
-                    films[i].append((real[i], dream))
+                shown = [worlds.render()[asking]]
+                if imagined is not None:
+                    shown.append(imagined[:, k // rate])
+                for i, *pictures in zip(asking, *shown):
+                    films[i].append(pictures)
             if k == length:
                 break
             unsolved = ~worlds.success
@@ -191,27 +193,20 @@ def rollout(
             worlds.advance(action)
             done += 1
             steps[unsolved & worlds.success] = done
-    success = worlds.success.copy()
     group = np.array(worlds.group)
-    return Rollouts(success, group, steps, list(worlds.instruction), films)
-
-
-def world_seeds(seed: int, episodes: int) -> list[int]:
-    """Seeds of worlds: the first k of more are the same k."""
-    return episode_seeds(seed, EVALUATED, episodes)
+    return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films)
 
 
 def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
     """A GIF per world: what happened, beside what the policy imagined when it last looked; a new
     look shows as a pause."""
     for i, pictures in enumerate(rollouts.films):
-        real, imagined = zip(*pictures)
-        videos = {"real": np.stack(real)}
-        if imagined[0] is not None:
-            videos["imagined"] = np.stack(imagined)
-        ending = "solved" if rollouts.success[i] else "not solved"
-        caption = f"{rollouts.instruction[i]} ({ending})"
-        film(folder / f"{name}_{i}.gif", videos, caption, max(1, 192 // len(real[0])), ms=150)
+        videos = dict(zip(("real", "imagined"), map(np.stack, zip(*pictures))))
+        ending = "(solved)" if rollouts.success[i] else "(not solved)"
+        caption = f"{rollouts.instruction[i]} {ending}"
+        film(
+            folder / f"{name}_{i}.gif", videos, caption, max(1, 192 // len(pictures[0][0])), ms=150
+        )
 
 
 # -- the worlds -----------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ CARD = "meta/sim.json"  # of a recording: simulator, settings, and task and seed
 
 def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
     """A list with commas, each one allowed."""
-    return [choice(name, tuple(allowed), option) for name in text.split(",")]
+    return [choice(name, allowed, option) for name in text.split(",")]
 
 
 def keys_of(sim: str) -> list[str]:
@@ -263,13 +258,8 @@ def view(
     """The one picture (H, W, 3) that a policy sees of a world's cameras, all of them unless named:
     side by side, or head, left and right as the official T; fitted to `size`, its height and width.
     A world without cameras shows one black pixel."""
-    for camera in cameras:
-        if camera not in images:
-            raise ValueError(
-                f"camera {camera!r} is missing; the simulator shows {', '.join(images) or 'none'}: "
-                "choose with --set"
-            )
-    shown = [images[camera] for camera in cameras or images]
+    field = "camera (choose with --set)"
+    shown = [images[choice(camera, images, field)] for camera in cameras or images]
     if t_layout and len(shown) != 3:
         raise ValueError(f"expected head, left and right for the T, found {len(shown)} cameras")
     if not shown:
@@ -291,13 +281,12 @@ class Arena(NamedTuple):
         like = {"sim": args.sim, "settings": {}, "tasks": (), "episodes": ()}
         if args.like:
             like = read_card(args.like)
-        sim = like["sim"]
-        if policy and not sim:
-            sim = PRESETS[policy.card.preset].world
+        sim = like["sim"] or (policy and PRESETS[policy.card.preset].world)
         if not sim or args.sim not in (None, sim):
             raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
-        tried = {scene for seed in args.seed for scene in world_seeds(seed, args.episodes)}
-        if known := tried.intersection(episode["seed"] for episode in like["episodes"]):
+        recorded = {episode["seed"] for episode in like["episodes"]}
+        tried = np.ravel([episode_seeds(seed, EVALUATED, args.episodes) for seed in args.seed])
+        if known := recorded.intersection(tried.tolist()):
             raise ValueError(
                 f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; "
                 "choose another --seed"
@@ -355,18 +344,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--out", help="folder of evaluation.json and films (default: in the checkpoint)")
     args = parser.parse_args(argv)
-    for name in ("episodes", "steps", "max_steps", "batch", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least 1")
-    if min(args.seed) < 0:
-        raise ValueError(f"--seed {args.seed}; expected at least 0")
+    at_least(args, episodes=1, steps=1, max_steps=1, batch=1, workers=1, seed=0)
     return args
+
+
+def at_least(args: argparse.Namespace, **bounds: int) -> None:
+    """Refuses options (numbers, lists of them, or None) below their bounds."""
+    for name, bound in bounds.items():
+        value = getattr(args, name)
+        if value is not None and np.min(value) < bound:
+            raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least {bound}")
 
 
 def actor_named(
     name: str, policy: Policy | None, worlds: Fleet, args: argparse.Namespace
-) -> Policy | RandomPolicy | Expert:
+) -> Policy | RandomPolicy:
     if name == "expert":
         return Expert(worlds)
     if name == "random":
@@ -377,7 +369,7 @@ def actor_named(
 
 
 def play(
-    actor: Policy | RandomPolicy | Expert,
+    actor: Policy | RandomPolicy,
     worlds: Fleet,
     seed: int,
     episodes: int,
@@ -388,7 +380,7 @@ def play(
     steps = args.max_steps or worlds.max_steps
     execute = None if actor.mode == "expert" else args.execute
     actor.generator.manual_seed(seed)
-    seeds = world_seeds(seed, episodes)
+    seeds = episode_seeds(seed, EVALUATED, episodes)
     for start in range(0, episodes, worlds.size):
         yield rollout(actor, worlds, seeds[start : start + worlds.size], steps, execute, rate)
 
@@ -400,37 +392,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not actors:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
-    hz, rate = (policy.statistics.action_hz, policy.rate) if policy else (0, 1)
     arena = Arena.of(args, policy)
     varied = settings_of(arena.sim, args.set)
+    looks = [dict(zip(varied, values)) for values in product(*varied.values())]
     out = newest_step(args.ckpt) / "evaluation" if modes else "runs/evaluation"
     out = Path(args.out or out)
     out.mkdir(parents=True, exist_ok=True)
     # Who acts under which settings -> seed, task, success and steps of each episode.
     found: dict[tuple, list[tuple]] = defaultdict(list)
-    for values in product(*varied.values()):
-        for task, worlds in arena.worlds(dict(zip(varied, values)), args):
-            if hz not in (0, worlds.fps):
+    for number, look in enumerate(looks):
+        for task, worlds in arena.worlds(look, args):
+            if policy and policy.statistics.action_hz not in (0, worlds.fps):
                 raise ValueError(
-                    f"{args.ckpt} acts {hz:g} times a second, the simulator {worlds.fps:g} times; "
-                    "change its rate with --set"
+                    f"{args.ckpt} acts {policy.statistics.action_hz:g} times a second, the "
+                    f"simulator {worlds.fps:g} times; change its rate with --set"
                 )
             for name in actors:
                 actor = actor_named(name, policy, worlds, args)
                 for seed in args.seed:
                     for done in play(actor, worlds, seed, args.episodes, args):
                         episodes = zip(repeat(seed), done.group, done.success, done.steps)
-                        found[name, values].extend(episodes)
+                        found[name, number].extend(episodes)
                 if args.gif:  # apart, so that rates do not depend on it
                     count = min(args.gif, worlds.size)
+                    rate = policy.rate if policy else 1
                     films = next(play(actor, worlds, args.seed[0], count, args, rate))
-                    title = filter(None, (name, *map(str, values), task))
+                    title = filter(None, (name, *map(str, look.values()), task))
                     save_films(films, out, "_".join(title))
     rows = []
-    for name, values in product(actors, product(*varied.values())):
-        seeds, group, success, steps = map(np.array, zip(*found[name, values]))
-        row = {"policy": name, "settings": dict(zip(varied, values))}
-        row |= summary(success, group, steps, arena.tasks)
+    for name, (number, look) in product(actors, enumerate(looks)):
+        seeds, group, success, steps = map(np.array, zip(*found[name, number]))
+        row = {"policy": name, "settings": look} | summary(success, group, steps, arena.tasks)
         row["successes_per_seed"] = {one: int(success[seeds == one].sum()) for one in args.seed}
         rows.append(row)
     card = vars(args) | {"sim": arena.sim, "tasks": arena.tasks, "settings": arena.settings}

@@ -47,7 +47,7 @@ from backbones.wan_vae import WanVAE
 from data import open_pyramid
 from formats.cards import Pyramid, placed, tiled
 from formats.motions import motions
-from formats.recordings import Recordings, t_place
+from formats.recordings import T_SIZE, Recordings, fit_place
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
 from weights.files import run_command
@@ -101,7 +101,8 @@ class Corpus:
         for x in [i for i, name in enumerate(labels) if name.endswith(" x")]:  # and y after it
             places = rows[:, x : x + 2]
             if reader.given.t_layout:
-                places = t_place(places, reader.sizes[reader.cameras[0]])
+                height, width = head = reader.sizes[reader.cameras[0]]
+                places = fit_place(places, head, (height + height // 2, width), T_SIZE)
             rows[:, x : x + 2] = placed(places, seen.frames, pyramid.size)
         rate = max(1, round(reader.fps / pyramid.video_hz))
         return Episode(tiled(seen.frames, pyramid.size), rows, seen.instruction, rate)
@@ -324,39 +325,40 @@ def pretrain_dcae(
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each
-    step. With labels (N, A) and mask (N, A) bool, half of each batch is labelled and a head that is
+    step. With labels (N, A) and mask (N, A) bool, half of the rows are labelled and a head that is
     thrown away reads the labels from the tokens, so that these keep what a small part of the robot
-    does; half of that half are rows in which the part that seldom moves does."""
-    generator, device = torch.Generator().manual_seed(seed), model.token_mean.device
-    config, dcae, features = model.config, model.dcae, len(model.token_mean)
-    dcae.requires_grad_(True).train()
-    head = nn.Sequential(nn.LayerNorm(features), mlp(features, features, config.action_dim))
-    parameters = [*dcae.parameters(), *head.to(device).parameters()]
+    does; in half of that half moves the part that seldom does."""
+    generator = torch.Generator().manual_seed(seed)
+    device, features, width = (
+        model.token_mean.device,
+        len(model.token_mean),
+        model.config.action_dim,
+    )
+    model.dcae.requires_grad_(True).train()
+    head = nn.Sequential(nn.LayerNorm(features), mlp(features, features, width)).to(device)
     if labels is None:
-        labels = torch.zeros(len(flow), config.action_dim)
+        labels = torch.zeros(len(flow), width)
         mask = torch.zeros_like(labels, dtype=torch.bool)
-    draws = [(32, torch.arange(len(flow)))]  # rows of a batch, and of which they are drawn
-    if mask.any():
-        known = mask.all(dim=1).nonzero()[:, 0]
-        draws = [(16, torch.arange(len(flow))), (8, known), (8, rarest_motions(labels, mask))]
+    chance = torch.full((len(flow),), 2 / len(flow))
+    for rows in (mask.all(dim=1).nonzero()[:, 0], rarest_motions(labels, mask)):
+        chance[rows] += 1 / max(1, len(rows))
     losses: dict[str, list[float]] = {"reconstruction": [], "labels": []}
 
     def loss(step: int) -> Tensor:
-        rows = [pool[torch.randint(len(pool), (n,), generator=generator)] for n, pool in draws]
-        rows = torch.cat(rows)
+        rows = torch.multinomial(chance, 32, replacement=True, generator=generator)
         moved, wanted = mirrored(flow[rows], labels[rows], generator)
         moved, wanted, given = moved.to(device), wanted.to(device), mask[rows].to(device)
-        tokens = dcae.encode(model.flow_to_picture(moved))
+        tokens = model.dcae.encode(model.flow_to_picture(moved))
         # Small moving things are a few percent of a picture: unless they weigh much, it stays white.
-        reconstruction = model.picture_loss(dcae.decode(tokens), moved, moving=100.0)
+        reconstruction = model.picture_loss(model.dcae.decode(tokens), moved, moving=100.0)
         read = head(rearrange(tokens, "b c h w -> b (h w c)"))
         error = torch.where(given, read - wanted, 0.0).square().sum() / given.sum().clamp(min=1)
         losses["reconstruction"].append(reconstruction.item())
         losses["labels"].append(error.item())
         return reconstruction + error
 
-    optimise(parameters, steps, 3e-3, loss, "dc-ae")
-    dcae.requires_grad_(config.finetune_dcae).eval()
+    optimise([*model.dcae.parameters(), *head.parameters()], steps, 3e-3, loss, "dc-ae")
+    model.dcae.requires_grad_(model.config.finetune_dcae).eval()
     return losses
 
 

@@ -16,26 +16,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from formats.lerobot import Storage, write_v3
-from scripts.evaluate import CARD, columns, names, percent, rated, settings_of
+from scripts.evaluate import CARD, at_least, columns, names, percent, rated, settings_of
 from weights.files import run_command
 from worlds import RECORDED, episode_seeds, simulator
 from worlds.fleet import PROCESSES, Order, Recording, attempts
 
 
-def orders_of(
-    order: Order, missing: dict[str, int], tried: dict[str, list[float]], seed: int
-) -> list[Order]:
-    """The next tries of each task, as many as successes are missing."""
-    orders = []
-    for task, count in missing.items():
-        begin = len(tried[task])
-        seeds = episode_seeds(seed, RECORDED, begin + count)[begin:]
-        orders += [replace(order, task=task, seed=one) for one in seeds]
-    return orders
-
-
 def successes(
-    order: Order, episodes: int, seed: int, workers: int, tried: dict[str, list[float]]
+    order: Order, episodes: int, workers: int, tried: dict[str, list[float]]
 ) -> Iterator[Recording]:
     """`episodes` successes of the expert for each task in `tried`, which gets the seconds of each
     try. After a failed try the next seed is taken, so which episodes are kept does not depend on
@@ -43,14 +31,17 @@ def successes(
     hold out."""
     solved = dict.fromkeys(tried, 0)
     for wanted in (episodes - episodes // 20, episodes):
-        while missing := {task: wanted - k for task, k in solved.items() if k < wanted}:
-            for task in missing:
-                if len(tried[task]) > 3 * episodes + 10:
+        while min(solved.values()) < wanted:
+            orders = []  # the next tries of each task, as many as successes are missing
+            for task, count in solved.items():
+                begin = len(tried[task])
+                if count < wanted and begin > 3 * episodes + 10:
                     raise ValueError(
-                        f"task {task}: the expert solved {solved[task]} of {len(tried[task])}; "
-                        "lower the disturbance"
+                        f"task {task}: the expert solved {count} of {begin}; lower the disturbance"
                     )
-            for recording in attempts(orders_of(order, missing, tried, seed), workers):
+                seeds = episode_seeds(order.seed, RECORDED, begin + wanted - count)[begin:]
+                orders += [replace(order, task=task, seed=seed) for seed in seeds]
+            for recording in attempts(orders, workers):
                 tried[recording.task].append(recording.seconds)
                 if recording.success:
                     solved[recording.task] += 1
@@ -62,22 +53,21 @@ def record(
     tasks: Sequence[str],
     episodes: int,
     out: str | Path,
-    seed: int = 0,
     workers: int = 1,
 ) -> dict:
     """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and
-    returns its card."""
+    returns its card. `order` holds all but task and seed of the episodes; its seed is of all."""
     begun = time.monotonic()
     tried: dict[str, list[float]] = {task: [] for task in tasks}
     kept = []
-    stream = successes(order, episodes, seed, workers, tried)
+    stream = successes(order, episodes, workers, tried)
     first = next(stream)
 
     def stored() -> Iterator[tuple]:
         recordings = chain([first], stream)
         total = len(tasks) * episodes
         for one in tqdm(recordings, total=total, desc="record", unit="episode"):
-            card = {"task": one.task, "seed": one.seed, "disturbed": one.disturbed}
+            card = {name: getattr(one, name) for name in ("task", "seed", "disturbed")}
             kept.append(card | {"rows": len(one.actions)})
             yield one.frames, one.states, one.actions, one.instruction, one.labels
 
@@ -91,19 +81,15 @@ def record(
             "mean_rows": rows / episodes,
             "cpu_seconds_per_try": sum(seconds) / len(seconds),
         }
-    card = {
-        "sim": order.sim,
+    card = vars(order) | {
         "settings": dict(order.settings),
         "robot": first.robot,
         "fps": first.fps,
-        "seed": seed,
-        "noise": order.noise,
-        "recovery": order.recovery,
-        "disturbed": order.disturbed,
         "seconds": time.monotonic() - begun,
         "tasks": found,
         "episodes": kept,
     }
+    del card["task"]
     (Path(out) / CARD).write_text(json.dumps(card, indent=1))
     return card
 
@@ -123,10 +109,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the simulator")
     args = parser.parse_args(argv)
-    least = dict(episodes=1, workers=1, after=1, seed=0, noise=0, recovery=0, disturbed=0)
-    for name, bound in least.items():
-        if getattr(args, name) < bound:
-            raise ValueError(f"--{name} {getattr(args, name)}; expected at least {bound}")
+    at_least(args, episodes=1, workers=1, after=1, seed=0, noise=0, recovery=0, disturbed=0)
     if args.disturbed > 1:
         raise ValueError(f"--disturbed {args.disturbed}; expected a share from 0 to 1")
     return args
@@ -142,12 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings=tuple(
             (k, v[0] if len(v) == 1 else ",".join(map(str, v))) for k, v in settings.items()
         ),
+        seed=args.seed,
         noise=args.noise,
         recovery=args.recovery,
         disturbed=args.disturbed,
         after=args.after,
     )
-    card = record(order, tasks, args.episodes, args.out, args.seed, args.workers)
+    card = record(order, tasks, args.episodes, args.out, args.workers)
     lines = [("task", "expert %", "rows", "CPU s per try")]
     for task, found in card["tasks"].items():
         rate = percent(rated(found["successes"], found["tries"]))

@@ -19,6 +19,7 @@ from markdown import markdown
 
 from flow import MODES
 from motus import STAGES
+from scripts.readme import table
 from weights.files import run_command
 
 FOLDERS = [stage if stage == "latent" else f"stage{stage}" for stage in STAGES]
@@ -77,11 +78,6 @@ def losses(run: Path) -> Iterator[tuple[str, str, str]]:
         yield folder, rows[-1]["step"], ", ".join(cells)
 
 
-def table(*lines: Sequence[str]) -> str:
-    head, *rows = ("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *rows])
-
-
 def pictures(run: Path, pattern: str, count: int) -> str:
     paths = [path.relative_to(run) for path in sorted(run.glob(pattern))[:count]]
     return "\n".join(f"![{path.stem}]({path})" for path in paths)
@@ -98,13 +94,13 @@ def page(run: Path) -> str:
     head = ("mode", "figure", "model", "copy last frame", "predict the mean", "VAE ceiling")
     blocks = [
         f"# Motus, {run.name}",
-        table(("figure", "measured"), *targets(run)),
+        table(("figure", "measured"), targets(run)),
         "## Training",
-        table(("stage", "steps", "losses"), *losses(run)),
+        table(("stage", "steps", "losses"), losses(run)),
         *(f"![losses of {folder}]({folder}/curve.png)" for folder in FOLDERS),
         f"## The five modes, {samples['episodes']} held-out windows, "
         f"{samples['steps']} Euler steps",
-        table(head, *figures),
+        table(head, figures),
     ]
     for mode in MODES:
         blocks += [f"### {mode}", f"![{mode}](samples/{mode}.png)"]

@@ -1,43 +1,15 @@
-"""LeRobot datasets of kinds that are read and not written: v2.1, and pictures in parquet files."""
+"""LeRobot datasets of a kind that is read and not written: v2.1."""
 
-import io
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from formats.lerobot import PATHS
 from formats.recordings import Storage
 
 SINGLE = Storage(data_mb=0, video_mb=0)  # each episode gets its own files, as in v2.1
-
-
-def with_images(
-    root: Path, size: tuple[int, int], cameras: dict[str, Callable[[int, int], np.ndarray]]
-) -> None:
-    """Adds cameras to a v3.0 dataset without any: name -> picture of (episode, row), as PNG."""
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    for path in (root / "data").rglob("*.parquet"):
-        table = pq.read_table(path)
-        places = list(zip(table["episode_index"].to_pylist(), table["frame_index"].to_pylist()))
-        for name, picture in cameras.items():
-            cells = []
-            for episode, row in places:
-                file = io.BytesIO()
-                Image.fromarray(picture(episode, row)).save(file, "PNG")
-                cells.append({"bytes": file.getvalue(), "path": f"frame-{row:06d}.png"})
-            table = table.append_column(name, pa.array(cells, kind))
-        pq.write_table(table, path)
-    info = json.loads((root / "meta/info.json").read_text())
-    for name in cameras:
-        axes = ["height", "width", "channels"]
-        info["features"][name] = {"dtype": "image", "shape": [*size, 3], "names": axes}
-    (root / "meta/info.json").write_text(json.dumps(info))
 
 
 def as_v21(root: Path) -> None:

@@ -33,9 +33,9 @@ import test_motus  # noqa: E402
 
 import attention as eager  # noqa: E402
 import kernels  # noqa: E402
-from flow import draw_noise  # noqa: E402
 from kernels import rows as row_kernels  # noqa: E402
 from motus import Motus  # noqa: E402
+from scale.batches import draw_noise  # noqa: E402
 
 # `kernels.attention` is the function; this is the file.
 flash = importlib.import_module("kernels.attention")

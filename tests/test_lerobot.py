@@ -1,6 +1,5 @@
 """LeRobot datasets: recordings are read back, by time; faults are named."""
 
-import io
 import json
 import os
 import pickle
@@ -12,21 +11,27 @@ import sys
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 av = pytest.importorskip("av")
-from lerobot_files import SINGLE, as_v21, with_images  # noqa: E402
+from lerobot_files import SINGLE, as_v21  # noqa: E402
 
 from formats import lerobot, recordings  # noqa: E402
 from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
-from formats.recordings import ROBOTWIN_SCENE, Choice, Storage, fit, t_layout, t_place  # noqa: E402
+from formats.recordings import (  # noqa: E402
+    ROBOTWIN_SCENE,
+    T_SIZE,
+    Choice,
+    Storage,
+    fit,
+    fit_place,
+    t_layout,
+)
 
 FPS, CAMERAS, LENGTHS = 10, ("high", "left", "right"), (11, 14, 12, 13)
 
@@ -71,22 +76,14 @@ def whole(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("whole")
     for version in ("v3.0", "v2.1"):
         write_v3(folder / version, episodes(), FPS, SINGLE if version == "v2.1" else Storage())
-        images = folder / f"{version}-images"
-        write_v3(images, episodes(cameras=()), FPS, SINGLE if version == "v2.1" else Storage())
-        with_images(
-            images,
-            (16, 48),
-            {key(name): partial(picture, c) for c, name in enumerate(("high", "left"))},
-        )
-    for name in ("v2.1", "v2.1-images"):
-        as_v21(folder / name)
+    as_v21(folder / "v2.1")
     return {path.name: path for path in folder.iterdir()}
 
 
 # -- what is written is read back -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["v3.0", "v2.1", "v3.0-images", "v2.1-images"])
+@pytest.mark.parametrize("kind", ["v3.0", "v2.1"])
 def test_what_is_written_is_read_back(whole, kind):
     """Actions, states and tasks are equal to the last bit, and every picture is the one of its row,
     in any order of access."""
@@ -104,8 +101,6 @@ def test_what_is_written_is_read_back(whole, kind):
         assert np.array_equal(seen.actions[0], truth[e][2][row].astype(np.float32))
         for c, camera in enumerate(dataset.cameras):
             assert number(seen.frames[camera][0]) == (c, e, row)
-            if "images" in kind:
-                assert np.array_equal(seen.frames[camera][0], picture(c, e, row))
 
 
 @pytest.mark.parametrize(
@@ -297,11 +292,12 @@ def test_the_t_layout_has_the_official_sizes():
 
 @pytest.mark.parametrize("head", ((240, 320), (96, 128), (100, 100)))
 def test_a_place_in_the_head_picture_is_found_in_the_t(head):
-    """A white spot of the head picture is where `t_place` says, whatever the camera's shape."""
+    """A white spot of the head picture is where `fit_place` says, whatever the camera's shape."""
     picture, wrist = np.zeros((*head, 3), np.uint8), np.zeros((*head, 3), np.uint8)
     picture[20:28, 60:68] = 255
     spot = np.argwhere(t_layout(picture, wrist, wrist)[..., 0] > 128).mean(0) + 0.5
-    place = t_place(np.array([[64 / head[1], 24 / head[0]]]), head)[0]
+    whole = head[0] * 3 // 2, head[1]
+    place = fit_place(np.array([[64 / head[1], 24 / head[0]]]), head, whole, T_SIZE)[0]
     assert np.abs(place * (320, 384) - spot[::-1]).max() < 1.5
 
 
@@ -462,7 +458,7 @@ np.savez(sys.argv[2], **{k: np.stack([np.asarray(row[k]) for row in rows]) for k
 """
 
 
-@pytest.mark.parametrize("kind", ["v3.0", "v2.1", "v3.0-images", "v2.1-images"])
+@pytest.mark.parametrize("kind", ["v3.0", "v2.1"])
 def test_the_lerobot_package_reads_the_same(whole, tmp_path, kind):
     """What is written here opens there, and gives the same state, chunks, padding, task and pixels.
     LEROBOT_V30 and LEROBOT_V21 in the environment are paths of Pythons that import those lerobots.
@@ -660,18 +656,8 @@ def ragged(table):
     return table.set_column(1, "action", pa.array(cells, pa.list_(pa.float32())))
 
 
-def cell(change):
-    return at(key("left"), 12, lambda old: {"bytes": change(old["bytes"]), "path": old["path"]})
-
-
-def png(size, mode: str = "RGB") -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, "PNG")
-    return file.getvalue()
-
-
-def bomb(raw: bytes) -> bytes:
-    return raw[:16] + struct.pack(">II", 60000, 60000) + raw[24:]
+def as_image(feature: dict) -> dict:
+    return feature | {"dtype": feature["dtype"].replace("video", "image")}
 
 
 def remove(path):
@@ -978,6 +964,11 @@ MUTANTS = {
         feature(key("left"), shape=[10**9, 48, 3]),
         f"{key('left')}: feature is",
     ),
+    "pictures inside the parquet files": (
+        "v3.0",
+        edit_info(features=lambda info: {k: as_image(f) for k, f in info["features"].items()}),
+        f"{key('high')}: has dtype image",
+    ),
     # files
     "half a parquet (v3.0)": ("v3.0", edit_bytes(data_file, half), "data: .*no whole parquet"),
     "half a parquet (v2.1)": (
@@ -1107,43 +1098,6 @@ MUTANTS = {
         "v2.1",
         swap(lambda r: video_file(r, "left", 0), lambda r: video_file(r, "left", 3)),
         f"{key('left')}: .*frames, expected",
-    ),
-    # pictures in parquet
-    "half a PNG": ("v3.0-images", cell(half), f"episode 1, {key('left')}: picture of row 1"),
-    "a PNG of another size": (
-        "v3.0-images",
-        cell(lambda raw: png((16, 16))),
-        rf"episode 1, {key('left')}: .*\(16, 16\)",
-    ),
-    "a PNG of 16 bits": (
-        "v3.0-images",
-        cell(lambda raw: png((48, 16), "I;16")),
-        f"episode 1, {key('left')}: .*I;16",
-    ),
-    "a PNG that claims 60000 x 60000": (
-        "v3.0-images",
-        cell(bomb),
-        f"episode 1, {key('left')}: picture of row 1",
-    ),
-    "a picture that is no struct": (
-        "v3.0-images",
-        edit_table(column(key("left"), lambda v: [1] * len(v))),
-        f"{key('left')}: picture of row 0",
-    ),
-    "an empty picture": (
-        "v3.0-images",
-        at(key("left"), 12, {"bytes": None, "path": None}),
-        f"episode 1, {key('left')}: .*empty",
-    ),
-    "a picture outside": (
-        "v3.0-images",
-        at(key("left"), 12, {"bytes": None, "path": "../../x.png"}),
-        f"episode 1, {key('left')}: .*leaves",
-    ),
-    "no column for a camera": (
-        "v2.1-images",
-        edit_table(lambda t: t.drop_columns([key("left")])),
-        f"episode 1, {key('left')}: .*no such column",
     ),
 }
 

@@ -23,10 +23,10 @@ from torch.utils.flop_counter import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-import flow
 import motus
 import train
 from scale import plan, sharding
+from scale.batches import draw_noise
 from scale.plan import GB, KEPT, Plan
 
 aten = torch.ops.aten
@@ -95,7 +95,7 @@ def step_of(config, inputs, fake, experts=motus.EXPERTS, **options):
     """The training loss of a network without values, and its arguments."""
     model = motus.Motus(config)
     inputs = inputs.map(fake.from_tensor)
-    noise = flow.draw_noise(inputs, torch.Generator())
+    noise = draw_noise(inputs, torch.Generator())
     step = sharding.parallelize(model, experts, precision="bf16", **options)
     return model, step, inputs, noise
 

@@ -1,4 +1,4 @@
-"""The README and docs against the repository: what they count, link, command and print must be so."""
+"""The README and docs against the repository: what they count, link and print must be so."""
 
 import argparse
 import ast

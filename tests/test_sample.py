@@ -16,9 +16,10 @@ from PIL import Image
 
 import data
 import sample
+from formats.pictures import film, sheet
 from formats.statistics import Normaliser, Statistics
 from motus import Inputs, Motus, preset
-from sample import Policy, action_figures, film, moving_region, psnr, sheet, ssim, video_figures
+from sample import Policy, action_figures, moving_region, psnr, ssim, video_figures
 from weights.card import Card
 from weights.files import save_safetensors
 

@@ -14,7 +14,6 @@ from worlds import (
     episode_seeds,
     libero,
     metaworld,
-    motions,
     simulator,
     toy,
 )
@@ -92,20 +91,9 @@ def test_the_toy_keeps_the_promises_of_a_world(task):
     world = toy.make(task)
     assert solved(world, range(4)) >= 3
     assert world.instruction.startswith({"place": "put", "push": "push"}[task])
-
-
-def test_labels_of_the_toy_name_the_disc_of_the_instruction():
-    """The ground truth agrees with the text, the pixels, the state, and with that of recordings."""
-    strongest = {"red": 0, "green": 1, "blue": 2, "yellow": 0}
-    for seed in range(12):
-        world = toy.make("push")
-        picture = world.reset(seed)["images"]["top"]
-        labels = world.labels()
-        pixel = picture[int(labels["object y"] * 48), int(labels["object x"] * 48)]
-        assert pixel[strongest[world.instruction.split()[2]]] == pixel.max()
-        assert labels["effector x"] == pytest.approx((world.state()[0] + 1) / 2)
-        assert labels["opening"] == 1
-    assert list(labels) == list(motions.places(toy.record(6, 1, 0)[0]))
+    labels = world.labels()
+    assert list(labels)[:2] == ["object x", "object y"] and labels["push"] == (task == "push")
+    assert labels["hand x"] == pytest.approx((world.state()[0] + 1) / 2)
 
 
 def test_many_tabletops_are_as_many_single_ones():

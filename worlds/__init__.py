@@ -33,7 +33,7 @@ Shapes: H W pixels, A action dimensions, P state dimensions.
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import ModuleType
 
 import numpy as np
@@ -116,10 +116,10 @@ def as_labels(
     return found
 
 
-def choice(value: str, allowed: Sequence[str], field: str = "task") -> str:
+def choice(value: object, allowed: Collection, field: str = "task") -> object:
     """The value, if it is one of these."""
     if value not in allowed:
-        raise ValueError(f"{field} is {value!r}; expected one of {', '.join(allowed)}")
+        raise ValueError(f"{field} is {value!r}; expected one of {', '.join(map(str, allowed))}")
     return value
 
 

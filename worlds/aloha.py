@@ -21,7 +21,7 @@ step as there.
   does not.
 """
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +64,9 @@ class TransferCube(World):
         cameras: str = "head,left_wrist,right_wrist",
         hold: float = 5,
     ):
-        choice(task, tuple(TASKS))
-        package = importlib.util.find_spec("gym_aloha")
-        if package is None or importlib.util.find_spec("mujoco") is None:
+        choice(task, TASKS)
+        package = find_spec("gym_aloha")
+        if not (package and find_spec("mujoco")):
             raise ValueError(MISSING)
         import mujoco
         from scipy.spatial.transform import Rotation
@@ -81,8 +81,7 @@ class TransferCube(World):
         self.hold = hold
         self.fps = round(50 / hold)
         self.max_steps = round(400 / hold)
-        names = [name for name in cameras.split(",") if name]
-        self.cameras = [choice(name, tuple(CAMERAS), "camera") for name in names]
+        self.cameras = [choice(name, CAMERAS, "camera") for name in cameras.split(",") if name]
         folder = Path(package.submodule_search_locations[0])
         scene = folder / "assets" / "bimanual_viperx_transfer_cube.xml"
         self.model = mujoco.MjModel.from_xml_path(str(scene))
@@ -99,9 +98,7 @@ class TransferCube(World):
         self.mujoco.mj_resetData(self.model, self.data)
         # Of the cube, as gym-aloha draws it.
         place = np.random.default_rng(seed).uniform([0.0, 0.4], [0.2, 0.6])
-        for first in ARMS.values():
-            self.data.qpos[first : first + 8] = START
-        self.data.qpos[16:23] = [*place, 0.05, 1, 0, 0, 0]
+        self.data.qpos[:23] = [*START, *START, *place, 0.05, 1, 0, 0, 0]
         self.data.ctrl[:] = self.data.qpos[:16]
         self.mujoco.mj_forward(self.model, self.data)
         self.last = self.state().astype(float)
@@ -114,9 +111,9 @@ class TransferCube(World):
         action = checked(action, self)
         for k in range(1, self.commands + 1):
             target = self.last + (action - self.last) * k / self.commands
-            for arm, first in zip(target.reshape(2, 7), ARMS.values()):
-                opening = CLOSED + (OPEN - CLOSED) * np.clip(arm[6], 0, 1)
-                self.data.ctrl[first : first + 8] = [*arm[:6], opening, -opening]
+            joints, opening = np.split(target.reshape(2, 7), [6], axis=1)
+            finger = CLOSED + (OPEN - CLOSED) * np.clip(opening, 0, 1)
+            self.data.ctrl[:] = np.hstack([joints, finger, -finger]).ravel()
             self.mujoco.mj_step(self.model, self.data, self.substeps)
             touching = {frozenset(pair) for pair in self.data.contact.geom.tolist()}
             held = frozenset((self.cube, self.finger)) in touching
@@ -125,11 +122,9 @@ class TransferCube(World):
         self.done += 1
 
     def state(self) -> np.ndarray:
-        numbers = []
-        for first in ARMS.values():
-            *joints, finger = self.data.qpos[first : first + 7]
-            numbers += [*joints, (finger - CLOSED) / (OPEN - CLOSED)]
-        return np.float32(numbers)
+        joints, finger, _ = np.split(self.data.qpos[:16].reshape(2, 8), [6, 7], axis=1)
+        opening = (finger - CLOSED) / (OPEN - CLOSED)
+        return np.hstack([joints, opening]).ravel().astype(np.float32)
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
@@ -153,58 +148,43 @@ class TransferCube(World):
 
     def _plan(self) -> np.ndarray:
         """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz, place
-        of the point between the fingertips, rotation from the start, opening of the gripper."""
+        of the point between the fingertips, opening of the gripper, rotation from the start."""
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        place = {arm: tip(ghost, hand) for arm, hand in self.hands.items()}
         pose = {arm: self._turned(ghost, hand) for arm, hand in self.hands.items()}
         cube = np.array([*self.data.qpos[16:18], 0.02])
         near = MEET - [0.1, 0, 0.02]
         over = cube + [0, 0, 0.08]
         beside = MEET + [0.1, 0, 0]
-        straight, down, side = self.Rotation.from_euler("yx", [(0, 0), (-60, 0), (0, 90)], True)
-        ways = {
-            "left": [
-                (0, place["left"], straight, 0),
-                (100, near, side, 1),
-                (220, near, side, 1),
-                (260, MEET, side, 1),
-                (310, MEET, side, 0),
-                (360, near, side, 0),
-            ],
-            "right": [
-                (0, place["right"], straight, 0),
-                (90, over, down, 1),
-                (130, cube, down, 1),
-                (170, cube, down, 0),
-                (220, MEET, down, 0),
-                (310, MEET, down, 0),
-                (340, MEET, down, 1),
-                (380, beside, down, 1),
-            ],
-        }
+        starts = [tip(ghost, hand) for hand in self.hands.values()]
+        # Of each hand step, place and opening, and how it is turned from its first waypoint on.
+        times = [0, 100, 220, 260, 310, 360], [0, 90, 130, 170, 220, 310, 340, 380]
+        left = [starts[0], near, near, MEET, MEET, near]
+        right = [starts[1], over, cube, cube, MEET, MEET, MEET, beside]
+        grips = [0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0, 1, 1]
+        ways = list(map(np.column_stack, zip(times, (left, right), grips)))
+        straight, side, down = self.Rotation.from_euler("yx", [(0, 0), (0, 90), (-60, 0)], True)
         plan = []
         for now in self.hold * np.arange(1, self.max_steps + 1):
-            for arm, first in ARMS.items():
-                way = ways[arm]
-                i = min(np.searchsorted([point[0] for point in way], now), len(way) - 1)
-                t0, place0, turn0, grip0 = way[i - 1]
-                t1, place1, turn1, grip1 = way[i]
-                part = min(1.0, (now - t0) / (t1 - t0))
-                goal = place0 + part * (place1 - place0)
-                turn = turn0 * (turn0.inv() * turn1) ** part * pose[arm]
-                self._solve(ghost, self.hands[arm], first, goal, turn)
-                plan += [*ghost.qpos[first : first + 6], grip0 + part * (grip1 - grip0)]
+            for arm, way, turned in zip(ARMS, ways, (side, down)):
+                i = min(np.searchsorted(way[:, 0], now), len(way) - 1)
+                before, after = way[i - 1 : i + 1]
+                part = min(1.0, (now - before[0]) / (after[0] - before[0]))
+                _, *place, grip = before + part * (after - before)
+                turn = straight if i == 1 else turned
+                turn = turn * (turn.inv() * turned) ** part * pose[arm]
+                plan += [*self._solve(ghost, arm, place, turn), grip]
         return np.reshape(plan, (-1, 14))
 
     def _turned(self, data: object, hand: int) -> object:
         return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
 
-    def _solve(self, ghost: object, hand: int, first: int, place: np.ndarray, turn: object) -> None:
-        """Moves the six joints from `first` until the fingertips are at a place and the hand has
-        the rotation `turn`: damped least squares."""
-        joints = slice(first, first + 6)
+    def _solve(self, ghost: object, arm: str, place: list[float], turn: object) -> np.ndarray:
+        """Moves the six joints of an arm until the fingertips are at a place and the hand has the
+        rotation `turn`, and returns them: damped least squares."""
+        hand = self.hands[arm]
+        joints = slice(ARMS[arm], ARMS[arm] + 6)
         low, high = self.model.actuator_ctrlrange[joints].T
         jacobian = np.zeros((6, self.model.nv))
         for _ in range(20):
@@ -214,11 +194,12 @@ class TransferCube(World):
             spin = (turn * self._turned(ghost, hand).inv()).as_rotvec()
             miss = np.concatenate([place - at, spin])
             if np.abs(miss).max() < 1e-4:
-                return
+                break
             self.mujoco.mj_jac(self.model, ghost, jacobian[:3], jacobian[3:], at, hand)
             own = jacobian[:, joints]
             step = own.T @ np.linalg.solve(own @ own.T + 1e-4 * np.eye(6), miss)
             ghost.qpos[joints] = np.clip(ghost.qpos[joints] + step, low, high)
+        return ghost.qpos[joints].copy()
 
 
 make = TransferCube

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
 
@@ -46,8 +46,8 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
         worlds = [simulator(sim).make(task, **settings) for _ in range(count)]
         robot = worlds[0]
         pipe.send((None, (robot.robot, robot.fps, robot.max_steps, robot.action_dim)))
-        while (order := pipe.recv()) is not None:
-            name, arguments = order
+        while True:
+            name, arguments = pipe.recv()
             answers = []
             for world, given in zip(worlds, arguments):
                 result = None if given is None else getattr(world, name)(*given)
@@ -73,8 +73,6 @@ class Fleet:
         settings: dict | None = None,
         workers: int = 1,
     ):
-        if min(n, workers) < 1:
-            raise ValueError(f"{n} worlds in {workers} processes; expected at least one of each")
         self.size = n
         self.task = task
         self.view = view
@@ -110,10 +108,9 @@ class Fleet:
             with suppress(BrokenPipeError):  # `_answer` tells what has happened
                 pipe.send((name, [arguments[i] for i in share]))
         answers = [row for pipe in self.pipes for row in self._answer(pipe)]
-        given, success, instruction = zip(*answers[: self.n])
+        given, success, self.instruction = map(list, zip(*answers[: self.n]))
         self.success = np.array(success)
-        self.instruction = list(instruction)
-        return list(given)
+        return given
 
     def call_unsolved(self, name: str) -> list:
         """The results of a method without arguments; None where a world is solved."""
@@ -121,7 +118,7 @@ class Fleet:
 
     def reset(self, seeds: Sequence[int]) -> None:
         """One world for each seed, at most `size`."""
-        if not 1 <= len(seeds) <= self.size:
+        if len(seeds) > self.size:
             raise ValueError(f"{len(seeds)} seeds for {self.size} worlds")
         self.n = len(seeds)
         self.group = [self.task] * self.n
@@ -155,8 +152,7 @@ class Fleet:
             pipe.close()  # ends the loop of `serve`
         for process in self.processes:
             process.join(5)
-            if process.is_alive():
-                process.terminate()
+            process.terminate()  # if it is still alive
 
     def __enter__(self) -> "Fleet":
         return self
@@ -225,7 +221,7 @@ def attempt(order: Order) -> Recording:
                 pushed = max(1, round(SHOVE * world.fps))
             action = action + order.noise * rng.standard_normal(action.shape)
             if pushed > 0:
-                action = action + shove
+                action += shove
                 pushed -= 1
         world.step(action)
         left -= world.success
@@ -234,17 +230,19 @@ def attempt(order: Order) -> Recording:
     result = Recording(
         order.task, order.seed, disturbed, world.success, seconds, world.robot, world.fps
     )
-    if not world.success:
-        return result
-    images, states, actions, labels = zip(*rows)
-    return replace(
-        result,
-        instruction=world.instruction,
-        frames={camera: [image[camera] for image in images] for camera in images[0]},
-        labels={name: [row[name] for row in labels] for name in labels[0]},
-        states=np.stack(states),
-        actions=np.stack(actions).astype(np.float32),
-    )
+    if world.success:
+        images, states, actions, labels = zip(*rows)
+        result.instruction = world.instruction
+        result.frames = columns(images)
+        result.labels = columns(labels)
+        result.states = np.stack(states)
+        result.actions = np.stack(actions).astype(np.float32)
+    return result
+
+
+def columns(rows: Sequence[dict]) -> dict[str, list]:
+    """Rows by name -> lists by name."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def attempts(orders: Iterable[Order], workers: int) -> Iterator[Recording]:

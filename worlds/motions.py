@@ -1,4 +1,4 @@
-"""True motions of the tabletop's episodes: optical flow, and labels, over an interval of steps.
+"""True motions of the tabletop's episodes, over an interval of steps, and where things are.
 
 An episode of T steps has T + 1 frames and T rows here. Row i spans steps i to i + interval; one
 that would end past the last frame ends there, and is not valid.
@@ -6,7 +6,7 @@ that would end past the last frame ends there, and is not valid.
 
 import numpy as np
 
-from worlds.robots import GRIP_SPEED, MAX_SPEED
+from worlds.robots import COLOURS, GRIP_SPEED, MAX_SPEED
 from worlds.tabletop import Episode
 
 
@@ -32,3 +32,16 @@ def labels(episode: Episode, interval: int) -> np.ndarray:
     end = (np.arange(steps) + interval).clip(max=steps)
     change = episode.motion[end] - episode.motion[:-1]
     return change / greatest_change(interval)
+
+
+def places(episode: Episode) -> dict[str, np.ndarray]:
+    """Where the disc that the instruction names and the effector are in the picture, 0 to 1 from
+    left and top, and the opening: name -> (T + 1,). Nothing for an episode without instruction."""
+    named = [COLOURS.index(word) for word in episode.instruction.split() if word in COLOURS]
+    if not named:
+        return {}
+    shots = episode.snapshots
+    number = shots.colours[0].tolist().index(named[0])
+    columns = np.column_stack([shots.discs[:, number], shots.effector, shots.opening])
+    names = ("object x", "object y", "effector x", "effector y", "opening")
+    return dict(zip(names, columns.T))

@@ -8,7 +8,6 @@ Shapes: n worlds, D discs, (k, k') pixels of the window about a capsule.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,9 +22,8 @@ TILE = 256  # side of the speckles that capsules carry, four samples per pixel
 TEXTURE = 160  # side of a table's texture, pixels
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """All that moves in n worlds, or in one world at T + 1 times; slice it like an array."""
+class Snapshot(NamedTuple):
+    """All that moves in n worlds, or in one world at T + 1 times."""
 
     effector: ndarray  # (n, 2)
     opening: ndarray  # (n,) 0 closed, 1 open
@@ -34,14 +32,9 @@ class Snapshot:
     held: ndarray  # (n,) index of the grasped disc, -1 for none
     colours: ndarray  # (n, D) index into COLOURS
 
-    def __getitem__(self, index) -> "Snapshot":
-        return Snapshot(*(array[index] for array in vars(self).values()))
-
-    @staticmethod
-    def stack(items: list["Snapshot"]) -> "Snapshot":
-        """Snapshots at several times -> one whose arrays have time in front."""
-        arrays = zip(*(vars(item).values() for item in items))
-        return Snapshot(*map(np.stack, arrays))
+    def at(self, *index) -> "Snapshot":
+        """Every array at this index."""
+        return Snapshot(*(array[index] for array in self))
 
 
 def distance(a: ndarray, b: ndarray) -> ndarray:
@@ -88,10 +81,15 @@ def fingers(s: Snapshot, colour: ndarray, turn: float = 0.0) -> Iterator[Capsule
         yield Capsule(middle - along, middle + along, 0.019, colour, contrast=0.05)
 
 
+def shadow(at: ndarray, soft: float = 4.0) -> Capsule:
+    """Of a disc at this place."""
+    under = at + SHADE
+    return Capsule(under, under, RADIUS, soft=soft, shadow=0.35)
+
+
 def gripper(s: Snapshot) -> Iterator[Capsule]:
     left, right = fingers(s, DARK)
-    under = s.effector + 2 * SHADE
-    yield Capsule(under, under, 0.075, soft=4.0, shadow=0.35)
+    yield shadow(s.effector + SHADE)
     bar = [(finger.a + finger.b) / 2 for finger in (left, right)]
     yield Capsule(*bar, 0.014, STEEL, contrast=0.05)
     yield left
@@ -106,14 +104,11 @@ TIPS = ((1, -0.5), (1.35, 0.2), (-1, 0))
 
 def hand(s: Snapshot) -> Iterator[Capsule]:
     palm = s.effector + [0.035, 0.125]
-    under = palm + SHADE
-    yield Capsule(under, under, 0.075, soft=4.0, shadow=0.35)
+    yield shadow(palm)
     yield Capsule(palm + [0.01, 0.02], palm + [0.12, 0.6], 0.045, SLEEVE)
     gap = 0.02 + 0.07 * s.opening[:, None]
     for knuckle, tip in zip(KNUCKLES, TIPS):
-        start = palm + knuckle
-        end = s.effector + gap * tip
-        yield Capsule(start, end, 0.023, SKIN, contrast=0.08)
+        yield Capsule(palm + knuckle, s.effector + gap * tip, 0.023, SKIN, contrast=0.08)
     yield Capsule(palm, palm, 0.062, SKIN, contrast=0.08)
 
 
@@ -132,10 +127,7 @@ def gantry(s: Snapshot) -> Iterator[Capsule]:
     x, y = s.effector.T
     low = np.full(len(x), -0.1)
     high = 1 - low
-    beams = (
-        (columns(x, low), columns(x, high)),
-        (columns(low, y), columns(high, y)),
-    )
+    beams = (columns(x, low), columns(x, high)), (columns(low, y), columns(high, y))
     for a, b in beams:
         yield Capsule(a + SHADE, b + SHADE, 0.018, soft=2.5, shadow=0.25)
     for a, b in beams:
@@ -156,8 +148,7 @@ def capsules(embodiment: str, s: Snapshot, held: ndarray) -> Iterator[Capsule]:
         at = s.discs[rows, slot]
         colour = s.colours[rows, slot]
         grain = 23 + 61 * colour[:, None, None]
-        under = at + SHADE
-        yield Capsule(under, under, RADIUS, soft=2.5, shadow=0.35)
+        yield shadow(at, soft=2.5)
         yield Capsule(at, at, RADIUS, INK[colour], contrast=0.5, grain=grain)
     yield from BODIES[embodiment](s)
 
@@ -321,9 +312,9 @@ def clutter(rng: np.random.Generator, picture: ndarray, discs: ndarray) -> ndarr
 
 def scenery(
     rng: np.random.Generator, split: str, randomized: bool, discs: ndarray
-) -> tuple[ndarray, ...]:
-    """One world's still background (CANVAS, CANVAS, 3) uint8, and the light on what stands on it:
-    `tint` (3,) and brightness (CANVAS, CANVAS)."""
+) -> dict[str, ndarray]:
+    """One world's still `background` (CANVAS, CANVAS, 3) uint8, and the light on what stands on
+    it: `tint` (3,) and brightness `light` (CANVAS, CANVAS)."""
     library = textures(split, randomized)
     table = library[rng.integers(len(library))]
     left, top = rng.integers(0, TEXTURE - CANVAS, 2)
@@ -336,8 +327,8 @@ def scenery(
         tint = np.float32(brightness * rng.uniform(0.92, 1.08, 3))
         slope = np.float32(rng.uniform(-0.35, 0.35, 2))
         picture = picture * tint * slanted(slope, 0.5)[..., None]
-    picture = np.clip(picture + 0.5, 0, 255)
-    return picture.astype(np.uint8), tint, slanted(slope, 0.0)
+    background = np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    return {"background": background, "tint": tint, "light": slanted(slope, 0.0)}
 
 
 def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:

@@ -9,10 +9,12 @@ four embodiments that share one task space but neither actions nor states.
 Shapes: n worlds, A action dim, P state dim.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
+
+from worlds import choice
 
 IMAGE = 48  # pixels of a picture's side
 COLOURS = ("red", "green", "blue", "yellow")
@@ -39,16 +41,12 @@ PUSH = 0.15  # pushed: displaced by this much
 REACH = (0.02, 0.98)  # where the effector may be
 
 
-def instructions(split: str = "train") -> list[tuple[str, str, str]]:
+def instructions(split: str = "train") -> Sequence[tuple[str, str, str]]:
     """The (skill, colour, side) combinations a split draws from; `eval` has those of `train` at
     layouts never trained on."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
-    if split == "held_out":
-        return list(HELD_OUT)
-    pairs = [(colour, side) for colour in COLOURS for side in SIDES]
-    combinations = [(skill, *pair) for skill in SKILLS for pair in pairs]
-    return [task for task in combinations if task not in HELD_OUT]
+    if choice(split, SPLITS, "split") == "held_out":
+        return HELD_OUT
+    return [task for task in product(SKILLS, COLOURS, SIDES) if task not in HELD_OUT]
 
 
 def sentence(skill: str, colour: str, side: str) -> str:
@@ -61,47 +59,52 @@ def sentence(skill: str, colour: str, side: str) -> str:
 # -- embodiments: one task space, four conventions ------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Embodiment:
+def columns(*values) -> np.ndarray:
+    return np.stack(values, axis=-1)
+
+
+class Gripper:
     """A robot: the maps between its own numbers and the task space that all share.
 
     Task space: target position (n, 2) on the table, grip (n,) from -1 open to 1 closed, heading
     (n,) of the fingers in radians.
     """
 
-    name: str
-    action_dim: int
-    to_action: Callable  # target_xy, grip, state (n, P) -> action (n, A)
-    from_action: Callable  # action (n, A), state (n, P) -> target_xy, grip, heading
-    to_state: Callable  # xy, opening (n,), heading (n,) -> state (n, P)
-    has_actions: bool = True  # whether users of its data get to see its actions
+    name = "gripper"
+    action_dim = 3
+    has_actions = True  # whether users of its data get to see its actions
+
+    def numbers(self, xy, grip, heading) -> np.ndarray:
+        """Its own numbers for a pose: states (n, P), and actions (n, A) where they are absolute."""
+        return columns(*(2 * xy - 1).T, grip)
+
+    def to_state(self, xy, opening, heading) -> np.ndarray:
+        return self.numbers(xy, 1 - 2 * opening, heading)
+
+    def to_action(self, xy, grip, state) -> np.ndarray:
+        return self.numbers(xy, grip, 0)
+
+    def from_action(self, action, state) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Target position, grip and heading of actions (n, A) in states (n, P)."""
+        return (action[:, :2] + 1) / 2, action[:, 2], np.zeros(len(action))
 
 
-def columns(*values) -> np.ndarray:
-    return np.stack(values, axis=-1)
+class Hand(Gripper):
+    name = "hand"
+    has_actions = False
 
 
-def gripper_to_action(xy, grip, state):
-    return columns(2 * xy[:, 0] - 1, 2 * xy[:, 1] - 1, grip)
+class Gantry(Gripper):
+    name = "gantry"
 
+    def to_action(self, xy, grip, state):
+        now = (state[:, :2] + 1) / 2
+        velocity = (grip - state[:, 2])[:, None] / (2 * GRIP_SPEED)
+        return np.clip(np.concatenate([(xy - now) / MAX_SPEED, velocity], axis=1), -1, 1)
 
-def gripper_from_action(action, state):
-    return (action[:, :2] + 1) / 2, action[:, 2], np.zeros(len(action))
-
-
-def gripper_to_state(xy, opening, heading):
-    return gripper_to_action(xy, 1 - 2 * opening, None)
-
-
-def gantry_to_action(xy, grip, state):
-    now = (state[:, :2] + 1) / 2
-    velocity = (grip - state[:, 2])[:, None] / (2 * GRIP_SPEED)
-    return np.clip(np.concatenate([(xy - now) / MAX_SPEED, velocity], axis=1), -1, 1)
-
-
-def gantry_from_action(action, state):
-    xy = (state[:, :2] + 1) / 2 + MAX_SPEED * action[:, :2]
-    return xy, state[:, 2] + 2 * GRIP_SPEED * action[:, 2], np.zeros(len(action))
+    def from_action(self, action, state):
+        xy = (state[:, :2] + 1) / 2 + MAX_SPEED * action[:, :2]
+        return xy, state[:, 2] + 2 * GRIP_SPEED * action[:, 2], np.zeros(len(action))
 
 
 # The arm: shoulder behind the top edge, two equal links, elbow always on the same side.
@@ -124,34 +127,21 @@ def arm_points(shoulder: np.ndarray, elbow: np.ndarray) -> tuple[np.ndarray, np.
     return middle, middle + LINK * columns(np.cos(shoulder + elbow), np.sin(shoulder + elbow))
 
 
-def arm_numbers(xy, grip, heading):
-    """The four numbers of the arm whose hand is at `xy` and whose fingers have this heading."""
-    low, high = JOINT_RANGE.T
-    shoulder, elbow = arm_joints(xy)
-    angles = columns(shoulder, elbow, heading - shoulder - elbow)
-    a, b, wrist = (2 * (angles - low) / (high - low) - 1).T
-    return columns(a, b, grip, wrist)
+class Arm(Gripper):
+    name = "arm"
+    action_dim = 4
+
+    def numbers(self, xy, grip, heading):
+        low, high = JOINT_RANGE.T
+        shoulder, elbow = arm_joints(xy)
+        angles = columns(shoulder, elbow, heading - shoulder - elbow)
+        a, b, wrist = (2 * (angles - low) / (high - low) - 1).T
+        return columns(a, b, grip, wrist)
+
+    def from_action(self, action, state):
+        low, high = JOINT_RANGE.T
+        shoulder, elbow, wrist = (low + (action[:, [0, 1, 3]] + 1) / 2 * (high - low)).T
+        return arm_points(shoulder, elbow)[1], action[:, 2], shoulder + elbow + wrist
 
 
-def arm_to_action(xy, grip, state):
-    return arm_numbers(np.clip(xy, *REACH), grip, 0)
-
-
-def arm_from_action(action, state):
-    low, high = JOINT_RANGE.T
-    shoulder, elbow, wrist = (low + (action[:, [0, 1, 3]] + 1) / 2 * (high - low)).T
-    return arm_points(shoulder, elbow)[1], action[:, 2], shoulder + elbow + wrist
-
-
-def arm_to_state(xy, opening, heading):
-    return arm_numbers(xy, 1 - 2 * opening, heading)
-
-
-GRIPPER = (3, gripper_to_action, gripper_from_action, gripper_to_state)
-ROBOTS = (
-    Embodiment("gripper", *GRIPPER),
-    Embodiment("hand", *GRIPPER, has_actions=False),
-    Embodiment("arm", 4, arm_to_action, arm_from_action, arm_to_state),
-    Embodiment("gantry", 3, gantry_to_action, gantry_from_action, gripper_to_state),
-)
-EMBODIMENTS = {robot.name: robot for robot in ROBOTS}
+EMBODIMENTS = {robot.name: robot for robot in (Gripper(), Hand(), Arm(), Gantry())}

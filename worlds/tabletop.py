@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
+from worlds import choice
 from worlds.render import PAD, Snapshot, capsules, distance, flow, paint, scenery
 from worlds.robots import (
     BAND,
@@ -44,6 +45,7 @@ from worlds.robots import (
     SPLITS,
     TIP,
     TURN_SPEED,
+    columns,
     instructions,
     sentence,
 )
@@ -80,9 +82,8 @@ def feasible(skill: str, discs: ndarray, toward: ndarray) -> ndarray:
         good = (free > RADIUS + PUSH + 0.1) & (free < 0.78)
         spots = [named + step * toward for step in (-0.15, 0.07, 0.14, 0.22)]
         gap = 0.02
-    for spot in spots:
-        good &= (distance(spot[:, None], others) > 2 * RADIUS + gap).all(axis=1)
-    return good
+    gaps = [distance(spot[:, None], others) for spot in spots]
+    return good & (np.min(gaps, axis=(0, 2)) > 2 * RADIUS + gap)
 
 
 def layout_of(
@@ -119,23 +120,6 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
 # -- the world ------------------------------------------------------------------------------------
 
 
-class Scene(NamedTuple):
-    """How a world begins; of n worlds, each array has n in front."""
-
-    discs: ndarray  # (D, 2)
-    colours: ndarray  # (D,) index into COLOURS
-    named: int  # the disc that the instruction is about
-    skill: int
-    toward: ndarray  # (2,) direction of the side
-    goal: ndarray  # (2,) where the disc should go
-    effector: ndarray  # (2,)
-    opening: float
-    heading: float
-    background: ndarray  # (CANVAS, CANVAS, 3) uint8
-    tint: ndarray  # (3,)
-    light: ndarray  # (CANVAS, CANVAS)
-
-
 class Tabletop:
     """n worlds at once, one embodiment.
 
@@ -148,6 +132,11 @@ class Tabletop:
     astray           share of worlds that begin in the middle of a mistake: the effector anywhere,
                      more often than not near the named disc, the gripper open or closed on nothing.
                      Demonstrations of them teach how to recover
+
+    After `reset` it holds `task` (skill, colour, side) and `instruction` of each, and as arrays
+    with n in front: discs (D, 2), colours (D,) as indices into COLOURS, named (the disc that the
+    instruction is about), skill, toward (2,) the side, goal (2,) of the disc, effector (2,),
+    opening, heading, held (a disc, or -1) and success.
     """
 
     def __init__(
@@ -159,12 +148,8 @@ class Tabletop:
         task_agnostic: bool = False,
         astray: float = 0.0,
     ):
-        if embodiment not in EMBODIMENTS:
-            raise ValueError(f"embodiment is {embodiment!r}; expected one of {tuple(EMBODIMENTS)}")
-        if n < 1:
-            raise ValueError(f"n is {n}; expected at least one world")
         self.n = n
-        self.embodiment = EMBODIMENTS[embodiment]
+        self.embodiment = EMBODIMENTS[choice(embodiment, EMBODIMENTS, "embodiment")]
         self.randomized = randomized
         self.split = split
         self.tasks = instructions(split)
@@ -179,16 +164,13 @@ class Tabletop:
         n strings.
         """
         n = self.n
-        seeds = [int(seed) for seed in seeds]
-        if len(seeds) != n or min(seeds) < 0:
-            raise ValueError(
-                f"seeds are {seeds}; expected {n} non-negative integers, one per world"
-            )
+        if len(seeds) != n:
+            raise ValueError(f"seeds are {seeds}; expected {n} non-negative integers")
         self.task = []
         self.rngs = []
-        scenes = [self._scene(seed) for seed in seeds]
-        for name, rows in zip(Scene._fields, zip(*scenes)):
-            setattr(self, name, np.stack(rows))
+        scenes = [self._scene(int(seed)) for seed in seeds]
+        for name in scenes[0]:
+            setattr(self, name, np.stack([scene[name] for scene in scenes]))
         self.instruction = ["" if self.task_agnostic else sentence(*task) for task in self.task]
         self.start = self.disc
         self.held = np.full(n, -1)
@@ -201,7 +183,8 @@ class Tabletop:
         self._intention = None
         return self.observe()
 
-    def _scene(self, seed: int) -> Scene:
+    def _scene(self, seed: int) -> dict:
+        """How one world begins, by the names of what the worlds hold."""
         split = SPLITS.index(self.split)
         layout, look, play = (np.random.default_rng([split, k, seed]) for k in range(3))
         skill, colour, side = task = self.tasks[layout.integers(len(self.tasks))]
@@ -212,17 +195,24 @@ class Tabletop:
         rest = [c for c in range(len(COLOURS)) if c != first]
         colours = np.array([first, *layout.permutation(rest)[: DISCS - 1]])
         discs, effector = layout_of(layout, None if self.task_agnostic else skill, toward)
-        goal = goal_of(skill, discs[0], toward)
         order = layout.permutation(DISCS)  # the named disc may have any slot
         named = order.argmin()
         heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
-        surroundings = scenery(look, self.split, self.randomized, discs)
-        discs = discs[order]
         opening = 1.0
         if self.astray and play.random() < self.astray:
-            effector, opening = stray(play, discs, named)
-        what = (discs, colours[order], named, SKILLS.index(skill), toward, goal)
-        return Scene(*what, effector, opening, heading, *surroundings)
+            effector, opening = stray(play, discs[order], named)
+        return {
+            "discs": discs[order],
+            "colours": colours[order],
+            "named": named,
+            "skill": SKILLS.index(skill),
+            "toward": toward,
+            "goal": goal_of(skill, discs[0], toward),
+            "effector": effector,
+            "opening": opening,
+            "heading": heading,
+            **scenery(look, self.split, self.randomized, discs),
+        }
 
     @property
     def group(self) -> list[str]:
@@ -256,29 +246,19 @@ class Tabletop:
 
     def snapshot(self) -> Snapshot:
         """A copy of all that moves."""
-        names = Snapshot.__dataclass_fields__
-        return Snapshot(*(getattr(self, name).copy() for name in names))
+        return Snapshot(*(getattr(self, name).copy() for name in Snapshot._fields))
 
     # -- physics ----------------------------------------------------------------------------------
 
-    def step(self, actions: ndarray) -> tuple[dict, ndarray]:
-        """One action step of every world: actions (n, A), clipped to [-1, 1] -> observation,
-        success (n,) bool, latched."""
-        self.advance(actions)
-        return self.observe(), self.success.copy()
-
     def advance(self, actions: ndarray) -> None:
-        """`step` without a picture."""
+        """One action step of every world: actions (n, A), clipped to [-1, 1]."""
         actions = np.asarray(actions, float)
         shape = (self.n, self.embodiment.action_dim)
-        if actions.shape != shape:
+        if actions.shape != shape or not np.isfinite(actions).all():
             raise ValueError(
-                f"actions have shape {actions.shape}; {self.n} worlds of embodiment "
-                f"{self.embodiment.name!r} expected {shape}"
+                f"actions have shape {actions.shape} and values {actions}; {self.n} worlds of "
+                f"embodiment {self.embodiment.name!r} expected {shape} finite numbers"
             )
-        if not np.isfinite(actions).all():
-            i, j = np.argwhere(~np.isfinite(actions))[0]
-            raise ValueError(f"actions[{i}, {j}] is {actions[i, j]}; expected finite numbers")
         was_open = self.opening >= 0.5
         move = self._move(actions)
         self._drop()
@@ -303,10 +283,10 @@ class Tabletop:
     def _drop(self) -> None:
         """Open grippers let go. A disc to be pushed that was grasped by mistake begins anew."""
         opens = self.opening > 0.5
-        again = np.flatnonzero(opens & (self.held == self.named) & (self.skill != PLACE))
+        again = opens & (self.held == self.named) & (self.skill != PLACE)
         self.grasped[again, self.named[again]] = False
         self.start[again] = self.disc[again]
-        self.held = np.where(opens, -1, self.held)
+        self.held[opens] = -1
 
     def _grasp(self, was_open: ndarray) -> None:
         """Grippers that close near a disc take it, and what is held comes along."""
@@ -328,12 +308,11 @@ class Tabletop:
         pushing = (self.opening < 0.5) & (self.held < 0)
         offset = self.discs - self.effector[:, None]
         self.discs += driven(offset, RADIUS + TIP, pushing[:, None], move[:, None])
-        for i in range(DISCS):
-            for j in range(i):
-                offset = self.discs[:, i] - self.discs[:, j]
-                half = apart(offset, 2 * RADIUS, free[:, i] & free[:, j]) / 2
-                self.discs[:, i] += half
-                self.discs[:, j] -= half
+        for j, i in ((0, 1), (0, 2), (1, 2)):
+            offset = self.discs[:, i] - self.discs[:, j]
+            half = apart(offset, 2 * RADIUS, free[:, i] & free[:, j]) / 2
+            self.discs[:, i] += half
+            self.discs[:, j] -= half
         self.discs = np.clip(self.discs, RADIUS, 1 - RADIUS)
 
     def _judge(self) -> None:
@@ -444,6 +423,19 @@ def eased(way: ndarray) -> ndarray:
     return way * np.minimum(1, np.minimum(0.35 * length + 0.006, 0.034) / length)
 
 
+LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
+
+
+def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
+    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
+    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
+    skill, colour, side = task
+    disc = shot.discs[shot.colours == COLOURS.index(colour)]
+    toward = DIRECTIONS[SIDES.index(side)]
+    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
+    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
+
+
 # -- recording ------------------------------------------------------------------------------------
 
 
@@ -455,6 +447,7 @@ class Episode:
     states: ndarray  # (T+1, P) float32
     # (T, A) float32: what the expert meant; None for a body whose actions nobody records
     actions: ndarray | None
+    task: tuple[str, str, str] | None  # skill, colour, side
     instruction: str
     embodiment: str
     level: int
@@ -465,7 +458,7 @@ class Episode:
     def flow(self, before: ndarray, after: ndarray) -> ndarray:
         """True optical flow (k, 48, 48, 2) between the frames numbered `before` (k,) and those
         numbered `after` (k,)."""
-        return flow(self.embodiment, self.snapshots[before], self.snapshots[after])
+        return flow(self.embodiment, self.snapshots.at(before), self.snapshots.at(after))
 
 
 class Level(NamedTuple):
@@ -477,6 +470,7 @@ class Level(NamedTuple):
     task_agnostic: bool = False
     astray: float = 0.0
     slips: float = 0.0  # chance at each step that the grip slips
+    noise: float = 0.01  # of what is executed, see `Tabletop.expert`
 
 
 LEVELS = {
@@ -499,32 +493,23 @@ def record(
     seed: int,
     embodiment: str | None = None,
     split: str = "train",
-    noise: float = 0.01,
     pictures: bool = True,
     disturbed: bool = True,
 ) -> list[Episode]:
     """Record the expert. Deterministic in its arguments; the first k of more episodes are the same
     k episodes.
 
-    A level with several bodies takes them in turn unless `embodiment` names one. `noise` disturbs
-    what is executed, not what is recorded (see `Tabletop.expert`); on level 6 the grip also slips
-    now and then, for a few steps. Each episode ends a few steps after success. Without `pictures`
+    A level with several bodies takes them in turn unless `embodiment` names one. Noise disturbs
+    what is executed, not what is recorded; on level 6 the grip also slips now and then, for a few
+    steps. Each episode ends a few steps after success. Without `pictures`
     its frames have no pixels, for those who need the motion alone and sooner. Undisturbed, the
     expert starts where a policy does, and what is recorded is what is executed.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level is {level}; expected one of {tuple(LEVELS)}")
-    if embodiment is not None and embodiment not in EMBODIMENTS:
-        raise ValueError(
-            f"embodiment is {embodiment!r}; expected one of {tuple(EMBODIMENTS)}, or None for "
-            f"level {level}'s own"
-        )
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least one")
-    kind = LEVELS[level]
+    kind = LEVELS[choice(level, LEVELS, "level")]
     if not disturbed:
-        kind = kind._replace(astray=0.0, slips=0.0)
-        noise = 0.0
+        kind = kind._replace(astray=0.0, slips=0.0, noise=0.0)
     bodies = (embodiment,) if embodiment else kind.bodies
     seeds = np.random.SeedSequence([seed, level]).generate_state(episodes)
     recorded: list[Episode | None] = [None] * episodes
@@ -536,12 +521,12 @@ def record(
                 len(chunk), body, kind.randomized, split, kind.task_agnostic, kind.astray
             )
             world.reset(seeds[chunk])
-            for i, episode in zip(chunk, play(world, level, kind.slips, noise, pictures)):
+            for i, episode in zip(chunk, play(world, level, kind, pictures)):
                 recorded[i] = episode
     return recorded
 
 
-def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool) -> list[Episode]:
+def play(world: Tabletop, level: int, kind: Level, pictures: bool) -> list[Episode]:
     """Lets the expert act in worlds that were just reset."""
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
 
@@ -556,27 +541,28 @@ def play(world: Tabletop, level: int, slips: float, noise: float, pictures: bool
     length = np.zeros(world.n, int)
     for _ in range(WANDER if world.task_agnostic else LIMIT):
         actions.append(world.expert().astype(np.float32))
-        if slips:
+        if kind.slips:
             draws = np.array([rng.random() for rng in world.rngs])
-            begins = (slipping == 0) & (draws < slips) & ~world.success
+            begins = (slipping == 0) & (draws < kind.slips) & ~world.success
             slipping = np.where(begins, SLIP, np.maximum(slipping - 1, 0))
-        world.advance(world.expert(noise, slipping > 0))
+        world.advance(world.expert(kind.noise, slipping > 0))
         seen.append(look())
         length += since <= AFTER
         since += world.success
         if (since > AFTER).all():
             break
     frames, states, shots = zip(*seen)
-    frames, states, actions = (np.stack(rows) for rows in (frames, states, actions))
-    shots = Snapshot.stack(shots)
+    frames, states, actions = map(np.stack, (frames, states, actions))
+    shots = Snapshot(*map(np.stack, zip(*shots)))  # time in front
     episodes = []
     for i, t in enumerate(length):
-        shot = shots[: t + 1, i]
-        motion = np.concatenate([shot.effector, shot.opening[:, None]], axis=1)
+        shot = shots.at(slice(t + 1), i)
+        motion = columns(*shot.effector.T, shot.opening)
         episode = Episode(
             frames[: t + 1, i].copy(),
-            states[: t + 1, i].copy(),
-            actions[:t, i].copy() if world.embodiment.has_actions else None,
+            states[: t + 1, i],
+            actions[:t, i] if world.embodiment.has_actions else None,
+            None if world.task_agnostic else world.task[i],
             world.instruction[i],
             world.embodiment.name,
             level,

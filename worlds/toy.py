@@ -6,7 +6,7 @@ python -m scripts.record --sim toy --tasks place,push --episodes 50 --out data/t
 import numpy as np
 
 from worlds import World, checked, choice
-from worlds.tabletop import Tabletop, record
+from worlds.tabletop import Tabletop, labels, record
 
 __all__ = ["TASKS", "make", "many", "record"]
 
@@ -73,11 +73,8 @@ class Toy(World):
         return {"top": self.world.render()[0]}
 
     def labels(self) -> dict[str, float]:
-        x, y = self.world.disc[0]
-        effector_x, effector_y = self.world.effector[0]
-        opening = self.world.opening[0]
-        found = {"object x": x, "object y": y, "effector x": effector_x, "effector y": effector_y}
-        return found | {"opening": opening}
+        found = labels(self.world.snapshot(), self.world.task[0])
+        return {name: float(value[0]) for name, value in found.items()}
 
     def expert(self) -> np.ndarray:
         return Tabletop.expert(self.world)[0]

@@ -1,0 +1,90 @@
+"""Pictures for people: films, sheets of windows, plots of a card. They carry their own dark ground,
+and so read the same on any page."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from formats.cards import Pyramid
+
+# Strides over frames and colours of a film; the first that fits its limit stays.
+SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
+
+
+def film(
+    path: Path,
+    columns: dict[str, np.ndarray],
+    caption: str,
+    scale: int = 4,
+    ms: int = 400,
+    limit: int = 300_000,
+) -> None:
+    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
+    names, above a caption."""
+    from PIL import Image, ImageDraw, ImageOps
+
+    videos = np.concatenate(list(columns.values()), axis=2)
+    pages = []
+    for pictures in videos.repeat(scale, axis=1).repeat(scale, axis=2):
+        page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
+        draw = ImageDraw.Draw(page)
+        draw.text((4, 3), " | ".join(columns), font_size=12)
+        draw.text((4, page.height - 18), caption, font_size=12)
+        pages.append(page)
+    for stride, colours in SMALLER:
+        first, *rest = (page.quantize(colours) for page in pages[::stride])
+        first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
+        if path.stat().st_size <= limit:
+            return
+
+
+def sheet(
+    path: Path,
+    title: str,
+    captions: Sequence[str],
+    pictures: dict[str, np.ndarray],
+    *actions: np.ndarray,
+) -> None:
+    """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions
+    (B, S, A), a plot per dimension."""
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
+
+    rows = len(captions)
+    columns = len(pictures) + (actions[0].shape[2] if actions else 0)
+    with context(["dark_background", {"font.size": 7}]):
+        size = (1.8 * columns + 0.4, 1.8 * rows + 0.4)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        figure.suptitle(title, fontsize=9)
+        for row, caption in enumerate(captions):
+            axes[row, 0].set_ylabel(textwrap.fill(caption, 24))
+            for axis, (name, images) in zip(axes[row], pictures.items()):
+                axis.imshow(np.asarray(images[row]), interpolation="nearest")
+                axis.set(xticks=[], yticks=[], title=name)
+            for i, axis in enumerate(axes[row, len(pictures) :]):
+                axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
+                axis.set(title=f"action {i}: predicted, true")
+        figure.savefig(path, dpi=110)
+
+
+def plot(pyramid: Pyramid, out: str) -> None:
+    """A row for each of a few windows: its frames, with the actions over them against time."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(pyramid.draw(8, 0, 0).tolist())
+    right = pyramid.frames + 0.5
+    figure = Figure((2 * pyramid.frames + 2, 2 * len(rows)), layout="constrained")
+    for axis, row in zip(figure.subplots(len(rows)), rows):
+        o = pyramid.opened[row[0]]
+        seen = pyramid.window(row, "real")
+        axis.imshow(np.concatenate(seen.frames, axis=1), extent=(-0.5, right, 0, 1), aspect="auto")
+        title = f"{o.name}, episode {row[1]}, row {row[2]}: {seen.instruction[:90]}"
+        axis.set(yticks=[], xlabel=f"video frames at {pyramid.video_hz:g} Hz", title=title)
+        if seen.actions is not None:
+            times = (np.arange(len(seen.actions)) + o.source.ahead) / pyramid.ratio
+            mask = seen.action_mask
+            axis.twinx().plot(times[mask], seen.actions[mask], linewidth=1.2)
+    figure.savefig(out)

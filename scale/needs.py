@@ -1,0 +1,52 @@
+"""The needs of a stage before it can begin, each with the command that gets it."""
+
+import argparse
+import os
+from pathlib import Path
+
+from data import open_pyramid
+from motus import PRESETS
+
+
+def backbones_folder(preset_name: str) -> Path:
+    return Path(os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones or "weights")
+
+
+def dcae_of(args: argparse.Namespace) -> Path:
+    """The DC-AE of stage latent: that of --init, our own file or the published folder."""
+    own = backbones_folder(args.preset) / "dcae.safetensors"
+    return args.init or (own if own.exists() else own.with_suffix(""))
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """The needs of a stage that are not there, each with the command that gets it."""
+    found = []
+    if not (args.data or args.cache or PRESETS[args.preset].data):
+        card = "python data.py inspect DATASET --card card.json, then --data card.json"
+        found.append(f"a dataset card: {card}")
+    folder = backbones_folder(args.preset)
+    if args.stage == "latent":
+        if not dcae_of(args).exists():
+            get = "python -m weights download dcae"
+            if PRESETS[args.preset].latent["dcae"]:  # not of the published size
+                get = f"python -m scripts.latents pretrain --out {dcae_of(args)}.safetensors"
+            found.append(f"DC-AE {dcae_of(args)}: {get}")
+    elif not (folder / "vae.safetensors").is_file():
+        for name in ("wan", "qwen3vl") if args.stage != "1" else ("wan",):
+            if not (folder / name).is_dir():
+                found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
+    return found
+
+
+def unfit(args: argparse.Namespace) -> list[str]:
+    """The faults of --data for a stage, without looking at more than an episode."""
+    if not args.data or args.cache:
+        return []
+    try:
+        pyramid = open_pyramid(args.data, args.stage, args.preset, episodes=1)
+    except ValueError as error:
+        return [str(error)]
+    if args.stage != "latent" or any(o.reader.flows(0, 1) is not None for o in pyramid.opened):
+        return []
+    get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
+    return [f"optical flow of the videos: {get}"]

@@ -331,7 +331,7 @@ def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
 
 
 def stage_row(plan: Plan, stage: str, rate: float) -> tuple[str, ...]:
-    """What the paper's GPU-hours of a stage buy here."""
+    """Speed of a stage, and how far the paper's GPU-hours go here."""
     other = replace(plan, stage=stage)
     samples = rate / other.flops(plan.best)
     steps = HOURS[stage] * 3600 * samples / plan.gpus / plan.batch

@@ -455,10 +455,10 @@ def count(steps: int) -> str:
 # -- int8 -----------------------------------------------------------------------------------------
 
 
-def int8_drift(ckpt: str, episodes: int, seed: int) -> str:
-    """Per mode, what int8 weights of the video expert change in a sample of ten steps on held-out
-    windows, relative to its size."""
-    policy = Policy.load(ckpt)
+def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
+    """Per mode, what int8 weights of the video expert change in a sample on held-out windows,
+    relative to its size."""
+    policy = Policy.load(ckpt, steps=steps)
     card = policy.card
     seen = (policy.model.config, policy.statistics, episodes, seed)
     batch = data.held_out(None, card.stage, card.preset, *seen)
@@ -577,7 +577,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.count:
         text = count(args.steps)
     elif args.int8:
-        text = int8_drift(args.int8, args.episodes, args.seed)
+        text = int8_drift(args.int8, args.steps, args.episodes, args.seed)
     else:
         text = ratios(args.steps, args.rounds, args.batch, args.compile)
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"

@@ -22,9 +22,9 @@ Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets, A
 
 import argparse
 import json
-import math
 import shutil
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +34,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from attention import mlp
 from backbones.frozen import Backbones
 from backbones.optical_flow import mirrored, rarest_motions
-from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, patchify, prompt_ids
-from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
+from backbones.qwen3vl import SPECIAL, Qwen3VL
+from backbones.umt5 import T5Tokenizer, UMT5Encoder
 from backbones.wan_vae import WanVAE
 from data import open_pyramid
 from formats.cards import Pyramid, placed, tiled
@@ -73,7 +73,7 @@ class Corpus:
     `targets` names the labels: numbers to be seen in a picture, of which the first two say where
     the named object is, 0 to 1 from left and top."""
 
-    def __init__(self, pyramid: Pyramid, count: int, seed: int, held_out: bool = False):
+    def __init__(self, pyramid: Pyramid, count: int, held_out: bool = False):
         found = []
         for o in pyramid.opened:
             episodes = range(o.trained, len(o.reader.lengths)) if held_out else range(o.trained)
@@ -83,10 +83,12 @@ class Corpus:
                 f"card {pyramid.name}: no {'held-out' if held_out else 'trained'} episode has "
                 'labels; set "held_out" of a source, and record it with `python -m scripts.record`'
             )
-        order = np.random.default_rng(seed).permutation(len(found))[:count].tolist()
+        self.rng = np.random.default_rng(0)
+        order = self.rng.permutation(len(found))[:count].tolist()
         reader, episode = found[order[0]]
         self.targets = tuple(reader.labels(episode))
         self.episodes = [self.read(pyramid, *found[i]) for i in order]
+        self.sentences = sorted({episode.text for episode in self.episodes})
 
     def read(self, pyramid: Pyramid, reader: Recordings, episode: int) -> Episode:
         labels = reader.labels(episode)
@@ -107,97 +109,197 @@ class Corpus:
         rate = max(1, round(reader.fps / pyramid.video_hz))
         return Episode(tiled(seen.frames, pyramid.size), rows, seen.instruction, rate)
 
-    @property
-    def sentences(self) -> list[str]:
-        return sorted({episode.text for episode in self.episodes})
+    def draw(self, size: int) -> list[Episode]:
+        return [self.episodes[i] for i in self.rng.integers(len(self.episodes), size=size)]
 
-    def draw(self, seed: int, size: int) -> tuple[list[Episode], np.random.Generator]:
-        rng = np.random.default_rng([abs(seed), seed < 0])
-        return [self.episodes[i] for i in rng.integers(len(self.episodes), size=size)], rng
-
-    def clips(self, seed: int, size: int, frames: int = 5) -> Tensor:
-        """(B, F, H, W, 3) uint8 at the video rate."""
-        episodes, rng = self.draw(seed, size)
+    def clips(self, size: int) -> Tensor:
+        """Five frames at the video rate (B, 3, 5, H, W) in [-1, 1]."""
         clips = []
-        for episode in episodes:
-            last = len(episode.frames) - 1
-            start = rng.integers(max(1, last + 1 - episode.rate * (frames - 1)))
-            rows = start + episode.rate * np.arange(frames)
-            clips.append(episode.frames[np.minimum(rows, last)])
-        return torch.from_numpy(np.stack(clips))
+        for frames, _, _, rate in self.draw(size):
+            rows = rate * np.arange(5)
+            rows += self.rng.integers(max(1, len(frames) - rows[-1]))
+            clips.append(frames[rows.clip(max=len(frames) - 1)])
+        return rearrange(torch.tensor(np.stack(clips)), "b f h w c -> b c f h w") / 127.5 - 1
 
-    def grounded(self, seed: int, size: int) -> tuple[Tensor, list[str], Tensor]:
+    def grounded(self, size: int) -> tuple[Tensor, list[str], Tensor]:
         """Pictures (B, H, W, 3) uint8, the instruction about each, and targets (B, G)."""
-        episodes, rng = self.draw(seed, size)
-        times = [rng.integers(len(episode.frames)) for episode in episodes]
-        pictures = np.stack([episode.frames[t] for episode, t in zip(episodes, times)])
-        targets = np.stack([episode.labels[t] for episode, t in zip(episodes, times)])
-        texts = [episode.text for episode in episodes]
-        return torch.from_numpy(pictures), texts, torch.from_numpy(targets).float()
+        found = []
+        for frames, labels, text, _ in self.draw(size):
+            t = self.rng.integers(len(frames))
+            found.append((frames[t], text, labels[t]))
+        pictures, texts, targets = zip(*found)
+        return torch.tensor(np.stack(pictures)), texts, torch.tensor(np.stack(targets)).float()
 
 
-def word_tokenizer(path: Path, specials: list[str], sentences: list[str]) -> None:
+class Job(NamedTuple):
+    """One part of the backbones that are to be made, and what it learns from."""
+
+    preset: str
+    out: Path
+    pyramid: Pyramid
+    corpus: Corpus
+    held_out: Corpus
+    steps: int
+    batch: int
+
+
+def shipped(name: str, part: str) -> nn.Module:
+    """A part as it is in the repository, frozen."""
+    return getattr(Backbones.load(PRESETS[name].backbones, parts=[part]), part)
+
+
+def word_tokenizer(path: Path, specials: Sequence[str], sentences: Iterable[str]) -> Tokenizer:
     """Writes a `tokenizer.json` with one id per word; words never seen become <unk>."""
-    words = sorted({word for sentence in sentences for word in sentence.split()})
+    words = sorted(set(" ".join(sentences).split()))
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *specials, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    marks = [AddedToken(token, normalized=False) for token in specials if not token.isalpha()]
-    tokenizer.add_special_tokens(marks)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.add_special_tokens(list(specials))
     tokenizer.save(str(path))
+    return tokenizer
 
 
 def optimise(
-    parameters: Iterable[Tensor], steps: int, lr: float, loss: Callable[[int], Tensor], name: str
-) -> None:
-    """AdamW with warm-up and cosine decay; `loss` is a function of the step."""
-    parameters = list(parameters)
+    name: str,
+    networks: Iterable[nn.Module],
+    steps: int,
+    lr: float,
+    loss: Callable[[], dict[str, Tensor]],
+) -> dict[str, float]:
+    """AdamW with warm-up and cosine decay on the sum of the terms of `loss`, each of whose means
+    over the last hundred steps is returned."""
+    parameters = [p for network in networks for p in network.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
-
-    def rate(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        return min(1, (step + 1) / 50) * (0.05 + 0.95 * cosine)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for step in tqdm(range(steps), name, unit="step", mininterval=2):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8
+    )
+    last = deque(maxlen=100)
+    for _ in tqdm(range(steps), name, unit="step", mininterval=2):
         optimizer.zero_grad()
-        loss(step).backward()
+        terms = loss()
+        sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
+        last.append([term.item() for term in terms.values()])
+    return {f"{name}_{key}_loss": mean for key, mean in zip(terms, np.mean(last, axis=0).tolist())}
 
 
-# -- video VAE ------------------------------------------------------------------------------------
+# -- the networks ---------------------------------------------------------------------------------
 
 
-def pretrain_vae(
-    vae: WanVAE, clips: Callable[[int], Tensor], steps: int, lr: float = 3e-3, kl: float = 1e-5
-) -> None:
-    """Trains in place on clips(seed) -> (B, F, H, W, 3) uint8, and notes the latents' mean and std
-    in its config."""
+def pretrain_text(job: Job) -> dict[str, float]:
+    """Predicts masked words, three in ten, with a head tied to the embedding."""
+    file = job.out / "text.json"
+    sentences = job.corpus.sentences
+    words = word_tokenizer(file, ["</s>"], sentences)
+    model = UMT5Encoder(replace(shipped(job.preset, "text").config, vocab=words.get_vocab_size()))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.05)
+    all_ids, all_mask = T5Tokenizer(file, preset(job.preset).video.text_len).encode(sentences)
 
-    def loss(step: int) -> Tensor:
-        video = as_video(clips(step))
+    def loss() -> dict[str, Tensor]:
+        rows = torch.randint(len(sentences), (job.batch,))
+        ids = all_ids[rows]
+        mask = all_mask[rows]
+        hidden = (torch.rand(ids.shape) < 0.3) & mask
+        states = model(ids.masked_fill(hidden, words.token_to_id("<unk>")), mask)
+        logits = states[hidden] @ model.token_embedding.weight.T
+        return {"words": F.cross_entropy(logits, ids[hidden])}
+
+    figures = optimise("text", [model], job.steps, 3e-3, loss)
+    save_part(job.out / "text.safetensors", model, torch.float16)
+    return figures
+
+
+AFTER = 2  # tokens of a prompt after those of its picture: <|vision_end|> <|im_end|>
+
+
+def pretrain_vlm(job: Job) -> dict[str, float]:
+    """Three questions, all answered by hidden states through linear probes: which image token holds
+    the named object (dense, so it is learnt at once), where exactly that token thinks it is, and
+    what the last token of the prompt makes of it all."""
+    names = job.corpus.targets
+    sentences = [*job.corpus.sentences, "user"]
+    tokenizer = word_tokenizer(job.out / "vlm.json", SPECIAL, sentences)
+    words = tokenizer.get_vocab_size()
+    image = tokenizer.token_to_id("<|image_pad|>")
+    config = replace(shipped(job.preset, "vlm").config, vocab=words, image_token=image)
+    vlm = Qwen3VL(config)
+    vlm.init_weights()
+    reader = Backbones(vlm=(vlm, tokenizer))
+    size = torch.tensor(job.pyramid.size)  # height and width
+    grid = size // (config.patch * config.merge)  # rows and columns of image tokens
+    which, where, last = probes = [nn.Linear(config.width, n) for n in (1, 2, len(names))]
+
+    def answers(corpus: Corpus, count: int) -> tuple[Tensor, ...]:
+        """Targets (B, G), the index (B,) of the image token at the named object, logits (B, image
+        tokens) of that, its position (B, 2) by that token, and all targets by the last token."""
+        pictures, texts, target = corpus.grounded(count)
+        hidden, mask = reader.understand(pictures, texts)
+        batch = torch.arange(count)
+        end = mask.sum(dim=1)
+        places = end[:, None] - AFTER - grid.prod() + torch.arange(grid.prod())
+        tokens = hidden[batch[:, None], places]
+        row, column = (target[:, [1, 0]] * grid).long().clamp(0 * grid, grid - 1).unbind(dim=1)
+        cell = row * grid[1] + column
+        position = where(tokens[batch, cell])
+        everything = last(hidden[batch, end - 1])
+        return target, cell, which(tokens)[..., 0], position, everything
+
+    def loss() -> dict[str, Tensor]:
+        target, cell, logits, position, everything = answers(job.corpus, job.batch)
+        return {
+            "which": F.cross_entropy(logits, cell),
+            "where": 8 * F.smooth_l1_loss(position, target[:, :2], beta=0.02),
+            "all": 8 * F.smooth_l1_loss(everything, target, beta=0.02),
+        }
+
+    figures = optimise("vlm", [vlm, *probes], job.steps, 1.5e-3, loss)
+    save_part(job.out / "vlm.safetensors", vlm, torch.float16)
+    with torch.no_grad():
+        target, cell, logits, position, everything = answers(job.held_out, 512)
+    away = (position - target[:, :2]) * size.flip(0)
+    figures["vlm_named_object_found"] = (logits.argmax(dim=1) == cell).float().mean().item()
+    figures["vlm_position_error_px"] = away.norm(dim=1).mean().item()
+    errors = (everything - target).abs().mean(dim=0).tolist()
+    return figures | {f"vlm_error {name}": error for name, error in zip(names, errors)}
+
+
+def pretrain_vae(job: Job) -> dict[str, float]:
+    """L1 and squared error, and a little KL. The VAE of another preset goes on from the toy's,
+    which is of the same size and has begun to see: half the time. The mean and std of the latents
+    are noted in the config, and the peak signal-to-noise ratio in dB in the figures, that of all
+    pixels and of those that move."""
+    vae = shipped("toy", "vae")
+    if job.preset == "toy":
+        vae = WanVAE(vae.config)
+    unit = {"mean": 0.0, "std": 1.0}  # while it learns
+    vae.config = replace(vae.config, **{key: (x,) * vae.config.z_dim for key, x in unit.items()})
+
+    def loss() -> dict[str, Tensor]:
+        video = job.corpus.clips(job.batch)
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = vae.decode(z, clamp=False) - video
-        weight = 1 + 6 * moving(video)
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
-        return (weight * (error.abs() + 2 * error.square())).mean() + kl * divergence
+        pixels = (1 + 6 * moving(video)) * (error.abs() + 2 * error.square())
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        return {"pixels": pixels.mean(), "kl": 1e-5 * divergence.sum(dim=1).mean()}
 
-    optimise(vae.parameters(), steps, lr, loss, "vae")
+    figures = optimise("vae", [vae], job.steps, 3e-3, loss)
     with torch.no_grad():
-        latents = torch.cat([vae.posterior(as_video(clips(-1 - i)))[0] for i in range(16)])
-    channels = rearrange(latents, "b c t h w -> c (b t h w)")
-    mean, std = channels.mean(dim=1), channels.std(dim=1)
-    vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-
-
-def as_video(clips: Tensor) -> Tensor:
-    """(B, F, H, W, 3) uint8 -> (B, 3, F, H, W) in [-1, 1]."""
-    return rearrange(clips, "b f h w c -> b c f h w").float() / 127.5 - 1
+        latents, _ = vae.posterior(job.corpus.clips(128))
+        std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
+        vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+        video = job.held_out.clips(128)
+        error = ((vae.decode(vae.encode(video)) - video) / 2).square()
+    save_part(job.out / "vae.safetensors", vae)
+    weight = moving(video).expand_as(video)
+    figures["vae_psnr_db"] = -10 * error.mean().log10().item()
+    figures["vae_psnr_moving_db"] = -10 * ((error * weight).sum() / weight.sum()).log10().item()
+    return figures
 
 
 def moving(video: Tensor) -> Tensor:
@@ -208,283 +310,102 @@ def moving(video: Tensor) -> Tensor:
     return torch.maximum(F.pad(change, (0, 0, 0, 0, 0, 1)), F.pad(change, (0, 0, 0, 0, 1, 0)))
 
 
-@torch.no_grad()
-def vae_psnr(vae: WanVAE, clips: Tensor) -> tuple[float, float]:
-    """Peak signal-to-noise ratio in dB of the reconstruction of clips (B, F, H, W, 3) uint8: of all
-    pixels, and of those that move."""
-    video = as_video(clips)
-    error = ((vae.decode(vae.encode(video)) - video) / 2).square()
-    weight = moving(video).expand_as(video)
-    means = error.mean(), (error * weight).sum() / weight.sum()
-    return tuple(-10 * math.log10(value) for value in means)
-
-
-# -- text -----------------------------------------------------------------------------------------
-
-
-def pretrain_text(
-    config: UMT5Config, tokenizer: T5Tokenizer, sentences: list[str], steps: int, lr: float = 3e-3
-) -> UMT5Encoder:
-    """Predicts masked words (three in ten, at least a chance of one) with a head tied to the
-    embedding."""
-    model = UMT5Encoder(config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.05)
-    generator = torch.Generator().manual_seed(0)
-    all_ids, all_mask = tokenizer.encode(sentences)
-    unknown = tokenizer.tokenizer.token_to_id("<unk>")
-
-    def loss(step: int) -> Tensor:
-        rows = torch.randint(len(sentences), (64,), generator=generator)
-        ids, mask = all_ids[rows], all_mask[rows]
-        hidden = (torch.rand(ids.shape, generator=generator) < 0.3) & mask
-        logits = model(ids.masked_fill(hidden, unknown), mask) @ model.token_embedding.weight.T
-        return F.cross_entropy(logits[hidden], ids[hidden])
-
-    optimise(model.parameters(), steps, lr, loss, "text")
-    return model
-
-
-# -- vision-language model ------------------------------------------------------------------------
-
-POSITION = 2  # the first two targets are x and y of the named object, in [0, 1]
-PROMPT = """<|im_start|> <|im_end|> <|vision_start|> <|image_pad|> <|vision_end|> user
-assistant""".split()
-
-
-def pretrain_vlm(
-    config: Qwen3VLConfig,
-    tokenizer: Tokenizer,
-    samples: Callable[[int], tuple[Tensor, list[str], Tensor]],
-    targets: int,
-    steps: int,
-    lr: float = 1.5e-3,
-) -> tuple[Qwen3VL, nn.ModuleDict]:
-    """samples(seed) -> pictures (B, H, W, 3) uint8, instructions, grounding targets (B, G). Returns
-    the model and its probes.
-
-    Three questions, all answered by hidden states through linear probes: which image token holds
-    the named object (dense, so it is learnt at once), where exactly that token thinks it is, and
-    what the last token of the prompt makes of it all."""
-    vlm = Qwen3VL(config)
-    vlm.init_weights()
-    sizes = {"which": 1, "where": POSITION, "all": targets}
-    probes = nn.ModuleDict({name: nn.Linear(config.width, n) for name, n in sizes.items()})
-
-    def loss(step: int) -> Tensor:
-        pictures, texts, target = samples(step)
-        which, where, everything, cell = ground(vlm, probes, tokenizer, pictures, texts, target)
-        position = F.smooth_l1_loss(where, target[:, :POSITION], beta=0.02)
-        return (
-            F.cross_entropy(which, cell)
-            + 8 * position
-            + 8 * F.smooth_l1_loss(everything, target, beta=0.02)
-        )
-
-    optimise([*vlm.parameters(), *probes.parameters()], steps, lr, loss, "vlm")
-    return vlm, probes
-
-
-def ground(
-    vlm: Qwen3VL,
-    probes: nn.ModuleDict,
-    tokenizer: Tokenizer,
-    pictures: Tensor,
-    texts: list[str],
-    target: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits (B, image tokens) of the named object's place, its position (B, 2) by the token that
-    holds it, all targets (B, G) by the last token, and the index (B,) of the token that holds it.
-    """
-    config = vlm.config
-    pixels, grid = patchify(pictures, config)
-    prompts = [prompt_ids(tokenizer, text, grid[:1], merge=config.merge) for text in texts]
-    ids, mask = pad_prompts(prompts)
-    hidden = vlm(ids, mask, pixels, grid)
-    tokens = rearrange(hidden[ids == config.image_token], "(b n) d -> b n d", b=len(hidden))
-    rows, columns = (grid[0, 1:] // config.merge).tolist()
-    row = (target[:, 1] * rows).long().clamp(0, rows - 1)
-    cell = row * columns + (target[:, 0] * columns).long().clamp(0, columns - 1)
-    batch = torch.arange(len(hidden))
-    which = probes["which"](tokens)[..., 0]
-    where = probes["where"](tokens[batch, cell])
-    everything = probes["all"](hidden[batch, mask.sum(dim=1) - 1])
-    return which, where, everything, cell
-
-
-# -- DC-AE ----------------------------------------------------------------------------------------
-
-
 def pretrain_dcae(
-    model: LatentActionModel,
-    flow: Tensor,
-    labels: Tensor | None = None,
-    mask: Tensor | None = None,
-    steps: int = 3000,
-    seed: int = 0,
-) -> dict[str, list[float]]:
-    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2); returns the losses of each
-    step. With labels (N, A) and mask (N, A) bool, half of the rows are labelled and a head that is
-    thrown away reads the labels from the tokens, so that these keep what a small part of the robot
-    does; in half of that half moves the part that seldom does."""
-    generator = torch.Generator().manual_seed(seed)
-    device, features, width = (
-        model.token_mean.device,
-        len(model.token_mean),
-        model.config.action_dim,
-    )
-    model.dcae.requires_grad_(True).train()
-    head = nn.Sequential(nn.LayerNorm(features), mlp(features, features, width)).to(device)
-    if labels is None:
-        labels = torch.zeros(len(flow), width)
-        mask = torch.zeros_like(labels, dtype=torch.bool)
-    chance = torch.full((len(flow),), 2 / len(flow))
-    for rows in (mask.all(dim=1).nonzero()[:, 0], rarest_motions(labels, mask)):
-        chance[rows] += 1 / max(1, len(rows))
-    losses: dict[str, list[float]] = {"reconstruction": [], "labels": []}
+    model: LatentActionModel, flow: Tensor, labels: Tensor, mask: Tensor, steps: int
+) -> dict[str, float]:
+    """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2), and a head that is thrown
+    away and reads the labels (N, A), where mask (N, A) has them, from the tokens, so that these
+    keep what a small part of the robot does. Half of the rows that are drawn are any, a quarter
+    labelled ones, and a quarter those in which the part that seldom moves does."""
+    generator = torch.Generator().manual_seed(0)
+    device = model.token_mean.device
+    features = len(model.token_mean)
+    dcae = model.dcae.train()
+    reader = mlp(features, features, model.config.action_dim)
+    head = nn.Sequential(nn.LayerNorm(features), reader).to(device)
+    known = mask.any(dim=1)
+    rare = rarest_motions(labels, mask)
+    often = torch.full((len(flow),), 2 / len(flow))
+    often[known] += 1 / known.sum()
+    often[rare] += 1 / max(1, len(rare))
 
-    def loss(step: int) -> Tensor:
-        rows = torch.multinomial(chance, 32, replacement=True, generator=generator)
+    def loss() -> dict[str, Tensor]:
+        rows = often.multinomial(32, replacement=True, generator=generator)
         moved, wanted = mirrored(flow[rows], labels[rows], generator)
-        moved, wanted, given = moved.to(device), wanted.to(device), mask[rows].to(device)
-        tokens = model.dcae.encode(model.flow_to_picture(moved))
-        # What moves is a few percent of a picture: unless it weighs much, all stays white.
-        reconstruction = model.picture_loss(model.dcae.decode(tokens), moved, moving=100.0)
+        moved = moved.to(device)
+        given = mask[rows].to(device)
+        tokens = dcae.encode(model.flow_to_picture(moved))
         read = head(rearrange(tokens, "b c h w -> b (h w c)"))
-        error = torch.where(given, read - wanted, 0.0).square().sum() / given.sum().clamp(min=1)
-        losses["reconstruction"].append(reconstruction.item())
-        losses["labels"].append(error.item())
-        return reconstruction + error
+        error = torch.where(given, read - wanted.to(device), 0.0).square().sum()
+        return {
+            # Small moving things are a few percent of a picture: unless they weigh much, it stays
+            # white.
+            "reconstruction": model.picture_loss(dcae.decode(tokens), moved, moving=100.0),
+            "labels": error / given.sum().clamp(min=1),
+        }
 
-    optimise([*model.dcae.parameters(), *head.parameters()], steps, 3e-3, loss, "dc-ae")
-    model.dcae.requires_grad_(model.config.finetune_dcae).eval()
-    return losses
+    figures = optimise("dcae", [dcae, head], steps, 3e-3, loss)
+    dcae.requires_grad_(model.config.finetune_dcae).eval()
+    return figures
+
+
+def pretrain_own_dcae(job: Job) -> dict[str, float]:
+    """The DC-AE of a world that knows its flow."""
+    model = LatentActionModel(LatentActionConfig.of(PRESETS[job.preset].latent))
+    seen = motions(job.pyramid, model.config.interval)
+    figures = pretrain_dcae(model, seen.flow, seen.labels, seen.mask, job.steps)
+    model.save_dcae(job.out / "dcae.safetensors")
+    return figures
 
 
 # -- the command ----------------------------------------------------------------------------------
 
-# Steps of each part, in whose place `--steps` is taken, and samples per step.
-STEPS = {
-    "toy": dict(text=400, vlm=4000, vae=3000, dcae=2200),
-    "sim": dict(text=400, vlm=1700, vae=1000),
+MAKERS = {
+    "text": pretrain_text,
+    "vlm": pretrain_vlm,
+    "vae": pretrain_vae,
+    "dcae": pretrain_own_dcae,
 }
-BATCH = {"toy": dict(vlm=64, vae=12), "sim": dict(vlm=32, vae=4)}
-
-
-def shipped(name: str, part: str) -> nn.Module:
-    """A part as it is in the repository."""
-    backbones = Backbones.load(PRESETS[name].backbones, parts=[part])
-    return getattr(backbones, part).requires_grad_(True)
-
-
-class Maker:
-    """Makes the parts of a folder, each at the sizes that it has in the repository; each method
-    returns figures of held-out episodes."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.out = args.out
-        self.preset = args.preset
-        self.steps = STEPS[args.preset]
-        if args.steps:
-            self.steps = dict.fromkeys(self.steps, args.steps)
-        self.pyramid = open_pyramid(args.data, "latent", args.preset, args.episodes, args.seed)
-        self.corpus = Corpus(self.pyramid, args.episodes, args.seed)
-        self.held_out = Corpus(self.pyramid, args.episodes, args.seed, held_out=True)
-
-    def text(self) -> dict[str, float]:
-        sentences, file = self.corpus.sentences, self.out / "text.json"
-        word_tokenizer(file, ["</s>"], sentences)
-        tokenizer = T5Tokenizer(file, preset(self.preset).video.text_len)
-        words = tokenizer.tokenizer.get_vocab_size()
-        config = replace(shipped(self.preset, "text").config, vocab=words)
-        model = pretrain_text(config, tokenizer, sentences, self.steps["text"])
-        save_part(self.out / "text.safetensors", model, torch.float16)
-        return {}
-
-    def vlm(self) -> dict[str, float]:
-        file, names = self.out / "vlm.json", self.corpus.targets
-        word_tokenizer(file, PROMPT, self.corpus.sentences)
-        tokenizer = Tokenizer.from_file(str(file))
-        words, image = tokenizer.get_vocab_size(), tokenizer.token_to_id("<|image_pad|>")
-        config = replace(shipped(self.preset, "vlm").config, vocab=words, image_token=image)
-        size = BATCH[self.preset]["vlm"]
-        model, probes = pretrain_vlm(
-            config,
-            tokenizer,
-            lambda seed: self.corpus.grounded(seed, size),
-            len(names),
-            self.steps["vlm"],
-        )
-        save_part(self.out / "vlm.safetensors", model, torch.float16)
-        *samples, target = self.held_out.grounded(-1, 512)
-        with torch.no_grad():
-            which, where, everything, cell = ground(model, probes, tokenizer, *samples, target)
-        height, width = self.pyramid.size
-        away = (where - target[:, :POSITION]) * torch.tensor([width, height])
-        errors = (everything - target).abs().mean(dim=0).tolist()
-        figures = {
-            "vlm_named_object_found": (which.argmax(dim=1) == cell).float().mean().item(),
-            "vlm_position_error_px": away.norm(dim=1).mean().item(),
-        }
-        return figures | {f"vlm_error {name}": error for name, error in zip(names, errors)}
-
-    def vae(self) -> dict[str, float]:
-        """That of another preset goes on from the toy's, which is of the same size and has begun to
-        see: half the time."""
-        model = shipped("toy", "vae")
-        if self.preset == "toy":
-            zeros, ones = (0.0,) * model.config.z_dim, (1.0,) * model.config.z_dim
-            model = WanVAE(replace(model.config, mean=zeros, std=ones))
-        size = BATCH[self.preset]["vae"]
-        pretrain_vae(model, lambda seed: self.corpus.clips(seed, size), self.steps["vae"])
-        save_part(self.out / "vae.safetensors", model)
-        every, moving_ones = vae_psnr(model, self.held_out.clips(-1, 128))
-        return {"vae_psnr_db": every, "vae_psnr_moving_db": moving_ones}
-
-    def dcae(self) -> dict[str, float]:
-        model = LatentActionModel(LatentActionConfig.of(PRESETS[self.preset].latent))
-        seen = motions(self.pyramid, model.config.interval)
-        losses = pretrain_dcae(model, seen.flow, seen.labels, seen.mask, self.steps["dcae"])
-        model.save_dcae(self.out / "dcae.safetensors")
-        return {f"dcae_{kind}_loss": float(np.mean(x[-100:])) for kind, x in losses.items()}
+RECIPES = {  # steps of each part, in whose place `--steps` is taken, and samples per step
+    "toy": {"text": (400, 64), "vlm": (4000, 64), "vae": (3000, 12), "dcae": (2200, 32)},
+    "sim": {"text": (400, 64), "vlm": (1700, 32), "vae": (1000, 4)},
+}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--preset", default="toy", choices=STEPS, help="whose sizes they have")
+    add("--preset", default="toy", choices=RECIPES, help="whose sizes they have")
     add("--data", help="card with labels (docs/metaworld); default the preset's")
     add("--out", type=Path, required=True, help="folder to write")
     add("--keep", default="", help="parts to copy from the repository: text, vlm, vae, dcae")
     add("--steps", type=int, help="of each part")
     add("--episodes", type=int, default=500, help="at most, of a card; per level of a world")
-    add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    row, parts = PRESETS[args.preset], list(STEPS[args.preset])
-    kept = [part for part in args.keep.split(",") if part]
-    args.data = args.data or row.data
-    if not args.data:
-        raise ValueError(f"preset {args.preset!r} has no data of its own; name a card by --data")
-    if args.out.resolve() == row.backbones.resolve():
+    recipe = RECIPES[args.preset]
+    ours = PRESETS[args.preset].backbones
+    kept = set(filter(None, args.keep.split(",")))
+    if args.out.resolve() == ours.resolve():
         raise ValueError(f"--out {args.out} holds the repository's backbones; name another folder")
-    if not set(kept) <= set(parts):
-        raise ValueError(f"--keep is {args.keep!r}; expected parts among {', '.join(parts)}")
+    if not kept <= recipe.keys():
+        raise ValueError(f"--keep is {args.keep!r}; expected parts among {', '.join(recipe)}")
+    pyramid = open_pyramid(args.data, "latent", args.preset, args.episodes)
+    corpora = [Corpus(pyramid, args.episodes, held_out) for held_out in (False, True)]
     args.out.mkdir(parents=True, exist_ok=True)
-    for file in row.backbones.iterdir():
+    for file in ours.iterdir():
         if file.stem in kept:
             shutil.copyfile(file, args.out / file.name)
-    torch.manual_seed(args.seed)
-    maker = Maker(args)
+    torch.manual_seed(0)
     figures = {"command": f"python -m scripts.pretrain {' '.join(argv or sys.argv[1:])}"}
-    for part in parts:
+    for part, (steps, batch) in recipe.items():
         if part not in kept:
-            figures |= getattr(maker, part)()
+            job = Job(args.preset, args.out, pyramid, *corpora, args.steps or steps, batch)
+            figures |= MAKERS[part](job)
     (args.out / "card.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
 

@@ -115,8 +115,8 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
 def test_what_the_demo_is_said_to_print_follows_from_presets_and_settings():
     """Stage, parameters, levels, steps and batch of each line are those that train.py prints."""
     pattern = (
-        r"^stage (\d): ([\d,]+) trained parameters, (\d+) windows of levels (\(.*\)), (\d+) steps "
-        r"of (\d+) on 1 x cpu$"
+        r"^stage (\d): ([\d,]+) trained parameters, (\d+) windows, (\d+) steps of (\d+) on "
+        r"1 x cpu; attention: .*$"
     )
     lines = re.findall(pattern, README, re.MULTILINE)
     assert [line[0] for line in lines] == ["1", "2", "3"]
@@ -127,7 +127,7 @@ def test_what_the_demo_is_said_to_print_follows_from_presets_and_settings():
         settings = train.settings_for("toy", name, [])
         trained = [p for e in stage.experts for p in getattr(model, e).parameters()]
         assert parameters == f"{sum(p.numel() for p in trained):,}"
-        wanted = (settings.windows, stage.levels, settings.steps, settings.batch)
+        wanted = (settings.windows, settings.steps, settings.batch)
         assert rest == [str(value) for value in wanted]
 
 

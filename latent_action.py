@@ -417,7 +417,8 @@ def encode_flows(
     clip's `flows`: flow (n, H, W, 2) and valid (n,), chunk after chunk. Row i spans frames i to i +
     interval of T + 1; those that end early are not valid. And figures: rows, valid_rows, `clipped`,
     the share of moving pixels (faster than radius / 100) beyond the radius."""
-    tokens, valid = [], []
+    tokens = []
+    valid = []
     moving = fast = 0
     for flow, known in flows:
         flow = resize_flow(flow.to(model.token_mean), model.config.image)

@@ -13,9 +13,8 @@ VLM, VAE and text encoder are frozen throughout. One process or many run the sam
 
 A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
 optimizer, safetensors and json only. A checkpoint is renamed when it is complete; SIGTERM leaves
-one and ends the run. Every random number of step n comes from (seed, n), for the whole batch
-whatever part of it a rank computes: a resumed run equals an uninterrupted one bit for bit, and one
-on another number of ranks up to the order of sums.
+one and ends the run. Every random number of step n comes from (seed, n), for the whole batch: a
+resumed run equals an uninterrupted one bit for bit, on any number of ranks up to the order of sums.
 """
 
 import argparse

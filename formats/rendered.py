@@ -94,9 +94,6 @@ class Rendered(Recordings):
             return None, None
         return self.episode(episode).states[:-1], self.episode(episode).actions
 
-    def columns(self, episode: int) -> tuple[dict[str, np.ndarray], list[ValueError]]:
-        return dict(zip(self.titles, self.numbers(episode))), []
-
     def texts(self, episode: int, row: int = 0) -> list[str]:
         return [self.episode(episode).instruction or "no task"]
 

@@ -198,7 +198,7 @@ class Plan:
 
     @cached_property
     def resident(self) -> dict[str, float]:
-        """What a rank holds between steps (gradients too, where a batch takes several passes), and
+        """Bytes a rank holds between steps (gradients too, where a batch takes several passes), and
         whole parameters that it gathers. Experts that a stage does not train are not gathered."""
         width = BYTES[self.params]
         experts = self.trained(self.model)

@@ -238,7 +238,8 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
     and how they were `made`. What is there already is kept if it was made in the same way. A clip
     that cannot be used is skipped, with its reason in the summary, which is returned and written
     beside the folder; ValueError if none can."""
-    skipped, figures = {}, []
+    skipped = {}
+    figures = []
     for name, clip in tqdm(clips.items(), desc=folder.name, unit="clip"):
         path = folder / f"{name}.safetensors"
         if not path.exists():
@@ -294,7 +295,9 @@ def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], 
 
 def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> dict:
     """Trains the DC-AE on the flow of about ROWS rows, spread over the clips, and their labels."""
-    flows, labels, skipped = [], [], {}
+    flows = []
+    labels = []
+    skipped = {}
     for name, clip in tqdm(clips.items(), desc="flow", unit="clip"):
         try:
             flow, valid = map(torch.cat, zip(*clip.flows()))

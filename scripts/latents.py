@@ -308,7 +308,8 @@ def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> di
             skipped[name] = str(error)
     if not flows:
         raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
-    flow, labels = torch.cat(flows), torch.cat(labels)
+    flow = torch.cat(flows)
+    labels = torch.cat(labels)
     mask = ~labels.isnan()
     losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps)
     labelled = mask.any(dim=1).sum().item()

@@ -196,7 +196,7 @@ def zip_problems(archive: zipfile.ZipFile, size: int) -> list[str]:
 
 
 def read_torch(path: Path) -> tuple[object, set[int]]:
-    """What a .pt or .pth file holds, its tensors mapped, and the sizes of its records in bytes.
+    """The content of a .pt or .pth file, its tensors mapped, and the sizes of its records in bytes.
     Nothing in it is run."""
     try:
         with zipfile.ZipFile(path) as archive:

@@ -187,7 +187,8 @@ def cached(path: Path, stage: str, **options: object) -> Path:
 
 def pretrained(args: argparse.Namespace, seed: int) -> dict[str, Path]:
     """The runs that stage 3 starts from, by arm."""
-    folder, same = args.run / f"seed{seed}", f"seed={seed}"
+    folder = args.run / f"seed{seed}"
+    same = f"seed={seed}"
     latent = trained(folder / "latent", "latent", [same])
     pool = {"episodes": args.videos, "windows": args.windows, "seed": seed}
     video = "--cache", cached(folder / "pool1.safetensors", "1", **pool)
@@ -246,8 +247,10 @@ def report(args: argparse.Namespace, about: str, cells: dict[str, dict]) -> None
     """downstream.json, .md and .png."""
     from matplotlib.figure import Figure
 
-    counts, modes = np.array(args.demonstrations), args.modes.split(",")
-    total, saved = args.episodes * args.seeds, {}
+    counts = np.array(args.demonstrations)
+    modes = args.modes.split(",")
+    total = args.episodes * args.seeds
+    saved = {}
     lines = [
         f"# Demonstrations that latent actions save\n\n{about}\n",
         "Success in closed loop, %, pooled over seeds, with Wilson's interval; in brackets",

@@ -405,10 +405,9 @@ class Motus(nn.Module):
         dtype: torch.dtype | None = None,
         device: str = "cpu",
     ) -> tuple["Motus", Card]:
-        """The model at `path` and its card: a run of ours or one of its checkpoints (EMA weights,
-        or "model"), an official Motus folder or file, a converted one, a Wan2.2 folder (its video
-        expert; the others start fresh, and a line on stderr says so), or a name to download
-        (`weights.hub.HUB`). Weights keep the dtype of the file unless `dtype` is given."""
+        """The model at `path` and its card: a run or checkpoint of ours (EMA weights, or "model"),
+        an official Motus folder or file, a converted one, a Wan2.2 folder (the other experts start
+        fresh), or a name of `weights.hub.HUB`. The dtype is the file's unless given."""
         source, rename, card, fresh = open_weights(path, weights)
         config = MotusConfig.of(card.motus, path)
         with torch.device("meta"):
@@ -436,7 +435,9 @@ class Motus(nn.Module):
         if cache:
             text = [block.text_kv(states) for block in self.video.blocks]
         und = None if inputs.und is None else self.und.vlm_adapter(inputs.und)
-        und_bias = None if inputs.und_mask is None else key_bias(inputs.und_mask)
+        und_bias = None
+        if inputs.und_mask is not None and not (cache and inputs.und_mask.all()):
+            und_bias = key_bias(inputs.und_mask)  # one that masks nothing only costs time
         state = None
         if config.finetune and inputs.state is not None:
             state = self.action.input_encoder.state_encoder(inputs.state[:, None])

@@ -86,6 +86,7 @@ def test_flops_are_what_a_reader_can_count():
     assert bench.flops_of(lambda: a @ b + 1) == 48
 
 
+@pytest.mark.slow
 def test_steps_cost_the_same_and_action_first_spares_the_other_experts():
     """Each further step adds as much as the one before; action-first costs as much as ours where
     all its steps are joint, and less where not."""

@@ -32,6 +32,7 @@ def test_padding_to_buckets_changes_nothing(model):
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(expected, found))
 
 
+@pytest.mark.slow
 def test_one_graph_without_breaks_serves_all_five_modes(model):
     """The compiler's counters: one graph for all modes and lengths of a bucket, no break, no second
     compilation; the samples are those of eager, and the model itself stays as it is."""

@@ -494,6 +494,7 @@ def loss_and_gradients(model: Motus, **change) -> list[Tensor]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["padded", *(pytest.param(case, marks=pytest.mark.long) for case in ("video alone", "bf16"))],

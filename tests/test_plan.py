@@ -194,6 +194,7 @@ def compare(planned: float, found: float, what: str) -> None:
     assert planned == pytest.approx(found, rel=0.07)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", QUICK)
 def test_a_small_step_on_two_ranks_needs_what_is_planned(ranks, policy):
     """Within 7 % of the traced step of the toy under FSDP2, at its batch of 32."""

@@ -240,6 +240,7 @@ def compare(
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_process(caches, tmp_path):
     """The same global batch gives the same losses, divided between ranks and passes (stage 3, four
     steps)."""
@@ -553,6 +554,7 @@ def test_a_disk_that_fills_up_ends_training_on_every_rank(caches, tmp_path, disk
 # -- launches that cannot work --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
     """One error that names what is wrong and where, the same on both ranks, before anything is
     trained."""
@@ -630,6 +632,7 @@ def test_a_rank_that_stalls_is_named_and_ends_the_run(caches, tmp_path):
     assert all("error: no progress" in err or "left alone" in err for _, err in outs)
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_came_is_missed(caches, tmp_path):
     """One of two: an error that says how to start, no hang."""
     said = together(tmp_path, [job(caches, tmp_path / "run", "3", 2, 1, "timeout=1")], ranks=1)
@@ -701,6 +704,7 @@ def example(config: motus.MotusConfig, size: int) -> tuple[Inputs, dict[str, tor
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checkpointing",
     ["none", *(pytest.param(x, marks=pytest.mark.long) for x in ("selective", "full"))],

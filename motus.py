@@ -435,9 +435,8 @@ class Motus(nn.Module):
         if cache:
             text = [block.text_kv(states) for block in self.video.blocks]
         und = None if inputs.und is None else self.und.vlm_adapter(inputs.und)
-        und_bias = None
-        if inputs.und_mask is not None and not (cache and inputs.und_mask.all()):
-            und_bias = key_bias(inputs.und_mask)  # one that masks nothing only costs time
+        masked = inputs.und_mask is not None and not (cache and inputs.und_mask.all())
+        und_bias = key_bias(inputs.und_mask) if masked else None
         state = None
         if config.finetune and inputs.state is not None:
             state = self.action.input_encoder.state_encoder(inputs.state[:, None])

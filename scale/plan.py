@@ -198,13 +198,8 @@ class Plan:
 
     @cached_property
     def resident(self) -> dict[str, float]:
-<<<<<<< HEAD
         """Bytes a rank holds between steps (gradients too, where a batch takes several passes), and
         whole parameters that it gathers. Experts that a stage does not train are not gathered."""
-=======
-        """Held between steps (gradients too, where a batch takes several passes), and the whole
-        parameters that a rank gathers. Experts that a stage does not train are not gathered."""
->>>>>>> refs/heads/bench
         width = BYTES[self.params]
         experts = self.trained(self.model)
         everything = self.share(self.model)

@@ -777,8 +777,9 @@ def bytes_read() -> int:
 
 @pytest.mark.parametrize("way", ["load_into", "fill"])
 def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way):
-    """Bytes that come from the disk: those of one rank of eight are an eighth, and what the kernel
-    reads ahead."""
+    """Bytes that come from the disk once the file is open: those of one rank of eight are an
+    eighth. Opening maps the header, around which the kernel reads ahead the same few megabytes
+    of any file."""
     config = replace(SMALL, video=replace(SMALL.video, layers=1))
     whole, sharded = (motus.Motus(config) for _ in range(2))
     sharding.parallelize(sharded, EXPERTS, one_of_eight)
@@ -787,13 +788,13 @@ def test_a_rank_reads_its_part_of_a_file_and_no_more(one_of_eight, tmp_path, way
     for model in (whole, sharded):
         with (tmp_path / "model.safetensors").open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        before = bytes_read()
         with open_source(tmp_path / "model.safetensors") as source:
+            before = bytes_read()
             load_into(model, source) if way == "load_into" else checkpoints.fill(
                 model.state_dict(), source
             )
         read.append(bytes_read() - before)
-    if read[0] < 0.9 * size:
+    if read[0] < 0.8 * size:
         pytest.skip("this file system does not say what is read from it")
     print(
         f"{way}: {size / 1e6:.0f} MB, read whole {read[0] / 1e6:.1f} MB, by one rank of eight "

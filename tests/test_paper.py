@@ -1,12 +1,17 @@
 """The experiments of docs/latent_action at the least size, and the arithmetic of their claims."""
 
 import json
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from scripts import paper
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_demonstrations_needed_are_read_from_the_curve():
@@ -47,45 +52,59 @@ def test_a_tenth_of_the_rows_keeps_its_labels():
 def test_the_page_shows_both_arms_and_what_is_saved(tmp_path):
     """Rates pooled over seeds with their interval, each seed's, and a bound where the arm without
     stage 2 never comes as far."""
-    args = SimpleNamespace(
-        demonstrations=[10, 20], modes="joint", episodes=50, seeds=2, out=tmp_path
-    )
-    successes = {"stage 1": (5, 10), "stages 1, 2": (10, 20)}
-    cells = {
-        f"{arm}/{seed}/{n}": {"joint": {"successes": count + seed, "episodes": 50}}
-        for arm, counts in successes.items()
-        for seed in range(2)
-        for n, count in zip(args.demonstrations, counts)
-    }
-    paper.report(args, "by hand", cells)
+    successes = {"longer": (5, 10), "stage2": (10, 20)}
+    for run, counts in successes.items():
+        for seed in range(2):
+            for n, count in zip((10, 20), counts):
+                home = tmp_path / f"run/seed{seed}/{run}_n{n}"
+                home.mkdir(parents=True)
+                rates = {"all": {"successes": count + seed, "episodes": 50}}
+                (home / "evaluation.json").write_text(json.dumps({"rows": [rates]}))
+    (tmp_path / "run/settings.txt").write_text("SEEDS='0 1'\n")
+    paper.main(["downstream", "--run", str(tmp_path / "run"), "--out", str(tmp_path)])
     page = (tmp_path / "downstream.md").read_text()
-    assert "| joint, stage 1 | 11 [" in page and "([10. 12.]) | 21 [" in page
-    assert "| joint, times as many | 2.00 [" in page and "| over 1.00 [" in page
+    assert "| stage 1 |  11.0 [" in page and "11/100 ([10. 12.]) |  21.0 [" in page
+    assert "| times as many | 2.00 [" in page and "| over 1.00 [" in page
+    assert "of the runs with SEEDS='0 1'" in page and "downstream --run" in page
     stored = json.loads((tmp_path / "downstream.json").read_text())
-    assert stored["about"] == "by hand" and stored["cells"] == cells
-    assert stored["savings"]["joint"]["reached"] == [True, False]
+    assert stored["demonstrations"] == [10, 20] and stored["reached"] == [True, False]
+    assert stored["stages 1, 2"] == [[0.2, 0.4], [0.22, 0.42]]
     assert (tmp_path / "downstream.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="holds no seed.*run.sh` makes them"):
+        paper.main(["downstream", "--run", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+def run(folder: Path, python: str, **sizes: object) -> subprocess.CompletedProcess:
+    """docs/latent_action/run.sh with runs and pages in a folder."""
+    places = {"RUN": folder / "run", "OUT": folder / "out", "PYTHON": python}
+    names = {name: str(value) for name, value in (sizes | places).items()}
+    script = ["bash", ROOT / "docs/latent_action/run.sh"]
+    return subprocess.run(script, env=os.environ | names, capture_output=True, text=True)
+
+
+def test_runs_of_other_settings_are_refused(tmp_path):
+    """The folder notes its settings; with others nothing is run."""
+    first = run(tmp_path, "echo", SEEDS=0)
+    assert first.returncode == 0 and "train.py --stage latent" in first.stdout
+    assert run(tmp_path, "echo", SEEDS=0).stdout == first.stdout
+    other = run(tmp_path, "echo", SEEDS=0, STEPS3=7)
+    assert other.returncode == 2 and not other.stdout
+    assert "was made with SEEDS='0'" in other.stderr and "STEPS3='7'" in other.stderr
 
 
 @pytest.mark.long
-def test_the_downstream_experiment_runs_stops_and_goes_on(tmp_path, capsys):
-    """All cells of one seed at the smallest size; a second run trains nothing, and other settings
-    are refused."""
-    sizes = {"demonstrations": 2, "seeds": 1, "videos": 2, "windows": 8, "episodes": 2}
-    sizes |= {"max-steps": 8, "steps1": 2, "steps2": 2, "steps3": 2}
-    args = ["downstream", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    args += [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-    args += ["--set3", "lr=1e-3"]
-    paper.main(args)
+def test_the_downstream_experiment_runs_stops_and_goes_on(tmp_path):
+    """Both arms through all stages at the least size; started again, nothing is trained again."""
+    sizes = dict(SEEDS=0, COUNTS=2, STEPS1=2, STEPS2=2, STEPS3=2, VIDEOS=2, WINDOWS=8)
+    sizes |= dict(WORLDS=2, ACTIONS=4, SET3="batch=2 warmup=1", LATENT="steps=2 episodes=4")
+    first = run(tmp_path, sys.executable, **sizes)
+    assert first.returncode == 0, first.stderr
+    assert "trained parameters" in first.stdout
     stored = json.loads((tmp_path / "out/downstream.json").read_text())
-    assert set(stored["cells"]) == {"stage 1/0/2", "stages 1, 2/0/2"}
-    assert "| joint, stage 1 | " in (tmp_path / "out/downstream.md").read_text()
-    assert (tmp_path / "out/downstream.png").exists()
-    capsys.readouterr()
-    paper.main(args)
-    assert "trained parameters" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="steps3=2 instead of 3"):
-        paper.main([*args, "--steps3", "3"])
+    assert stored["demonstrations"] == [2] and np.shape(stored["stage 1"]) == (1, 1)
+    assert "| stage 1 | " in (tmp_path / "out/downstream.md").read_text()
+    again = run(tmp_path, sys.executable, **sizes)
+    assert again.returncode == 0 and "trained parameters" not in again.stdout
 
 
 @pytest.mark.long
@@ -95,6 +114,7 @@ def test_the_evidence_is_one_command(tmp_path):
     paper.main(["evidence", "--out", str(tmp_path), *sizes])
     text = (tmp_path / "evidence.md").read_text()
     stored = json.loads((tmp_path / "evidence.json").read_text())
-    for row in (*paper.VARIANTS, *stored["linear"]):
+    assert set(paper.VARIANTS) < set(stored["runs"]) and len(stored["runs"]) == 6
+    for row in stored["runs"]:
         assert all(f"| {row} | {body} |" in text for body in paper.BODIES)
-    assert len(stored["runs"]) == 4 and "`python -m scripts.paper evidence" in stored["about"]
+    assert "`python -m scripts.paper evidence" in stored["about"]

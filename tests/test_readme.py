@@ -308,11 +308,12 @@ def test_commands_in_error_messages_and_docstrings_exist(monkeypatch):
     assert count > 30
 
 
-def test_the_commands_of_the_simulator_script_exist(tmp_path, monkeypatch):
-    """Every line that docs/metaworld/run.sh would run, where nothing is there yet, is parsed."""
-    script = tmp_path / "docs/metaworld/run.sh"
+@pytest.mark.parametrize("page", ["metaworld", "latent_action"])
+def test_the_commands_of_the_scripts_exist(page, tmp_path, monkeypatch):
+    """Every line that a run.sh of docs would run, where nothing is there yet, is parsed."""
+    script = tmp_path / "docs" / page / "run.sh"
     script.parent.mkdir(parents=True)
-    script.write_text((ROOT / "docs/metaworld/run.sh").read_text())
+    script.write_text((ROOT / "docs" / page / "run.sh").read_text())
     run = subprocess.run(
         ["bash", script],
         env=os.environ | {"PYTHON": "echo"},

@@ -11,16 +11,16 @@ be missing. `tests/test_readme.py` fails while any of this is out of date.
 import ast
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
 import flow
 from motus import PRESETS, STAGES, Motus
+from scripts.evaluate import percent
 from train import settings_for
 from weights.files import run_command
-from weights.hub import HUB
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ("attention", "flow", "motus", "latent_action", "data", "train", "sample")
@@ -28,11 +28,9 @@ ROOMS = ("weights", "backbones", "kernels", "formats", "worlds", "scale", "scrip
 PAGES = ("README.md", "docs/details.md", "docs/results.md")
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable[int] = ()) -> str:
-    """A Markdown table; columns numbered in `right` are aligned to the right."""
-    head = list(head)
-    rule = ["---:" if i in right else "---" for i in range(len(head))]
-    lines = [head, rule, *rows]
+def table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
@@ -55,7 +53,7 @@ def lesson() -> str:
     rows = [
         (f"[{p.name}]({p.name})", len(p.read_text().splitlines()), description(p)) for p in paths
     ]
-    return table(("file", "lines", "what it is"), rows, right=(1,))
+    return table(("file", "lines", "what it is"), rows)
 
 
 def rooms() -> str:
@@ -66,13 +64,6 @@ def rooms() -> str:
         names = ", ".join(f"[{p.stem}]({room}/{p.name})" for p in files)
         rows.append((f"[{room}]({room})", description(ROOT / room / "__init__.py"), names))
     return table(("room", "one job", "files"), rows)
-
-
-def films() -> str:
-    """Films of three modes, for the first screen."""
-    names = [f"docs/toy/samples/{mode}_0.gif" for mode in ("joint", "world_model", "vgm")]
-    shown = [f'<img src="{name}" alt="{name}">' for name in names if (ROOT / name).is_file()]
-    return " ".join(shown)
 
 
 def demo() -> str:
@@ -109,7 +100,7 @@ def stages() -> str:
         steps = [f"{settings_for('toy', name, [], long).steps:,}" for long in (False, True)]
         rows.append((f"`{name}`", levels, trained, loss, actions[stage.actions], *steps))
     head = ("stage", "levels", "trained", "losses", "actions", "toy steps", "long recipe")
-    return table(head, rows, right=(5, 6))
+    return table(head, rows)
 
 
 def sizes() -> str:
@@ -128,88 +119,65 @@ def sizes() -> str:
         rows.append((f"`{name}`", *counts, heads, chunk, folder))
     head = ("preset", "video expert", "action expert", "understanding", "trained in stage 3")
     more = ("layers x heads x size", "frames + actions", "backbones in")
-    return table((*head, *more), rows, right=(1, 2, 3, 4))
-
-
-def published() -> str:
-    """Names that `python -m weights download` knows."""
-    rows = []
-    for name, (repository, _, gigabytes, licence) in HUB.items():
-        rows.append((f"`{name}`", repository, f"{gigabytes:g}", licence))
-    return table(("name", "repository", "GB", "licence"), rows, right=(2,))
+    return table((*head, *more), rows)
 
 
 # -- results --------------------------------------------------------------------------------------
 
 
+def shell(*commands: str) -> str:
+    return "\n".join(["```bash", *commands, "```\n\n"])
+
+
 def command(program: str, options: dict) -> str:
     """The command that a json file of results says it was written by."""
-    words = [f"python {program}"]
+    words = ["python", program]
     for name, value in options.items():
-        if value is None or value is False or value in ("", []):
-            continue
-        values = value if isinstance(value, list) else [value]
-        words.append(" ".join([f"--{name.replace('_', '-')}", *map(str, values)]))
-    return "```bash\n" + " ".join(words).replace(" True", "") + "\n```"
+        if value is not False and value not in (None, "", []):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shell(" ".join(words).replace(" True", ""))
 
 
 def backbones_result(card: dict) -> str:
     """Figures of frozen backbones, below the commands that made them."""
     commands = [value for name, value in card.items() if name.endswith("command")]
-    figures = {name: value for name, value in card.items() if not name.endswith("command")}
-    rows = [(f"`{name}`", f"{value:.3f}") for name, value in figures.items()]
-    return (
-        "```bash\n"
-        + "\n".join(commands)
-        + "\n```\n\n"
-        + table(("figure", "value"), rows, right=(1,))
-    )
+    rows = [(f"`{k}`", f"{v:.3f}") for k, v in card.items() if not k.endswith("command")]
+    return shell(*commands) + table(("figure", "value"), rows)
 
 
 def latent_result(stored: dict) -> str:
     """How much of the true motion a linear map reads from the latents."""
     probes = next(iter(stored.values()))
     rows = [(who, *(f"{value:.3f}" for value in values)) for who, values in probes.items()]
-    head = ("linear probe, R2", "x", "y", "opening")
-    return "```bash\nmake toy\n```\n\n" + table(head, rows, right=(1, 2, 3))
+    return shell("make toy") + table(("linear probe, R2", "x", "y", "opening"), rows)
 
 
 def samples_result(stored: dict) -> str:
     """Model against its baselines, per mode and figure."""
-    figures = stored.pop("figures")
-    lines = [(mode, name, row) for mode, rows in figures.items() for name, row in rows.items()]
-    columns = list(dict.fromkeys(column for _, _, row in lines for column in row))
+    columns = ("model", "copy", "vae", "mean")
     rows = []
-    for mode, name, row in lines:
-        cells = [f"{row[column]:.4g}" if column in row else "" for column in columns]
-        rows.append((f"`{mode}`", name, *cells))
-    right = range(2, 2 + len(columns))
-    return command("sample.py", stored) + "\n\n" + table(("mode", "figure", *columns), rows, right)
-
-
-def success(row: dict, group: str) -> str:
-    """A rate in per cent with its interval at 95 %."""
-    if group not in row:
-        return ""
-    low, high = row[group]["interval"]
-    rate = f"{100 * row[group]['rate']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{rate} of {row[group]['episodes']}"
+    for mode, figures in stored.pop("figures").items():
+        for name, found in figures.items():
+            cells = [f"{found[column]:.4g}" if column in found else "" for column in columns]
+            rows.append((f"`{mode}`", name, *cells))
+    return command("sample.py", stored) + table(("mode", "figure", *columns), rows)
 
 
 def evaluation_result(stored: dict) -> str:
     """Success in closed loop: a line per policy and world, a column per task."""
     played = stored.pop("rows")
-    varied = list(dict.fromkeys(key for row in played for key in row.get("settings", {})))
-    groups = ["all", *(name for name in stored["tasks"] if any(name in row for row in played))]
+    settings = list(dict.fromkeys(key for row in played for key in row.get("settings", ())))
+    groups = [name for name in ("all", *stored["tasks"]) if any(name in row for row in played)]
     rows = []
     for row in played:
-        settings = [row.get("settings", {}).get(key, "") for key in varied]
-        rates = [success(row, group) for group in groups]
+        cells = [row.get("settings", {}).get(key, "") for key in settings]
+        cells += [percent(row[group]).strip() if group in row else "" for group in groups]
         seeds = ", ".join(map(str, row["successes_per_seed"].values()))
-        rows.append((f"`{row['policy']}`", *settings, *rates, seeds))
+        rows.append((f"`{row['policy']}`", *cells, seeds))
     stored |= {"tasks": ",".join(stored["tasks"]), "settings": None}
-    head = ("policy", *varied, *(f"{group} %" for group in groups), "successes per seed")
-    return command("-m scripts.evaluate", stored) + "\n\n" + table(head, rows)
+    head = ("policy", *settings, *(f"{group} %" for group in groups), "successes per seed")
+    return command("-m scripts.evaluate", stored) + table(head, rows)
 
 
 # Where results lie, their title, how they are shown, and the command that writes such a file.
@@ -241,47 +209,33 @@ def results(root: Path = ROOT) -> str:
     """All committed results; a kind of which there is none says so, and how to make it."""
     parts = []
     for pattern, title, show, make in RESULTS:
-        found = sorted(root.glob(pattern))
-        for path in found:
+        missing = f"Not recorded yet; `{make}` writes `{pattern}`."
+        found = []
+        for path in sorted(root.glob(pattern)):
             name = path.relative_to(root)
-            parts.append(
-                f"## {title}\n\n[{name}](../{name}):\n\n{show(json.loads(path.read_text()))}"
-            )
-        if not found:
-            parts.append(f"## {title}\n\nNot recorded yet; `{make}` writes `{pattern}`.")
+            found.append(f"[{name}](../{name}):\n\n{show(json.loads(path.read_text()))}")
+        parts += [f"## {title}\n\n{text}" for text in found or [missing]]
     return "\n\n".join(parts)
 
 
-BLOCKS = {
-    block.__name__: block
-    for block in (films, demo, lesson, modes, stages, sizes, published, rooms, results)
-}
+BLOCKS = {block.__name__: block for block in (demo, lesson, modes, stages, sizes, rooms, results)}
 
 # -- links to lines -------------------------------------------------------------------------------
 
 LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*)([\w/]+\.py)#L(\d+)\)")
 
 
-def defined_names(node: ast.AST) -> list[str]:
-    """Names that a statement defines."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = getattr(node, "targets", [getattr(node, "target", None)])
-    names = [n for target in targets if target is not None for n in ast.walk(target)]
-    return [n.id for n in names if isinstance(n, ast.Name)]
-
-
 def line_of(path: Path, symbol: str) -> int:
     """The line where `name` or `Class.name` is defined: a class, function or assignment."""
-    node: ast.AST = ast.parse(path.read_text())
-    for name in symbol.split("."):
-        inside = [n for n in ast.iter_child_nodes(node) if name in defined_names(n)]
-        if not inside:
-            raise ValueError(
-                f"a link names `{symbol}`, which {path.name} does not define; name another"
-            )
-        node = inside[0]
-    return node.lineno
+    body = r"\b.*\n(?:(?:[ )].*)?\n)*?    "  # from a class's first line to one of its members
+    pattern = body.join(rf"(?:class |def )?{name}" for name in symbol.split("."))
+    text = path.read_text()
+    found = re.search(rf"^{pattern} *[(:=]", text, re.MULTILINE)
+    if not found:
+        raise ValueError(
+            f"a link names `{symbol}`, which {path.name} does not define; name another"
+        )
+    return text.count("\n", 0, found.end()) + 1
 
 
 def refresh(text: str) -> str:

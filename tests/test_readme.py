@@ -21,6 +21,7 @@ from test_sample import write_checkpoint
 import motus
 import train
 from scripts import readme
+from weights.hub import HUB
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text() for name in readme.PAGES}
@@ -68,6 +69,12 @@ def test_the_generated_parts_are_current(page):
     assert readme.refresh(PAGES[page]) == PAGES[page], HINT
 
 
+def test_the_published_weights_are_those_that_download_knows():
+    """A row of the README for each name, with repository, size and licence."""
+    for name, (repository, _, gigabytes, licence) in HUB.items():
+        assert f"| `{name}` | {repository} | {gigabytes:g} | {licence} |" in README
+
+
 def test_a_page_with_a_broken_marker_is_refused():
     with pytest.raises(ValueError, match="expected once each"):
         readme.refresh("<!-- modes -->")
@@ -106,7 +113,7 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
         "| `idm` | action MSE | 0.125 |",
         "| `vae_psnr_db` | 31.250 |",
         "python -m scripts.evaluate --ckpt runs/y --tasks push --seed 0 1 --random\n",
-        "| `vla` | eval | 50.0 [25.0, 75.0] of 8 | 50.0 [25.0, 75.0] of 8 | 3, 1 |",
+        "| `vla` | eval | 50.0 [25.0,  75.0] 4/8 | 50.0 [25.0,  75.0] 4/8 | 3, 1 |",
         "| target robot | 0.750 | 0.500 | 0.250 |",
     ):
         assert part in text

@@ -227,10 +227,10 @@ LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)*)([\w/]+\.py)#L(\d+)\)")
 
 def line_of(path: Path, symbol: str) -> int:
     """The line where `name` or `Class.name` is defined: a class, function or assignment."""
-    body = r"\b.*\n(?:(?:[ )].*)?\n)*?    "  # from a class's first line to one of its members
-    pattern = body.join(rf"(?:class |def )?{name}" for name in symbol.split("."))
+    body = r".*\n(?:(?:[ )].*)?\n)*?    "  # from a class's first line to one of its members
+    names = [rf"(?:(?:class|def) {name}\b|{name}\b.* = )" for name in symbol.split(".")]
     text = path.read_text()
-    found = re.search(rf"^{pattern} *[(:=]", text, re.MULTILINE)
+    found = re.search("^" + body.join(names), text, re.MULTILINE)
     if not found:
         raise ValueError(
             f"a link names `{symbol}`, which {path.name} does not define; name another"

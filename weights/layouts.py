@@ -26,102 +26,109 @@ TIED = (  # an output head and a token embedding that are second names of anothe
 )
 POSITIONS = "action_expert.input_encoder.pos_embedding"
 
-# -- regular expressions, applied one after another -----------------------------------------------
+# -- rules, applied one after another: pattern -> replacement, where a dot is a dot ----------------
 
-MOTUS = (
-    (r"^video_model\.wan_model\.", "video."),
-    (r"^vlm_model\.model\.", "vlm."),
-    (r"^action_expert\.", "action."),
-    (r"^und_expert\.", "und."),
-    (r"^((action|und)\.blocks\.\d+\.)wan_\2_", r"\1"),
-)
-MOTUS_BACK = (
-    (r"^(action|und)\.(blocks\.\d+\.)(?=qkv|o\.|norm_)", r"\1.\2wan_\1_"),
-    (r"^(action|und)\.", r"\1_expert."),
-    (r"^vlm\.", "vlm_model.model."),
-    (r"^video\.", "video_model.wan_model."),
-)
-WAN = ((r"^dit\.", ""),)  # in stage 1 files of Motus
-WAN_DIFFUSERS = (
-    (r"^condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1_embedding.0."),
-    (r"^condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"_attn\.to_([qkv])\.", r"_attn.\1."),
-    (r"_attn\.to_out\.0\.", "_attn.o."),
-    # diffusers counts norms in order of use, Wan does not
-    (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
-    (r"^proj_out\.", "head.head."),
-    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"^scale_shift_table$", "head.modulation"),
-)
-VAE_DIFFUSERS = (
-    (r"(resnets\.\d+)\.norm1\.", r"\1.residual.0."),
-    (r"(resnets\.\d+)\.conv1\.", r"\1.residual.2."),
-    (r"(resnets\.\d+)\.norm2\.", r"\1.residual.3."),
-    (r"(resnets\.\d+)\.conv2\.", r"\1.residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"mid_block\.resnets\.0\.", "middle.0."),
-    (r"mid_block\.attentions\.0\.", "middle.1."),
-    (r"mid_block\.resnets\.1\.", "middle.2."),
-    (r"down_blocks\.(\d+)\.resnets\.", r"downsamples.\1.downsamples."),
-    (r"up_blocks\.(\d+)\.resnets\.", r"upsamples.\1.upsamples."),
-    (r"coder\.conv_in\.", "coder.conv1."),
-    (r"coder\.norm_out\.", "coder.head.0."),
-    (r"coder\.conv_out\.", "coder.head.2."),
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-)
-UMT5 = (
-    (r"^encoder\.block\.", "blocks."),
-    (r"^encoder\.final_layer_norm\.", "norm."),
-    (r"^shared\.", "token_embedding."),
-    (r"\.layer\.(0\.SelfAttention|1\.DenseReluDense)\.", "."),
-    (r"\.layer\.0\.layer_norm\.", ".norm1."),
-    (r"\.layer\.1\.layer_norm\.", ".norm2."),
-    (r"(\d)\.([qkvo])\.weight$", r"\1.attn.\2.weight"),
-    (r"\.relative_attention_bias\.", ".pos_embedding.embedding."),
-    (r"\.wi_0\.", ".ffn.gate.0."),
-    (r"\.wi_1\.", ".ffn.fc1."),
-    (r"\.wo\.", ".ffn.fc2."),
-)
-QWEN = ((r"^model\.", ""),)
-DCAE = (  # they leave names of the diffusers format, which are ours already, as they are
-    (r"\.(main|op_list)\b", ""),  # wrappers of residual sums and of sequences
-    # every convolution of the original sits in a wrapper
-    (r"\.(stages|project_in|project_out)\.(.*\.)?conv\.(weight|bias)$", r".\1.\2\3"),
-    (r"^encoder\.stages\.", "encoder.down_blocks."),
-    (r"^decoder\.stages\.", "decoder.up_blocks."),
-    (r"\.project_in\.", ".conv_in."),
-    (r"^decoder\.project_out\.0\.", "decoder.norm_out."),
-    (r"\.project_out\.[02]\.", ".conv_out."),
-    (r"\.context_module\.proj\.norm\.", ".attn.norm_out."),
-    (r"\.context_module\.proj\.", ".attn.to_out."),
-    (r"\.context_module\.", ".attn."),
-    (r"\.local_module\.point_conv\.norm\.", ".conv_out.norm."),
-    (r"\.local_module\.(inverted|depth|point)_conv\.", r".conv_out.conv_\1."),
-    (r"\.conv2\.norm\.", ".norm."),
-)
-DPFLOW = (
-    (r"^(state_dict\.)?(model\.)?", ""),
-    (r"^fnet\.", "encoder."),
-    (r"^update_block\.encoder\.", "update.motion."),
-    (r"^update_block\.", "update."),
-    (r"\.gru_list\.0\.", ".gru."),
-    (r"\.conv_transition\.proj\.", ".transition."),
-    (r"\.downsample\.0\.", ".skip."),
-    (r"\.conv_cross\.merge_fc_g\.", ".merge."),
-    (r"\.fc1_g\.", ".gate_in."),
-    (r"\.fc1_[xy]\.", ".value_in."),
-    (r"\.dwconv_g\.dwconv\.", ".gate_mix."),
-    (r"\.dwconv_[xy]\.dwconv\.", ".value_mix."),
-    (r"\.fc2\.", ".out."),
-    (r"^(update\.(?:flow_head|mask))\.conv1\.", r"\1.0."),
-    (r"^(update\.(?:flow_head|mask))\.conv2\.", r"\1.2."),
-)
+
+def rules_of(text: str) -> Rules:
+    pairs = [line.split("->") for line in text.strip().splitlines()]
+    return tuple((old.strip().replace(".", r"\."), new.strip()) for old, new in pairs)
+
+
+MOTUS = rules_of(r"""
+    ^video_model.wan_model. -> video.
+    ^vlm_model.model. -> vlm.
+    ^action_expert. -> action.
+    ^und_expert. -> und.
+    ^((action|und).blocks.\d+.)wan_\2_ -> \1
+""")
+MOTUS_BACK = rules_of(r"""
+    ^(action|und).(blocks.\d+.)(?=qkv|o.|norm_) -> \1.\2wan_\1_
+    ^(action|und). -> \1_expert.
+    ^vlm. -> vlm_model.model.
+    ^video. -> video_model.wan_model.
+""")
+WAN = rules_of("^dit. ->")  # in stage 1 files of Motus
+# diffusers counts norms in order of use, Wan does not.
+WAN_DIFFUSERS = rules_of(r"""
+    ^condition_embedder.(text|time)_embedder.linear_1. -> \1_embedding.0.
+    ^condition_embedder.(text|time)_embedder.linear_2. -> \1_embedding.2.
+    ^condition_embedder.time_proj. -> time_projection.1.
+    .attn1. -> .self_attn.
+    .attn2. -> .cross_attn.
+    _attn.to_([qkv]). -> _attn.\1.
+    _attn.to_out.0. -> _attn.o.
+    ^(blocks.\d+).norm2. -> \1.norm3.
+    .ffn.net.0.proj. -> .ffn.0.
+    .ffn.net.2. -> .ffn.2.
+    ^proj_out. -> head.head.
+    ^(blocks.\d+).scale_shift_table$ -> \1.modulation
+    ^scale_shift_table$ -> head.modulation
+""")
+VAE_DIFFUSERS = rules_of(r"""
+    (resnets.\d+).norm1. -> \1.residual.0.
+    (resnets.\d+).conv1. -> \1.residual.2.
+    (resnets.\d+).norm2. -> \1.residual.3.
+    (resnets.\d+).conv2. -> \1.residual.6.
+    .conv_shortcut. -> .shortcut.
+    mid_block.resnets.0. -> middle.0.
+    mid_block.attentions.0. -> middle.1.
+    mid_block.resnets.1. -> middle.2.
+    down_blocks.(\d+).resnets. -> downsamples.\1.downsamples.
+    up_blocks.(\d+).resnets. -> upsamples.\1.upsamples.
+    coder.conv_in. -> coder.conv1.
+    coder.norm_out. -> coder.head.0.
+    coder.conv_out. -> coder.head.2.
+    ^quant_conv. -> conv1.
+    ^post_quant_conv. -> conv2.
+""")
+UMT5 = rules_of(r"""
+    ^encoder.block. -> blocks.
+    ^encoder.final_layer_norm. -> norm.
+    ^shared. -> token_embedding.
+    .layer.(0.SelfAttention|1.DenseReluDense). -> .
+    .layer.0.layer_norm. -> .norm1.
+    .layer.1.layer_norm. -> .norm2.
+    (\d).([qkvo]).weight$ -> \1.attn.\2.weight
+    .relative_attention_bias. -> .pos_embedding.embedding.
+    .wi_0. -> .ffn.gate.0.
+    .wi_1. -> .ffn.fc1.
+    .wo. -> .ffn.fc2.
+""")
+QWEN = rules_of("^model. ->")
+# They leave names of the diffusers format, which are ours already, as they are. Away go wrappers of
+# residual sums and of sequences, and that in which every convolution of the original sits.
+DCAE = rules_of(r"""
+    .(main|op_list)\b ->
+    .(stages|project_in|project_out).(\S*.)?conv.(weight|bias)$ -> .\1.\2\3
+    ^encoder.stages. -> encoder.down_blocks.
+    ^decoder.stages. -> decoder.up_blocks.
+    .project_in. -> .conv_in.
+    ^decoder.project_out.0. -> decoder.norm_out.
+    .project_out.[02]. -> .conv_out.
+    .context_module.proj.norm. -> .attn.norm_out.
+    .context_module.proj. -> .attn.to_out.
+    .context_module. -> .attn.
+    .local_module.point_conv.norm. -> .conv_out.norm.
+    .local_module.(inverted|depth|point)_conv. -> .conv_out.conv_\1.
+    .conv2.norm. -> .norm.
+""")
+DPFLOW = rules_of(r"""
+    ^(state_dict.)?(model.)? ->
+    ^fnet. -> encoder.
+    ^update_block.encoder. -> update.motion.
+    ^update_block. -> update.
+    .gru_list.0. -> .gru.
+    .conv_transition.proj. -> .transition.
+    .downsample.0. -> .skip.
+    .conv_cross.merge_fc_g. -> .merge.
+    .fc1_g. -> .gate_in.
+    .fc1_[xy]. -> .value_in.
+    .dwconv_g.dwconv. -> .gate_mix.
+    .dwconv_[xy].dwconv. -> .value_mix.
+    .fc2. -> .out.
+    ^(update.(?:flow_head|mask)).conv1. -> \1.0.
+    ^(update.(?:flow_head|mask)).conv2. -> \1.2.
+""")
 
 # Where the official config.json of Motus has a field of MotusConfig.
 MOTUS_FIELDS = {

@@ -33,7 +33,7 @@ Shapes: H W pixels, A action dimensions, P state dimensions.
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 
 import numpy as np
@@ -102,14 +102,13 @@ def checked(action: np.ndarray, world: World) -> np.ndarray:
 
 
 def as_labels(
-    points: Mapping[str, np.ndarray], opening: float, places: np.ndarray | None = None
+    points: Mapping[str, np.ndarray], opening: float, places: Iterable[np.ndarray] = ()
 ) -> dict[str, float]:
     """`World.labels` of named points in metres, with their places (n, 2) in the first camera's
     picture where there is one."""
     found = {}
-    if places is not None:
-        for name, place in zip(points, places):
-            found |= {f"{name} x": place[0], f"{name} y": place[1]}
+    for name, place in zip(points, places):
+        found |= {f"{name} {axis}": value for axis, value in zip("xy", place)}
     found["opening"] = opening
     for name, point in points.items():
         found |= {f"{name} {axis} m": value for axis, value in zip("xyz", point)}

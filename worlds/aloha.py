@@ -43,6 +43,7 @@ OPEN = 0.05800
 START = [0, -0.96, 1.16, 0, -0.3, 0, 0.02239, -0.02239]  # of each arm and its fingers
 MEET = np.array([0, 0.5, 0.25])  # where the cube changes hands, metres
 ARMS = {"left": 0, "right": 8}  # first of the 6 joints and 2 fingers in qpos and ctrl
+TURNS = {"left": (90, 0, 0), "right": (0, -60, 0)}  # of a hand from its start, degrees about x y z
 
 
 def tip(data: object, hand: int) -> np.ndarray:
@@ -110,9 +111,8 @@ class TransferCube(World):
 
     def step(self, action: np.ndarray) -> None:
         action = checked(action, self)
-        for k in range(1, self.commands + 1):
-            target = self.last + (action - self.last) * k / self.commands
-            arms = target.reshape(2, 7)
+        targets = np.linspace(self.last, action, self.commands + 1)[1:]
+        for arms in targets.reshape(-1, 2, 7):
             finger = CLOSED + (OPEN - CLOSED) * np.clip(arms[:, 6:], 0, 1)
             self.data.ctrl[:] = np.hstack([arms[:, :6], finger, -finger]).ravel()
             self.mujoco.mj_step(self.model, self.data, self.substeps)
@@ -133,11 +133,9 @@ class TransferCube(World):
     def labels(self) -> dict[str, float]:
         cube = self.data.geom_xpos[self.cube]
         points = {"object": cube, "goal": MEET, "hand": tip(self.data, self.hands["right"])}
-        seen = None
+        seen = ()
         if self.cameras:
-            camera = CAMERAS[self.cameras[0]]
-            places = np.stack(list(points.values()))
-            seen = Eye.places(self.model, self.data, camera, places, 4 / 3)
+            seen = self.eye.places(self.data, CAMERAS[self.cameras[0]], points.values())
         return as_labels(points, self.state()[13], seen)
 
     def expert(self) -> np.ndarray:
@@ -148,41 +146,45 @@ class TransferCube(World):
     # The expert.
 
     def _plan(self) -> np.ndarray:
-        """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz, place
-        of the point between the fingertips, opening of the gripper, rotation from the start."""
+        """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz,
+        opening of the gripper, place of the point between the fingertips. Until the first waypoint
+        a hand turns to the rotation that it then keeps."""
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        pose = {arm: self._turned(ghost, hand) for arm, hand in self.hands.items()}
-        cube = np.array([*self.data.qpos[16:18], 0.02])
+        x, y = self.data.qpos[16:18]  # of the cube
         near = MEET - [0.1, 0, 0.02]
-        over = cube + [0, 0, 0.08]
         beside = MEET + [0.1, 0, 0]
-        starts = [tip(ghost, hand) for hand in self.hands.values()]
-        # Of each hand step, place and opening, and how it is turned from its first waypoint on.
-        left = (
-            [0, 100, 220, 260, 310, 360],
-            [starts[0], near, near, MEET, MEET, near],
-            [0, 1, 1, 1, 0, 0],
-        )
-        right = (
-            [0, 90, 130, 170, 220, 310, 340, 380],
-            [starts[1], over, cube, cube, MEET, MEET, MEET, beside],
-            [0, 1, 1, 0, 0, 0, 1, 1],
-        )
-        ways = np.column_stack(left), np.column_stack(right)
-        straight, side, down = self.Rotation.from_euler("yx", [(0, 0), (0, 90), (-60, 0)], True)
-        plan = []
-        for now in self.hold * np.arange(1, self.max_steps + 1):
-            for arm, way, turned in zip(ARMS, ways, (side, down)):
-                i = min(np.searchsorted(way[:, 0], now), len(way) - 1)
-                before, after = way[i - 1 : i + 1]
-                part = min(1.0, (now - before[0]) / (after[0] - before[0]))
-                _, *place, grip = before + part * (after - before)
-                turn = straight if i == 1 else turned
-                turn = turn * (turn.inv() * turned) ** part * pose[arm]
-                plan += [*self._solve(ghost, arm, place, turn), grip]
-        return np.reshape(plan, (-1, 14))
+        ways = {
+            "left": [
+                (100, 1, *near),
+                (220, 1, *near),
+                (260, 1, *MEET),
+                (310, 0, *MEET),
+                (360, 0, *near),
+            ],
+            "right": [
+                (90, 1, x, y, 0.1),
+                (130, 1, x, y, 0.02),
+                (170, 0, x, y, 0.02),
+                (220, 0, *MEET),
+                (310, 0, *MEET),
+                (340, 1, *MEET),
+                (380, 1, *beside),
+            ],
+        }
+        now = self.hold * np.arange(1, self.max_steps + 1)
+        plan = np.empty((self.max_steps, 2, 7))
+        for i, (arm, hand) in enumerate(self.hands.items()):
+            way = np.array([(0, 0, *tip(ghost, hand)), *ways[arm]])
+            along = np.stack([np.interp(now, way[:, 0], column) for column in way.T[1:]])
+            plan[:, i, 6] = along[0]
+            part = np.clip(now / way[1, 0], 0, 1)
+            turns = self.Rotation.from_rotvec(np.outer(part, TURNS[arm]), degrees=True)
+            turns *= self._turned(ghost, hand)
+            for k, place in enumerate(along[1:].T):
+                plan[k, i, :6] = self._solve(ghost, arm, place, turns[k])
+        return plan.reshape(-1, 14)
 
     def _turned(self, data: object, hand: int) -> object:
         return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
@@ -191,7 +193,7 @@ class TransferCube(World):
         self,
         ghost: object,
         arm: str,
-        place: list[float],
+        place: np.ndarray,
         turn: object,
     ) -> np.ndarray:
         """Moves the six joints of an arm until the fingertips are at a place and the hand has the

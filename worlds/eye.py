@@ -6,6 +6,7 @@ first imported.
 """
 
 import os
+from collections.abc import Collection, Iterable
 
 # Mesa's renderer takes all cores unless told; one process per core is what we want.
 os.environ.setdefault("MUJOCO_GL", "osmesa")
@@ -15,11 +16,15 @@ import numpy as np  # noqa: E402
 
 
 class Eye:
-    """A renderer of pictures (height, width, 3). It belongs to the process that makes it."""
+    """A renderer of pictures (height, width, 3). It belongs to the process that makes it. Cameras
+    that are `turned` hang upside down: their pictures are set upright."""
 
-    def __init__(self, model: object, height: int, width: int):
+    def __init__(self, model: object, height: int, width: int, turned: Collection[str] = ()):
         import mujoco
 
+        self.model = model
+        self.aspect = width / height
+        self.turned = turned
         model.vis.quality.offsamples = 0
         model.vis.global_.offheight = max(480, 2 * height)
         model.vis.global_.offwidth = max(640, 2 * width)
@@ -34,21 +39,20 @@ class Eye:
         twice = self.renderer.render().astype(np.uint16)
         rows = twice[::2] + twice[1::2]
         sums = rows[:, ::2] + rows[:, 1::2]
-        return ((sums + 2) // 4).astype(np.uint8)
+        mean = ((sums + 2) // 4).astype(np.uint8)
+        return np.ascontiguousarray(mean[::-1, ::-1]) if camera in self.turned else mean
 
-    @staticmethod
-    def places(
-        model: object, data: object, camera: str, points: np.ndarray, aspect: float = 1.0
-    ) -> np.ndarray:
-        """Where points (n, 3) of the world are in a camera's picture, `aspect` times as wide as
-        high: (n, 2), 0 to 1 from left and top, at most one side outside."""
+    def places(self, data: object, camera: str, points: Iterable[np.ndarray]) -> np.ndarray:
+        """Where n points (3,) of the world are in a camera's picture: (n, 2), 0 to 1 from left and
+        top, at most one side outside."""
         here = data.camera(camera)
         # x right, y up, z towards the camera
-        seen = (points - here.xpos) @ here.xmat.reshape(3, 3)
-        slope = np.tan(np.radians(model.camera(camera).fovy[0]) / 2)
+        seen = (np.stack(list(points)) - here.xpos) @ here.xmat.reshape(3, 3)
+        slope = np.tan(np.radians(self.model.camera(camera).fovy[0]) / 2)
         half = np.maximum(-seen[:, 2:], 1e-3) * slope
-        place = 0.5 + seen[:, :2] * (0.5 / aspect, -0.5) / half
-        return np.clip(place, -1, 2)
+        place = 0.5 + seen[:, :2] * (0.5 / self.aspect, -0.5) / half
+        place = np.clip(place, -1, 2)
+        return 1 - place if camera in self.turned else place
 
     def __del__(self):
         # MuJoCo deletes an old renderer's textures in whatever context is current: in that of

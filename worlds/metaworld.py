@@ -105,10 +105,10 @@ class MetaWorld(World):
         self.env.seeded_rand_vec = True
         self.env.max_path_length = 1_000_000  # who acts decides when an episode ends
         if task in ALIKE:
-            self.env._random_reset_space = CLASSES[f"{ALIKE[task]}-v3-goal-observable"](
-                seed=0
-            )._random_reset_space
-        self.eye = Eye(self.env.model, size, size) if self.cameras else None
+            other = CLASSES[f"{ALIKE[task]}-v3-goal-observable"](seed=0)
+            self.env._random_reset_space = other._random_reset_space
+        turned = [name for name in CAMERAS if name.startswith("corner")]
+        self.eye = Eye(self.env.model, size, size, turned) if self.cameras else None
         if self.eye and task not in MARKED:
             self.eye.option.sitegroup[:] = 0
 
@@ -131,22 +131,14 @@ class MetaWorld(World):
         return self.full[:4].astype(np.float32)
 
     def render(self) -> dict[str, np.ndarray]:
-        return {camera: self._picture(camera) for camera in self.cameras}
-
-    def _picture(self, camera: str) -> np.ndarray:
-        picture = self.eye.picture(self.env.data, camera)
-        return np.ascontiguousarray(picture[::-1, ::-1] if camera.startswith("corner") else picture)
+        return {camera: self.eye.picture(self.env.data, camera) for camera in self.cameras}
 
     def labels(self) -> dict[str, float]:
         points = {"object": self.full[4:7], "goal": self.full[36:39], "hand": self.full[:3]}
-        if not self.cameras:
-            return as_labels(points, self.full[3])
-        places = Eye.places(
-            self.env.model, self.env.data, self.cameras[0], np.stack(list(points.values()))
-        )
-        return as_labels(
-            points, self.full[3], 1 - places if self.cameras[0].startswith("corner") else places
-        )
+        seen = ()
+        if self.cameras:
+            seen = self.eye.places(self.env.data, self.cameras[0], points.values())
+        return as_labels(points, self.full[3], seen)
 
     def expert(self) -> np.ndarray:
         with warnings.catch_warnings():  # that its commands exceed 1 is known

@@ -9,6 +9,7 @@ values hold. A network keeps the dtype of its file.
     load_vae, load_text, load_vlm  the frozen backbones, from the folders of Wan2.2 and Qwen3-VL
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -52,11 +53,50 @@ QWEN_FIELDS = {
     "vision_heads": "vision_config.num_heads",
     "vision_theta": "vision_config.rope_parameters.rope_theta",
     "taps": "vision_config.deepstack_visual_indexes",
-    "min_pixels": "size.shortest_edge",
-    "max_pixels": "size.longest_edge",
+    "min_pixels": "min_pixels size.min_pixels size.shortest_edge",
+    "max_pixels": "max_pixels size.max_pixels size.longest_edge",
 }
+TEXT_FIELDS = {
+    "dim": "d_model",
+    "dim_ffn": "d_ff",
+    "buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+}
+# Without a setting in our networks: what a config.json may say of it, if anything.
+ALWAYS = """
+attn_scales                              [[]]
+common.video_height                      [384]
+common.video_width                       [320]
+cross_attn_norm                          [true]
+dense_act_fn                             ["gelu_new"]
+do_normalize                             [true]
+do_rescale                               [true]
+do_resize                                [true]
+feed_forward_proj                        ["gated-gelu"]
+image_mean                               [[0.5, 0.5, 0.5]]
+image_std                                [[0.5, 0.5, 0.5]]
+is_residual                              [true]
+layer_norm_epsilon                       [1e-6]
+qk_norm                                  [true, "rms_norm_across_heads"]
+quantization_config.quant_method         []
+scalable_attention                       [true]
+text_config.attention_bias               [false]
+text_config.hidden_act                   ["silu"]
+text_config.rope_parameters.rope_type    ["default"]
+text_config.rope_scaling.mrope_interleaved [true]
+text_config.rope_scaling.rope_type       ["default"]
+und_expert.vlm.projector_type            ["mlp3x_silu"]
+vision_config.hidden_act                 ["gelu_pytorch_tanh"]
+window_size                              [[-1, -1]]
+"""
 LISTS = ("mrope", "taps", "mean", "std")
-OPTIONAL = ("eps", "text_len", "vision_theta", "state_dim")  # may be neither shown nor stated
+OPTIONAL = (
+    "eps",
+    "text_len",
+    "vision_theta",
+    "state_dim",
+    "max_distance",
+)  # may be neither shown nor stated
 
 # -- seen and stated ------------------------------------------------------------------------------
 
@@ -142,9 +182,17 @@ class Evidence:
         the `published` config."""
         agreed = dict(found)
         problems = []
+        for line in ALWAYS.strip().splitlines():
+            key, values = line.split(maxsplit=1)
+            value = self.stated.get(key)
+            if value is not None and value not in json.loads(values):
+                problems.append(
+                    f"{key} is {value!r}, which is not computed here; expected {values}"
+                )
         known = published is not None and found.items() <= vars(published).items()
         for field, keys in names.items():
-            key = next((key for key in keys.split() if key in self.stated), None)
+            stated = (key for key in keys.split() if self.stated.get(key) is not None)
+            key = next(stated, None)
             if key is None:
                 if not known and field not in (*found, *OPTIONAL):
                     keys = keys.replace(" ", " or ")
@@ -212,7 +260,7 @@ def text_config(evidence: Evidence) -> UMT5Config:
         heads="blocks.0.pos_embedding.embedding.weight 1",
         layers="blocks. *",
     )
-    return UMT5Config(**found)
+    return UMT5Config(**evidence.reconcile(found, TEXT_FIELDS))
 
 
 def vlm_config(evidence: Evidence) -> Qwen3VLConfig:

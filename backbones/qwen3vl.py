@@ -96,6 +96,10 @@ class Qwen3VLConfig:
                 f"vision_width {self.vision_width} must be a multiple of 4 * vision_heads = "
                 f"{4 * self.vision_heads}"
             )
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} must not exceed max_pixels {self.max_pixels}"
+            )
         rising = [i for i in range(self.vision_layers) if i in self.taps]
         if list(self.taps) != rising or len(rising) > self.layers:
             raise ValueError(

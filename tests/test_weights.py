@@ -64,7 +64,7 @@ def test_every_tensor_reaches_its_place_and_none_stays_on_meta(tmp_path):
     module = module_of({name: tuple(t.shape) for name, t in tensors.items()}, dtype=torch.bfloat16)
     with files.open_source(tmp_path / "x.safetensors") as source:
         load.load_into(module, source)
-    assert files.read_metadata(tmp_path / "x.safetensors") == {"note": "kept"}
+    assert files.open_source(tmp_path / "x.safetensors").metadata == {"note": "kept"}
     for name, value in module.state_dict().items():
         assert torch.equal(value, tensors[name].bfloat16())
 

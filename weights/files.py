@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import math
-import mmap
 import os
 import pickletools
 import re
@@ -86,22 +85,24 @@ def read_json(path: Path) -> dict:
     return parse_json(path, path.read_bytes())
 
 
-def check_dtypes(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    problems = [
-        f"{name}: is {tensor.dtype}"
-        for name, tensor in tensors.items()
-        if tensor.dtype not in DTYPE_NAMES
-    ]
-    refuse(path, f"dtypes other than the expected {', '.join(DTYPE_NAMES.values())}", problems)
+def dtype_name(tensor: Tensor) -> str:
+    return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+
+
+def check_dtypes(path: Path, kinds: Mapping[str, str]) -> None:
+    """Refuses names of dtypes that are not among ours."""
+    known = DTYPE_NAMES.values()
+    odd = [f"{name}: {kind}" for name, kind in kinds.items() if kind not in known]
+    hint = "quantised weights are published beside a bf16 or fp16 file: take that"
+    refuse(path, f"expected dtypes {', '.join(known)}; {hint}", odd)
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors mapped from the file by name, in file order, and its metadata. The library checks
-    that the header is sound and that its tensors fill the file without gap or overlap; it would
-    read whole tensors, so the mapping is ours."""
+    that the header is sound and that its tensors fill the file without gap or overlap."""
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.offset_keys())
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(
@@ -110,20 +111,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         table = parse_json(path, file.read(length))  # refuses a name that is there twice
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    kinds = {kind: dtype for dtype, kind in DTYPE_NAMES.items()}
-    odd = [f"{name}: {table[name]['dtype']}" for name in names if table[name]["dtype"] not in kinds]
-    refuse(path, f"expected dtypes {', '.join(kinds)}", odd)
-    tensors = {}
-    for name in names:
-        dtype, shape = kinds[table[name]["dtype"]], table[name]["shape"]
-        count = math.prod(shape)
-        if not count:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        else:
-            at = 8 + length + table[name]["data_offsets"][0]
-            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=at)
-            tensors[name] = flat.view(shape)
+    check_dtypes(path, {name: table[name]["dtype"] for name in tensors})
     return tensors, metadata
 
 
@@ -164,8 +152,8 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 # that the file does not hold.
 PICKLE_NAMES = re.compile(
     r"collections (OrderedDict|Counter)|(builtins|__builtin__) set|_codecs encode"
-    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
-    r"|torch (Size|device|bool|(b?float|u?int)\d+|\w+Storage)"
+    r"|torch\._utils _rebuild_(tensor_v[23]|parameter)|torch\.storage UntypedStorage"
+    r"|torch (Size|device|bool|(b?float|u?int)\w+|\w+Storage)"
 )
 
 
@@ -237,7 +225,7 @@ def open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         elif size and size not in sizes:
             problems.append(f"{name}: its storage claims {size} bytes, no record has that size")
     refuse(path, "not a dictionary of tensors", problems)
-    check_dtypes(path, content)
+    check_dtypes(path, {name: dtype_name(value) for name, value in content.items()})
     return {name: value.detach() for name, value in content.items()}, {}
 
 
@@ -344,11 +332,6 @@ def open_source(path: str | Path) -> TensorSource:
     return TensorSource(path, tensors, metadata, mapped)
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a weight file."""
-    return open_source(path).metadata
-
-
 # -- writing --------------------------------------------------------------------------------------
 
 
@@ -401,7 +384,7 @@ def save_safetensors(
 ) -> None:
     """Writes tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype that the
     format has no name for here."""
-    check_dtypes(Path(path), tensors)
+    check_dtypes(Path(path), {name: dtype_name(tensor) for name, tensor in tensors.items()})
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     start, begins, _ = safetensors_header(kinds, metadata)
 

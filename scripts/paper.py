@@ -34,6 +34,7 @@ from formats.motions import Motions, motions
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS
 from scripts import evaluate
+from scripts.readme import table
 from weights.files import read_json, run_command
 
 TOY = PRESETS["toy"]
@@ -41,9 +42,7 @@ TOY = PRESETS["toy"]
 
 def page(title: str, about: str, words: str, head: Sequence[str], rows: Sequence) -> str:
     """A page of one table."""
-    lines = [head, ["---"] * len(head), *rows]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"# {title}\n\n{about}\n\n{words}\n\n{table}\n"
+    return f"# {title}\n\n{about}\n\n{words}\n\n{table(head, rows)}\n"
 
 
 # -- what 14 numbers hold -------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Published files to one safetensors file, and our weights back to the official folder."""
 
 import json
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -27,16 +26,13 @@ def convert(src: str | Path, dst: str | Path) -> None:
     """A published file or folder to one safetensors file of ours: our names, second names dropped,
     config.json kept as metadata."""
     with open_source(src) as source:
-        kind, stage = identify(source.names())
+        kind, _ = identify(source.names())
         if kind not in KINDS:
             raise ValueError(f"{source.path}: the layout is not known, expected {', '.join(KINDS)}")
         if kind.startswith("dcae"):  # where a tensor of the file may be three of ours
             source.tensors = canonical(source.tensors)
         plan = plan_names(source, renaming(source.names()))
-        kind = re.sub("-(diffusers|transformers|own)$", "", kind)
-        metadata = source.metadata | {"format": "pt", "kind": kind}
-        if stage:
-            metadata["stage"] = str(stage)
+        metadata = source.metadata | {"format": "pt"}
         if POSITIONS in source.tensors:
             metadata["pos_embedding_rows"] = str(source.shape(POSITIONS)[1])
         if config := config_beside(source):

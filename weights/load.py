@@ -47,9 +47,10 @@ def advise(tensor: Tensor, advice: str) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), code)
 
 
-def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bytes (NaN equals NaN)."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+def same_bytes(source: TensorSource, *names: str) -> bool:
+    """Whether two tensors of a file are there and the same bytes (NaN equals NaN)."""
+    a, b = (source.tensors.get(name) for name in names)
+    if b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return a.data_ptr() == b.data_ptr() or torch.equal(raw_bytes(a), raw_bytes(b))
 
@@ -66,9 +67,7 @@ def plan_names(source: TensorSource, rename: Callable[[str], str | None]) -> dic
             problems.append(f"{name} and {plan[key]} are both {key}")
         elif key is not None:
             plan[key] = name
-        elif original and not (
-            original in source.tensors and same_bytes(source.read(name), source.read(original))
-        ):
+        elif original and not same_bytes(source, name, original):
             problems.append(f"{name}: differs from {original}, or that is not in the file")
     refuse(source.path, "tensors that contradict each other", problems)
     return plan
@@ -180,6 +179,7 @@ def load_into(
             problems.append(f"not initialised: buffer {key} {reason}")
     refuse(source.path, f"does not fit {type(module).__name__}", problems)
 
+    made = {}
     pairs = [(name, wanted[key]) for key, name in plan.items()]
     for key, view in zip(plan, read_shards(source, pairs)):
         old = wanted[key]
@@ -190,11 +190,8 @@ def load_into(
         new = torch.empty(view.shape, dtype=kind, device=device if old.is_meta else old.device)
         if new.device.type == "cpu":
             advise(new, "HUGEPAGE")  # fresh memory in small pages costs more time than the file
-        new.copy_(view)  # casts on the way: no second copy
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        owner, _, leaf = key.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, new)
+        made[key] = new.copy_(view)  # casts on the way: no second copy
+    module.load_state_dict(made, strict=False, assign=True)
 
 
 def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
@@ -215,8 +212,8 @@ def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
 
 def save_part(path: Path, network: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Writes a network with its config, floating weights as `dtype` if given; atomic."""
-    tensors = {}
-    for name, value in network.state_dict().items():
-        cast = dtype is not None and value.is_floating_point()
-        tensors[name] = value.to(dtype) if cast else value
+    tensors = network.state_dict()
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            tensors[name] = value.to(dtype)  # of None: as it is
     save_safetensors(path, tensors, {"config": json.dumps(asdict(network.config))})

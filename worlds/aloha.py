@@ -152,37 +152,29 @@ class TransferCube(World):
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        x, y = self.data.qpos[16:18]  # of the cube
+        cube = np.array([*self.data.qpos[16:18], 0.02])
+        over = cube + [0, 0, 0.08]
         near = MEET - [0.1, 0, 0.02]
         beside = MEET + [0.1, 0, 0]
         ways = {
-            "left": [
-                (100, 1, *near),
-                (220, 1, *near),
-                (260, 1, *MEET),
-                (310, 0, *MEET),
-                (360, 0, *near),
-            ],
-            "right": [
-                (90, 1, x, y, 0.1),
-                (130, 1, x, y, 0.02),
-                (170, 0, x, y, 0.02),
-                (220, 0, *MEET),
-                (310, 0, *MEET),
-                (340, 1, *MEET),
-                (380, 1, *beside),
-            ],
+            "left": ([100, 220, 260, 310, 360], [1, 1, 1, 0, 0], [near, near, MEET, MEET, near]),
+            "right": (
+                [90, 130, 170, 220, 310, 340, 380],
+                [1, 1, 0, 0, 0, 1, 1],
+                [over, cube, cube, MEET, MEET, MEET, beside],
+            ),
         }
         now = self.hold * np.arange(1, self.max_steps + 1)
         plan = np.empty((self.max_steps, 2, 7))
         for i, (arm, hand) in enumerate(self.hands.items()):
-            way = np.array([(0, 0, *tip(ghost, hand)), *ways[arm]])
-            along = np.stack([np.interp(now, way[:, 0], column) for column in way.T[1:]])
-            plan[:, i, 6] = along[0]
-            part = np.clip(now / way[1, 0], 0, 1)
+            steps, *goals = np.column_stack(ways[arm]).T
+            start = [0, *tip(ghost, hand)]
+            along = [np.interp(now, [0, *steps], [a, *b]) for a, b in zip(start, goals)]
+            part = np.clip(now / steps[0], 0, 1)
             turns = self.Rotation.from_rotvec(np.outer(part, TURNS[arm]), degrees=True)
             turns *= self._turned(ghost, hand)
-            for k, place in enumerate(along[1:].T):
+            plan[:, i, 6] = along[0]
+            for k, place in enumerate(zip(*along[1:])):
                 plan[k, i, :6] = self._solve(ghost, arm, place, turns[k])
         return plan.reshape(-1, 14)
 

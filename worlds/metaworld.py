@@ -32,36 +32,37 @@ import numpy as np
 from worlds import World, as_labels, checked, choice
 from worlds.eye import Eye
 
-TASKS = {
-    "reach": "reach the red point",
-    "push": "push the puck to the green point",
-    "pick-place": "pick up the puck and hold it at the point",
-    "drawer-open": "open the drawer",
-    "drawer-close": "close the drawer",
-    "window-open": "open the window",
-    "window-close": "close the window",
-    "faucet-open": "open the faucet",
-    "faucet-close": "close the faucet",
-    "door-open": "open the door",
-    "door-close": "close the door",
-    "door-lock": "lock the door",
-    "door-unlock": "unlock the door",
-    "button-press": "press the button on the wall",
-    "button-press-topdown": "press the button from above",
-    "coffee-button": "press the button of the coffee machine",
-    "coffee-push": "push the mug under the coffee machine",
-    "handle-press": "press the handle down",
-    "handle-press-side": "press the sideways handle down",
-    "handle-pull": "pull the handle up",
-    "plate-slide": "slide the plate into the goal",
-    "plate-slide-side": "slide the plate sideways into the goal",
-    "plate-slide-back": "slide the plate back out",
-    "dial-turn": "turn the dial",
-    "hammer": "hammer the nail in",
-    "sweep": "sweep the block off the table",
-    "soccer": "push the ball into the goal",
-    "lever-pull": "pull the lever up",
-}
+INSTRUCTIONS = """
+reach                 reach the red point
+push                  push the puck to the green point
+pick-place            pick up the puck and hold it at the point
+drawer-open           open the drawer
+drawer-close          close the drawer
+window-open           open the window
+window-close          close the window
+faucet-open           open the faucet
+faucet-close          close the faucet
+door-open             open the door
+door-close            close the door
+door-lock             lock the door
+door-unlock           unlock the door
+button-press          press the button on the wall
+button-press-topdown  press the button from above
+coffee-button         press the button of the coffee machine
+coffee-push           push the mug under the coffee machine
+handle-press          press the handle down
+handle-press-side     press the sideways handle down
+handle-pull           pull the handle up
+plate-slide           slide the plate into the goal
+plate-slide-side      slide the plate sideways into the goal
+plate-slide-back      slide the plate back out
+dial-turn             turn the dial
+hammer                hammer the nail in
+sweep                 sweep the block off the table
+soccer                push the ball into the goal
+lever-pull            pull the lever up
+"""
+TASKS = dict(line.split(maxsplit=1) for line in INSTRUCTIONS.strip().splitlines())
 MARKED = ("reach", "push", "pick-place")
 ALIKE = {"faucet-close": "faucet-open"}  # starts where the other task starts
 CAMERAS = ("corner4", "gripperPOV", "topview", "corner", "corner2", "corner3", "behindGripper")

@@ -28,7 +28,6 @@ Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state d
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -254,9 +253,9 @@ class Stream:
 
     def encoded(
         self, chunks: list[Tensor], device: torch.device | str, precision: str
-    ) -> Iterator[tuple[list[dict[str, Tensor]], list[str]]]:
-        """The windows of chunks of rows, and their instructions, for a cache; the processors of
-        this rank decode."""
+    ) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+        """The batches of chunks of rows, on the CPU, and their instructions, for a cache; the
+        processors of this rank decode."""
         if not chunks:
             return
         self.load(device, precision)
@@ -266,7 +265,8 @@ class Stream:
             inputs = self.inputs(prepared, device)
             if precision == "bf16":
                 inputs.latents = inputs.latents.bfloat16()
-            yield windows.apart(vars(inputs)), prepared["instruction"]
+            found = {name: x.cpu() for name, x in vars(inputs).items() if x is not None}
+            yield found, prepared["instruction"]
 
     def write(self, out: Path, rows: Tensor, device, precision: str, *place: int) -> None:
         """A cache of the windows of `rows`, or the part of the rank `place` of it."""
@@ -280,7 +280,7 @@ class Stream:
             "precision": precision,
             "widths": {k: getattr(self.config, k) for k in ("ratio", "action_dim", "state_dim")},
             "robots": [robot.as_json() for robot in self.robots],
-            "rows": digest({"rows": rows}, self.digest()),
+            "made_from": digest({"rows": rows}, self.digest()),
         }
         windows.write(out, rows, about, lambda x: self.encoded(x, device, precision), *place)
 
@@ -327,24 +327,18 @@ def parts_of(stage: str) -> tuple[str, ...]:
 
 
 PUBLISHED = {
-    "vae": ("wan/Wan2.2_VAE.pth", "wan/vae/*"),
-    "text": ("wan/models_t5*", "wan/google/umt5-xxl/*", "wan/text_encoder/*", "wan/tokenizer/*"),
-    "vlm": ("qwen3vl/*.safetensors", "qwen3vl/*.json"),
+    "vae": "wan/Wan2.2_VAE.pth wan/vae/*",
+    "text": "wan/models_t5* wan/google/umt5-xxl/* wan/text_encoder/* wan/tokenizer/*",
+    "vlm": "qwen3vl/*.safetensors qwen3vl/*.json",
 }
 
 
 def sampled(files: Sequence[Path]) -> str:
-    """Changes with the name and size of files that are too large to read for that, and with what is
-    at 64 places of each."""
-    state = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        state.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for at in range(0, size, max(1, size // 64)):
-                file.seek(at)
-                state.update(file.read(4096))
-    return state.hexdigest()[:16]
+    """Changes with the names and sizes of files that are too large to read for that, and with any
+    of 512 bytes of each."""
+    found = {path.name: np.memmap(path, mode="r") for path in files if path.stat().st_size}
+    some = {name: torch.tensor(x[:: 1 + len(x) // 512]) for name, x in found.items()}
+    return digest(some, str(list(map(len, found.values()))))
 
 
 def makers(preset_name: str, config: MotusConfig, stage: str, encode=None) -> dict:
@@ -354,7 +348,7 @@ def makers(preset_name: str, config: MotusConfig, stage: str, encode=None) -> di
     text_len = config.video.text_len
     made = {"stage": stage, "frames": config.frames, "text_len": text_len}
     for part in parts_of(stage):
-        published = sorted(path for name in PUBLISHED[part] for path in folder.glob(name))
+        published = sorted(path for name in PUBLISHED[part].split() for path in folder.glob(name))
         if (folder / f"{part}.safetensors").is_file():
             made |= Backbones.load(folder, text_len, (part,)).fingerprint()
         elif published:

@@ -3,13 +3,14 @@
     FILE.safetensors                    all windows of a small set
     FOLDER/windows_000000.safetensors   SHARD of them, then the next SHARD, ...
 
-The metadata of each file say what all windows are. Of a tensor, the rows of window i lie from
-NAME_at[i] to NAME_at[i + 1]. Text states are there once for each instruction of a file; `text`
-says which of them are a window's.
+A file holds a batch, by the names of `motus.Inputs`; its metadata say what all windows are. Text
+states are there once for each instruction of a file; `text` says which of them are a window's.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,38 +24,24 @@ from weights.files import digest, open_source, read_metadata, save_safetensors
 
 SHARD = 256
 CHUNK = 32  # windows that are encoded at a time; divides SHARD
+OPEN = 256  # files that a process has mapped at a time
 ABOUT = "encoded windows"  # key of a file's metadata
 
-Window = Mapping[str, Tensor]
-# Chunks of rows -> the windows and instructions of each, in order.
-Encode = Callable[[list[Tensor]], Iterable[tuple[list[Window], list[str]]]]
-
-# -- one window and many --------------------------------------------------------------------------
+Batch = Mapping[str, Tensor]
+# Chunks of rows -> of each the batch, on the CPU, and its instructions.
+Encode = Callable[[list[Tensor]], Iterable[tuple[Batch, list[str]]]]
 
 
-def apart(batch: Mapping[str, Tensor | None]) -> list[Window]:
-    """The windows of a batch (the fields of `motus.Inputs`), each without padding, on the CPU."""
-    held = {name: x.cpu() for name, x in batch.items() if x is not None}
-    lengths = {"context": held.pop("context_len")}
-    if "und" in held:
-        lengths["und"] = held.pop("und_mask").sum(1)
-    windows = [dict(zip(held, rows)) for rows in zip(*held.values())]
-    for name, rows in lengths.items():
-        for window, length in zip(windows, rows.tolist()):
-            window[name] = window[name][:length]
-    return windows
-
-
-def joined(windows: Sequence[Window]) -> dict[str, Tensor]:
-    """The batch of windows that `apart` gave, padded to the longest; latents are fp32."""
-    columns = {name: [window[name] for window in windows] for name in windows[0]}
-    batch = {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}
-    batch["latents"] = batch["latents"].float()
-    batch["context_len"] = torch.tensor([*map(len, columns["context"])])
-    if "und" in batch:
-        lengths = torch.tensor([*map(len, columns["und"])])
-        batch["und_mask"] = torch.arange(batch["und"].shape[1]) < lengths[:, None]
-    return batch
+def stack(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Joins batches; text and understanding are as long as the longest that is no padding."""
+    joined = {}
+    for name in batches[0]:
+        rows = [row for batch in batches for row in batch[name]]
+        joined[name] = pad_sequence(rows, batch_first=True) if rows[0].dim() else torch.stack(rows)
+    longest = {"context": joined["context_len"].max()}
+    if "und_mask" in joined:
+        longest["und"] = longest["und_mask"] = joined["und_mask"].sum(1).max()
+    return joined | {name: joined[name][:, :length] for name, length in longest.items()}
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -88,133 +75,112 @@ def files_of(pyramid: Pyramid) -> list[tuple[str, int, int]]:
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def pack(windows: Sequence[Window], texts: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a file, from its windows and the instruction of each."""
-    columns = {name: [window[name] for window in windows] for name in windows[0]}
-    states = dict(zip(texts, columns["context"]))
-    columns["context"] = list(states.values())
-    place = {text: i for i, text in enumerate(states)}
-    packed = {"text": torch.tensor([place[text] for text in texts])}
-    for name, rows in columns.items():
-        packed[name] = torch.cat(rows)
-        packed[f"{name}_at"] = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    return packed
-
-
-def shard_file(folder: Path, number: int) -> Path:
-    return folder / f"windows_{number:06d}.safetensors"
-
-
-def missing(path: Path, about: dict) -> bool:
-    """Whether a shard has yet to be written. ValueError if other windows were begun in its
-    folder."""
-    if not path.exists():
-        return True
-    found = json.loads(read_metadata(path).get(ABOUT, "{}"))
-    for key, wanted in about.items():
-        if found.get(key) != wanted:
-            raise ValueError(
-                f"{path} was made with {key} {str(found.get(key))[:200]}, now it is "
-                f"{str(wanted)[:200]}; name another folder, or delete this one"
-            )
-    return False
-
-
 def write(
     out: Path, rows: Tensor, about: dict, encode: Encode, rank: int = 0, world: int = 1
 ) -> None:
     """Encodes the windows of `rows` into a file, or this rank's shards that are not yet in a
-    folder; at most a shard of them is in memory."""
+    folder; at most one shard and its batches are in memory. ValueError if another cache was begun
+    there."""
     single = out.suffix == ".safetensors"
     about = about | {"shard": len(rows) if single else SHARD}
-    parts = {shard_file(out, n): part for n, part in enumerate(rows.split(about["shard"]))}
-    todo = [path for path in list(parts)[rank::world] if missing(path, about)]
-    if single:
-        todo, parts = [out], {out: rows}
-    encoded = iter(encode([chunk for path in todo for chunk in parts[path].split(CHUNK)]))
-    for path in todo:
+    metadata = {ABOUT: json.dumps(about)}
+    parts = {}
+    for number, part in list(enumerate(rows.split(about["shard"])))[rank::world]:
+        path = out if single else out / f"windows_{number:06d}.safetensors"
+        if single or not path.exists():
+            parts[path] = part.split(CHUNK)
+        elif read_metadata(path) != metadata:
+            raise ValueError(
+                f"{path} is of another cache: {read_metadata(path).get(ABOUT)}, now it is to be "
+                f"{metadata[ABOUT]}; name another folder, or delete this one"
+            )
+    encoded = iter(encode([chunk for chunks in parts.values() for chunk in chunks]))
+    for path, chunks in parts.items():
         for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
             left.unlink()
-        windows, texts = [], []
-        for _ in parts[path].split(CHUNK):
-            more, words = next(encoded)
-            windows += more
-            texts += words
-        save_safetensors(path, pack(windows, texts), {ABOUT: json.dumps(about)})
+        save(path, metadata, *zip(*itertools.islice(encoded, len(chunks))))
+
+
+def save(
+    path: Path, metadata: dict[str, str], batches: Sequence[Batch], words: Sequence[list[str]]
+) -> None:
+    batch = stack(batches)
+    texts = sum(words, [])
+    states = list(dict.fromkeys(texts))
+    batch["context"] = batch["context"][[texts.index(text) for text in states]]
+    batch["text"] = torch.tensor([states.index(text) for text in texts])
+    save_safetensors(path, batch, metadata)
 
 
 # -- reading --------------------------------------------------------------------------------------
 
 
+@lru_cache(OPEN)
+def opened(path: Path, changed: int) -> dict[str, Tensor]:
+    """The tensors of a file, mapped, as it is since the time `changed`."""
+    return open_source(path).tensors
+
+
 class Windows:
     """The windows that `write` wrote, mapped from disk when they are asked for, and batches of
-    them. ValueError for what is no cache, or not yet a whole one."""
+    them. ValueError for what is no cache, or not yet a whole one.
 
-    OPEN = 256  # files that are mapped at a time
+    windows    how many there are of each source, in their order; `shard` of them lie in a file
+    sources    name, level and robot of each; weights, by which they are mixed
+    robots     their statistics
+    interval   action steps that one latent action spans, or None
+    widths     fields of the network's config
+    made_by    digests of the networks that encoded them"""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        files = sorted(self.path.glob("windows_*.safetensors")) or [self.path]
-        about = json.loads(read_metadata(files[0]).get(ABOUT, "{}"))
+        self.files = sorted(self.path.glob("windows_*.safetensors")) or [self.path]
+        about = json.loads(read_metadata(self.files[0]).get(ABOUT, "{}"))
         if not about:
             raise ValueError(f"{path} is no cache of windows: `python data.py cache` makes one")
-        self.counts = np.array(about["windows"])  # of each source, in their order
-        self.shard = about["shard"]  # windows in a file
-        self.sources = about["sources"]  # name, level and robot of each
-        self.weights = about["weights"]  # by which they are mixed
-        self.interval = about["interval"]  # action steps that one latent action spans, or None
-        self.widths = about["widths"]  # fields of the network's config
-        self.made_by = about["made_by"]
-        self.robots = tuple(map(Statistics.from_json, about["robots"]))
-        self.files = files
-        self.opened: dict[int, dict[str, Tensor]] = {}
+        vars(self).update(about)
+        self.robots = tuple(map(Statistics.from_json, self.robots))
         wanted = -(-len(self) // self.shard)
-        if len(files) != wanted:
+        if len(self.files) != wanted:
             raise ValueError(
-                f"{path} has {len(files)} of {wanted} shards; run the command that began it "
+                f"{path} has {len(self.files)} of {wanted} shards; run the command that began it "
                 "again: it goes on where it was"
             )
 
     def __len__(self) -> int:
-        return int(self.counts.sum())
+        return sum(self.windows)
 
-    def __getitem__(self, row: int) -> Window:
-        """The tensors of a window by name, as views of its file."""
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        """The window of a row, as a batch of one."""
         number, at = divmod(row, self.shard)
-        if number not in self.opened:
-            if len(self.opened) == self.OPEN:
-                self.opened.pop(next(iter(self.opened)))
-            self.opened[number] = open_source(self.files[number]).tensors
-        tensors = self.opened[number]
-        window = {}
-        for name in tensors:
-            if f"{name}_at" in tensors:
-                index = int(tensors["text"][at]) if name == "context" else at
-                first, end = tensors[f"{name}_at"][index : index + 2].tolist()
-                window[name] = tensors[name][first:end]
-        return window
+        file = self.files[number]
+        tensors = opened(file, file.stat().st_mtime_ns)
+        window = {name: x[at : at + 1] for name, x in tensors.items() if name != "context"}
+        return window | {"context": tensors["context"][window.pop("text")]}
 
     @property
-    def latents(self) -> tuple[int, ...]:
+    def latents(self) -> torch.Size:
         """C T h w of a window."""
-        return tuple(self[0]["latents"].shape)
+        return self[0]["latents"].shape[1:]
 
     def rows(self, size: int, seed: int, step: int) -> Tensor:
         """The windows of batch `step`: sources by weight, windows uniform within a source."""
         rng = np.random.default_rng([seed, step])
-        first = self.counts.cumsum() - self.counts
-        present = np.flatnonzero(self.counts)
+        counts = np.array(self.windows)
+        first = counts.cumsum() - counts
+        present = np.flatnonzero(counts)
         chosen = present[shares(np.array(self.weights)[present], size, rng)]
-        return torch.tensor([first[i] + rng.integers(self.counts[i]) for i in chosen])
+        return torch.tensor([first[i] + rng.integers(counts[i]) for i in chosen])
 
     def prepare(self, rows: Tensor) -> dict[str, Tensor]:
-        """The fields of the `motus.Inputs` of some rows."""
-        return joined([self[row] for row in rows.tolist()])
+        """The fields of the `motus.Inputs` of some rows; latents are fp32."""
+        batch = stack([self[row] for row in rows.tolist()])
+        return batch | {"latents": batch["latents"].float()}
 
     def digest(self) -> str:
         """Changes with the sources of the windows, how they are mixed, and what 16 of them hold."""
         some = self.prepare(torch.arange(len(self))[:: -(-len(self) // 16)])
-        return digest(some, json.dumps([self.counts.tolist(), self.weights]))
+        return digest(some, json.dumps([self.windows, self.weights]))
 
     def mix(self, pyramid: Pyramid) -> None:
         """Takes the weights of a card for its sources, which are encoded already."""

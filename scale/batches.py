@@ -47,32 +47,22 @@ def encode_once(stream: Stream, settings, ranks: Ranks, folder: Path) -> Pool:
     return ranks.together(lambda: Pool(kept, stream.preset_name, stream.stage))
 
 
-def draw(
-    size: int,
-    latents: tuple[int, ...],
-    actions: tuple[int, ...] | None,
-    generator: torch.Generator,
-    times: str = "official",
-    given: float = 0.0,
+def draw_noise(
+    inputs: Inputs, generator: torch.Generator, times: str = "official", given: float = 0.0
 ) -> dict[str, Tensor]:
-    """Training times and noise, on the CPU, of `size` samples of the shapes C T h w and S A, in
-    this order: video time, action time, what is given, video noise, action noise. In a share
-    `given` of the samples one modality is given (`flow.pin_modality`)."""
+    """Training times and noise for inputs, the arguments of `Motus.loss`. They are drawn on the
+    CPU, in this order: video time, action time, what is given, video noise, action noise. In a
+    share `given` of the samples one modality is given (`flow.pin_modality`)."""
+    size = len(inputs)
     t_video = flow.TIMES[times](size, generator)
-    t_action = None if actions is None else flow.TIMES[times](size, generator)
+    t_action = None if inputs.actions is None else flow.TIMES[times](size, generator)
     if given and t_action is not None:
         t_video, t_action = flow.pin_modality(t_video, t_action, given, generator)
-    drawn = {"t_video": t_video, "video_noise": torch.randn(size, *latents, generator=generator)}
+    drawn = {"t_video": t_video}
+    drawn["video_noise"] = torch.randn(inputs.latents.shape, generator=generator)
     if t_action is not None:
         drawn["t_action"] = t_action
-        drawn["action_noise"] = torch.randn(size, *actions, generator=generator)
-    return drawn
-
-
-def draw_noise(inputs: Inputs, generator: torch.Generator) -> dict[str, Tensor]:
-    """Times and noise for some inputs, the arguments of `Motus.loss`."""
-    actions = None if inputs.actions is None else inputs.actions.shape[1:]
-    drawn = draw(len(inputs), inputs.latents.shape[1:], actions, generator)
+        drawn["action_noise"] = torch.randn(inputs.actions.shape, generator=generator)
     return {name: value.to(inputs.latents.device) for name, value in drawn.items()}
 
 
@@ -93,13 +83,14 @@ class Batches(Dataset):
         first = self.rank * share
         rows = self.source.rows(settings.batch, settings.seed, step)
         prepared = self.source.prepare(rows[first : first + share])
-        actions = prepared.get("actions")
-        shapes = self.source.latents, None if actions is None else actions.shape[1:]
+        one = Inputs(torch.empty(1, *self.source.latents), None, None)
+        if prepared.get("actions") is not None:
+            one.actions = prepared["actions"][:1]
         noise = []
         for sample in range(first, first + share):
             state = np.random.SeedSequence([settings.seed, step, sample]).generate_state(1)
             generator = torch.Generator().manual_seed(int(state[0]))
-            noise.append(draw(1, *shapes, generator, settings.times, settings.given))
+            noise.append(draw_noise(one, generator, settings.times, settings.given))
         noise = {name: torch.cat([drawn[name] for drawn in noise]) for name in noise[0]}
         return prepared, noise, counts(prepared, noise)
 

@@ -204,16 +204,17 @@ class Stream:
     def __init__(
         self,
         pyramid: Pyramid,
-        robots: tuple[Statistics, ...],
-        config: MotusConfig,
         preset_name: str,
         stage: str,
+        measured: Sequence[dict[str, Tensor]] | None = None,
     ):
-        self.pyramid, self.robots, self.config = pyramid, robots, config
-        self.preset_name, self.stage = preset_name, stage
+        """`measured`: what all ranks found of the robots, if this one is not to measure all."""
+        self.pyramid, self.preset_name, self.stage = pyramid, preset_name, stage
+        self.config = network_for(pyramid, preset_name, stage)
+        self.robots = pyramid.robots(STAGES[stage].finetune, measured)
         self.actions = STAGES[stage].actions
         self.interval = pyramid.ratio if self.actions == "latent" else None
-        self.made_by = makers(preset_name, config, stage, self.interval and pyramid.encode)
+        self.made_by = makers(preset_name, self.config, stage, self.interval and pyramid.encode)
         self.backbones: Backbones | None = None
 
     def load(self, device: torch.device | str, precision: str = "fp32") -> "Stream":
@@ -370,9 +371,7 @@ def cache(args: argparse.Namespace) -> None:
     pyramid = open_pyramid(args.data, *kind, *sizes, latent=args.latent)
     if not rank:
         print(pyramid.describe(), file=sys.stderr)
-    robots = pyramid.robots(STAGES[args.stage].finetune)
-    config = network_for(pyramid, args.preset, args.stage)
-    stream = Stream(pyramid, robots, config, args.preset, args.stage)
+    stream = Stream(pyramid, args.preset, args.stage)
     count = args.windows or recipe.get("windows", WINDOWS)
     rows = windows.rows_to_encode(pyramid, count, args.seed)
     stream.write(out, rows, device, recipe.get("precision", "fp32"), rank, world)

@@ -215,16 +215,10 @@ def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> S
     pyramid = ranks.together(lambda: open_card(args, settings))
     if not ranks.rank:
         print(pyramid.describe(), file=sys.stderr)
-    acts = STAGES[args.stage].finetune
     measured = None
-    if acts:
+    if STAGES[args.stage].finetune:
         measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))
-
-    def find() -> data.Stream:
-        config = data.network_for(pyramid, *kind)
-        return data.Stream(pyramid, pyramid.robots(acts, measured), config, *kind)
-
-    stream = ranks.together(find)
+    stream = ranks.together(lambda: data.Stream(pyramid, *kind, measured))
     if not settings.windows:
         return ranks.together(lambda: stream.load(ranks.device, settings.precision))
     return encode_once(stream, settings, ranks, args.out.parent / "windows")

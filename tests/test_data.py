@@ -197,8 +197,8 @@ def equal(a: data.Batch, b: data.Batch, rows: slice = slice(None)) -> None:
     assert a.instruction[rows] == b.instruction
 
 
-def stream_of(pyramid, robots, stage: str = "3") -> data.Stream:
-    return data.Stream(pyramid, robots, CONFIG if stage == "3" else LATENT, "toy", stage)
+def stream_of(pyramid, stage: str = "3") -> data.Stream:
+    return data.Stream(pyramid, "toy", stage)
 
 
 def prepared(source, *rank: int, steps=range(6), **sets) -> list[tuple]:
@@ -208,13 +208,13 @@ def prepared(source, *rank: int, steps=range(6), **sets) -> list[tuple]:
     return list(DataLoader(work, None, sampler=steps, num_workers=settings.workers))
 
 
-def test_a_stream_resumes_to_the_sample(pyramid, robots):
+def test_a_stream_resumes_to_the_sample(pyramid):
     """Batches from step 3 on are those of the uninterrupted run, whole or in the halves of two
     ranks, one by one or every other, and in processes of a loader, which prepare the pictures for
     the VLM too; noise and counts are the same."""
 
     def run(steps, *rank: int, **sets) -> list[tuple[data.Batch, dict, tuple]]:
-        stream = stream_of(pyramid, robots).load("cpu")
+        stream = stream_of(pyramid).load("cpu")
         found = prepared(stream, *rank, steps=steps, **sets)
         return [(data.Batch(**batch), noise, have) for batch, noise, have in found]
 
@@ -236,10 +236,10 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_process_that_has_the_device_prepares_nothing(pyramid, robots, monkeypatch):
+def test_the_process_that_has_the_device_prepares_nothing(pyramid, monkeypatch):
     """Pictures are decoded, and made ready for the VLM, in the processes of the loader; what they
     give is encoded as it would be without them."""
-    stream = stream_of(pyramid, robots).load("cpu")
+    stream = stream_of(pyramid).load("cpu")
     plain = [stream.inputs(batch, "cpu") for batch, *_ in prepared(stream, steps=range(2))]
     here = os.getpid()
     for place, name in ((Pyramid, "window"), (frozen, "prepare_image"), (frozen, "prompt_ids")):
@@ -260,11 +260,11 @@ def present(inputs: Inputs) -> dict[str, torch.Tensor]:
     return {name: x for name, x in vars(inputs).items() if x is not None}
 
 
-def test_the_vae_encodes_in_bf16_where_that_is_the_precision(pyramid, robots):
+def test_the_vae_encodes_in_bf16_where_that_is_the_precision(pyramid):
     """Latents stay fp32 and within two per cent; what made them is told by the weights as they
     were."""
     rows = pyramid.draw(4, 0, 0)
-    full, half = (stream_of(pyramid, robots).load("cpu", how) for how in ("fp32", "bf16"))
+    full, half = (stream_of(pyramid).load("cpu", how) for how in ("fp32", "bf16"))
     a, b = (stream.inputs(stream.prepare(rows), "cpu") for stream in (full, half))
     assert half.backbones.vae.conv1.weight.dtype == torch.bfloat16
     assert a.latents.dtype == b.latents.dtype == torch.float32
@@ -308,19 +308,19 @@ def test_batches_are_a_function_of_seed_and_step_and_mix_sources_by_weight(tmp_p
     assert sources[pool.rows(60, 1, 7)].bincount().tolist() == [40, 10, 0, 10]
 
 
-def encoded(pyramid, robots, count: int, out: Path, stage: str = "3") -> data.Pool:
+def encoded(pyramid, count: int, out: Path, stage: str = "3") -> data.Pool:
     """A cache of `count` windows, made by one process."""
-    stream = stream_of(pyramid, robots, stage)
+    stream = stream_of(pyramid, stage)
     stream.write(out, windows.rows_to_encode(pyramid, count, 0), "cpu", "fp32")
     return data.Pool(out, "toy", stage)
 
 
 @pytest.fixture(scope="module")
-def pool(pyramid, robots, tmp_path_factory) -> data.Pool:
-    return encoded(pyramid, robots, 9, tmp_path_factory.mktemp("pool") / "pool.safetensors")
+def pool(pyramid, tmp_path_factory) -> data.Pool:
+    return encoded(pyramid, 9, tmp_path_factory.mktemp("pool") / "pool.safetensors")
 
 
-def test_a_pool_holds_each_window_once_and_no_more_than_there_are(pyramid, robots, pool, tmp_path):
+def test_a_pool_holds_each_window_once_and_no_more_than_there_are(pyramid, pool, tmp_path):
     """Nine of many; of few windows all but for chance, and without a number all."""
     assert len(pool) == 9 and pool.interval is None and pool.config == CONFIG
     source = {"path": "world:toy", "episodes": 2}
@@ -341,7 +341,7 @@ def test_a_pool_holds_each_window_once_and_no_more_than_there_are(pyramid, robot
 def test_windows_encoded_before_are_those_encoded_when_needed(pyramid, robots, pool):
     """All windows of a pool, by the rows they came from, to the bit; and so are the robots, the
     sources and how they are mixed."""
-    stream = stream_of(pyramid, robots).load("cpu")
+    stream = stream_of(pyramid).load("cpu")
     rows = windows.rows_to_encode(pyramid, 9, 0)
     live = present(stream.inputs(stream.prepare(rows), "cpu"))
     assert same(live, present(pool.inputs(pool.prepare(torch.arange(9)), "cpu")))
@@ -356,10 +356,10 @@ def test_a_cache_in_shards_is_the_cache_in_a_file(card, tmp_path, monkeypatch):
     monkeypatch.setattr(windows, "CHUNK", 2)
     windows.opened.cache_clear()
     pyramid = opened(card, (2, 5))
-    whole = encoded(pyramid, (), 26, tmp_path / "whole.safetensors", "1")
+    whole = encoded(pyramid, 26, tmp_path / "whole.safetensors", "1")
     for name, ranks in (("one", (0,)), ("three", (2, 0, 1))):
         for rank in ranks:
-            stream, rows = stream_of(pyramid, (), "1"), windows.rows_to_encode(pyramid, 26, 0)
+            stream, rows = stream_of(pyramid, "1"), windows.rows_to_encode(pyramid, 26, 0)
             stream.write(tmp_path / name, rows, "cpu", "fp32", rank, len(ranks))
         pool = data.Pool(tmp_path / name, "toy", "1")
         assert len(pool.files) == 7 and pool.digest() == whole.digest()
@@ -372,7 +372,7 @@ def test_a_cache_in_shards_is_the_cache_in_a_file(card, tmp_path, monkeypatch):
             assert len(source.read("context")) == len(texts) <= len(source.read("latents")) <= 4
 
 
-def test_a_cache_needs_the_memory_of_a_shard(pyramid, robots, tmp_path, monkeypatch):
+def test_a_cache_needs_the_memory_of_a_shard(pyramid, tmp_path, monkeypatch):
     """However many windows there are: never are more alive than those of a shard and a chunk, and
     no more than so many files are mapped."""
     monkeypatch.setattr(windows, "SHARD", 8)
@@ -388,19 +388,19 @@ def test_a_cache_needs_the_memory_of_a_shard(pyramid, robots, tmp_path, monkeypa
         return inputs
 
     monkeypatch.setattr(data.Stream, "inputs", counted)
-    pool = encoded(pyramid, robots, 60, tmp_path / "shards")
+    pool = encoded(pyramid, 60, tmp_path / "shards")
     assert len(pool) == 60 and len(most) == 15 and max(most) <= 12
     info = windows.opened.cache_info()
     assert info.maxsize == windows.OPEN and info.maxsize < 1000
 
 
-def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, robots, tmp_path, monkeypatch):
+def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, tmp_path, monkeypatch):
     """Shards that are there are not made again, the left-over of the killed process goes, and the
     result is that of an uninterrupted one. Until then it is refused, and so is another cache in its
     folder."""
     monkeypatch.setattr(windows, "SHARD", 4)
     monkeypatch.setattr(windows, "CHUNK", 4)
-    whole = encoded(pyramid, robots, 14, tmp_path / "whole")
+    whole = encoded(pyramid, 14, tmp_path / "whole")
     save, part = windows.save_safetensors, tmp_path / "part"
 
     def killed(path, tensors, metadata):
@@ -412,26 +412,26 @@ def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, robots, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(windows, "save_safetensors", killed)
         with pytest.raises(KeyboardInterrupt):
-            encoded(pyramid, robots, 14, part)
+            encoded(pyramid, 14, part)
     with pytest.raises(ValueError, match="has 2 of 4 shards; run the command .* again"):
         data.Pool(part, "toy", "3")
     with pytest.raises(
         ValueError, match='is of another cache: .*"windows": .14., .* now it is to be'
     ):
-        encoded(pyramid, robots, 13, part)
+        encoded(pyramid, 13, part)
     made = []
     monkeypatch.setattr(windows, "save_safetensors", lambda *a: made.append(a[0].name) or save(*a))
-    pool = encoded(pyramid, robots, 14, part)
+    pool = encoded(pyramid, 14, part)
     assert made == ["windows_000002.safetensors", "windows_000003.safetensors"]
     assert [file.read_bytes() for file in pool.files] == [f.read_bytes() for f in whole.files]
     assert not list(part.glob(".*"))
     monkeypatch.setattr(data.Stream, "load", lambda *_: pytest.fail("nothing is left to encode"))
-    encoded(pyramid, robots, 14, part)
+    encoded(pyramid, 14, part)
 
 
-def test_latents_are_kept_in_bf16_where_that_is_the_precision(pyramid, robots, tmp_path):
+def test_latents_are_kept_in_bf16_where_that_is_the_precision(pyramid, tmp_path):
     """Half their bytes in the file, fp32 in a batch."""
-    stream, rows = stream_of(pyramid, robots), windows.rows_to_encode(pyramid, 4, 0)
+    stream, rows = stream_of(pyramid), windows.rows_to_encode(pyramid, 4, 0)
     stream.write(tmp_path / "a.safetensors", rows, "cpu", "bf16")
     pool = data.Pool(tmp_path / "a.safetensors", "toy", "3")
     assert pool[0]["latents"].dtype == torch.bfloat16
@@ -530,7 +530,7 @@ def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
     """Windows that are encoded already are drawn as those encoded under that card's weights would
     be; a card of other sources is refused."""
     pyramid = opened(card, (2, 5))
-    pool = encoded(pyramid, (), 24, tmp_path / "pool.safetensors", "1")
+    pool = encoded(pyramid, 24, tmp_path / "pool.safetensors", "1")
     sources = torch.arange(3).repeat_interleave(torch.tensor(pool.windows))
     before, digest = set(sources[pool.rows(32, 0, 0)].tolist()), pool.digest()
     lines = json.loads(card.read_text())

@@ -547,7 +547,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch(first.shards, first.timeout) as ranks:
         for job in jobs:
             if job.stage == "latent":
-                ranks.together(partial(train_latent, job, settings["latent"], ranks.rank))
+                work = partial(train_latent, job, settings["latent"], ranks.rank)
+                ranks.together(work, ranks.patient)
             else:
                 train(job, settings[job.stage], ranks)
 

@@ -43,7 +43,7 @@ def encode_once(stream: Stream, settings, ranks: Ranks, folder: Path) -> Pool:
     if not ranks.rank:
         print(f"windows: {len(rows)}, encoded once and kept in {kept} for any run of this data")
     how = ranks.device, settings.precision, ranks.rank, ranks.world
-    ranks.together(lambda: stream.write(kept, rows, *how))
+    ranks.together(lambda: stream.write(kept, rows, *how), ranks.patient)
     return ranks.together(lambda: Pool(kept, stream.preset_name, stream.stage))
 
 

@@ -21,35 +21,35 @@ masked. Order is a function of (seed, step) alone, for any number of workers and
     python data.py inspect CARD                  card (docs/data.md) or dataset: what of it is used,
                                                  a picture, every fault; `check` gives faults alone
     python data.py convert CARD OUT              its sources as LeRobot v3.0 datasets, with a card
-    python data.py cache --stage 3 --out FILE    windows through the frozen backbones, for training
+    python data.py cache --stage 3 --out OUT     windows through the frozen backbones, for training:
+                                                 a file, or a folder that many processes fill
 
 Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state dimensions.
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from backbones.frozen import Backbones
-from formats.cards import EPISODES, Pyramid, shares
+from formats import windows
+from formats.cards import EPISODES, Pyramid
 from formats.inspect import convert, inspect
 from formats.motions import motions, read_tokens  # noqa: F401
 from formats.statistics import Statistics, as_stored
 from latent_action import LatentActionModel, encode_flows
 from motus import PRESETS, STAGES, Inputs, MotusConfig, preset
-from weights.files import digest, open_source, run_command, save_safetensors
+from weights.files import digest, run_command
 
 WINDOWS = 2000  # encoded beforehand, where the preset does not say
 LATENT_FILE = "latent_action.safetensors"  # of a run of stage latent
@@ -100,6 +100,11 @@ def network_for(pyramid: Pyramid, preset_name: str, stage: str) -> MotusConfig:
     return replace(config, ratio=pyramid.ratio, action_dim=action, state_dim=max(1, state))
 
 
+def backbones_folder(preset_name: str) -> Path:
+    """The folder of the frozen backbones of a preset; MOTUS_BACKBONES names another."""
+    return Path(os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones or "weights")
+
+
 def backbones_of(
     preset_name: str,
     config: MotusConfig,
@@ -108,11 +113,9 @@ def backbones_of(
     parts: Sequence[str] = Backbones.PARTS,
 ) -> Backbones:
     """The frozen backbones of a preset; with prepared states `text` instead of the text encoder,
-    and the VLM of the official Motus file `motus`. MOTUS_BACKBONES names another folder."""
-    folder = os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones
-    if folder is None:
-        raise ValueError(f"preset {preset_name!r} has no backbones: MOTUS_BACKBONES names a folder")
+    and the VLM of the official Motus file `motus`."""
     parts = [part for part in parts if not (text and part == "text")]
+    folder = backbones_folder(preset_name)
     backbones = Backbones.load(folder, config.video.text_len, parts, motus)
     return backbones.load_text(text, config.video.text_dim) if text else backbones
 
@@ -127,6 +130,7 @@ class Batch:
     state: Tensor | None = None  # (B, P)
     actions: Tensor | None = None  # (B, S, A)
     action_mask: Tensor | None = None  # (B, S, A) bool
+    prompts: list[Tensor] | None = None  # `Backbones.prompts` of the observations, if prepared
 
 
 def batch_of(
@@ -167,19 +171,8 @@ def batch_of(
 def encode(batch: Batch, backbones: Backbones, und: bool = True) -> Inputs:
     """A batch through the frozen backbones, without the VLM if not `und`."""
     numbers = {name: getattr(batch, name) for name in ("state", "actions", "action_mask")}
-    seen = backbones.conditions(batch.frames, batch.instruction, und)
+    seen = backbones.conditions(batch.frames, batch.instruction, und, batch.prompts)
     return Inputs(**seen, **numbers, video_mask=batch.video_mask)
-
-
-def stack(parts: Sequence[Inputs]) -> Inputs:
-    """Joins batches along B; text and understanding are padded to the longest."""
-
-    def join(values: list[Tensor | None]) -> Tensor | None:
-        if values[0] is None or values[0].dim() == 1:
-            return None if values[0] is None else torch.cat(values)
-        return pad_sequence([row for value in values for row in value], batch_first=True)
-
-    return Inputs(**{name: join([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
 def held_out(
@@ -204,63 +197,99 @@ def held_out(
 # -- windows that training draws ------------------------------------------------------------------
 
 
-def in_order(work: Callable, items: Iterable, threads: int = 2) -> Iterator:
-    """work(item) for each item, in order, by threads that are no more items ahead than they are."""
-    pending = []
-    with ThreadPoolExecutor(threads) as executor:
-        for item in items:
-            pending.append(executor.submit(work, item))
-            if len(pending) > threads:
-                yield pending.pop(0).result()
-        while pending:
-            yield pending.pop(0).result()
-
-
 class Stream:
-    """Windows that go through the frozen backbones when needed; threads decode the next ones."""
+    """Windows that go through the frozen backbones when they are needed: `prepare` is for the
+    processes of a DataLoader, `inputs` for the one that has the device."""
 
     def __init__(
         self,
         pyramid: Pyramid,
-        backbones: Backbones | None,
-        config: MotusConfig,
+        preset_name: str,
         stage: str,
-        robots: tuple[Statistics, ...] = (),
+        measured: Sequence[dict[str, Tensor]] | None = None,
     ):
-        self.pyramid, self.backbones, self.robots = pyramid, backbones, robots
-        self.config, self.actions = config, STAGES[stage].actions
+        """`measured`: what all ranks found of the robots, if this one is not to measure all."""
+        self.pyramid, self.preset_name, self.stage = pyramid, preset_name, stage
+        self.config = network_for(pyramid, preset_name, stage)
+        self.robots = pyramid.robots(STAGES[stage].finetune, measured)
+        self.actions = STAGES[stage].actions
         self.interval = pyramid.ratio if self.actions == "latent" else None
-        self.next: tuple | None = None  # what `ahead` gives next
-        self.ahead: Iterator[Batch] = iter(())
+        self.made_by = makers(preset_name, self.config, stage, self.interval and pyramid.encode)
+        self.backbones: Backbones | None = None
+
+    def load(self, device: torch.device | str, precision: str = "fp32") -> "Stream":
+        """With the backbones on a device, and the VAE in bf16 if that is the precision."""
+        parts = parts_of(self.stage)
+        self.backbones = backbones_of(self.preset_name, self.config, parts=parts).to(device)
+        if precision == "bf16":
+            self.backbones.vae.bfloat16()
+        return self
 
     def __len__(self) -> int:
         return sum(source.windows for source in self.pyramid.opened)
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """C T h w of a window."""
+        grid = [side // self.backbones.vae.stride[1] for side in self.pyramid.size]
+        return self.config.video.latent, self.config.latent_frames, *grid
 
     def rows(self, size: int, seed: int, step: int) -> Tensor:
         """(B, 3): source, episode, first row. A function of its arguments alone."""
         return self.pyramid.draw(size, seed, step)
 
-    def cut(self, rows: Tensor) -> Batch:
-        return batch_of(self.pyramid, rows, self.actions, self.robots, self.config)
+    def prepare(self, rows: Tensor) -> dict:
+        """The fields of the Batch of some rows."""
+        batch = batch_of(self.pyramid, rows, self.actions, self.robots, self.config)
+        if self.backbones and self.backbones.vlm:
+            batch.prompts = self.backbones.prompts(batch.frames[:, 0], batch.instruction)
+        return vars(batch)
 
-    def encode(self, batch: Batch) -> Inputs:
-        return encode(batch, self.backbones, self.actions != "none").to("cpu")
+    __getitem__ = prepare
 
-    def decoded(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The part of batch `step` that belongs to `rank`, before the backbones. The next steps are
-        begun, unless a worker of a DataLoader asks: workers are ahead themselves."""
-        mine = slice(rank * size // world, (rank + 1) * size // world)
-        parts = (self.rows(size, seed, n)[mine] for n in itertools.count(step))
-        if torch.utils.data.get_worker_info() is not None:
-            return self.cut(next(parts))
-        if self.next != (size, seed, step, rank, world):
-            self.ahead = in_order(self.cut, parts)
-        self.next = (size, seed, step + 1, rank, world)
-        return next(self.ahead)
+    def inputs(self, prepared: dict, device: torch.device | str) -> Inputs:
+        frames = prepared["frames"].to(device, non_blocking=True)
+        batch = Batch(**prepared | {"frames": frames})
+        return encode(batch, self.backbones, self.actions != "none").to(device)
 
-    def batch(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Inputs:
-        """The part of batch `step`, `size` windows in all, that belongs to `rank`."""
-        return self.encode(self.decoded(size, seed, step, rank, world))
+    def encoded(
+        self, chunks: list[Tensor], device: torch.device | str, precision: str
+    ) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+        """The batches of chunks of rows, on the CPU, and their instructions, for a cache; the
+        processors of this rank decode."""
+        if not chunks:
+            return
+        self.load(device, precision)
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        loader = DataLoader(self, None, sampler=chunks, num_workers=min(cores, len(chunks) - 1))
+        for prepared in tqdm(loader, "encode windows", leave=False):
+            inputs = self.inputs(prepared, device)
+            if precision == "bf16":
+                inputs.latents = inputs.latents.bfloat16()
+            found = {name: x.cpu() for name, x in vars(inputs).items() if x is not None}
+            yield found, prepared["instruction"]
+
+    def write(self, out: Path, rows: Tensor, device, precision: str, *place: int) -> None:
+        """A cache of the windows of `rows`, or the part of the rank `place` of it."""
+        counts = torch.bincount(rows[:, 0], minlength=len(self.pyramid.opened))
+        about = {
+            "windows": counts.tolist(),
+            "sources": windows.named_sources(self.pyramid),
+            "weights": self.pyramid.weights.tolist(),
+            "interval": self.interval,
+            "made_by": self.made_by,
+            "precision": precision,
+            "widths": {k: getattr(self.config, k) for k in ("ratio", "action_dim", "state_dim")},
+            "robots": [robot.as_json() for robot in self.robots],
+            "made_from": digest({"rows": rows}, self.digest()),
+        }
+        windows.write(out, rows, about, lambda x: self.encoded(x, device, precision), *place)
+
+    def key(self, rows: Tensor, *about: str) -> str:
+        """Changes with all that windows are made of: rows, card, statistics, files of the datasets
+        by size and time, backbones, and `about`."""
+        facts = [self.digest(), self.made_by, windows.files_of(self.pyramid), about]
+        return digest({"rows": rows}, json.dumps(facts))
 
     def digest(self) -> str:
         """Changes with the card, the lengths of the episodes and what is known of the robots."""
@@ -268,141 +297,87 @@ class Stream:
         return digest({}, json.dumps([self.pyramid.card, lengths, as_stored(self.robots)]))
 
 
-@dataclass
-class Pool:
+class Pool(windows.Windows):
     """Windows that went through the frozen backbones once; batches are drawn from them."""
 
-    inputs: Inputs
-    source: Tensor  # (n,) number of each window's source
-    config: MotusConfig
-    robots: tuple[Statistics, ...]
-    interval: int | None  # action steps that one latent action spans
-    sources: list[list]  # name, level and robot of each, in their order
-    weights: list[float]  # by which they are mixed
-    made_by: dict  # `makers`
+    def __init__(self, path: str | Path, preset_name: str, stage: str):
+        super().__init__(path)
+        self.config = replace(preset(preset_name, stage), **self.widths)
+        self.kind = preset_name, self.config, stage
 
-    ABOUT = "encoded windows"  # key of a file's metadata
+    def inputs(self, prepared: dict[str, Tensor], device: torch.device | str) -> Inputs:
+        return Inputs(**prepared).to(device)
 
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def rows(self, size: int, seed: int, step: int) -> Tensor:
-        """The rows of batch `step`: sources by weight, windows uniform within a source."""
-        rng = np.random.default_rng([seed, step])
-        present = self.source.unique().tolist()
-        groups = [torch.nonzero(self.source == number)[:, 0] for number in present]
-        chosen = shares(np.array(self.weights)[present], size, rng)
-        return torch.stack([groups[g][rng.integers(len(groups[g]))] for g in chosen])
-
-    def batch(self, size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Inputs:
-        mine = slice(rank * size // world, (rank + 1) * size // world)
-        return self.inputs.rows(self.rows(size, seed, step)[mine])
-
-    def tensors(self, inputs: Inputs) -> dict[str, Tensor]:
-        named = {**vars(inputs), "source": self.source}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def digest(self) -> str:
-        """Changes with the sources of the windows, how they are mixed, and what 16 of them hold."""
-        some = self.inputs.rows(torch.arange(len(self))[:: -(-len(self) // 16)])
-        return digest(self.tensors(some), json.dumps(self.weights))
-
-    def mix(self, pyramid: Pyramid) -> None:
-        """Takes the weights of a card for its sources, which are encoded already."""
-        if self.sources != named_sources(pyramid):
-            raise ValueError(
-                f"card {pyramid.name} mixes {named_sources(pyramid)}, the cache holds windows of "
-                f"{self.sources}; expected other weights of the same sources, or a new cache"
-            )
-        self.weights = pyramid.weights.tolist()
-
-    def save(self, path: str | Path) -> None:
-        about = {k: getattr(self, k) for k in ("interval", "sources", "weights", "made_by")}
-        about["robots"] = [robot.as_json() for robot in self.robots]
-        about["widths"] = {k: getattr(self.config, k) for k in ("ratio", "action_dim", "state_dim")}
-        save_safetensors(path, self.tensors(self.inputs), {self.ABOUT: json.dumps(about)})
-
-    @classmethod
-    def load(
-        cls, path: str | Path, preset_name: str, stage: str, latent: str | Path | None = None
-    ) -> "Pool":
-        """The pool that `save` wrote, mapped from disk. ValueError if its makers have changed."""
-        with open_source(path) as source:
-            if cls.ABOUT not in source.metadata:
-                raise ValueError(f"{path} is no cache of windows: `python data.py cache` makes one")
-            about = json.loads(source.metadata[cls.ABOUT])
-            tensors = {name: source.read(name) for name in source.names()}
-        config = replace(preset(preset_name, stage), **about.pop("widths"))
-        backbones = stage_backbones(preset_name, config, stage)
-        now = makers(config, stage, backbones, LatentEncoder(latent) if latent else None)
-        then = about["made_by"]
+    def check(self, latent: str | Path | None = None) -> None:
+        """ValueError if the makers of the windows have changed. Backbones whose files are not here
+        are not needed, and not compared."""
+        now = makers(*self.kind, LatentEncoder(latent) if latent else None)
+        absent = set(Backbones.PARTS) - now.keys()
+        then = {name: made for name, made in self.made_by.items() if name not in absent}
         stale = [f"{k} was {then[k]}, is {now.get(k)}" for k in then if then[k] != now.get(k)]
         if stale:
             raise ValueError(
-                f"{path} is stale: {'; '.join(stale)}; make it again with `python data.py cache`, "
-                "or name its latent-action encoder by --latent"
+                f"{self.path} is stale: {'; '.join(stale)}; make it again with `python data.py "
+                "cache`, or name its latent-action encoder by --latent"
             )
-        robots = tuple(map(Statistics.from_json, about.pop("robots")))
-        which = tensors.pop("source")
-        return cls(Inputs(**tensors), which, config, robots, **about)
 
 
-def named_sources(pyramid: Pyramid) -> list[list]:
-    """Which datasets these are, in their order, whatever their weights."""
-    return [[o.name, o.source.level, o.source.embodiment] for o in pyramid.opened]
+def parts_of(stage: str) -> tuple[str, ...]:
+    """The backbones that a stage needs."""
+    return ("vae", "text") if STAGES[stage].actions == "none" else Backbones.PARTS
 
 
-def stage_backbones(preset_name: str, config: MotusConfig, stage: str) -> Backbones:
-    """Those that a stage needs."""
-    parts = ("vae", "text") if STAGES[stage].actions == "none" else Backbones.PARTS
-    return backbones_of(preset_name, config, parts=parts)
+PUBLISHED = {
+    "vae": "wan/Wan2.2_VAE.pth wan/vae/*",
+    "text": "wan/models_t5* wan/google/umt5-xxl/* wan/text_encoder/* wan/tokenizer/*",
+    "vlm": "qwen3vl/*.safetensors qwen3vl/*.json",
+}
 
 
-def makers(config: MotusConfig, stage: str, backbones: Backbones, encode=None) -> dict:
-    """Stage, sizes and digests of networks that decide what encoded windows are."""
-    made = {"stage": stage, "frames": config.frames, "text_len": config.video.text_len}
-    latent = {"latent": encode.fingerprint} if encode else {}
-    return made | backbones.fingerprint() | latent
+def sampled(files: Sequence[Path]) -> str:
+    """Changes with the names and sizes of files that are too large to read for that, and with any
+    of 512 bytes of each."""
+    found = {path.name: np.memmap(path, mode="r") for path in files if path.stat().st_size}
+    some = {name: torch.tensor(x[:: 1 + len(x) // 512]) for name, x in found.items()}
+    return digest(some, str(list(map(len, found.values()))))
 
 
-def windows_of(
-    pyramid: Pyramid,
-    robots: tuple[Statistics, ...],
-    config: MotusConfig,
-    stage: str,
-    preset_name: str,
-    count: int,
-    seed: int,
-) -> Pool | Stream:
-    """The windows of a stage: at most `count`, encoded now; with 0 each when it is needed."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbones = stage_backbones(preset_name, config, stage).to(device)
-    stream = Stream(pyramid, backbones, config, stage, robots)
-    if not count:
-        return stream
-    drawn = stream.rows(4 * count, seed, 0).tolist()  # some twice: each is taken once
-    rows = torch.tensor(list(dict.fromkeys(map(tuple, drawn)))[:count])
-    chunks = rows.split(64)
-    bar = tqdm(in_order(stream.cut, chunks), "encode windows", len(chunks), leave=False)
-    inputs = stack([stream.encode(batch) for batch in bar])
-    made = makers(config, stage, backbones, stream.interval and pyramid.encode)
-    mix = named_sources(pyramid), pyramid.weights.tolist()
-    return Pool(inputs, rows[:, 0].clone(), config, robots, stream.interval, *mix, made)
+def makers(preset_name: str, config: MotusConfig, stage: str, encode=None) -> dict:
+    """Stage, sizes and digests of networks that decide what encoded windows are; of those whose
+    files are here, where nothing is loaded for it but small networks of our own."""
+    folder = backbones_folder(preset_name)
+    text_len = config.video.text_len
+    made = {"stage": stage, "frames": config.frames, "text_len": text_len}
+    for part in parts_of(stage):
+        published = sorted(path for name in PUBLISHED[part].split() for path in folder.glob(name))
+        if (folder / f"{part}.safetensors").is_file():
+            made |= Backbones.load(folder, text_len, (part,)).fingerprint()
+        elif published:
+            made[part] = sampled(published)
+    return made | ({"latent": encode.fingerprint} if encode else {})
 
 
 def cache(args: argparse.Namespace) -> None:
     """Encodes the windows of a stage; sizes are those of the preset's recipe."""
+    places = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun tells them
+    rank, world, local = (int(os.environ.get(name, n)) for name, n in places.items())
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    out = Path(args.out)
+    if world > 1 and out.suffix == ".safetensors":
+        raise ValueError(f"--out {out} is a file; for {world} processes name a folder")
     recipe = PRESETS[args.preset].settings(args.stage, args.long)
-    windows = args.windows or recipe.get("windows", WINDOWS)
     sizes = args.episodes or recipe.get("episodes", EPISODES), args.seed
     kind = args.stage, args.preset
     pyramid = open_pyramid(args.data, *kind, *sizes, latent=args.latent)
-    print(pyramid.describe(), file=sys.stderr)
-    robots = pyramid.robots(STAGES[args.stage].finetune)
-    config = network_for(pyramid, args.preset, args.stage)
-    pool = windows_of(pyramid, robots, config, *kind, windows, args.seed)
-    pool.save(args.out)
-    print(f"wrote {args.out}: {len(pool)} windows, {Path(args.out).stat().st_size / 1e6:.1f} MB")
+    if not rank:
+        print(pyramid.describe(), file=sys.stderr)
+    stream = Stream(pyramid, args.preset, args.stage)
+    count = args.windows or recipe.get("windows", WINDOWS)
+    rows = windows.rows_to_encode(pyramid, count, args.seed)
+    stream.write(out, rows, device, recipe.get("precision", "fp32"), rank, world)
+    files = [out] if out.is_file() else list(out.glob("windows_*"))
+    size = sum(file.stat().st_size for file in files) / 1e6
+    print(f"rank {rank}: {len(rows)} windows in {out}, {len(files)} files now, {size:.1f} MB")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -426,7 +401,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--long", action="store_true", help="sizes of the preset's long recipe")
     for name in ("episodes", "windows", "seed"):
         add(f"--{name}", type=int, default=0, help=f"{name} (default: of the preset's recipe)")
-    add("--out", required=True, help="file to write")
+    add("--out", required=True, help="file to write, or folder for any number of processes")
     return parser.parse_args(argv)
 
 

@@ -44,12 +44,13 @@ from formats.statistics import as_stored
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
 from scale import plan, sharding
-from scale.batches import batches, divide
+from scale.batches import Source, batches, divide, encode_once
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
 from scale.muon import Muon
-from scale.needs import backbones_folder, dcae_of, missing, unfit
+from scale.needs import dcae_of, missing, unfit
 from scale.ranks import Ranks, Watchdog, launch
+from scale.synthetic import SYNTHETIC, Synthetic
 from weights.card import Card, newest_step
 from weights.files import check_keys, digest, run_command
 
@@ -199,32 +200,28 @@ class EMA:
 # -- data of a stage ------------------------------------------------------------------------------
 
 
-def windows_for(
-    args: argparse.Namespace, settings: Settings, ranks: Ranks
-) -> data.Pool | data.Stream:
+def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> Source:
     """The windows of the stage: those of --cache, mixed by the weights of --data if that is given
-    too, or those of the card, whose statistics the ranks share out."""
+    too, random ones, or those of the card, whose statistics the ranks share out."""
+    kind = args.preset, args.stage
+    if args.data == SYNTHETIC:
+        return Synthetic(*kind)
     if args.cache:
-        load = partial(data.Pool.load, args.cache, args.preset, args.stage, args.latent)
-        pool = ranks.together(load)
+        pool = ranks.together(lambda: data.Pool(args.cache, *kind))
+        ranks.together(lambda: ranks.rank or pool.check(args.latent))
         if args.data:
             ranks.together(lambda: pool.mix(open_card(args, settings)))
         return pool
     pyramid = ranks.together(lambda: open_card(args, settings))
     if not ranks.rank:
         print(pyramid.describe(), file=sys.stderr)
-    acts = STAGES[args.stage].finetune
     measured = None
-    if acts:
+    if STAGES[args.stage].finetune:
         measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))
-
-    def encode() -> data.Pool | data.Stream:
-        robots = pyramid.robots(acts, measured)
-        config = data.network_for(pyramid, args.preset, args.stage)
-        kind = args.stage, args.preset
-        return data.windows_of(pyramid, robots, config, *kind, settings.windows, settings.seed)
-
-    return ranks.together(encode)
+    stream = ranks.together(lambda: data.Stream(pyramid, *kind, measured))
+    if not settings.windows:
+        return ranks.together(lambda: stream.load(ranks.device, settings.precision))
+    return encode_once(stream, settings, ranks, args.out.parent / "windows")
 
 
 def open_card(args: argparse.Namespace, settings: Settings):
@@ -243,7 +240,7 @@ class Training:
     loss: sharding.TrainingLoss
     state: RunState
     ema: EMA
-    source: data.Pool | data.Stream
+    source: Source
     settings: Settings
     ranks: Ranks
     log: Log
@@ -391,12 +388,10 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
     return done
 
 
-def fingerprint(preset_name: str, source: data.Pool | data.Stream) -> dict[str, str] | None:
+def fingerprint(preset_name: str, source: Source) -> dict[str, str] | None:
     """Digests of frozen backbones of our own making; published ones do not change."""
-    if not (backbones_folder(preset_name) / "vae.safetensors").is_file():
+    if not (data.backbones_folder(preset_name) / "vae.safetensors").is_file():
         return None
-    if isinstance(source, data.Stream):
-        return source.backbones.fingerprint()
     return {name: source.made_by[name] for name in Backbones.PARTS if name in source.made_by}
 
 
@@ -476,15 +471,18 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
     if args.cache or args.latent:
         raise ValueError("--cache and --latent belong to one stage; name it with --stage")
     root = args.out or Path("runs") / args.preset
+    random = args.data == SYNTHETIC  # needs neither flow nor published weights
     jobs = []
     for stage, row in STAGES.items():
+        if random and stage == "latent":
+            continue
         job = argparse.Namespace(**vars(args))
         job.stage, job.out = stage, root / folder_of(stage)
         job.latent = root / folder_of("latent")
         if stage != "1":
             job.init = root / folder_of(row.before) if row.before else None
-        elif not args.init and preset(args.preset).video == MotusConfig().video:
-            job.init = backbones_folder(args.preset) / "wan"  # the video expert as published
+        elif not (args.init or random) and preset(args.preset).video == MotusConfig().video:
+            job.init = data.backbones_folder(args.preset) / "wan"  # the video expert as published
         if (job.out / "tokens").is_dir():
             job.cache = job.out
         job.resume = (args.resume or "same") if job.out.exists() else None
@@ -549,7 +547,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch(first.shards, first.timeout) as ranks:
         for job in jobs:
             if job.stage == "latent":
-                ranks.together(partial(train_latent, job, settings["latent"], ranks.rank))
+                work = partial(train_latent, job, settings["latent"], ranks.rank)
+                ranks.together(work, ranks.patient)
             else:
                 train(job, settings[job.stage], ranks)
 

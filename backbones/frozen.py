@@ -165,9 +165,9 @@ class Backbones(nn.Module):
         lengths = torch.tensor([len(rows) for rows in states], device=device)
         return nn.utils.rnn.pad_sequence(states, batch_first=True), lengths
 
-    def understand(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """images (B, H, W, 3) uint8 with their instructions -> VLM hidden states (B, Lu, Dv) and
-        mask (B, Lu) bool. The prompt is the one that the official code deploys with."""
+    def prompts(self, images: Tensor, texts: Sequence[str]) -> list[Tensor]:
+        """images (B, H, W, 3) uint8 with their instructions -> ids and mask (B, L), patches and
+        grids, on the CPU. The prompt is the one that the official code deploys with."""
         config = self.vlm.config
         prepared = [prepare_image(image, config) for image in images.cpu().numpy()]
         patches, grids = zip(*prepared)
@@ -175,20 +175,30 @@ class Backbones(nn.Module):
             prompt_ids(self.vlm_tokenizer, text, grid, merge=config.merge)
             for text, grid in zip(texts, grids)
         ]
-        ids, mask = pad_prompts(prompts)
+        return [*pad_prompts(prompts), torch.cat(patches), torch.cat(grids)]
+
+    def understand(
+        self, images: Tensor, texts: Sequence[str], prompts: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """images (B, H, W, 3) uint8 with their instructions, or what `prompts` made of them -> VLM
+        hidden states (B, Lu, Dv) and mask (B, Lu) bool."""
         device = next(self.vlm.parameters()).device
-        prompt = [x.to(device) for x in (ids, mask, torch.cat(patches), torch.cat(grids))]
-        return self.vlm(*prompt), mask.to(device)
+        prompts = [x.to(device) for x in prompts or self.prompts(images, texts)]
+        return self.vlm(*prompts), prompts[1]
 
     @torch.no_grad()
     def conditions(
-        self, frames: Tensor, texts: Sequence[str], und: bool = True
+        self,
+        frames: Tensor,
+        texts: Sequence[str],
+        und: bool = True,
+        prompts: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor | None]:
         """frames (B, F, H, W, 3) uint8, the observation first (F may be 1), and instructions ->
         what the network sees of them, by the names of `motus.Inputs`; without the VLM if not
         `und`."""
         context, lengths = self.encode_text(texts)
-        states, mask = self.understand(frames[:, 0], texts) if und else (None, None)
+        states, mask = self.understand(frames[:, 0], texts, prompts) if und else (None, None)
         return {
             "latents": self.encode_video(frames.to(context.device)),
             "context": context,

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 import flow
 from data import Pool, Stream
+from formats.windows import rows_to_encode
 from motus import Inputs
+from scale.checkpoints import code_digest
 from scale.ranks import Ranks
+
+Source = Pool | Stream
 
 
 def divide(settings, world: int) -> None:
@@ -28,40 +33,45 @@ def divide(settings, world: int) -> None:
         )
 
 
+def encode_once(stream: Stream, settings, ranks: Ranks, folder: Path) -> Pool:
+    """The windows of `settings` encoded, each rank its share on its own device. They are kept in
+    `folder` under a digest of all that they are made of, for any other run of the same data."""
+    rows = rows_to_encode(stream.pyramid, settings.windows, settings.seed)
+    about = settings.precision, code_digest()
+    key = ranks.together(lambda: "" if ranks.rank else stream.key(rows, *about))
+    kept = folder / ranks.texts(key)[0]
+    if not ranks.rank:
+        print(f"windows: {len(rows)}, encoded once and kept in {kept} for any run of this data")
+    how = ranks.device, settings.precision, ranks.rank, ranks.world
+    ranks.together(lambda: stream.write(kept, rows, *how), ranks.patient)
+    return ranks.together(lambda: Pool(kept, stream.preset_name, stream.stage))
+
+
 def draw_noise(
-    inputs: Inputs,
-    generator: torch.Generator,
-    times: str = "official",
-    given: float = 0.0,
-    size: int | None = None,
-    first: int = 0,
+    inputs: Inputs, generator: torch.Generator, times: str = "official", given: float = 0.0
 ) -> dict[str, Tensor]:
-    """Training times and noise, the arguments of `Motus.loss`. They are drawn on the CPU for a
-    whole batch of `size` (default: these inputs), of which `inputs` are the rows from `first` on;
-    order: video time, action time, what is given, video noise, action noise. In a share `given` of
-    the samples one modality is given (`flow.pin_modality`)."""
-    size = len(inputs) if size is None else size
+    """Training times and noise for inputs, the arguments of `Motus.loss`. They are drawn on the
+    CPU, in this order: video time, action time, what is given, video noise, action noise. In a
+    share `given` of the samples one modality is given (`flow.pin_modality`)."""
+    size = len(inputs)
     t_video = flow.TIMES[times](size, generator)
     t_action = None if inputs.actions is None else flow.TIMES[times](size, generator)
     if given and t_action is not None:
         t_video, t_action = flow.pin_modality(t_video, t_action, given, generator)
-    shape = inputs.latents.shape[1:]
-    drawn = {"t_video": t_video, "video_noise": torch.randn(size, *shape, generator=generator)}
+    drawn = {"t_video": t_video}
+    drawn["video_noise"] = torch.randn(inputs.latents.shape, generator=generator)
     if t_action is not None:
-        shape = inputs.actions.shape[1:]
         drawn["t_action"] = t_action
-        drawn["action_noise"] = torch.randn(size, *shape, generator=generator)
-    ours = slice(first, first + len(inputs))
-    device = inputs.latents.device
-    return {name: value[ours].to(device) for name, value in drawn.items()}
+        drawn["action_noise"] = torch.randn(inputs.actions.shape, generator=generator)
+    return {name: value.to(inputs.latents.device) for name, value in drawn.items()}
 
 
 class Batches(Dataset):
-    """By number of a step: windows of a source for this rank, times and noise for them, and how
-    many have which loss. Noise is drawn for the whole batch, so that it is the same for any number
-    of ranks."""
+    """By number of a step: what a source prepares for this rank, times and noise for it, and how
+    many samples have which loss. The noise of a sample is a function of (seed, step, sample), so a
+    rank draws its own alone, and it is the same for any number of ranks."""
 
-    def __init__(self, source: Pool | Stream, settings, ranks: Ranks):
+    def __init__(self, source: Source, settings, ranks: Ranks):
         self.source = source
         self.settings = settings
         self.rank = ranks.rank
@@ -69,44 +79,45 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> tuple[dict, dict[str, Tensor], tuple[float, float]]:
         settings = self.settings
-        inputs = self.source.batch(settings.batch, settings.seed, step, self.rank, self.world)
-        state = np.random.SeedSequence([settings.seed, step, 1]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        noise = draw_noise(
-            inputs,
-            generator,
-            settings.times,
-            settings.given,
-            settings.batch,
-            first=self.rank * len(inputs),
-        )
-        return vars(inputs), noise, counts(inputs, noise)
+        share = settings.batch // self.world
+        first = self.rank * share
+        rows = self.source.rows(settings.batch, settings.seed, step)
+        prepared = self.source.prepare(rows[first : first + share])
+        one = Inputs(torch.empty(1, *self.source.latents), None, None)
+        if prepared.get("actions") is not None:
+            one.actions = prepared["actions"][:1]
+        noise = []
+        for sample in range(first, first + share):
+            state = np.random.SeedSequence([settings.seed, step, sample]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(state[0]))
+            noise.append(draw_noise(one, generator, settings.times, settings.given))
+        noise = {name: torch.cat([drawn[name] for drawn in noise]) for name in noise[0]}
+        return prepared, noise, counts(prepared, noise)
 
 
-def counts(inputs: Inputs, noise: dict[str, Tensor]) -> tuple[float, float]:
+def counts(prepared: dict, noise: dict[str, Tensor]) -> tuple[float, float]:
     """Samples of a batch that have a video loss, and an action loss."""
     videos = (noise["t_video"] > 0).sum().item()
-    if inputs.actions is None:
+    if "t_action" not in noise:
         return videos, 0
     acting = noise["t_action"] > 0
-    if inputs.action_mask is not None:
-        acting &= inputs.action_mask.flatten(1).any(dim=1)
+    if prepared.get("action_mask") is not None:
+        acting &= prepared["action_mask"].flatten(1).any(dim=1)
     return videos, acting.sum().item()
 
 
 def batches(
-    source: Pool | Stream, settings, ranks: Ranks, start: int
+    source: Source, settings, ranks: Ranks, start: int
 ) -> Iterator[tuple[Inputs, dict[str, Tensor], tuple[float, float]]]:
     """The batches from step `start` on, on the device of the rank, prepared ahead by `workers`
-    processes (those of a stream by its own threads)."""
+    processes."""
     loader = DataLoader(
         Batches(source, settings, ranks),
         batch_size=None,
         sampler=range(start, settings.steps),
-        collate_fn=lambda x: x,
-        num_workers=0 if isinstance(source, Stream) else settings.workers,
+        num_workers=settings.workers,
         pin_memory=ranks.device.type == "cuda",
     )
-    for inputs, noise, have in loader:
+    for prepared, noise, have in loader:
         noise = {name: x.to(ranks.device, non_blocking=True) for name, x in noise.items()}
-        yield Inputs(**inputs).to(ranks.device), noise, have
+        yield source.inputs(prepared, ranks.device), noise, have

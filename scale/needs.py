@@ -1,15 +1,11 @@
 """The needs of a stage before it can begin, each with the command that gets it."""
 
 import argparse
-import os
 from pathlib import Path
 
-from data import open_pyramid
+from data import backbones_folder, open_pyramid
 from motus import PRESETS
-
-
-def backbones_folder(preset_name: str) -> Path:
-    return Path(os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones or "weights")
+from scale.synthetic import SYNTHETIC
 
 
 def dcae_of(args: argparse.Namespace) -> Path:
@@ -20,6 +16,8 @@ def dcae_of(args: argparse.Namespace) -> Path:
 
 def missing(args: argparse.Namespace) -> list[str]:
     """The needs of a stage that are not there, each with the command that gets it."""
+    if args.data == SYNTHETIC and args.stage != "latent":
+        return []
     found = []
     if not (args.data or args.cache or PRESETS[args.preset].data):
         card = "python data.py inspect DATASET --card card.json, then --data card.json"
@@ -40,7 +38,7 @@ def missing(args: argparse.Namespace) -> list[str]:
 
 def unfit(args: argparse.Namespace) -> list[str]:
     """The faults of --data for a stage, without looking at more than an episode."""
-    if not args.data or args.cache:
+    if args.data in (None, SYNTHETIC) or args.cache:
         return []
     try:
         pyramid = open_pyramid(args.data, args.stage, args.preset, episodes=1)

@@ -40,6 +40,7 @@ class Ranks:
     mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: one process
     control: dist.ProcessGroup | None = None  # gloo, for the step
     writing: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
+    patient: dist.ProcessGroup | None = None  # gloo, for work that takes one of them hours
 
     def exchange(self, said: bytes, group: dist.ProcessGroup | None = None) -> list[bytes]:
         """The bytes of every rank, in their order: first how many there are, then they."""
@@ -134,7 +135,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     try:
         control = dist.new_group(backend="gloo")
         writing = dist.new_group(backend="gloo")
-        ranks = Ranks(rank, world, device, control=control, writing=writing)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        ranks = Ranks(rank, world, device, None, control, writing, patient)
         shards = shards or environment("LOCAL_WORLD_SIZE", world)
         ranks.same(shards=str(shards))
         ranks.together(lambda: check_launch(ranks, shards))

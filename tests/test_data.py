@@ -3,10 +3,13 @@ and step alone; windows that are encoded when needed or beforehand. And the way 
 inspect, check, convert, train, sample."""
 
 import csv
-import itertools
 import json
+import os
 import shutil
-import threading
+import socket
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +20,21 @@ from torch.utils.data import DataLoader
 import data
 import sample
 import train
+from backbones import frozen
+from formats import windows
 from formats.cards import Pyramid
 from formats.inspect import convert
 from formats.lerobot import DEFAULTS, write_v3
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, Inputs, preset
+from scale import batches
+from scale.ranks import Ranks
 from scripts import evaluate, pretrain, record
 from weights.card import Card, newest_step
-from weights.files import save_safetensors
+from weights.files import open_source, save_safetensors
 from worlds.fleet import Order
 
+ROOT = Path(__file__).parents[1]
 CONFIG = preset("toy")  # 4 frames, 3 actions per frame: 12 actions
 LATENT = preset("toy", "2")  # 4 latent actions
 
@@ -189,167 +197,316 @@ def equal(a: data.Batch, b: data.Batch, rows: slice = slice(None)) -> None:
     assert a.instruction[rows] == b.instruction
 
 
-class Decoded(torch.utils.data.Dataset):
-    """What a worker of a loader reads of a stream."""
-
-    def __init__(self, stream: data.Stream):
-        self.stream = stream
-
-    def __getitem__(self, step: int) -> data.Batch:
-        return self.stream.decoded(4, 5, step)
+def stream_of(pyramid, stage: str = "3") -> data.Stream:
+    return data.Stream(pyramid, "toy", stage)
 
 
-def test_a_stream_resumes_to_the_sample(pyramid, robots):
+def prepared(source, *rank: int, steps=range(6), **sets) -> list[tuple]:
+    """Batches of four of a source as the loader of a rank gives them."""
+    settings = train.Settings(batch=4, seed=5, **sets)
+    work = batches.Batches(source, settings, Ranks(*rank))
+    return list(DataLoader(work, None, sampler=steps, num_workers=settings.workers))
+
+
+def test_a_stream_resumes_to_the_sample(pyramid):
     """Batches from step 3 on are those of the uninterrupted run, whole or in the halves of two
-    ranks, one by one or every other, and in workers of a loader."""
+    ranks, one by one or every other, and in processes of a loader, which prepare the pictures for
+    the VLM too; noise and counts are the same."""
 
-    def run(steps, *rank: int) -> list[data.Batch]:
-        stream = data.Stream(pyramid, None, CONFIG, "3", robots)
-        return [stream.decoded(4, 5, step, *rank) for step in steps]
+    def run(steps, *rank: int, **sets) -> list[tuple[data.Batch, dict, tuple]]:
+        stream = stream_of(pyramid).load("cpu")
+        found = prepared(stream, *rank, steps=steps, **sets)
+        return [(data.Batch(**batch), noise, have) for batch, noise, have in found]
 
     whole = run(range(6))
-    for step, batch in enumerate(run(range(3, 6)), 3):
-        equal(whole[step], batch)
-    for step, batch in zip((0, 2, 4), run((0, 2, 4), 1, 2)):
-        equal(whole[step], batch, slice(2, 4))
-    stream = data.Stream(pyramid, None, CONFIG, "3", robots)
-    stream.decoded(4, 5, 0)  # begins threads, which a worker does not inherit
-    loader = DataLoader(
-        Decoded(stream), None, sampler=range(6), collate_fn=lambda x: x, num_workers=2
-    )
-    for ours, theirs in zip(whole, loader):
-        equal(ours, theirs)
+    for step, (batch, noise, have) in enumerate(run(range(3, 6), workers=2), 3):
+        equal(whole[step][0], batch)
+        assert all(map(torch.equal, whole[step][0].prompts, batch.prompts))
+        assert same(whole[step][1], noise) and whole[step][2] == have
+    halves = [run((0, 2, 4), rank, 2) for rank in (0, 1)]
+    for step, *both in zip((0, 2, 4), *halves):
+        batch, noise, have = whole[step]
+        for rank, (part, *_) in enumerate(both):
+            equal(batch, part, slice(2 * rank, 2 * rank + 2))
+        ours = {name: torch.cat([part[1][name] for part in both]) for name in noise}
+        assert same(noise, ours) and have == [sum(pair) for pair in zip(both[0][2], both[1][2])]
 
 
-def test_only_the_next_batches_are_decoded_ahead(pyramid, robots, monkeypatch):
-    """Step by step each window is decoded once, and no more than three batches beyond the one that
-    was asked for have been begun."""
-    asked = []
-    real = Pyramid.window
-
-    def window(self, row, actions):
-        asked.append(tuple(row))
-        return real(self, row, actions)
-
-    monkeypatch.setattr(Pyramid, "window", window)
-    stream = data.Stream(pyramid, None, CONFIG, "3", robots)
-    for step in range(3):
-        stream.decoded(4, 5, step)
-    stream.ahead.close()
-    wanted = [tuple(row) for step in range(6) for row in stream.rows(4, 5, step).tolist()]
-    assert sorted(asked[:12]) != sorted(asked) and len(asked) <= 24
-    assert sorted(asked) == sorted(wanted[: len(asked)])
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_work_ahead_comes_in_order_and_is_bounded():
-    """A slow first item holds the others back; its error is raised where it belongs."""
-    running, most = [], []
-    lock = threading.Lock()
+def test_the_process_that_has_the_device_prepares_nothing(pyramid, monkeypatch):
+    """Pictures are decoded, and made ready for the VLM, in the processes of the loader; what they
+    give is encoded as it would be without them."""
+    stream = stream_of(pyramid).load("cpu")
+    plain = [stream.inputs(batch, "cpu") for batch, *_ in prepared(stream, steps=range(2))]
+    here = os.getpid()
+    for place, name in ((Pyramid, "window"), (frozen, "prepare_image"), (frozen, "prompt_ids")):
+        real = getattr(place, name)
 
-    def work(item: int) -> int:
-        with lock:
-            running.append(item)
-            most.append(len(running))
-        if item == 7:
-            raise ValueError("seven")
-        with lock:
-            running.remove(item)
-        return item
+        def elsewhere(*args, real=real, **more):
+            assert os.getpid() != here, "done by the process that has the device"
+            return real(*args, **more)
 
-    taken = []
-    items = (taken.append(i) or i for i in itertools.count())
-    found = data.in_order(work, items, threads=2)
-    assert [next(found) for _ in range(5)] == [0, 1, 2, 3, 4] and max(taken) <= 7
-    assert max(most) <= 2
-    with pytest.raises(ValueError, match="seven"):
-        list(found)
+        monkeypatch.setattr(place, name, elsewhere)
+    for inputs, (batch, *_) in zip(plain, prepared(stream, steps=range(2), workers=1)):
+        assert same(present(inputs), present(stream.inputs(batch, "cpu")))
+    with pytest.raises(AssertionError, match="the process that has the device"):
+        prepared(stream, steps=range(1))
+
+
+def present(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in vars(inputs).items() if x is not None}
+
+
+def test_the_vae_encodes_in_bf16_where_that_is_the_precision(pyramid):
+    """Latents stay fp32 and within two per cent; what made them is told by the weights as they
+    were."""
+    rows = pyramid.draw(4, 0, 0)
+    full, half = (stream_of(pyramid).load("cpu", how) for how in ("fp32", "bf16"))
+    a, b = (stream.inputs(stream.prepare(rows), "cpu") for stream in (full, half))
+    assert half.backbones.vae.conv1.weight.dtype == torch.bfloat16
+    assert a.latents.dtype == b.latents.dtype == torch.float32
+    error = (a.latents - b.latents).norm() / a.latents.norm()
+    assert 1e-4 < error < 0.02, error
+    assert torch.equal(a.und, b.und) and full.made_by == half.made_by
 
 
 # -- windows encoded beforehand -------------------------------------------------------------------
 
 
-def pool_of(sources: list[int], weights: list[float]) -> data.Pool:
-    rows = torch.arange(len(sources))
-    inputs = Inputs(rows, rows, rows)
-    return data.Pool(inputs, torch.tensor(sources), CONFIG, (), None, [], weights, {})
+def pool_of(folder: Path, sources: list[int], weights: list[float]) -> data.Pool:
+    """Windows that hold their number, in a file."""
+    rows = torch.stack([torch.tensor(sources), torch.arange(len(sources))], dim=1)
+    about = {"windows": torch.tensor(sources).bincount(minlength=len(weights)).tolist()}
+    about |= {"sources": [], "weights": weights, "interval": None, "made_by": {}, "robots": []}
+
+    def encode(chunks):
+        for chunk in chunks:
+            numbers = chunk[:, 1:].float()
+            lengths = torch.ones(len(chunk), dtype=torch.int64)
+            states = {"context": numbers[:, None], "context_len": lengths}
+            yield states | {"latents": numbers}, ["do"] * len(chunk)
+
+    windows.write(folder / "pool.safetensors", rows, about | {"widths": {}}, encode)
+    return data.Pool(folder / "pool.safetensors", "toy", "3")
 
 
-def test_batches_are_a_function_of_seed_and_step_and_mix_sources_by_weight():
+def test_batches_are_a_function_of_seed_and_step_and_mix_sources_by_weight(tmp_path):
     """The same rows whatever was drawn before; each source gets its share, however many windows it
     has; one without any gets none."""
-    pool = pool_of([0] * 50 + [1] * 5 + [3] * 500, [1, 1, 5, 1])
+    sources = torch.tensor([0] * 50 + [1] * 5 + [3] * 500)
+    pool = pool_of(tmp_path, sources.tolist(), [1, 1, 5, 1])
     rows = pool.rows(30, seed=1, step=7)
     assert torch.equal(rows, pool.rows(30, 1, 7))
     assert not torch.equal(rows, pool.rows(30, 1, 8)) and not torch.equal(rows, pool.rows(30, 2, 7))
-    assert pool.source[rows].bincount().tolist() == [10, 10, 0, 10]
-    assert torch.equal(pool.batch(30, 1, 7, rank=1, world=3).latents, rows[10:20])
+    assert sources[rows].bincount().tolist() == [10, 10, 0, 10]
+    assert torch.equal(pool.prepare(rows)["latents"][:, 0], rows.float())
     digest, pool.weights = pool.digest(), [4, 1, 5, 1]
     assert pool.digest() != digest
-    assert pool.source[pool.rows(60, 1, 7)].bincount().tolist() == [40, 10, 0, 10]
+    assert sources[pool.rows(60, 1, 7)].bincount().tolist() == [40, 10, 0, 10]
+
+
+def encoded(pyramid, count: int, out: Path, stage: str = "3") -> data.Pool:
+    """A cache of `count` windows, made by one process."""
+    stream = stream_of(pyramid, stage)
+    stream.write(out, windows.rows_to_encode(pyramid, count, 0), "cpu", "fp32")
+    return data.Pool(out, "toy", stage)
 
 
 @pytest.fixture(scope="module")
-def pool(pyramid, robots) -> data.Pool:
-    return data.windows_of(pyramid, robots, CONFIG, "3", "toy", 9, 0)
+def pool(pyramid, tmp_path_factory) -> data.Pool:
+    return encoded(pyramid, 9, tmp_path_factory.mktemp("pool") / "pool.safetensors")
 
 
-def test_a_pool_holds_each_window_once_and_no_more_than_there_are(pyramid, robots, pool, tmp_path):
-    """Nine of many; of few windows all but for chance."""
+def test_a_pool_holds_each_window_once_and_no_more_than_there_are(pyramid, pool, tmp_path):
+    """Nine of many; of few windows all but for chance, and without a number all."""
     assert len(pool) == 9 and pool.interval is None and pool.config == CONFIG
-    source = {"path": "world:toy", "episodes": 1}
+    source = {"path": "world:toy", "episodes": 2}
     (tmp_path / "card.json").write_text(json.dumps({"sources": [source]}))
     few = opened(tmp_path)
-    windows = few.opened[0].windows
-    encoded = data.windows_of(few, few.robots(True), CONFIG, "3", "toy", 100, 0)
-    assert 0.9 * windows < len(encoded) <= windows < 100
+    count = few.opened[0].windows
+    some, every = (windows.rows_to_encode(few, wanted, 0) for wanted in (100, 0))
+    assert 0.9 * count < len(some) <= count < 100 and len(every) == count
+    rows = list(map(tuple, every.tolist()))
+    assert rows == sorted(set(rows)) and set(map(tuple, some.tolist())) <= set(rows)
+    assert len({tuple(row) for row in few.draw(5000, 0, 0).tolist()} | set(rows)) == count
+    source["draw"] = "tasks"
+    (tmp_path / "card.json").write_text(json.dumps({"sources": [source]}))
+    with pytest.raises(ValueError, match="drawn by tasks: say how many .*--windows N"):
+        windows.rows_to_encode(opened(tmp_path), 0, 0)
 
 
 def test_windows_encoded_before_are_those_encoded_when_needed(pyramid, robots, pool):
-    """The first windows of a pool, by the row they came from."""
-    stream = data.windows_of(pyramid, robots, CONFIG, "3", "toy", 0, 0)
-    rows = torch.tensor(list(dict.fromkeys(map(tuple, stream.rows(36, 0, 0).tolist())))[:9])
-    for name, value in vars(stream.encode(stream.cut(rows))).items():
-        torch.testing.assert_close(value, getattr(pool.inputs, name))
+    """All windows of a pool, by the rows they came from, to the bit; and so are the robots, the
+    sources and how they are mixed."""
+    stream = stream_of(pyramid).load("cpu")
+    rows = windows.rows_to_encode(pyramid, 9, 0)
+    live = present(stream.inputs(stream.prepare(rows), "cpu"))
+    assert same(live, present(pool.inputs(pool.prepare(torch.arange(9)), "cpu")))
+    assert (pool.robots, pool.weights) == (robots, [1.0])
+    assert pool.sources == [["level6_gripper", 6, "gripper"]]
 
 
-def test_a_cache_gives_the_batches_that_it_was_made_of(pool, tmp_path):
-    """Every tensor, the robots, the sources and how they are mixed."""
-    pool.save(tmp_path / "pool.safetensors")
-    back = data.Pool.load(tmp_path / "pool.safetensors", "toy", "3")
-    assert (back.robots, back.sources, back.weights) == (pool.robots, pool.sources, pool.weights)
-    assert back.digest() == pool.digest() and back.config == CONFIG and len(back) == 9
-    for name, value in vars(pool.batch(4, 0, 1)).items():
-        found = getattr(back.batch(4, 0, 1), name)
-        assert value is found is None or torch.equal(value, found), name
+def test_a_cache_in_shards_is_the_cache_in_a_file(card, tmp_path, monkeypatch):
+    """By one process or three, with four windows in a shard: batches are the same to the bit, each
+    shard has each instruction's states once."""
+    monkeypatch.setattr(windows, "SHARD", 4)
+    monkeypatch.setattr(windows, "CHUNK", 2)
+    windows.opened.cache_clear()
+    pyramid = opened(card, (2, 5))
+    whole = encoded(pyramid, 26, tmp_path / "whole.safetensors", "1")
+    for name, ranks in (("one", (0,)), ("three", (2, 0, 1))):
+        for rank in ranks:
+            stream, rows = stream_of(pyramid, "1"), windows.rows_to_encode(pyramid, 26, 0)
+            stream.write(tmp_path / name, rows, "cpu", "fp32", rank, len(ranks))
+        pool = data.Pool(tmp_path / name, "toy", "1")
+        assert len(pool.files) == 7 and pool.digest() == whole.digest()
+        for step in range(5):
+            ours, theirs = (p.prepare(p.rows(16, 0, step)) for p in (pool, whole))
+            assert same(ours, theirs)
+    for file in pool.files:
+        with open_source(file) as source:
+            texts = source.read("text").unique()
+            assert len(source.read("context")) == len(texts) <= len(source.read("latents")) <= 4
+
+
+def test_a_cache_needs_the_memory_of_a_shard(pyramid, tmp_path, monkeypatch):
+    """However many windows there are: never are more alive than those of a shard and a chunk, and
+    no more than so many files are mapped."""
+    monkeypatch.setattr(windows, "SHARD", 8)
+    monkeypatch.setattr(windows, "CHUNK", 4)
+    alive, most = {}, []
+    real = data.Stream.inputs
+
+    def counted(*args) -> Inputs:
+        inputs = real(*args)
+        alive[len(most)] = len(inputs)
+        weakref.finalize(inputs.latents, alive.pop, len(most))
+        most.append(sum(alive.values()))
+        return inputs
+
+    monkeypatch.setattr(data.Stream, "inputs", counted)
+    pool = encoded(pyramid, 60, tmp_path / "shards")
+    assert len(pool) == 60 and len(most) == 15 and max(most) <= 12
+    info = windows.opened.cache_info()
+    assert info.maxsize == windows.OPEN and info.maxsize < 1000
+
+
+def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, tmp_path, monkeypatch):
+    """Shards that are there are not made again, the left-over of the killed process goes, and the
+    result is that of an uninterrupted one. Until then it is refused, and so is another cache in its
+    folder."""
+    monkeypatch.setattr(windows, "SHARD", 4)
+    monkeypatch.setattr(windows, "CHUNK", 4)
+    whole = encoded(pyramid, 14, tmp_path / "whole")
+    save, part = windows.save_safetensors, tmp_path / "part"
+
+    def killed(path, tensors, metadata):
+        if path.name == "windows_000002.safetensors":
+            path.with_name(f".{path.name}.1.tmp").touch()
+            raise KeyboardInterrupt
+        save(path, tensors, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(windows, "save_safetensors", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encoded(pyramid, 14, part)
+    with pytest.raises(ValueError, match="has 2 of 4 shards; run the command .* again"):
+        data.Pool(part, "toy", "3")
+    with pytest.raises(
+        ValueError, match='is of another cache: .*"windows": .14., .* now it is to be'
+    ):
+        encoded(pyramid, 13, part)
+    made = []
+    monkeypatch.setattr(windows, "save_safetensors", lambda *a: made.append(a[0].name) or save(*a))
+    pool = encoded(pyramid, 14, part)
+    assert made == ["windows_000002.safetensors", "windows_000003.safetensors"]
+    assert [file.read_bytes() for file in pool.files] == [f.read_bytes() for f in whole.files]
+    assert not list(part.glob(".*"))
+    monkeypatch.setattr(data.Stream, "load", lambda *_: pytest.fail("nothing is left to encode"))
+    encoded(pyramid, 14, part)
+
+
+def test_latents_are_kept_in_bf16_where_that_is_the_precision(pyramid, tmp_path):
+    """Half their bytes in the file, fp32 in a batch."""
+    stream, rows = stream_of(pyramid), windows.rows_to_encode(pyramid, 4, 0)
+    stream.write(tmp_path / "a.safetensors", rows, "cpu", "bf16")
+    pool = data.Pool(tmp_path / "a.safetensors", "toy", "3")
+    assert pool[0]["latents"].dtype == torch.bfloat16
+    assert pool.prepare(torch.arange(4))["latents"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_fill_one_cache(card, tmp_path):
+    """The command as it is typed, by two processes and by one: the same files. One file for two
+    processes is refused."""
+    argv = ["cache", "--data", str(card), "--stage", "3", "--windows", "600"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(out: Path) -> subprocess.CompletedProcess:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        words = [sys.executable, *command, port, "data.py", *argv, "--out", str(out)]
+        return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+
+    ended = start(tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    data.main([*argv, "--out", str(tmp_path / "one")])
+    one, two = (data.Pool(tmp_path / name, "toy", "3") for name in ("one", "two"))
+    assert [file.read_bytes() for file in one.files] == [file.read_bytes() for file in two.files]
+    ended = start(tmp_path / "two.safetensors")
+    assert ended.returncode and "is a file; for 2 processes name a folder" in ended.stderr
 
 
 def test_a_stale_or_foreign_cache_is_refused_by_name(pool, tmp_path, monkeypatch):
     """Another VAE, another network, another stage, a latent-action encoder that is not there or is
-    another one; a file that is no cache."""
-    path = tmp_path / "pool.safetensors"
-    pool.save(path)
+    another one; a file that is no cache. Backbones whose files are not here are not needed."""
     with pytest.raises(ValueError, match="is stale: stage was 3, is 1"):
-        data.Pool.load(path, "toy", "1")
+        data.Pool(pool.path, "toy", "1").check()
     with pytest.raises(ValueError, match="is no cache of windows"):
-        data.Pool.load(PRESETS["toy"].backbones / "vae.safetensors", "toy", "3")
+        data.Pool(PRESETS["toy"].backbones / "vae.safetensors", "toy", "3")
     folder = tmp_path / "backbones"
     shutil.copytree(PRESETS["toy"].backbones, folder)
     words = (folder / "vlm.json").read_text()
     (folder / "vlm.json").write_text(words.replace('"red"', '"crimson"'))
     monkeypatch.setenv("MOTUS_BACKBONES", str(folder))
     with pytest.raises(ValueError, match=r"is stale: vlm was \w+, is (?!.*(text|vae) was)"):
-        data.Pool.load(path, "toy", "3")
+        pool.check()
+    monkeypatch.setenv("MOTUS_BACKBONES", str(tmp_path / "none"))
+    pool.check()
     monkeypatch.delenv("MOTUS_BACKBONES")
     latent_model(3, tmp_path / "run")
-    pool.made_by["latent"] = data.LatentEncoder(tmp_path / "run").fingerprint
-    pool.save(path)
-    assert len(data.Pool.load(path, "toy", "3", tmp_path / "run")) == 9
+    known = pool.made_by
+    pool.made_by = known | {"latent": data.LatentEncoder(tmp_path / "run").fingerprint}
+    pool.check(tmp_path / "run")
     with pytest.raises(ValueError, match="is stale: latent was .*, is None.*--latent"):
-        data.Pool.load(path, "toy", "3")
-    pool.made_by["latent"] = "0123"
-    pool.save(path)
+        pool.check()
+    pool.made_by = known | {"latent": "0123"}
     with pytest.raises(ValueError, match="is stale: latent was 0123, is"):
-        data.Pool.load(path, "toy", "3", tmp_path / "run")
+        pool.check(tmp_path / "run")
+    pool.made_by = known
+
+
+def test_published_backbones_are_told_apart_without_reading_them(tmp_path, monkeypatch):
+    """By name, size and samples of their files, of which some kilobytes are read; a changed one is
+    noticed, one of another part is not."""
+    files = ("wan/Wan2.2_VAE.pth", "wan/models_t5_umt5-xxl-enc-bf16.pth", "qwen3vl/a.safetensors")
+    values = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)).numpy()
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(values.tobytes())
+    monkeypatch.setenv("MOTUS_BACKBONES", str(tmp_path))
+    monkeypatch.setattr(data.Backbones, "load", lambda *_: pytest.fail("weights were loaded"))
+    before = data.makers("full", preset("full"), "3")
+    assert len({before[part] for part in ("vae", "text", "vlm")}) == 3
+    (tmp_path / files[0]).write_bytes((values * 1.01).tobytes())
+    after = data.makers("full", preset("full"), "3")
+    assert before.pop("vae") != after.pop("vae") and before == after
+    assert "vlm" not in data.makers("full", preset("full"), "1")
 
 
 def test_the_cache_command_writes_what_each_stage_reads(tmp_path, capsys):
@@ -362,19 +519,20 @@ def test_the_cache_command_writes_what_each_stage_reads(tmp_path, capsys):
         argv = ["cache", "--stage", stage, *few, "--out", str(file)]
         data.main(argv + (["--latent", str(latent)] if latent else []))
         assert "3 windows" in capsys.readouterr().out
-        pool = data.Pool.load(file, "toy", stage, latent)
+        pool = data.Pool(file, "toy", stage)
+        pool.check(latent)
         assert pool.interval == (3 if stage == "2" else None)
-        assert (pool.inputs.und is None) == (stage == "1")
-        assert (pool.inputs.state is None) == (stage != "3")
-        assert (0 if pool.inputs.actions is None else pool.inputs.actions.shape[2]) == numbers
+        assert ("und" in pool[0]) == (stage != "1") and ("state" in pool[0]) == (stage == "3")
+        assert pool[0]["actions"].shape[2] == numbers if numbers else "actions" not in pool[0]
 
 
 def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
     """Windows that are encoded already are drawn as those encoded under that card's weights would
     be; a card of other sources is refused."""
     pyramid = opened(card, (2, 5))
-    pool = data.windows_of(pyramid, pyramid.robots(False), LATENT, "1", "toy", 24, 0)
-    before, digest = set(pool.source[pool.rows(32, 0, 0)].tolist()), pool.digest()
+    pool = encoded(pyramid, 24, tmp_path / "pool.safetensors", "1")
+    sources = torch.arange(3).repeat_interleave(torch.tensor(pool.windows))
+    before, digest = set(sources[pool.rows(32, 0, 0)].tolist()), pool.digest()
     lines = json.loads(card.read_text())
     for i, line in enumerate(lines["sources"]):
         line["weight"] = 0.001 if i else 1000.0
@@ -382,7 +540,7 @@ def test_a_card_with_other_weights_mixes_cached_windows_anew(card, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps(lines))
     pool.mix(opened(tmp_path / "other.json", (2, 5)))
     assert before == {0, 1, 2} and pool.digest() != digest
-    assert set(pool.source[pool.rows(32, 0, 0)].tolist()) == {0}
+    assert set(sources[pool.rows(32, 0, 0)].tolist()) == {0}
     with pytest.raises(ValueError, match="same sources"):
         pool.mix(opened(card, (5,)))
 

@@ -633,6 +633,43 @@ def test_a_rank_that_stalls_is_named_and_ends_the_run(caches, tmp_path):
 
 
 @pytest.mark.slow
+def test_ranks_wait_for_what_one_does_for_all_however_long_it_takes(caches, tmp_path):
+    """Longer than for a step: rank 0 trains the latent actions, rank 1 waits."""
+    late = (
+        "work = train.train_latent\n"
+        "def slow(*args):\n    time.sleep(20)\n    work(*args)\n"
+        "patch.setattr(train, 'train_latent', slow)"
+    )
+    argv = ["--stage", "latent", "--preset", "tiny", "--data", small.write_card(tmp_path)]
+    argv += ["--steps", "1", "--out", str(tmp_path / "run"), "--set", "timeout=1", "batch=20"]
+    said = together(tmp_path, [dict(world=2, argv=argv, before={"0": [late]})])
+    assert said == [["next"], ["next"]]
+
+
+@pytest.mark.slow
+def test_ranks_encode_the_windows_of_a_card_between_them(tmp_path):
+    """Each its own shards, and none a second time: the losses are those of one process."""
+    shards = "data.windows.SHARD = data.windows.CHUNK = 8"
+    count = (
+        "write = data.windows.save_safetensors\n"
+        "def save(path, *rest):\n"
+        "    write(path, *rest)\n    path.with_suffix('.by' + os.environ['RANK']).touch()\n"
+        "patch.setattr(data.windows, 'save_safetensors', save)"
+    )
+    jobs = []
+    for name, world in (("one", 1), ("two", 2)):
+        argv = ["--stage", "3", "--preset", "tiny", "--data", small.write_card(tmp_path)]
+        argv += ["--out", str(tmp_path / name / "run"), "--steps", "2", "--set", "batch=8"]
+        argv += ["log_every=1", "episodes=2", "windows=30"]
+        jobs.append(dict(world=world, argv=argv, before=dict.fromkeys("01", [shards, count])))
+    assert all(end.startswith("next") for rank in together(tmp_path, jobs) for end in rank)
+    assert apart(tmp_path / "one/run", tmp_path / "two/run") < 1e-6
+    (kept,) = (tmp_path / "two/windows").iterdir()
+    made = sorted(path.name for path in kept.glob("*.by*"))
+    assert made == [f"windows_{n:06d}.by{n % 2}" for n in range(4)]
+
+
+@pytest.mark.slow
 def test_a_rank_that_never_came_is_missed(caches, tmp_path):
     """One of two: an error that says how to start, no hang."""
     said = together(tmp_path, [job(caches, tmp_path / "run", "3", 2, 1, "timeout=1")], ranks=1)

@@ -1,7 +1,9 @@
 """Training: the table of stages, resume, and what happens when something is wrong."""
 
 import csv
+import itertools
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -16,13 +18,14 @@ from safetensors.torch import load_file
 import data
 import train
 from flow import Losses
-from motus import EXPERTS, Inputs, Motus, preset
-from scale import batches
+from motus import EXPERTS, PRESETS, Motus, preset
+from scale import batches, plan
 from scale.checkpoints import RunState
 from scale.log import Log
 from scale.muon import Muon
 from scale.ranks import Ranks
 from scale.sharding import initialise
+from scale.synthetic import Synthetic
 from weights.card import Card, newest_step
 from weights.files import save_safetensors
 
@@ -189,7 +192,87 @@ def test_cached_windows_train_to_the_same_weights(runs, stage3, tmp_path):
         train.main(["--stage", "1", "--cache", file, "--out", str(tmp_path / "wrong")])
 
 
+def test_windows_are_encoded_once_for_all_runs_of_the_same_data(
+    stage3, tmp_path, capsys, monkeypatch
+):
+    """Another run of the card finds them, in a folder that is named in a line, and loads no
+    backbones; with another seed, another file of the dataset or other code they are made anew."""
+    loads = []
+    real = data.Stream.load
+    monkeypatch.setattr(data.Stream, "load", lambda *a: loads.append(a) or real(*a))
+
+    def run(*sets: str) -> str:
+        out = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        train.main([*stage3[:-1], str(out), "--steps", "1", *SMALL, *sets])
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("windows: ")]
+        return re.fullmatch(r"windows: 16, encoded once and kept in (\S+) for .*", line)[1]
+
+    first = run()
+    assert Path(first).parent == tmp_path / "windows" and len(loads) == 1
+    assert run("lr=0.5") == first and len(loads) == 1
+    assert run("seed=1") != first and len(loads) == 2
+    monkeypatch.setattr(batches, "code_digest", lambda: "other")
+    assert run() != first and len(loads) == 3
+    files = [("a", 1, 2)]
+    monkeypatch.setattr(data.windows, "files_of", lambda pyramid: files)
+    run()
+    files = [("a", 1, 3)]
+    run()
+    assert len(loads) == 5 and len(list((tmp_path / "windows").iterdir())) == 5
+
+
 # -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset_name", ["sim", "small", "full"])
+def test_a_preset_without_data_asks_for_a_card_before_anything_is_loaded(preset_name, monkeypatch):
+    """In one line."""
+    monkeypatch.setattr(data, "backbones_of", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="a dataset card: python data.py inspect"):
+        train.main(["--preset", preset_name, "--stage", "3", "--out", "no/such/run"])
+    with pytest.raises(ValueError, match=f"{preset_name!r} has no data of its own.*--data"):
+        data.main(["cache", "--preset", preset_name, "--stage", "3", "--out", "no/such/cache"])
+
+
+def test_the_full_model_trains_on_all_windows_of_its_data():
+    """None is encoded before; none of the toy's two thousand."""
+    for name, stage in itertools.product(("small", "full"), "123"):
+        settings = train.settings_for(name, stage)
+        assert (settings.windows, settings.workers, settings.precision) == (0, 4, "bf16")
+
+
+def test_random_windows_train_every_stage_without_data_or_backbones(tmp_path, monkeypatch):
+    """`--data synthetic`: one command, in the shapes of real ones, the same for any rank, without
+    the latent actions that nothing reads."""
+    monkeypatch.setattr(data, "backbones_of", lambda *_, **__: pytest.fail("loaded"))
+    sets = ["--set", "batch=4", "log_every=1", "workers=1"]
+    argv = ["--data", "synthetic", "--out", str(tmp_path), "--steps", "1", *sets]
+    train.main(argv)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage1", "stage2", "stage3"]
+    card = Card.read(newest_step(tmp_path / "stage3") / "config.json")
+    assert card.statistics is None and not card.backbones
+
+
+@pytest.mark.parametrize("name", ["toy", "sim", "small", "full"])
+@pytest.mark.parametrize("stage", "123")
+def test_random_windows_have_the_shapes_that_the_network_takes(name, stage):
+    """Without its weights: the batch that the plan is made for."""
+    source = Synthetic(name, stage)
+    config = preset(name, stage)
+    inputs = source.inputs(source.prepare(source.rows(2, 0, 0)), "cpu")
+    side = 2 ** len(plan.frozen_parts(name)["vae"].config.dim_mult)
+    grid = [pixels // side for pixels in PRESETS[name].size]
+    assert inputs.latents.shape == (2, config.video.latent, config.latent_frames, *grid)
+    assert (
+        source.latents == inputs.latents.shape[1:]
+        and inputs.context_len.tolist() == [inputs.context.shape[1]] * 2
+    )
+    assert (inputs.state is not None) == config.finetune and (inputs.und is None) == (stage == "1")
+    if stage != "1":
+        assert inputs.actions.shape == (2, config.chunk, config.action_dim)
+        assert inputs.und_mask is None and inputs.und.shape[2] == config.vlm_dim
+    again = Synthetic(name, stage).prepare(source.rows(2, 0, 0))
+    assert all(torch.equal(again[k], x) for k, x in vars(inputs).items() if x is not None)
 
 
 def test_an_existing_run_is_never_overwritten(stage3, tmp_path):
@@ -351,22 +434,22 @@ def test_the_rate_warms_up_and_falls_to_its_floor(schedule, half, end):
 
 @pytest.mark.parametrize("given", [0.0, 0.5])
 def test_each_rank_draws_its_rows_of_the_noise_of_one_process(given):
-    """Two ranks draw the halves of that, with a modality given or not."""
-    inputs = Inputs(
-        torch.zeros(6, 24, 2, 6, 6),
-        torch.zeros(6, 3, 48),
-        torch.ones(6, dtype=torch.int64),
-        actions=torch.zeros(6, 12, 3),
-    )
-    pool = data.Pool(inputs, torch.zeros(6, dtype=torch.int64), None, "3", (), [], [1.0], {})
-    settings = train.Settings(batch=4, steps=3, given=given)
+    """Two ranks draw the halves of that, with a modality given or not. Each draws its own samples
+    alone, and no two samples, steps or seeds have the same noise."""
+    source = Synthetic("toy", "3")
+    settings = train.Settings(batch=8, steps=3, given=given)
     steps = [
-        batches.Batches(pool, settings, Ranks(*place))[2] for place in ((0, 1), (0, 2), (1, 2))
+        batches.Batches(source, settings, Ranks(*place))[2] for place in ((0, 1), (0, 2), (1, 2))
     ]
     (_, whole, have), (_, first, _), (_, second, _) = steps
     assert have == ((whole["t_video"] > 0).sum(), (whole["t_action"] > 0).sum())
     assert all(torch.equal(torch.cat([first[name], second[name]]), whole[name]) for name in whole)
     assert (whole["t_video"] == 0).any() == bool(given)
+    _, other, _ = batches.Batches(source, settings, Ranks())[1]
+    _, seeded, _ = batches.Batches(source, replace(settings, seed=1), Ranks())[2]
+    noises = torch.cat([x["video_noise"] for x in (whole, other, seeded)])
+    assert len(noises.flatten(1)[:, 0].unique()) == 24
+    assert noises.mean().abs() < 0.02 and abs(noises.std() - 1) < 0.02
 
 
 def test_parts_of_a_batch_add_up_to_its_loss():

@@ -253,8 +253,8 @@ def test_a_damaged_weights_file_is_refused(runs, tmp_path, damage):
         Motus.from_pretrained(copy)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
-    """The error names the step and the windows; the weights stay as they were."""
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    """The error names the step and the windows; the last checkpoint stays as it was."""
     total, calls = Losses.total, []
 
     def poison(self, *args):
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     monkeypatch.setattr(Losses, "total", poison)
     run = tmp_path / "nan"
     argv = ["--stage", "1", "--data", small.write_card(tmp_path), "--out", str(run)]
-    with pytest.raises(ValueError, match=r"step 2: loss nan.*windows \[.*Nothing was updated"):
+    with pytest.raises(ValueError, match=r"step 2: loss nan.*windows \[.*This step is not saved; the last"):
         train.main([*argv, "--steps", "6", *SMALL, "save_every=1"])
     assert newest_step(run).name == "step_000002"
     assert all(value.isfinite().all() for value in weights(run).values())

@@ -21,6 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ class Saver:
         self.run = run
         self.ranks = ranks
         self.keep = keep
-        self.stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self.stream = torch.Stream(ranks.device) if ranks.device.type == "cuda" else None
         self.copies: dict[str, dict[str, ShardCopy]] = {}  # of the last one, whose memory is kept
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
@@ -110,8 +111,8 @@ class Saver:
         the one before."""
         self.wait()
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+            self.stream.wait_stream(torch.accelerator.current_stream())
+        with self.stream or nullcontext():
             for file, named in tensors.items():
                 copies = self.copies.setdefault(file, {})
                 for name, tensor in named.items():
@@ -122,7 +123,7 @@ class Saver:
     def settle(self, *_) -> None:
         """Lets what is launched on the device from now on wait for the copies; the host goes on."""
         if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.accelerator.current_stream().wait_stream(self.stream)
 
     def wait(self) -> None:
         """Until the last one is complete. ValueError on every rank if any could not write."""

@@ -32,6 +32,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -274,7 +275,7 @@ def step(
         (share * run.ranks.world).backward()  # gradients become the mean over the ranks
         loss += share.detach()
         run.log.losses(losses)
-    loss = sharding.reduced(loss, run.trained)
+    loss = sharding.reduced(loss, run.trained, run.ranks.world)
     norm = nn.utils.clip_grad_norm_(run.trained, settings.clip)
     for optimizer in optimizers:
         optimizer.step()
@@ -300,10 +301,10 @@ def step(
 def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     """One stage of the network, as one of the ranks."""
     # The same on every rank, or refused by all of them.
+    settings, mesh = ranks.together(lambda: plan.settled(args, settings, ranks))
     facts = {name: str(value) for name, value in asdict(settings).items()}
     facts |= dict(stage=args.stage, preset=args.preset, out=str(args.out))
     ranks.same(code=code_digest(), **facts)
-    settings, mesh = ranks.together(lambda: plan.settled(args, settings, ranks))
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
@@ -331,9 +332,7 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     if resumed:
         newest = newest_step(args.out)
         anyway = args.resume == "anyway"
-        longer = settings.horizon or settings.schedule == "constant"
-        free = [*FREE, "steps"] if longer else FREE
-        start = ranks.together(lambda: state.resume(newest, free, anyway))
+        start = ranks.together(lambda: state.resume(newest, FREE, anyway))
     ranks.same(newest_checkpoint=str(start))
 
     # The steps.
@@ -560,4 +559,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(record(main))  # for the summary of torchrun

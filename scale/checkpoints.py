@@ -312,6 +312,8 @@ class RunState:
             "check out the code it began with, or continue with --resume-anyway, perhaps not bit "
             "for bit"
         )
+        if ours["horizon"] or ours["schedule"] == "constant":  # rates do not hang on the steps
+            free = [*free, "steps"]
         rows = [(key, before.get(key, ours[key]), ours[key]) for key in ours if key not in free]
         for key in ("motus", "stage", "preset", "statistics", "latent_interval"):
             rows.append((key, getattr(stored, key), getattr(self.card, key)))

@@ -275,15 +275,11 @@ class Plan:
             moments.append(moment)
         return sum(sizes.values()) + self.working(policy, micro) + max(moments)
 
-    def fitting(self, policy: str) -> list[int]:
-        """Micro-batches that fit; more than a rank's share of the batch is never needed."""
-        sizes = range(1, self.batch // self.gpus + 1)
-        return [micro for micro in sizes if self.peak(policy, micro) <= self.usable]
-
     def micro(self, policy: str) -> int:
         """The largest micro-batch that fits and divides the rank's share of the batch, or 0."""
         share = self.batch // self.gpus
-        return max((micro for micro in self.fitting(policy) if share % micro == 0), default=0)
+        even = [micro for micro in range(1, share + 1) if share % micro == 0]
+        return max((n for n in even if self.peak(policy, n) <= self.usable), default=0)
 
     def flops(self, policy: str) -> float:
         """Per sample; `full` runs the forward pass, a third of a step, again."""
@@ -346,8 +342,9 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
     policy = "none"
     if ranks.device.type == "cuda" and not small:
         gpus = mesh["shard"].size() if mesh else 1
+        memory = torch.cuda.get_device_properties(ranks.device).total_memory
         cached = args.cache or args.data == "synthetic" or settings.windows
-        sizes = gpus, ranks.memory, settings.params, "cached" if cached else "live"
+        sizes = gpus, memory, settings.params, "cached" if cached else "live"
         batch = settings.batch * gpus // ranks.world
         plan = Plan(args.preset, args.stage, *sizes, batch, settings.reshard)
         policy = plan.best
@@ -375,18 +372,16 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
     """The needs of a checkpointing policy; `rate` in FLOP/s of all cards."""
-    fitting = plan.fitting(policy)
+    micro = plan.micro(policy)
     depth = len(plan.model.layers)
     one = plan.saved(policy, depth, 3) - plan.saved(policy, depth, 2)
     row = (
         policy + (" *" if policy == plan.best else ""),
         f"{one / 1e6:.4g}",
         f"{plan.flops(policy) / 1e12:.4g}",
-        str(fitting[-1]) if fitting else "none fits",
     )
-    if not fitting:
-        return (*row, "", "", "", "")
-    micro = plan.micro(policy)
+    if not micro:
+        return (*row, "none fits", "", "", "")
     passes = plan.batch // plan.gpus // micro
     memory = (
         f"{plan.saved(policy, depth, micro) / GB:.4g}",
@@ -432,7 +427,6 @@ POLICY_HEAD = (
     "checkpointing",
     "saved MB/sample",
     "TFLOP/sample",
-    "largest micro-batch",
     "used",
     "saved GB",
     "peak GB",

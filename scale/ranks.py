@@ -9,7 +9,6 @@ Ranks talk over gloo on the CPU, as bytes: nothing is unpickled, and no GPU wait
 
 import itertools
 import json
-import math
 import os
 import signal
 import sys
@@ -26,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 T = TypeVar("T")
 
@@ -39,7 +37,6 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    memory: float = math.inf  # bytes of the smallest card
     mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: all hold all
     control: dist.ProcessGroup | None = None  # gloo, for the step
     writing: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
@@ -117,13 +114,13 @@ def environment(name: str, default: int) -> int:
 def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     """The ranks that torchrun started; one without it. `shards` ranks share one copy of the
     weights, each such group holds a replica; 0 means all ranks of a node, whose links are fast. A
-    rank that does not answer for `timeout` seconds is an error. Errors reach torchrun's summary."""
+    rank that does not answer for `timeout` seconds is an error."""
     rank = environment("RANK", 0)
     world = environment("WORLD_SIZE", 1)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", environment("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if world == 1:
-        yield Ranks(device=device, memory=memory_of(device))
+        yield Ranks(device=device)
         return
     patience = timedelta(seconds=1.2 * timeout + 10)  # the watchdog speaks first, and knows more
     try:
@@ -144,7 +141,6 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         ranks.together(lambda: check_launch(ranks, shards))
         if cuda:
             torch.cuda.set_device(device)
-        ranks.memory = min(map(float, ranks.texts(str(memory_of(device)))))
         mesh = {"replicate": world // shards, "shard": shards}
         if shards == world:
             mesh.pop("replicate")
@@ -152,18 +148,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
             shape = tuple(mesh.values())
             ranks.mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(mesh))
         yield ranks
-    except Exception as error:
-        get_error_handler().record_exception(error)
-        raise
     finally:
         dist.destroy_process_group()
-
-
-def memory_of(device: torch.device) -> float:
-    """Bytes of a card."""
-    if device.type != "cuda":
-        return math.inf
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def check_launch(ranks: Ranks, shards: int) -> None:

@@ -24,7 +24,7 @@ those of one process. Gradients are reduced in fp32.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -174,18 +174,24 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def reduced(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """The sum of the ranks' losses, on their devices. In the same message the gradients of whole
-    parameters become their mean; those of sharded ones FSDP has reduced."""
-    if not dist.is_initialized():
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors summed over all ranks, on their device, by one message."""
+    sent = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(sent)
+    parts = sent.split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors)]
+
+
+def reduced(loss: Tensor, parameters: Iterable[Tensor], world: int) -> Tensor:
+    """The sum of the ranks' losses. In the same message the gradients of whole parameters become
+    their mean; those of sharded ones FSDP has reduced."""
+    if world == 1:
         return loss
     grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    sent = torch.cat([x.flatten() for x in (loss, *grads)])
-    dist.all_reduce(sent)
-    total, *sums = sent.split([x.numel() for x in (loss, *grads)])
+    total, *sums = summed([loss, *grads])
     for grad, received in zip(grads, sums):
-        torch.div(received.view_as(grad), dist.get_world_size(), out=grad)
-    return total.squeeze(0)
+        torch.div(received, world, out=grad)
+    return total
 
 
 # -- values ---------------------------------------------------------------------------------------

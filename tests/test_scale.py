@@ -494,6 +494,23 @@ def test_ranks_write_what_one_process_writes(fork, tmp_path):
     assert (run / "step_000001" / "model.safetensors").read_bytes() == source.read_bytes()
 
 
+def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
+    """What is changed afterwards is not in it; the memory of the copies serves again."""
+    saver = checkpoints.Saver(tmp_path, ranks.Ranks(), keep=0)
+    values, places = torch.zeros(1000, 1000), []
+    for step in (1, 2):
+        values.fill_(step)
+        saver.save(step, {"model.safetensors": {"x": values}}, {})
+        saver.settle()
+        values.fill_(-1)
+        places.append(saver.copies["model.safetensors"]["x"].values.data_ptr())
+    saver.wait()
+    assert len(set(places)) == 1
+    for step in (1, 2):
+        with open_source(tmp_path / f"step_{step:06d}" / "model.safetensors") as source:
+            assert (source.read("x") == step).all()
+
+
 def test_ranks_tell_each_other_tensors_and_texts_of_any_length(fork, tmp_path):
     """None, a few or many bytes, in the order of the ranks."""
     assert told(fork, 2, tmp_path / "store", savers.gather) == ["gathered", "gathered"]
@@ -702,6 +719,8 @@ def test_torchrun_trains_all_stages_like_one_process(tmp_path):
         assert apart(tmp_path / "one" / name, tmp_path / "two" / name) < 1e-6
     ended = start_torchrun("--full", "--out", str(tmp_path / "full"))
     assert ended.returncode and "missing, before anything is trained" in ended.stderr
+    summary = ended.stderr[ended.stderr.index("Root Cause") :]
+    assert "missing, before anything is trained" in summary  # and not only torchrun's own words
 
 
 # -- what is computed -----------------------------------------------------------------------------

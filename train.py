@@ -32,6 +32,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 import data
@@ -44,14 +45,14 @@ from formats.statistics import as_stored
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
 from scale import plan, sharding
-from scale.batches import Source, batches, divide, encode_once
+from scale.batches import Source, batches, encode_once
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
 from scale.muon import Muon
 from scale.needs import dcae_of, missing, unfit
 from scale.ranks import Ranks, Watchdog, launch
 from scale.synthetic import SYNTHETIC, Synthetic
-from weights.card import Card, newest_step
+from weights.card import Card, newest_step, steps_of
 from weights.files import check_keys, digest, run_command
 
 # -- settings -------------------------------------------------------------------------------------
@@ -85,11 +86,11 @@ class Settings:
     log_every: int = 10
     log_to: Literal["", "tensorboard", "wandb"] = ""  # beside the csv
     workers: int = 0  # processes that prepare batches ahead
-    micro: int = 0  # samples per rank and pass, whose gradients add up to the batch; 0: all at once
+    micro: int = 0  # samples per rank and pass, whose gradients add up; 0: all, or the plan's
     precision: Literal["fp32", "bf16"] = "fp32"  # "bf16": autocast
     params: Literal["fp32", "bf16"] = "fp32"  # "bf16": half the memory; small updates are lost
-    # What the backward pass computes again.
-    checkpointing: Literal[tuple(sharding.CHECKPOINTING)] = "none"
+    # What the backward pass computes again; "plan": the least for which the card has memory.
+    checkpointing: Literal[("plan", *sharding.CHECKPOINTING)] = "none"
     compile: bool = False  # each layer by torch.compile
     shards: int = 0  # ranks that share one copy of the weights; 0: those of a node
     reshard: bool = True  # False: keep layers gathered between forward and backward pass
@@ -254,7 +255,8 @@ def step(
     run: Training, number: int, inputs: Inputs, noise: dict[str, Tensor], have: Sequence[float]
 ) -> None:
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
-    video loss and an action loss. ValueError before the update if the loss is not finite."""
+    video loss and an action loss. ValueError, on every rank, if the loss is not finite: it is known
+    only after the update, which is then never saved."""
     # ------------------------------------------------------------------------------------------
     settings = run.settings
     optimizers = run.state.optimizers
@@ -264,25 +266,26 @@ def step(
     micro = settings.micro or len(inputs)
     for first in range(0, len(inputs), micro):
         part = slice(first, first + micro)
+        run.loss.begin_pass(last=first + micro >= len(inputs))
         losses = run.loss(inputs.rows(part), {name: x[part] for name, x in noise.items()})
         share = losses.total(*have)
-        (share * run.ranks.world).backward()  # FSDP divides by the number of ranks
+        (share * run.ranks.world).backward()  # gradients become the mean over the ranks
         loss += share.detach()
         run.log.losses(losses)
+    loss = sharding.reduced(loss, run.trained, run.ranks.world)
     norm = nn.utils.clip_grad_norm_(run.trained, settings.clip)
-    # The only place where the host waits for the device.
+    for optimizer in optimizers:
+        optimizer.step()
+    run.ema.update(run.state.model, number)
+    # The only place where the host waits for the device, which has all of the step by now.
     loss, norm = torch.stack([loss, sharding.full_tensor(norm).float()]).tolist()
-    (loss,) = run.ranks.sums(loss)
     if not math.isfinite(loss + norm):
         windows = run.source.rows(settings.batch, settings.seed, number).tolist()
         raise ValueError(
             f"step {number}: loss {loss}, gradient norm {norm}; windows {windows} of seed "
-            f"{settings.seed}. Nothing was updated; the last checkpoint is intact. Lower --set lr "
-            f"(now {settings.lr})"
+            f"{settings.seed}. This step is not saved; the last checkpoint is intact. Lower --set "
+            f"lr (now {settings.lr})"
         )
-    for optimizer in optimizers:
-        optimizer.step()
-    run.ema.update(run.state.model, number)
     # ------------------------------------------------------------------------------------------
     run.log.add("loss", loss)
     run.log.add("grad_norm", norm)
@@ -295,10 +298,10 @@ def step(
 def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     """One stage of the network, as one of the ranks."""
     # The same on every rank, or refused by all of them.
+    settings, mesh = ranks.together(lambda: plan.settled(args, settings, ranks))
     facts = {name: str(value) for name, value in asdict(settings).items()}
     facts |= dict(stage=args.stage, preset=args.preset, out=str(args.out))
     ranks.same(code=code_digest(), **facts)
-    ranks.together(lambda: divide(settings, ranks.world))
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
@@ -314,9 +317,9 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
         model = Motus(source.config).train()
     model.to(torch.bfloat16 if settings.params == "bf16" else torch.float32)
     how = settings.checkpointing, settings.compile, settings.precision, settings.reshard
-    loss = sharding.parallelize(model, experts, ranks.mesh, *how)
+    loss = sharding.parallelize(model, experts, mesh, *how)
     loss.to_empty(device=ranks.device)
-    resumed = bool(args.resume) and any(args.out.glob("step_*"))
+    resumed = bool(args.resume and steps_of(args.out))
     if not resumed:
         ranks.together(lambda: sharding.initialise(model, args.init, args.stage, settings.seed))
     ema = EMA(model, settings.ema)
@@ -358,6 +361,7 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
     bar.update(start)
     flops = 0.0
     prepared = closing(batches(run.source, settings, ranks, start))
+    run.state.optimizers[0].register_step_pre_hook(saver.settle)
     with Watchdog(ranks, settings.timeout) as watchdog, saver, prepared, bar:
         for number in range(start, settings.steps):
             watchdog.beat(f"waiting for the data of step {number}")
@@ -554,4 +558,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(record(main))  # for the summary of torchrun

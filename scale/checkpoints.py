@@ -9,8 +9,9 @@ into the same files: nothing is gathered, and the result is what one process wou
 byte for byte. It is at once the sharded checkpoint, the consolidated export, and readable by any
 number of ranks. The folder must lie on a file system that all ranks share.
 
-Torch's own distributed checkpoint (DCP) was looked at: its usual format pickles the metadata, its
-safetensors writer leaves a file per rank, and to consolidate them it writes everything again.
+Torch's own distributed checkpoint (DCP) was measured against this (docs/scale.md): without pickle
+it leaves a safetensors file per rank, or writes everything again to consolidate them; training
+waits longer for either.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +33,7 @@ from torch.optim import Optimizer
 
 from motus import Motus
 from scale.ranks import Ranks
-from weights.card import Card
+from weights.card import Card, steps_of
 from weights.files import TensorSource, open_source, refuse, safetensors_header
 from weights.load import load_into, local_shard, read_shards
 
@@ -49,7 +51,9 @@ class ShardCopy(NamedTuple):
     start: int
 
     @classmethod
-    def of(cls, tensor: Tensor, rank: int) -> "ShardCopy":
+    def of(cls, tensor: Tensor, rank: int, before: Tensor | None) -> "ShardCopy":
+        """Into the memory of the copy `before`, if there was one. From a GPU it is pinned, and
+        nobody waits until the values are there."""
         values, axis, start = local_shard(tensor)
         writes = rank == 0
         if isinstance(tensor, DTensor):  # the first of the replicas writes
@@ -57,7 +61,10 @@ class ShardCopy(NamedTuple):
             writes = all(i == 0 for i, placement in placed if not placement.is_shard())
         copy = None
         if writes and values.numel():
-            copy = values.detach().to("cpu", copy=True).contiguous()
+            copy = before
+            if copy is None:
+                copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            copy.copy_(values.detach(), non_blocking=True)
         return cls(tensor.dtype, tuple(tensor.shape), copy, axis, start)
 
     def runs(self, begin: int) -> Iterator[tuple[int, Any]]:
@@ -83,7 +90,8 @@ Files = Mapping[str, Mapping[str, ShardCopy]]  # what a rank writes, by file and
 
 
 class Saver:
-    """Writes checkpoints run/step_NNNNNN in a thread, from copies made at once. All ranks write
+    """Writes checkpoints run/step_NNNNNN in a thread, from copies that are made meanwhile on a
+    stream of their own; what changes the tensors afterwards first calls `settle`. All ranks write
     into a folder with a temporary name; when all have flushed what they wrote, rank 0 renames it. A
     failure on any rank leaves earlier checkpoints as they were."""
 
@@ -91,6 +99,8 @@ class Saver:
         self.run = run
         self.ranks = ranks
         self.keep = keep
+        self.stream = torch.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self.copies: dict[str, dict[str, ShardCopy]] = {}  # of the last one, whose memory is kept
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future | None = None
 
@@ -100,11 +110,20 @@ class Saver:
         """Begins to write step `step`: safetensors files by name, and small text files. Waits for
         the one before."""
         self.wait()
-        files = {
-            file: {name: ShardCopy.of(tensor, self.ranks.rank) for name, tensor in named.items()}
-            for file, named in tensors.items()
-        }
-        self.pending = self.thread.submit(self._write, f"step_{step:06d}", files, texts)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.accelerator.current_stream())
+        with self.stream or nullcontext():
+            for file, named in tensors.items():
+                copies = self.copies.setdefault(file, {})
+                for name, tensor in named.items():
+                    before = copies[name].values if name in copies else None
+                    copies[name] = ShardCopy.of(tensor, self.ranks.rank, before)
+        self.pending = self.thread.submit(self._write, f"step_{step:06d}", self.copies, texts)
+
+    def settle(self, *_) -> None:
+        """Lets what is launched on the device from now on wait for the copies; the host goes on."""
+        if self.stream is not None:
+            torch.accelerator.current_stream().wait_stream(self.stream)
 
     def wait(self) -> None:
         """Until the last one is complete. ValueError on every rank if any could not write."""
@@ -118,6 +137,8 @@ class Saver:
         return done and self.pending.exception() is not None
 
     def _write(self, name: str, files: Files, texts: Mapping[str, str]) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
         temporary = self.run / f".{name}.tmp"
         headers = {
             file: safetensors_header({name: copy[:2] for name, copy in named.items()})
@@ -139,7 +160,8 @@ class Saver:
 
         def fill_in() -> None:
             for file, (_, begins, _) in headers.items():
-                with (temporary / file).open("r+b") as out:
+                # Not to be read: NFS would read whole pages and write back those of others too.
+                with os.fdopen(os.open(temporary / file, os.O_WRONLY), "wb") as out:
                     for name, copy in files[file].items():
                         for offset, run in copy.runs(begins[name]):
                             out.seek(offset)
@@ -178,8 +200,7 @@ class Saver:
             os.replace(folder, self.run / f".{folder.name}.old")
         os.replace(temporary, final)
         sync(self.run)
-        steps = sorted(self.run.glob("step_" + "[0-9]" * 6))
-        for folder in steps[: -self.keep] if self.keep else ():
+        for folder in steps_of(self.run)[: -self.keep] if self.keep else ():
             os.replace(folder, self.run / f".{folder.name}.old")
         for folder in self.run.glob(".step_*.old"):
             shutil.rmtree(folder)
@@ -291,6 +312,8 @@ class RunState:
             "check out the code it began with, or continue with --resume-anyway, perhaps not bit "
             "for bit"
         )
+        if ours["horizon"] or ours["schedule"] == "constant":  # rates do not hang on the steps
+            free = [*free, "steps"]
         rows = [(key, before.get(key, ours[key]), ours[key]) for key in ours if key not in free]
         for key in ("motus", "stage", "preset", "statistics", "latent_interval"):
             rows.append((key, getattr(stored, key), getattr(self.card, key)))

@@ -1,25 +1,32 @@
-"""Muon, an optimizer of matrices, which may be sharded over ranks."""
+"""Muon, an optimizer of matrices."""
 
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from scale.sharding import full_tensor
-from weights.load import local_shard, shard_of
+from scale.sharding import summed
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum of matrices, made orthogonal before it is added, so that a step moves all directions
     alike (github.com/KellerJordan/Muon). The same as torch.optim.Muon but for two things: the
     iteration is in fp32, which takes a CPU less than half the time (12 against 30 ms of a step of
-    115 ms at the smallest preset), and matrices that are sharded over ranks are gathered for it."""
+    115 ms at the smallest preset), and ranks, all of which hold the matrices whole, share the work:
+    each makes its part of them orthogonal, one message brings all together."""
 
     MOMENTUM = 0.95
     ITERATIONS = ((3.4445, -4.7750, 2.0315),) * 5  # of x, x x' x and x x' x x' x
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float):
         super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "optimizer=muon takes whole matrices, these are sharded over ranks; set shards=1 "
+                "if every rank has memory for the model, or optimizer=adamw"
+            )
 
     @classmethod
     def orthogonal(cls, x: Tensor) -> Tensor:
@@ -34,14 +41,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        many = dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - self.MOMENTUM)
-                ahead = p.grad.lerp(momentum, self.MOMENTUM)
-                move = self.orthogonal(full_tensor(ahead).float())
+            params = [p for p in group["params"] if p.grad is not None]
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+            moves = []
+            for i, ahead in enumerate(torch._foreach_lerp(grads, momenta, self.MOMENTUM)):
+                ours = i % world == rank
+                moves.append(self.orthogonal(ahead.float()) if ours else torch.zeros_like(ahead))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, move in zip(params, summed(moves) if many else moves):
                 rate = group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                local_shard(p)[0].add_(shard_of(p, move), alpha=-rate)
+                p.add_(move, alpha=-rate)

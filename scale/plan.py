@@ -3,8 +3,10 @@
     python train.py --full --plan --gpus 8 --memory 80        the paper's model on 8 cards of 80 GB
     python train.py --preset small --plan --gpus 1 --memory 24 --peak 165
 
-Between steps a rank holds its share of P parameters, T of them trained (FSDP2, W ranks;
-`sharding.split_axis` says along which axis):
+    train.py ... --set checkpointing=plan                     what it finds for the card it meets
+
+Between steps a rank holds its share of P parameters, T of them trained (FSDP2, W ranks that share
+one copy, `shards`; `sharding.split_axis` says along which axis):
 
     weights      4 P / W     fp32; 2 P / W with --params bf16
     gradients    4 T / W     in the dtype of the weights
@@ -15,9 +17,10 @@ Between steps a rank holds its share of P parameters, T of them trained (FSDP2, 
 Within a step three more things come and go. Layer by layer the backward pass frees activations and
 fills in gradients, at a constant rate, so the worst moment is at its beginning or at its end:
 
-    gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead;
-                 the fp32 buffer in which the gradients of the layer before are reduced (one GPU
-                 gathers nothing)
+    gathered     what lies outside the layers, whole; the layer at work and the one gathered ahead,
+                 in bf16 (with reshard=0 all layers, and where a batch takes several passes whole
+                 fp32 gradients); the fp32 buffer in which the gradients of the layer before are
+                 reduced (one GPU gathers nothing)
     activations  what the forward pass leaves behind for the backward pass. `none` keeps all of it;
                  `full` keeps what goes into a layer and computes the layer again; `selective` also
                  keeps what matrix products and attentions give, and computes only norms, modulation
@@ -29,6 +32,11 @@ Activations are counted in numbers that the linear maps of a layer put out, of a
 bytes of each are kept, norms and attentions included. That the same bytes serve every preset and
 stage, and that the sum is what a traced step of FSDP2 needs, are tests. FLOPs are torch's count.
 
+A step of several nodes, each with a copy of the weights, takes as long as its arithmetic or as all
+that a card sends, whichever is longer: matrices in bf16 are gathered for each pass, forwards and,
+with reshard=1, backwards again, fp32 gradients are reduced, both within a node (NVLINK); after the
+last pass a card sums its share of the gradients over the nodes (NETWORK).
+
 The plan does not know memory that the CUDA context, NCCL and a fragmented allocator take (RESERVE
 of the card is left to them); what compilation and the kernels save; an attention kernel that wants
 its mask written out. --mfu is a claim, not a measurement.
@@ -36,6 +44,7 @@ its mask written out. --mfu is a claim, not a measurement.
 
 import argparse
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -47,10 +56,14 @@ from backbones.umt5 import UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import EXPERTS, PRESETS, STAGES, Inputs, Motus, preset
 from scale import sharding
+from scale.batches import divide
+from scale.ranks import Ranks
 from weights.load import load_part
 
 GB = 1e9
 BYTES = {"fp32": 4, "bf16": 2}
+NVLINK, NETWORK = 350e9, 40e9  # bytes per second and card of collectives: H100, 400 Gb/s at 80 %
+NODES = (1, 4, 8)
 HOURS = {"1": 8000, "2": 10000, "3": 400}  # GPU-hours of the paper's stages (Tab. 1, appendix)
 RESERVE = 0.08  # share of a card's memory that no plan may touch
 IN_FLIGHT = 2  # gathered layers that exist at once
@@ -130,7 +143,8 @@ class Plan:
     memory: float
     params: str = "fp32"  # dtype of weights, gradients and moments; the computation is in bf16
     frozen: str = "cached"  # or "live": the backbones are on the card too
-    batch: int = 256  # global
+    batch: int = 256  # of these GPUs
+    reshard: bool = True
 
     def __post_init__(self):
         if self.gpus < 1 or self.batch % self.gpus:
@@ -204,7 +218,8 @@ class Plan:
         experts = self.trained(self.model)
         everything = self.share(self.model)
         trained = self.share(*experts)
-        root = parameters(*experts) - len(self.model.layers) * self.layer
+        depth = len(self.model.layers)
+        root = parameters(*experts) - depth * self.layer
         sizes = {
             "weights": width * everything,
             "gradients": width * trained,
@@ -212,18 +227,23 @@ class Plan:
             "ema": 4 * everything,
             "frozen": 2 * parameters(*frozen_parts(self.name).values()),
             "root": width * root,
-            "layers": IN_FLIGHT * width * self.layer,
+            "layers": 2 * (IN_FLIGHT if self.reshard else depth) * self.layer,
             "reducing": 4 * self.layer,
         }
         absent = ["frozen"] if self.frozen == "cached" else []
         absent += ["root", "layers", "reducing"] if self.gpus == 1 else []
         return sizes | dict.fromkeys(absent, 0)
 
+    @property
+    def copies(self) -> int:
+        """Bytes of a layer's fp32 weights in bf16, which autocast makes where nothing is gathered
+        in bf16."""
+        return 2 * self.layer if self.gpus == 1 and self.params == "fp32" else 0
+
     def saved(self, policy: str, layers: int, micro: int) -> float:
-        """Bytes that the forward pass of `layers` leaves behind. Autocast keeps bf16 copies of fp32
-        weights that no policy drops."""
+        """Bytes that the forward pass of `layers` leaves behind."""
         entering, outputs, _ = self.numbers
-        copies = 2 * self.layer if policy == "none" and self.params == "fp32" else 0
+        copies = self.copies if policy == "none" else 0
         kept = layers * KEPT[policy] * outputs
         kept += 4 * entering * (OUTSIDE if policy == "none" else OUTSIDE + layers)
         return micro * kept + layers * copies
@@ -234,8 +254,9 @@ class Plan:
         _, outputs, widest = self.numbers
         again = 0
         if policy != "none":
-            again = (KEPT["none"] - KEPT[policy]) * micro * outputs + 2 * self.layer
-        return again + BYTES[self.params] * self.layer + 6 * micro * widest
+            again = (KEPT["none"] - KEPT[policy]) * micro * outputs + self.copies
+        gradients = BYTES[self.params] if self.gpus == 1 else 2
+        return again + gradients * self.layer + 6 * micro * widest
 
     def peak(self, policy: str, micro: int) -> float:
         """Bytes at the worst moment of a training step with `micro` samples per rank and pass."""
@@ -243,24 +264,22 @@ class Plan:
         gradients = sizes.pop("gradients")
         reducing = sizes.pop("reducing")
         depth = len(self.model.layers)
+        several = micro * self.gpus < self.batch
+        if several and not self.reshard:
+            gradients += 4 * parameters(*self.trained(self.model))
         moments = []
         for layers in (depth, depth - 1, 1):  # that the backward pass has yet to do
             moment = self.saved(policy, layers, micro)
-            several = micro * self.gpus < self.batch
             moment += gradients if several else gradients * (1 - layers / depth)
             moment += reducing if layers < depth else 0
             moments.append(moment)
         return sum(sizes.values()) + self.working(policy, micro) + max(moments)
 
-    def fitting(self, policy: str) -> list[int]:
-        """Micro-batches that fit; more than a rank's share of the batch is never needed."""
-        sizes = range(1, self.batch // self.gpus + 1)
-        return [micro for micro in sizes if self.peak(policy, micro) <= self.usable]
-
     def micro(self, policy: str) -> int:
         """The largest micro-batch that fits and divides the rank's share of the batch, or 0."""
         share = self.batch // self.gpus
-        return max((micro for micro in self.fitting(policy) if share % micro == 0), default=0)
+        even = [micro for micro in range(1, share + 1) if share % micro == 0]
+        return max((n for n in even if self.peak(policy, n) <= self.usable), default=0)
 
     def flops(self, policy: str) -> float:
         """Per sample; `full` runs the forward pass, a third of a step, again."""
@@ -294,6 +313,49 @@ class Plan:
             f"{self.usable / GB:.3g}. It would fit with {' or '.join(ways)}"
         )
 
+    def step(self, nodes: int, rate: float) -> dict[str, float]:
+        """Seconds of a step of `nodes` nodes, each with a copy of the weights and its part of the
+        batch, on cards of `rate` FLOP/s: of arithmetic, and of what a card sends."""
+        share = self.batch // nodes // self.gpus
+        part = replace(self, batch=share * self.gpus)
+        passes = share // part.micro(part.best)
+        numbers = parameters(*self.trained(self.model))
+        near = numbers * (1 - 1 / self.gpus) / NVLINK
+        return {
+            "arithmetic": share * self.flops(part.best) / rate,
+            "gather": passes * 2 * (1 + self.reshard) * near,
+            "reduce": passes * 4 * near,
+            "network": 2 * (1 - 1 / nodes) * 4 * numbers / self.gpus / NETWORK,
+        }
+
+
+def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
+    """The settings of train.py as these ranks can run them, and the mesh over which weights are
+    sharded: None if they are few, or if `shards` is 1. A model that is more than that must fit on
+    the cards; with checkpointing=plan it takes the policy and the micro-batch that the plan finds.
+    ValueError, the plan's, if nothing fits."""
+    micro = min(settings.micro, settings.batch // ranks.world)
+    settings = replace(settings, micro=micro)
+    divide(settings, ranks.world)
+    small = parameters(meta_model(args.preset, args.stage)) < sharding.WHOLE
+    mesh = None if small and not settings.shards else ranks.mesh
+    policy = "none"
+    if ranks.device.type == "cuda" and not small:
+        gpus = mesh["shard"].size() if mesh else 1
+        memory = torch.cuda.get_device_properties(ranks.device).total_memory
+        cached = args.cache or args.data == "synthetic" or settings.windows
+        sizes = gpus, memory, settings.params, "cached" if cached else "live"
+        batch = settings.batch * gpus // ranks.world
+        plan = Plan(args.preset, args.stage, *sizes, batch, settings.reshard)
+        policy = plan.best
+        if settings.checkpointing == "plan":
+            micro = micro or plan.micro(policy)
+    if settings.checkpointing == "plan":
+        settings = replace(settings, checkpointing=policy, micro=micro)
+    if settings.checkpointing == "selective" and not settings.compile and not ranks.rank:
+        print("checkpointing=selective without compile=1 keeps a GPU waiting", file=sys.stderr)
+    return settings, mesh
+
 
 # -- what `--plan` prints -------------------------------------------------------------------------
 
@@ -310,18 +372,16 @@ def table(*rows: tuple[str, ...]) -> list[str]:
 
 def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
     """The needs of a checkpointing policy; `rate` in FLOP/s of all cards."""
-    fitting = plan.fitting(policy)
+    micro = plan.micro(policy)
     depth = len(plan.model.layers)
     one = plan.saved(policy, depth, 3) - plan.saved(policy, depth, 2)
     row = (
         policy + (" *" if policy == plan.best else ""),
         f"{one / 1e6:.4g}",
         f"{plan.flops(policy) / 1e12:.4g}",
-        str(fitting[-1]) if fitting else "none fits",
     )
-    if not fitting:
-        return (*row, "", "", "", "")
-    micro = plan.micro(policy)
+    if not micro:
+        return (*row, "none fits", "", "", "")
     passes = plan.batch // plan.gpus // micro
     memory = (
         f"{plan.saved(policy, depth, micro) / GB:.4g}",
@@ -346,11 +406,27 @@ def stage_row(plan: Plan, stage: str, rate: float) -> tuple[str, ...]:
     )
 
 
+def nodes_row(plan: Plan, nodes: int, rate: float) -> tuple[str, ...]:
+    """Speed of so many nodes, and what limits it."""
+    seconds = plan.step(nodes, rate)
+    work, *sent = seconds.values()
+    limit = "arithmetic"
+    if work < sum(sent):
+        limit = max(("gather", "reduce", "network"), key=seconds.get)
+    return (
+        f"{nodes} x {plan.gpus}",
+        str(int(plan.reshard)),
+        *(f"{1000 * part:.0f}" for part in seconds.values()),
+        f"{plan.batch / max(work, sum(sent)):.0f}",
+        limit,
+    )
+
+
+NODES_HEAD = ("nodes x GPUs", "reshard", "arithmetic", "gather", "reduce", "network")
 POLICY_HEAD = (
     "checkpointing",
     "saved MB/sample",
     "TFLOP/sample",
-    "largest micro-batch",
     "used",
     "saved GB",
     "peak GB",
@@ -371,6 +447,10 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         parts.append((part, f"{parameters(network):,}", "frozen"))
     bought = f"steps of {plan.batch} they buy"
     stage_head = ("stage", "trained", "TFLOP/sample", "samples/s", "paper's GPU-hours", bought)
+    even = [nodes for nodes in NODES if plan.batch % (nodes * plan.gpus) == 0]
+    kept = replace(plan, reshard=False)
+    ways = [plan, kept] if plan.gpus > 1 and kept.least <= plan.usable else [plan]
+    speeds = [nodes_row(way, nodes, rate / plan.gpus) for nodes in even for way in ways]
     lines = [
         f"{plan.name}, stage {plan.stage}: {plan.gpus} x {plan.memory / GB:g} GB, batch "
         f"{plan.batch}, weights {plan.params}, computation bf16, frozen backbones {plan.frozen}",
@@ -385,6 +465,10 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB "
         "usable; used: micro-batch x passes; * chosen",
         *table(POLICY_HEAD, *(policy_row(plan, policy, rate) for policy in KEPT)),
+        "",
+        f"ms of a step of {plan.batch} on several nodes, at {NVLINK / GB:g} GB/s within and "
+        f"{NETWORK / GB:g} between them, what is sent hidden behind the arithmetic or the reverse",
+        *table((*NODES_HEAD, "samples/s", "limited by"), *speeds),
         "",
         f"stages of the paper, checkpointing {best}",
         *table((*stage_head, "days here"), *(stage_row(plan, stage, rate) for stage in HOURS)),

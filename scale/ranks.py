@@ -37,7 +37,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: one process
+    mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: all hold all
     control: dist.ProcessGroup | None = None  # gloo, for the step
     writing: dist.ProcessGroup | None = None  # gloo, for the thread that writes checkpoints
     patient: dist.ProcessGroup | None = None  # gloo, for work that takes one of them hours
@@ -125,7 +125,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         return
     patience = timedelta(seconds=1.2 * timeout + 10)  # the watchdog speaks first, and knows more
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=patience, device_id=device if cuda else None)
     except dist.DistError as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
@@ -145,8 +146,9 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         mesh = {"replicate": world // shards, "shard": shards}
         if shards == world:
             mesh.pop("replicate")
-        shape = tuple(mesh.values())
-        ranks.mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(mesh))
+        if shards > 1:
+            shape = tuple(mesh.values())
+            ranks.mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(mesh))
         yield ranks
     finally:
         dist.destroy_process_group()

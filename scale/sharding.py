@@ -1,34 +1,42 @@
 """A model over many ranks: activation checkpointing, compilation, FSDP2 and precision around an
 unchanged network, and its first values.
 
-    parallelize   the training loss of a model as one module, sharded if there are ranks
+    parallelize   the training loss of a model as one module, sharded if there is a mesh
+    reduced       the loss over all ranks and, where each holds the model whole, their gradients
     initialise    fresh values and those of an earlier stage; a rank holds its part alone
 
-Sharding. A layer of `Motus` (three blocks, gathered together because they meet in one attention) is
-a group, what lies outside the layers is the root group. An expert that a stage does not train has
-groups of its own whose forward is never called: it is never gathered. The frozen backbones are not
-part of the network; their outputs come from a cache. Each parameter is split along its first axis
-that the ranks divide (the q, k, v of a small expert are (3, N, D, K), where axis 0 would leave most
-ranks empty), along axis 0 unevenly if there is none.
+Replicas. A model of fewer than WHOLE parameters is whole on every rank: one message a step, no
+hooks. Above that, or with `shards` above 1, it is sharded.
 
-Precision "bf16" is autocast around fp32 weights rather than a cast of what FSDP gathers: time
-paths, norms, modulation, residual streams and the video head stay exactly as in fp32, on one
-process as on many. Gathers are fp32; on NVLink they hide behind the computation.
+Sharding. The matrices of a layer of `Motus` (three blocks, gathered together because they meet in
+one attention) are a group, the layer after it is gathered ahead, the last stays for the backward
+pass. An expert that a stage does not train has groups of its own whose forward is never called: it
+is never gathered. The frozen backbones are not part of the network; their outputs come from a
+cache. Each parameter is split along its first axis that the ranks divide (the q, k, v of a small
+expert are (3, N, D, K), where axis 0 would leave most ranks empty), along axis 0 unevenly if there
+is none.
+
+Precision "bf16" is autocast around fp32 weights. Matrices of layers are gathered in bf16, to which
+autocast would cast them anyway. All that must stay fp32 (time paths, video head, and of the layers
+norms, biases and modulation tables) is the root group, gathered once, in fp32: the numbers are
+those of one process. Gradients are reduced in fp32.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import (
@@ -48,13 +56,25 @@ from weights.load import copy_shard, load_into
 
 # -- shapes and shards ----------------------------------------------------------------------------
 
-EXPENSIVE = ("aten.mm", "aten.addmm", "aten.convolution", "scaled_dot_product", "motus.attention")
+WHOLE = 50_000_000  # parameters from which a model is sharded; a replica of so many takes 1 GB
+
+
+@cache
+def expensive_names() -> set[str]:
+    """Operators that a backward pass should not compute again: those of torch's own list, and the
+    attentions that it lacks."""
+    from torch._functorch.partitioners import get_default_op_list  # takes long to import
+
+    listed = {op._qualified_op_name for op in get_default_op_list().compute_intensive_ops}
+    attentions = ("flash_attention_for_cpu", "cudnn_attention")
+    listed |= {f"aten::_scaled_dot_product_{name}" for name in attentions}
+    return listed | {"motus::attention"}
 
 
 def keep_expensive(context: object, op: object, *args, **kwargs) -> CheckpointPolicy:
     """Selective checkpointing keeps what matrix products and attentions give, and computes all else
     (norms, modulation, GELU) again."""
-    if any(name in str(op) for name in EXPENSIVE):
+    if op._schema.name in expensive_names():
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -74,10 +94,11 @@ class TrainingLoss(nn.Module):
     """The training loss as one call of one module, which is what is sharded. `Motus` keeps its
     layers in a plain list; here they are modules of the tree, so that each can be a group."""
 
-    def __init__(self, model: Motus, precision: str):
+    def __init__(self, model: Motus, precision: str, reshard: bool):
         super().__init__()
         self.model = model
         self.bf16 = precision == "bf16"
+        self.frees = reshard
         self.layers = nn.ModuleList(model.layers)
 
     def forward(self, inputs: Inputs, noise: Mapping[str, Tensor]) -> Losses:
@@ -85,6 +106,13 @@ class TrainingLoss(nn.Module):
         device = inputs.latents.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             return self.model.loss(inputs, **noise)
+
+    def begin_pass(self, last: bool) -> None:
+        """Before a pass: only after the last one of a step are gradients summed over replicas, and,
+        where there is memory for whole gradients, over shards."""
+        if isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(last or self.frees)
+            self.set_requires_all_reduce(last)
 
 
 def split_axis(parameter: Tensor, ranks: int) -> Shard:
@@ -103,8 +131,8 @@ def parallelize(
 ) -> TrainingLoss:
     """The model, unchanged, made ready for many ranks: call the result instead of `model.loss`.
     Works on the meta device; without a mesh nothing is sharded. Experts that are not `trained` are
-    frozen and stay sharded. `reshard` frees a layer's weights between forward and backward pass and
-    gathers them again."""
+    frozen and stay sharded. `reshard` frees the weights of all layers but the last between forward
+    and backward pass and gathers them again; without it they stay, and so do whole gradients."""
     for expert in EXPERTS:
         getattr(model, expert).requires_grad_(expert in trained)
     for layer in model.layers:
@@ -113,32 +141,57 @@ def parallelize(
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
         if compiled:
             layer.forward = torch.compile(layer.forward, fullgraph=True)
-    loss = TrainingLoss(model, precision)
+    loss = TrainingLoss(model, precision, reshard)
     if mesh is None:
         return loss
-    shard = partial(
-        fully_shard,
-        mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        shard_placement_fn=partial(split_axis, ranks=mesh["shard"].size()),
-    )
+    fp32 = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = replace(fp32, param_dtype=torch.bfloat16 if loss.bf16 else None)
+    splits = partial(split_axis, ranks=mesh["shard"].size())
+    shard = partial(fully_shard, mesh=mesh, shard_placement_fn=splits)
     # Said of a layer that hands the understanding on as it came; nothing in the network works in
     # place on what a layer returns.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     idle = [expert for expert in EXPERTS if expert not in trained]
+    matrices = set()
     for layer in model.layers:
         for expert in idle:
             shard(getattr(layer, expert))
-        shard(layer, reshard_after_forward=reshard)
+        named = layer.named_parameters()
+        islands = {p for name, p in named if p.dim() == 1 or name.endswith("modulation")}
+        again = reshard and not layer.last
+        shard(layer, reshard_after_forward=again, mp_policy=gathered, ignored_params=islands)
+        matrices |= set(layer.parameters()) - islands
     for expert in idle:
         shard(getattr(model, expert))
-    shard(loss, ignored_params={p for layer in model.layers for p in layer.parameters()})
+    shard(loss, mp_policy=fp32, ignored_params=matrices)
+    for group, following in pairwise([loss, *model.layers]):
+        group.set_modules_to_forward_prefetch([following])
     return loss
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """A tensor that may be sharded, or a norm over sharded gradients, as an ordinary tensor."""
+    """A norm over gradients that may be sharded, as an ordinary tensor."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors summed over all ranks, on their device, by one message."""
+    sent = torch.cat([x.flatten() for x in tensors])
+    dist.all_reduce(sent)
+    parts = sent.split([x.numel() for x in tensors])
+    return [part.view_as(x) for part, x in zip(parts, tensors)]
+
+
+def reduced(loss: Tensor, parameters: Iterable[Tensor], world: int) -> Tensor:
+    """The sum of the ranks' losses. In the same message the gradients of whole parameters become
+    their mean; those of sharded ones FSDP has reduced."""
+    if world == 1:
+        return loss
+    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    total, *sums = summed([loss, *grads])
+    for grad, received in zip(grads, sums):
+        torch.div(received, world, out=grad)
+    return total
 
 
 # -- values ---------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The plan: what it says of memory and FLOPs is what a traced training step needs, docs/plan.md
 says what it says, and what does not fit is refused with a remedy."""
 
+import argparse
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ import train
 from scale import plan, sharding
 from scale.batches import draw_noise
 from scale.plan import GB, KEPT, Plan
+from scale.ranks import Ranks
 
 aten = torch.ops.aten
 ATTENTION = {  # on a CPU; torch has the formulas of the other operations
@@ -228,6 +231,90 @@ def test_parameters_of_the_full_model_are_those_of_the_paper():
     counts = [plan.parameters(expert) for expert in experts]
     assert counts == [4_999_787_712, 641_527_822, 253_493_760]
     assert full.share(full.model) == pytest.approx(5_894_809_294 / 8, rel=1e-4)
+
+
+# -- what train.py takes of it --------------------------------------------------------------------
+
+
+def settled(world: int, *changes: str, preset: str = "full", device: str = "cuda", memory=80.0):
+    """Settings and mesh of stage 3 on ranks of which eight are a node, with cards that are said to
+    have so many GB."""
+    card = SimpleNamespace(total_memory=memory * GB)
+    torch.cuda.get_device_properties = lambda device: card
+    shards = min(world, 8)
+    mesh = {"shard": SimpleNamespace(size=lambda: shards)} if world > 1 else None
+    ranks = Ranks(0, world, torch.device(device), memory * GB, mesh)
+    args = argparse.Namespace(preset=preset, stage="3", cache="x", data=None)
+    return plan.settled(args, train.settings_for(preset, "3", changes), ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "memory", "changes", "expected"),
+    [
+        (8, 80, [], ("selective", 32)),
+        (64, 80, [], ("none", 4)),
+        (8, 40, [], ("selective", 8)),
+        (8, 80, ["checkpointing=full", "micro=64"], ("full", 32)),
+        (64, 80, ["checkpointing=full", "micro=8"], ("full", 4)),
+        (8, 80, ["micro=4"], ("selective", 4)),
+    ],
+)
+def test_full_takes_what_the_plan_finds_for_its_cards(world, memory, changes, expected):
+    """Micro-batch and policy; what is asked for by name stays, but for a micro-batch of more than a
+    rank's share. What is taken fits, and half as much again would not be found."""
+    settings, mesh = settled(world, *changes, memory=memory)
+    assert (settings.checkpointing, settings.micro) == expected and mesh is not None
+    planned = Plan("full", "3", 8, memory * GB, batch=256 * 8 // world)
+    if not changes:
+        assert expected == (planned.best, planned.micro(planned.best))
+        assert planned.peak(*expected) <= planned.usable
+
+
+@pytest.mark.slow
+def test_full_is_refused_by_the_sentence_of_the_plan_where_it_cannot_fit():
+    """On one card, whatever is asked for by name."""
+    for changes in ([], ["checkpointing=full", "micro=1"]):
+        with pytest.raises(ValueError, match="full, stage 3, needs .* GB per rank on 1 GPUs"):
+            settled(1, *changes)
+
+
+def test_small_models_are_whole_on_every_rank_unless_shards_are_asked_for(capsys):
+    """The toy; on a CPU nothing is planned, and no policy is nothing computed again."""
+    assert settled(2, preset="toy")[1] is None
+    assert settled(2, "shards=2", preset="toy")[1] is not None
+    settings, _ = settled(2, "checkpointing=plan", preset="toy", device="cpu")
+    assert (settings.checkpointing, settings.micro) == ("none", 0)
+    with pytest.raises(ValueError, match="batch=9 does not divide"):
+        settled(2, "batch=9", preset="toy")
+    assert capsys.readouterr().err == ""
+    settled(2, "checkpointing=selective", preset="toy")
+    assert "selective without compile=1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 4, 8])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_step_of_several_nodes_sends_what_is_counted_tensor_by_tensor(nodes, reshard):
+    """The formula against a slow one: every parameter of every layer, for every pass; in a ring of
+    n cards each sends (n - 1) / n of the whole, and a sum is a reduction and a gather."""
+    planned = Plan("full", "3", 8, 80 * GB, reshard=reshard)
+    found = planned.step(nodes, 0.4 * 989e12)
+    share = 256 // nodes // 8
+    part = Plan("full", "3", 8, 80 * GB, batch=256 // nodes, reshard=reshard)
+    gather = reduce = network = passes = 0
+    while passes * part.micro(part.best) < share:
+        passes += 1
+        for p in planned.model.parameters():
+            for _ in range(2 if reshard else 1):
+                gather += 2 * p.numel() * 7 / 8 / 350e9
+            reduce += 4 * p.numel() * 7 / 8 / 350e9
+    for p in planned.model.parameters():
+        ours = 4 * p.numel() / 8
+        network += (ours * (nodes - 1) / nodes + ours * (nodes - 1) / nodes) / 40e9
+    slow = {"gather": gather, "reduce": reduce, "network": network}
+    slow["arithmetic"] = sum(planned.flops(part.best) / (0.4 * 989e12) for _ in range(share))
+    assert found == pytest.approx(slow, rel=1e-9)
 
 
 # -- what is printed ------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from scale.muon import Muon
 from scale.ranks import Ranks
 from scale.sharding import initialise
 from scale.synthetic import Synthetic
-from weights.card import Card, newest_step
+from weights.card import Card, newest_step, steps_of
 from weights.files import save_safetensors
 
 SMALL = ["--set", *small.SETTINGS]
@@ -170,6 +170,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(runs, stage3, mon
         for name in measured:
             row.pop(name)
     assert whole == resumed
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_started_by_resume(runs, stage3):
+    """A folder with a log and no more: the same run as from the beginning."""
+    run = Path(stage3[-1])
+    run.mkdir()
+    (run / "log.csv").write_text("step,loss\n1,7\n")
+    train.main([*stage3, "--steps", "4", "--resume", *SMALL])
+    ours, whole = weights(run), weights(runs / "stage3")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    assert [row["step"] for row in log_rows(run)] == ["1", "2", "3", "4"]
+
+
+def test_steps_may_grow_where_the_rates_do_not_hang_on_them(stage3, tmp_path):
+    """With a horizon, or a constant rate, two steps and two more are four; else it is refused."""
+    whole = [*stage3[:-1], str(tmp_path / "whole")]
+    train.main([*whole, "--steps", "4", *SMALL, "horizon=8"])
+    train.main([*stage3, "--steps", "2", *SMALL, "horizon=8"])
+    train.main([*stage3, "--steps", "4", "--resume", *SMALL, "horizon=8"])
+    for name in ("model", "ema", "optimizer"):
+        paths = [newest_step(run) / f"{name}.safetensors" for run in (whole[-1], stage3[-1])]
+        assert paths[0].read_bytes() == paths[1].read_bytes(), name
+    with pytest.raises(ValueError, match="was trained with horizon=8, this run has horizon=0"):
+        train.main([*stage3, "--steps", "4", "--resume", *SMALL])
+    bare = [*stage3[:-1], str(tmp_path / "bare")]
+    train.main([*bare, "--steps", "2", *SMALL])
+    with pytest.raises(ValueError, match="was trained with steps=2, this run has steps=4"):
+        train.main([*bare, "--steps", "4", "--resume", *SMALL])
+
+
+def test_steps_of_any_number_of_digits_are_found(tmp_path):
+    """The newest by number, not by name; what is not a step is passed over."""
+    for name in ("step_999000", "step_1000000", "step_000010", "step_x", ".step_2000000.tmp"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in steps_of(tmp_path)][0] == "step_000010"
+    assert newest_step(tmp_path).name == "step_1000000"
 
 
 def test_resuming_with_other_settings_is_refused(runs, stage3):
@@ -336,8 +372,8 @@ def test_a_damaged_weights_file_is_refused(runs, tmp_path, damage):
         Motus.from_pretrained(copy)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch):
-    """The error names the step and the windows; the weights stay as they were."""
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    """The error names the step and the windows; the last checkpoint stays as it was."""
     total, calls = Losses.total, []
 
     def poison(self, *args):
@@ -347,10 +383,37 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path, monkeypatch
     monkeypatch.setattr(Losses, "total", poison)
     run = tmp_path / "nan"
     argv = ["--stage", "1", "--data", small.write_card(tmp_path), "--out", str(run)]
-    with pytest.raises(ValueError, match=r"step 2: loss nan.*windows \[.*Nothing was updated"):
+    with pytest.raises(ValueError, match=r"step 2: loss nan.*windows \[.*step is not saved"):
         train.main([*argv, "--steps", "6", *SMALL, "save_every=1"])
     assert newest_step(run).name == "step_000002"
     assert all(value.isfinite().all() for value in weights(run).values())
+
+
+def test_a_step_waits_for_the_device_once(stage3, monkeypatch):
+    """Whatever the number of passes: loss and norm are read together, after all that a step does
+    was launched. Nothing else of a step, of whose rows none is logged, reads a value."""
+    reads, inside = [], []
+    readers = ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero", "cpu", "numpy")
+    for name in readers:
+        read = getattr(torch.Tensor, name)
+
+        def counted(*args, read=read, name=name):
+            if inside:
+                reads.append((name, len(updates)))
+            return read(*args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    updates, update, step = [], train.EMA.update, train.step
+
+    def one(*args):
+        inside.append(True)
+        step(*args)
+        inside.clear()
+
+    monkeypatch.setattr(train, "step", one)
+    monkeypatch.setattr(train.EMA, "update", lambda *args: updates.append(update(*args)))
+    train.main([*stage3, "--steps", "3", *SMALL, "micro=1", "log_every=100"])
+    assert reads == [("tolist", 1), ("tolist", 2), ("tolist", 3)]
 
 
 # -- settings of large runs, each alone -----------------------------------------------------------

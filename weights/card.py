@@ -47,12 +47,18 @@ class Card:
         return cls(**stored)
 
 
+def steps_of(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, from the oldest on."""
+    steps = [path for path in run.glob("step_*") if path.name[len("step_") :].isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name[len("step_") :]))
+
+
 def newest_step(path: str | Path) -> Path:
     """A run folder -> its newest complete checkpoint; a checkpoint folder -> itself."""
     path = Path(path)
     if path.name.startswith("step_") or (path / "config.json").is_file():
         return path
-    steps = sorted(path.glob("step_" + "[0-9]" * 6))
+    steps = steps_of(path)
     if not steps:
         raise ValueError(
             f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder"

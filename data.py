@@ -49,7 +49,8 @@ from formats.motions import motions, read_tokens  # noqa: F401
 from formats.statistics import Statistics, as_stored
 from latent_action import LatentActionModel, encode_flows
 from motus import PRESETS, STAGES, Inputs, MotusConfig, preset
-from weights.files import digest, open_source, run_command, save_safetensors
+from weights import options
+from weights.files import digest, open_source, save_safetensors
 
 WINDOWS = 2000  # encoded beforehand, where the preset does not say
 LATENT_FILE = "latent_action.safetensors"  # of a run of stage latent
@@ -375,8 +376,7 @@ def windows_of(
     seed: int,
 ) -> Pool | Stream:
     """The windows of a stage: at most `count`, encoded now; with 0 each when it is needed."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbones = stage_backbones(preset_name, config, stage).to(device)
+    backbones = stage_backbones(preset_name, config, stage).to(options.device())
     stream = Stream(pyramid, backbones, config, stage, robots)
     if not count:
         return stream
@@ -406,8 +406,7 @@ def cache(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = options.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "check", "convert", "cache"):
         add = commands.add_parser(name).add_argument
@@ -415,10 +414,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name != "cache":
             add("data", help="card, dataset folder, or USER/NAME on the hub")
         if name == "inspect":
-            add("--out", default="inspect.png", help="picture to write")
-            add("--card", help="card to write, with every choice that was made")
+            add("--out", type=options.output_file, default="inspect.png", help="picture to write")
+            add("--card", type=options.output_file, help="card to write, with every choice")
         if name == "convert":
-            add("out", type=Path, help="folder to write")
+            add("out", type=options.output_folder, help="folder to write")
             add("--lossless", action="store_true", help="videos keep every value")
     add("--stage", required=True, choices=("1", "2", "3"), help="that is to read it")
     add("--data", help="card or dataset (default: the preset's)")
@@ -426,7 +425,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--long", action="store_true", help="sizes of the preset's long recipe")
     for name in ("episodes", "windows", "seed"):
         add(f"--{name}", type=int, default=0, help=f"{name} (default: of the preset's recipe)")
-    add("--out", required=True, help="file to write")
+    add("--out", type=options.output_file, required=True, help="file to write")
+    add("--device", **options.DEVICE)
     return parser.parse_args(argv)
 
 
@@ -447,4 +447,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    options.run_command(main)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from data import open_pyramid
@@ -36,6 +37,17 @@ def missing(args: argparse.Namespace) -> list[str]:
             if not (folder / name).is_dir():
                 found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
     return found
+
+
+def ready(jobs: Sequence[argparse.Namespace]) -> Sequence[argparse.Namespace]:
+    """The stages to train as they are; ValueError with all that they lack."""
+    needs = [need for job in jobs for need in missing(job)]
+    if len(jobs) > 1:
+        needs += [fault for job in jobs for fault in unfit(job)]
+    if needs:
+        unlike = dict.fromkeys(needs)
+        raise ValueError("\n  ".join(["missing, before anything is trained:", *unlike]))
+    return jobs
 
 
 def unfit(args: argparse.Namespace) -> list[str]:

@@ -36,7 +36,8 @@ from formats.motions import Motions, motions
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS
 from scripts import evaluate
-from weights.files import run_command, same_config
+from weights.files import same_config, write_json
+from weights.options import Parser, output_folder, run_command
 
 TOY = PRESETS["toy"]
 
@@ -121,7 +122,7 @@ def evidence(args: argparse.Namespace, about: str) -> None:
     labelled = seen.mask.any(dim=1).sum()
     about += f"; {count:,} rows, {labelled:,} labelled; {len(held.flow):,} held out"
     stored = {"about": about, "runs": runs, "linear": linear}
-    (args.out / "evidence.json").write_text(json.dumps(stored, indent=1))
+    write_json(args.out / "evidence.json", stored)
     (args.out / "evidence.md").write_text(evidence_page(stored))
 
 
@@ -289,7 +290,7 @@ def report(args: argparse.Namespace, about: str, cells: dict[str, dict]) -> None
     lines.append("\n![Success over demonstrations](downstream.png)\n")
     figure.savefig(args.out / "downstream.png", dpi=110)
     stored = {"about": about, "savings": saved, "cells": cells}
-    (args.out / "downstream.json").write_text(json.dumps(stored, indent=1))
+    write_json(args.out / "downstream.json", stored)
     (args.out / "downstream.md").write_text("\n".join(lines))
 
 
@@ -299,7 +300,7 @@ def downstream(args: argparse.Namespace, about: str) -> None:
     if settings.exists():
         same_config(settings, json.loads(settings.read_text()), asked)
     args.run.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(asked))
+    write_json(settings, asked)
     cells = {}
     for seed in range(args.seeds):
         inits = pretrained(args, seed)
@@ -310,13 +311,11 @@ def downstream(args: argparse.Namespace, about: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("experiment", choices=("evidence", "downstream"))
-    add("--out", type=Path, default=Path("docs/latent_action"))
-    add("--run", type=Path, default=Path("runs/downstream"))
+    add("--out", type=output_folder, default=Path("docs/latent_action"))
+    add("--run", type=output_folder, default=Path("runs/downstream"))
     add("--modes", default="joint")
     add("--demonstrations", type=int, nargs="+", default=[100, 200, 400])
     add("--set3", nargs="*", default=SET3, metavar="KEY=VALUE")

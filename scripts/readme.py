@@ -19,8 +19,8 @@ import torch
 import flow
 from motus import PRESETS, STAGES, Motus
 from train import settings_for
-from weights.files import run_command
 from weights.hub import HUB
+from weights.options import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ("attention", "flow", "motus", "latent_action", "data", "train", "sample")

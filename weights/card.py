@@ -47,6 +47,12 @@ class Card:
         return cls(**stored)
 
 
+def results_of(path: str | None, name: str) -> Path:
+    """Where the results of a run or checkpoint lie if nothing else is said; of weights that are
+    none, or that have yet to be fetched, in runs/."""
+    return (newest_step(path) if path and Path(path).is_dir() else Path("runs")) / name
+
+
 def newest_step(path: str | Path) -> Path:
     """A run folder -> its newest complete checkpoint; a checkpoint folder -> itself."""
     path = Path(path)

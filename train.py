@@ -100,9 +100,9 @@ class Settings:
     def __post_init__(self):
         options.check_numbers("--set", Settings, vars(self))
         for f in fields(self):
-            allowed = get_args(f.type)
+            allowed = get_args(f.type) or (True, False)
             found = getattr(self, f.name)
-            if allowed and found not in allowed:
+            if f.type not in (int, float) and found not in allowed:
                 raise options.Refusal(
                     f"--set {f.name} is {found!r}; expected one of {', '.join(map(repr, allowed))}"
                 )
@@ -122,11 +122,12 @@ def changed(config, changes: Sequence[str]):
         key, equals, text = change.partition("=")
         if not equals:
             raise options.Refusal(f"--set is {change!r}; expected key=value")
-        check_keys({key: text}, type(config), "--set")
-        kind = str if get_args(kinds[key]) else kinds[key]
+        kind = kinds.get(key)
+        value = options.spelled(text, kind) if kind in (int, float) else text
+        check_keys({key: value}, type(config), "--set")
         if kind is bool and text.lower() not in BOOLEANS:
             raise options.Refusal(f"--set {key} is {text!r}; expected true or false")
-        values[key] = BOOLEANS[text.lower()] if kind is bool else kind(text)
+        values[key] = BOOLEANS[text.lower()] if kind is bool else value
     return replace(config, **values)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import open_pyramid
-from motus import PRESETS
+from motus import PRESETS, open_weights
 
 
 def backbones_folder(preset_name: str) -> Path:
@@ -47,6 +47,9 @@ def ready(jobs: Sequence[argparse.Namespace]) -> Sequence[argparse.Namespace]:
     if needs:
         unlike = dict.fromkeys(needs)
         raise ValueError("\n  ".join(["missing, before anything is trained:", *unlike]))
+    first = jobs[0] if jobs else None
+    if first and first.init and first.stage != "latent" and not first.resume:
+        open_weights(first.init)
     return jobs
 
 

@@ -37,7 +37,7 @@ from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS
 from scripts import evaluate
 from weights.files import same_config, write_json
-from weights.options import Parser, output_folder, run_command
+from weights.options import DEVICE, Parser, output_folder, run_command
 
 TOY = PRESETS["toy"]
 
@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--modes", default="joint")
     add("--demonstrations", type=int, nargs="+", default=[100, 200, 400])
     add("--set3", nargs="*", default=SET3, metavar="KEY=VALUE")
+    add("--device", **DEVICE)
     for name, default in NUMBERS.items():
         add(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)

@@ -61,20 +61,23 @@ class Refusal(ValueError):
     """What every rank of a run refuses alike: the first one tells it for all."""
 
 
+def spelled(text: str, kind: type) -> int | float | str:
+    """The number that a text spells; the text if it spells none."""
+    try:
+        return text if "_" in text else kind(text)
+    except ValueError:
+        return text
+
+
 def checked(label: str, owner: str, name: str, value: object, kind: type) -> int | float:
-    """A number of this kind, or the one that a text spells, in its range."""
+    """A number of this kind that is in its range."""
     interval = INTERVALS[owner, name]
     low, high = map(float, interval[1:-1].split(","))
-    ends = {low} if interval[0] == "(" else {high} if interval[-1] == ")" else {}
-    try:
-        found = kind(value)
-        plain = "_" not in str(value) and not isinstance(value, bool) and found == float(value)
-    except (ValueError, TypeError, OverflowError):
-        plain = False
-    if not plain or not low <= found <= high or found in ends:
+    open_end = low if interval[0] == "(" else high if interval[-1] == ")" else None
+    if type(value) not in (int, kind) or not low <= value <= high or value == open_end:
         sort = "a whole number" if kind is int else "a number"
         raise Refusal(f"{label} is {value}; expected {sort} in {interval}")
-    return found
+    return value
 
 
 def check_numbers(label: str, kind: type, stored: Mapping) -> None:
@@ -109,7 +112,8 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, text: str) -> object:
         # argparse would call each error of a type "invalid value", and hide what is expected.
         if action.type in (int, float):
-            return checked(action.option_strings[0], "option", action.dest, text, action.type)
+            found = spelled(text, action.type)
+            return checked(action.option_strings[0], "option", action.dest, found, action.type)
         return action.type(text) if action.type else text
 
     def error(self, message: str) -> None:

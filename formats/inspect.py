@@ -13,6 +13,9 @@ from weights.files import write_json
 def inspect(pyramid: Pyramid, picture: str, card: str | None) -> None:
     """Prints what a card is and what of it is used, plots some windows, names every fault; `card`
     is a file in which to write every choice down."""
+    for path in filter(None, (picture, card)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist; make it first")
     print(pyramid.describe())
     if card:
         sources = []

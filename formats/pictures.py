@@ -89,5 +89,4 @@ def plot(pyramid: Pyramid, out: str) -> None:
             times = (np.arange(len(seen.actions)) + o.source.ahead) / pyramid.ratio
             mask = seen.action_mask
             axis.twinx().plot(times[mask], seen.actions[mask], linewidth=1.2)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)

@@ -203,10 +203,19 @@ def test_an_existing_run_is_never_overwritten(stage3, tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--stage", "1", "--preset", "tox"], "--preset: invalid choice: 'tox' .choose from 'toy', 'sim'"),
+        (
+            ["--stage", "1", "--preset", "tox"],
+            "--preset: invalid choice: 'tox' .choose from 'toy', 'sim'",
+        ),
         (["--stage", "1", "--set", "stepz=3"], "unknown key 'stepz'.*did you mean 'steps'"),
-        (["--stage", "1", "--set", "steps=many"], "--set steps is many; expected a whole number in .1,1e9."),
-        (["--stage", "1", "--set", "compile=maybe"], "--set compile is 'maybe'; expected true or false"),
+        (
+            ["--stage", "1", "--set", "steps=many"],
+            "--set steps is many; expected a whole number in .1,1e9.",
+        ),
+        (
+            ["--stage", "1", "--set", "compile=maybe"],
+            "--set compile is 'maybe'; expected true or false",
+        ),
         (["--stage", "1", "--set", "steps"], "--set is 'steps'; expected key=value"),
         (["--stage", "1", "--set", "optimizer=sgd"], "optimizer is 'sgd'; expected one of 'adamw'"),
         (["--latent", "x"], "--cache and --latent belong to one stage; name it with --stage"),

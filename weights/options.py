@@ -76,7 +76,8 @@ def checked(label: str, owner: str, name: str, value: object, kind: type) -> int
     open_end = low if interval[0] == "(" else high if interval[-1] == ")" else None
     if type(value) not in (int, kind) or not low <= value <= high or value == open_end:
         sort = "a whole number" if kind is int else "a number"
-        raise Refusal(f"{label} is {value}; expected {sort} in {interval}")
+        found = str(value).removesuffix(".0")
+        raise Refusal(f"{label} is {found}; expected {sort} in {interval}")
     return value
 
 

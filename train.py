@@ -543,7 +543,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {n: settings_of(argparse.Namespace(**vars(args) | {"stage": n})) for n in stages}
     first = next(iter(settings.values()))
     with launch(first.shards, first.timeout) as ranks:
-        for job in ranks.together(lambda: ready(planned(args))):
+        for job in ranks.together(lambda: ready(planned(args), first.log_to)):
             if job.stage == "latent":
                 ranks.together(partial(train_latent, job, settings["latent"], ranks.rank))
             else:

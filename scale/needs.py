@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from data import open_pyramid
@@ -39,9 +40,11 @@ def missing(args: argparse.Namespace) -> list[str]:
     return found
 
 
-def ready(jobs: Sequence[argparse.Namespace]) -> Sequence[argparse.Namespace]:
+def ready(jobs: Sequence[argparse.Namespace], log_to: str) -> Sequence[argparse.Namespace]:
     """The stages to train as they are; ValueError with all that they lack."""
     needs = [need for job in jobs for need in missing(job)]
+    if log_to and find_spec(log_to) is None:
+        needs.append(f"{log_to} for --set log_to={log_to}: pip install {log_to}, or leave it out")
     if len(jobs) > 1:
         needs += [fault for job in jobs for fault in unfit(job)]
     if needs:

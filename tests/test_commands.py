@@ -434,15 +434,15 @@ def test_without_the_extras_every_command_says_what_to_install(tmp_path):
         "sample hub": ("sample", ["--ckpt", "motus-stage1"]),
         "evaluate": ("scripts.evaluate", "--sim metaworld --tasks reach --random".split()),
         "record": ("scripts.record", "--sim toy --tasks push --episodes 1 --out set".split()),
-        "latents": ("scripts.latents", ["pretrain", "--data", "CARD", "--out", "d.safetensors"]),
+        "latents": ("scripts.latents", ["pretrain", "--data", "films", "--out", "d.safetensors"]),
         "weights": ("weights.__main__", ["download", "wan"]),
         "pretrain": ("scripts.pretrain", ["--data", str(tmp_path), "--out", "p"]),
         "bench": ("scripts.bench", ["--int8", "motus-stage3"]),
     }
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
-    places = {"CARD": small.write_card(tmp_path)}
-    cases = {k: (n, [places.get(word, word) for word in argv]) for k, (n, argv) in cases.items()}
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").touch()
     program = f"""
 import importlib, json, sys, contextlib, io
 for name in {MISSING!r}:
@@ -471,9 +471,9 @@ print(json.dumps(found))
     )
     assert done.returncode == 0, done.stderr
     for case, (code, said) in json.loads(done.stdout.splitlines()[-1]).items():
-        last = said.strip().splitlines()[-1] if said else ""
-        assert code == 2 and last.startswith("error: "), (case, code, said)
-        assert re.search(r"pip install", last), (case, last)
+        _, _, told = said.partition("error: ")
+        assert code == 2 and "Traceback" not in said, (case, code, said)
+        assert "pip install" in told and told.count("\n") <= 2, (case, said)
 
 
 @pytest.mark.slow
@@ -494,7 +494,7 @@ def test_ctrl_c_ends_a_recording_without_a_word_of_its_processes(tmp_path):
         start_new_session=True,
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".set*")) and not (tmp_path / "set").exists():
+    while {path.name for path in tmp_path.iterdir()} <= {"slow_world.py", "__pycache__"}:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)

@@ -49,7 +49,8 @@ from formats.motions import motions, read_tokens  # noqa: F401
 from formats.statistics import Statistics, as_stored
 from latent_action import LatentActionModel, encode_flows
 from motus import PRESETS, STAGES, Inputs, MotusConfig, preset
-from weights.files import digest, run_command
+from weights import options
+from weights.files import digest
 
 WINDOWS = 2000  # encoded beforehand, where the preset does not say
 LATENT_FILE = "latent_action.safetensors"  # of a run of stage latent
@@ -361,8 +362,8 @@ def cache(args: argparse.Namespace) -> None:
     """Encodes the windows of a stage; sizes are those of the preset's recipe."""
     places = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun tells them
     rank, world, local = (int(os.environ.get(name, n)) for name, n in places.items())
-    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    out = Path(args.out)
+    device = torch.device(options.device(), local)
+    out = args.out
     if world > 1 and out.suffix == ".safetensors":
         raise ValueError(f"--out {out} is a file; for {world} processes name a folder")
     recipe = PRESETS[args.preset].settings(args.stage, args.long)
@@ -381,8 +382,7 @@ def cache(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = options.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "check", "convert", "cache"):
         add = commands.add_parser(name).add_argument
@@ -390,10 +390,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name != "cache":
             add("data", help="card, dataset folder, or USER/NAME on the hub")
         if name == "inspect":
-            add("--out", default="inspect.png", help="picture to write")
-            add("--card", help="card to write, with every choice that was made")
+            add("--out", type=options.output_file, default="inspect.png", help="picture to write")
+            add("--card", type=options.output_file, help="card to write, with every choice")
         if name == "convert":
-            add("out", type=Path, help="folder to write")
+            add("out", type=options.output_folder, help="folder to write")
             add("--lossless", action="store_true", help="videos keep every value")
     add("--stage", required=True, choices=("1", "2", "3"), help="that is to read it")
     add("--data", help="card or dataset (default: the preset's)")
@@ -401,7 +401,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--long", action="store_true", help="sizes of the preset's long recipe")
     for name in ("episodes", "windows", "seed"):
         add(f"--{name}", type=int, default=0, help=f"{name} (default: of the preset's recipe)")
-    add("--out", required=True, help="file to write, or folder for any number of processes")
+    add(
+        "--out",
+        type=options.output_file,
+        required=True,
+        help="file, or folder for any number of processes, to write",
+    )
+    add("--device", **options.DEVICE)
     return parser.parse_args(argv)
 
 
@@ -422,4 +428,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    options.run_command(main)

@@ -17,7 +17,6 @@ Shapes: B windows, F future frames, H W pixels, S actions, A and P action and st
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,10 +37,11 @@ from formats.cards import widened
 from formats.pictures import film, sheet
 from formats.recordings import fit
 from formats.statistics import Normaliser, Statistics
-from motus import STAGES, Inputs, Motus, Prediction, Stage, preset
+from motus import PRESETS, STAGES, Inputs, Motus, Prediction, Stage, preset
 from scale.fast import quantise
-from weights.card import Card, newest_step
-from weights.files import run_command
+from weights import options
+from weights.card import Card, results_of
+from weights.files import write_json
 
 # -- a checkpoint, ready to run -------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class Policy:
             if not robot and not stage.finetune:  # only the rates are read: those of any robot
                 robot = card.statistics.get("robots", [{}])[0].get("embodiment", "")
             statistics = Statistics.from_json(card.statistics, robot)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or options.device()
         generator = torch.Generator().manual_seed(seed)
         model.to(device).eval()
         policy = cls(model, card, backbones.to(device), statistics, mode, steps, generator)
@@ -164,8 +164,7 @@ class Policy:
         states = np.asarray(states, np.float32)
         self.check_observation(images, states, instructions)
         robot = self.statistics
-        if robot.size:
-            images = fit(images, *robot.size)
+        images = fit(images, *(robot.size or PRESETS[self.card.preset].size))
         state = torch.tensor(states)
         if robot.state:
             state = robot.state.apply(state)
@@ -315,14 +314,11 @@ def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> No
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--ckpt", help="run folder, or one of its step_NNNNNN; or published weights")
     add("--mode", default="joint", help=f"{', '.join(flow.MODES)}; several with commas; all")
-    add(
-        "--data", help="card or dataset whose held-out episodes are sampled (default: the preset's)"
-    )
+    add("--data", help="card or dataset, for its held-out episodes (default: the preset's)")
     add("--robot", default="", help="which robot, where the checkpoint knows several")
     add("--episodes", type=int, default=32, help="one window of each")
     add("--steps", type=int, default=10, help="Euler steps")
@@ -330,8 +326,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--int8", action="store_true", help="the video expert's maps in int8, for 24 GB cards")
     add("--text", type=Path, help="file of prepared text states, read for the text encoder")
     add("--encode-text", nargs="+", metavar="INSTRUCTION", help="write text states to --text; stop")
-    add("--preset", default="full", help="whose text encoder prepares them")
-    add("--out", help="folder for pictures and figures.json (default: samples/ in the checkpoint)")
+    add("--preset", default="full", choices=PRESETS, help="whose text encoder prepares them")
+    out = "folder for pictures and figures.json (default: samples/ in the checkpoint)"
+    add("--out", type=options.output_folder, help=out)
+    add("--device", **options.DEVICE)
     return parser.parse_args(argv)
 
 
@@ -342,28 +340,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.ckpt is None:
         raise ValueError("--ckpt is missing; name a run folder, or published weights")
+    modes = [] if args.mode == "all" else args.mode.split(",")
+    for mode in modes:
+        flow.mode_named(mode)
+    out = args.out or options.output_folder(results_of(args.ckpt, "samples"))
     policy = Policy.load(args.ckpt, "vgm", args.steps, text=args.text, robot=args.robot)
     card = policy.card
     if args.int8:
         quantise(policy.model)
-    modes = policy.stage.modes if args.mode == "all" else args.mode.split(",")
     for mode in modes:
         policy.check_mode(mode)
     seen = (policy.model.config, policy.statistics, args.episodes, args.seed)
     batch = data.held_out(args.data, card.stage, card.preset, *seen)
-    out = Path(args.out or newest_step(args.ckpt) / "samples")
     out.mkdir(parents=True, exist_ok=True)
     figures = {}
-    for mode in modes:
+    for mode in modes or policy.stage.modes:
         policy.generator.manual_seed(args.seed)
         figures[mode] = run_mode(policy, mode, batch, out)
         for name, row in figures[mode].items():
             values = "".join(f" {k} {v:8.4f}  " for k, v in row.items())
             print(f"{mode:12} {name:20}{values}", flush=True)
-    stored = {**vars(args), "figures": figures}
-    (out / "figures.json").write_text(json.dumps(stored, indent=1, default=str))
-    print(f"{len(batch.instruction)} windows, {args.steps} steps, on {policy.device}; wrote {out}")
+    count = len(batch.instruction)  # fewer than asked for where fewer episodes are held out
+    write_json(out / "figures.json", vars(args) | {"episodes": count, "figures": figures})
+    print(f"{count} windows, {args.steps} steps, on {policy.device}; wrote {out}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    options.run_command(main)

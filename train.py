@@ -49,11 +49,12 @@ from scale.batches import Source, batches, encode_once
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
 from scale.muon import Muon
-from scale.needs import dcae_of, missing, unfit
+from scale.needs import dcae_of, ready
 from scale.ranks import Ranks, Watchdog, launch
 from scale.synthetic import SYNTHETIC, Synthetic
+from weights import options
 from weights.card import Card, newest_step, steps_of
-from weights.files import check_keys, digest, run_command
+from weights.files import check_keys, digest, write_json
 
 # -- settings -------------------------------------------------------------------------------------
 
@@ -99,11 +100,12 @@ class Settings:
     minutes: float = 0.0  # save and end after so long; 0: never
 
     def __post_init__(self):
+        options.check_numbers("--set", Settings, vars(self))
         for f in fields(self):
-            allowed = get_args(f.type)
+            allowed = get_args(f.type) or (True, False)
             found = getattr(self, f.name)
-            if allowed and found not in allowed:
-                raise ValueError(
+            if f.type not in (int, float) and found not in allowed:
+                raise options.Refusal(
                     f"--set {f.name} is {found!r}; expected one of {', '.join(map(repr, allowed))}"
                 )
 
@@ -121,13 +123,13 @@ def changed(config, changes: Sequence[str]):
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"--set is {change!r}; expected key=value")
-        check_keys({key: text}, type(config), "--set")
-        kind = str if get_args(kinds[key]) else kinds[key]
-        try:
-            values[key] = BOOLEANS[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise ValueError(f"--set {key} is {text!r}; expected {kind.__name__}") from None
+            raise options.Refusal(f"--set is {change!r}; expected key=value")
+        kind = kinds.get(key)
+        value = options.spelled(text, kind) if kind in (int, float) else text
+        check_keys({key: value}, type(config), "--set")
+        if kind is bool and text.lower() not in BOOLEANS:
+            raise options.Refusal(f"--set {key} is {text!r}; expected true or false")
+        values[key] = BOOLEANS[text.lower()] if kind is bool else value
     return replace(config, **values)
 
 
@@ -416,7 +418,7 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
     config = changed(config, [text for text in args.set if text.partition("=")[0] in LATENT_FIELDS])
     model = LatentActionModel(config)
     model.load_dcae(dcae_of(args))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(options.device())
     claim(args.out, args.resume)
     if args.cache:
         rows = read_tokens([args.cache], model)
@@ -437,7 +439,7 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
     plot_curve(curve, ("reconstruction", "alignment"))
     if not args.cache:
         figures = probes(model, seen, motions(pyramid, config.interval, held_out=True))
-        (args.out / "figures.json").write_text(json.dumps(figures, indent=1))
+        write_json(args.out / "figures.json", figures)
     model.save(args.out / data.LATENT_FILE)
     print(f"wrote {args.out / data.LATENT_FILE}")
 
@@ -509,13 +511,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = options.Parser(description=__doc__)
     add = parser.add_argument
     add("--stage", choices=list(STAGES), help="default all in order; finished ones are skipped")
-    add("--preset", default="toy", help="row of presets.toml")
+    add("--preset", default="toy", choices=PRESETS, help="row of presets.toml")
     add("--full", dest="preset", action="store_const", const="full", help="--preset full")
-    add("--out", type=Path, help="folder of the run (default runs/stageN, of all runs/PRESET)")
+    add(
+        "--out",
+        type=options.output_folder,
+        help="folder of the run (default runs/stageN, of all runs/PRESET)",
+    )
     add("--init", type=Path, help="run or weights to start from; of stage latent its DC-AE")
     add("--data", help="dataset card, folder or hub name (docs/data.md); default the preset's")
     add("--cache", type=Path, help="windows of data.py cache, tokens of scripts.latents tokens")
@@ -525,31 +530,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--resume-anyway", **anyway, help="the same, although the code has changed since")
     add("--steps", type=int, help="short for --set steps=N")
     add("--long", action="store_true", help="the preset's long recipe")
-    names = ", ".join(f.name for f in fields(Settings))
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=f"change a setting: {names}")
+    add("--device", **options.DEVICE)
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=options.stated(Settings))
     plan.add_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    preset(args.preset)
     if args.plan:
         plan.main(args)
         return
-    jobs = planned(args)
-    settings = {job.stage: settings_of(job) for job in jobs}
-    needs = [need for job in jobs for need in missing(job)]
-    if not args.stage:
-        needs += [fault for job in jobs for fault in unfit(job)]
-    if needs:
-        unlike = dict.fromkeys(needs)
-        raise ValueError("\n  ".join(["missing, before anything is trained:", *unlike]))
-    if not jobs:
-        return
-    first = settings[jobs[0].stage]
+    stages = [args.stage] if args.stage else STAGES
+    settings = {n: settings_of(argparse.Namespace(**vars(args) | {"stage": n})) for n in stages}
+    first = next(iter(settings.values()))
     with launch(first.shards, first.timeout) as ranks:
-        for job in jobs:
+        for job in ranks.together(lambda: ready(planned(args), first.log_to)):
             if job.stage == "latent":
                 work = partial(train_latent, job, settings["latent"], ranks.rank)
                 ranks.together(work, ranks.patient)
@@ -558,4 +554,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(record(main))  # for the summary of torchrun
+    options.run_command(record(main))  # for the summary of torchrun

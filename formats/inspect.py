@@ -1,6 +1,5 @@
 """A look at a card: what of it is used, windows as a picture, a card with every choice, a copy."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,11 +7,15 @@ from pathlib import Path
 from formats import official
 from formats.cards import Pyramid, Source
 from formats.pictures import plot
+from weights.files import write_json
 
 
 def inspect(pyramid: Pyramid, picture: str, card: str | None) -> None:
     """Prints what a card is and what of it is used, plots some windows, names every fault; `card`
     is a file in which to write every choice down."""
+    for path in filter(None, (picture, card)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"{path} cannot be written: its folder does not exist; make it first")
     print(pyramid.describe())
     if card:
         sources = []
@@ -46,5 +49,5 @@ def write_card(path: Path, pyramid: Pyramid, sources: Sequence[Source]) -> None:
         "size": list(pyramid.size),
         "sources": [asdict(source) for source in sources],
     }
-    path.write_text(json.dumps(card, indent=1))
+    write_json(path, card)
     print(f"wrote {path}")

@@ -35,7 +35,7 @@ from formats.recordings import (
     VideoWriter,
     av,
 )
-from weights.files import read_json
+from weights.files import plain_json, read_json
 
 try:
     import pyarrow as pa
@@ -689,7 +689,7 @@ class Writer:
         whole = {}
         for key, feature in self.features.items():
             whole[key] = named(pool([one[key] for one in self.stats]), feature)
-        (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
+        (meta / "stats.json").write_text(plain_json(whole), "utf-8")
         count = len(self.episodes)
         info = {
             "codebase_version": "v3.0",

@@ -10,6 +10,7 @@ import numpy as np
 from formats.cards import Pyramid
 
 # Strides over frames and colours of a film; the first that fits its limit stays.
+PLAIN = {"parse_math": False}  # a dollar in an instruction is a dollar
 SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
 
 
@@ -60,7 +61,7 @@ def sheet(
         axes = figure.subplots(rows, columns, squeeze=False)
         figure.suptitle(title, fontsize=9)
         for row, caption in enumerate(captions):
-            axes[row, 0].set_ylabel(textwrap.fill(caption, 24))
+            axes[row, 0].set_ylabel(textwrap.fill(caption, 24), **PLAIN)
             for axis, (name, images) in zip(axes[row], pictures.items()):
                 axis.imshow(np.asarray(images[row]), interpolation="nearest")
                 axis.set(xticks=[], yticks=[], title=name)
@@ -82,7 +83,8 @@ def plot(pyramid: Pyramid, out: str) -> None:
         seen = pyramid.window(row, "real")
         axis.imshow(np.concatenate(seen.frames, axis=1), extent=(-0.5, right, 0, 1), aspect="auto")
         title = f"{o.name}, episode {row[1]}, row {row[2]}: {seen.instruction[:90]}"
-        axis.set(yticks=[], xlabel=f"video frames at {pyramid.video_hz:g} Hz", title=title)
+        axis.set_title(title, **PLAIN)
+        axis.set(yticks=[], xlabel=f"video frames at {pyramid.video_hz:g} Hz")
         if seen.actions is not None:
             times = (np.arange(len(seen.actions)) + o.source.ahead) / pyramid.ratio
             mask = seen.action_mask

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from formats.cards import Pyramid, shares
 from formats.statistics import Statistics
-from weights.files import digest, open_source, read_metadata, save_safetensors
+from weights.files import digest, open_source, save_safetensors
 
 SHARD = 256
 CHUNK = 32  # windows that are encoded at a time; divides SHARD
@@ -89,10 +89,10 @@ def write(
         path = out if single else out / f"windows_{number:06d}.safetensors"
         if single or not path.exists():
             parts[path] = part.split(CHUNK)
-        elif read_metadata(path) != metadata:
+        elif open_source(path).metadata != metadata:
             raise ValueError(
-                f"{path} is of another cache: {read_metadata(path).get(ABOUT)}, now it is to be "
-                f"{metadata[ABOUT]}; name another folder, or delete this one"
+                f"{path} is of another cache: {open_source(path).metadata.get(ABOUT)}, now it is "
+                f"to be {metadata[ABOUT]}; name another folder, or delete this one"
             )
     encoded = iter(encode([chunk for chunks in parts.values() for chunk in chunks]))
     for path, chunks in parts.items():
@@ -135,7 +135,7 @@ class Windows:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.files = sorted(self.path.glob("windows_*.safetensors")) or [self.path]
-        about = json.loads(read_metadata(self.files[0]).get(ABOUT, "{}"))
+        about = json.loads(open_source(self.files[0]).metadata.get(ABOUT, "{}"))
         if not about:
             raise ValueError(f"{path} is no cache of windows: `python data.py cache` makes one")
         vars(self).update(about)

@@ -1,10 +1,12 @@
 """The needs of a stage before it can begin, each with the command that gets it."""
 
 import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from data import backbones_folder, open_pyramid
-from motus import PRESETS
+from motus import PRESETS, open_weights
 from scale.synthetic import SYNTHETIC
 
 
@@ -34,6 +36,22 @@ def missing(args: argparse.Namespace) -> list[str]:
             if not (folder / name).is_dir():
                 found.append(f"frozen backbones {folder / name}: python -m weights download {name}")
     return found
+
+
+def ready(jobs: Sequence[argparse.Namespace], log_to: str) -> Sequence[argparse.Namespace]:
+    """The stages to train as they are; ValueError with all that they lack."""
+    needs = [need for job in jobs for need in missing(job)]
+    if log_to and find_spec(log_to) is None:
+        needs.append(f"{log_to} for --set log_to={log_to}: pip install {log_to}, or leave it out")
+    if len(jobs) > 1:
+        needs += [fault for job in jobs for fault in unfit(job)]
+    if needs:
+        unlike = dict.fromkeys(needs)
+        raise ValueError("\n  ".join(["missing, before anything is trained:", *unlike]))
+    first = jobs[0] if jobs else None
+    if first and first.init and first.stage != "latent" and not first.resume:
+        open_weights(first.init)
+    return jobs
 
 
 def unfit(args: argparse.Namespace) -> list[str]:

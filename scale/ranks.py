@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from weights import options
+
 T = TypeVar("T")
 
 
@@ -79,7 +81,7 @@ class Ranks:
         if problems:
             first, text = next(iter(problems.items()))
             alone = len(problems) < self.world
-            raise ValueError(f"rank {first} of {self.world}: {text}" if alone else text)
+            raise options.Refusal(f"rank {first} of {self.world}: {text}" if alone else text)
         return result
 
     def same(self, **facts: str) -> None:
@@ -88,7 +90,7 @@ class Ranks:
         for rank, theirs in enumerate(others, 1):
             for name, ours in first.items():
                 if theirs[name] != ours:
-                    raise ValueError(
+                    raise options.Refusal(
                         f"ranks differ in {name}: rank 0 has {ours}, rank {rank} has "
                         f"{theirs[name]}; start every rank with the same command, from the same "
                         "checkout and the same files"
@@ -118,7 +120,7 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     rank that does not answer for `timeout` seconds is an error."""
     rank = environment("RANK", 0)
     world = environment("WORLD_SIZE", 1)
-    cuda = torch.cuda.is_available()
+    cuda = options.device() == "cuda"
     device = torch.device("cuda", environment("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
     if world == 1:
         yield Ranks(device=device)

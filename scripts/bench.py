@@ -21,7 +21,6 @@ Shapes: B batch, Lv La Lu tokens, D width, N heads, K head size, S actions of a 
 dimensions.
 """
 
-import argparse
 import datetime
 import math
 import os
@@ -32,7 +31,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -55,7 +53,7 @@ from sample import Policy
 from scale.batches import draw_noise
 from scale.fast import compile_sampler, quantise, sample_action_first
 from scale.sharding import parallelize
-from weights.files import run_command
+from weights.options import DEVICE, Parser, output_file, run_command
 
 # A usual instruction's rows, understanding tokens, and the latent grid of 384 x 320 pixels.
 TEXT = 20
@@ -558,8 +556,7 @@ def gpu(config: MotusConfig, steps: int, device: str = "cuda") -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--count", action="store_true", help="count the FLOPs of a chunk at full size")
     add("--int8", metavar="CKPT", help="drift of a stage-3 run with an int8 video expert")
@@ -570,7 +567,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=10, help="Euler steps of the sampler")
     add("--episodes", type=int, default=32, help="windows of --int8")
     add("--seed", type=int, default=0, help="of windows and noise of --int8")
-    add("--out", type=Path, help="Markdown file to write")
+    add("--device", **DEVICE)
+    add("--out", type=output_file, help="Markdown file to write")
     args = parser.parse_args(argv)
     if args.gpu:
         text = gpu(preset("full"), args.steps)
@@ -588,6 +586,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text += f"\n\n`{command}`, {device}, torch {torch.__version__}, {day}"
     print(text)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(f"# Speed\n\n{text}\n")
 
 

@@ -41,8 +41,9 @@ from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
 from sample import ACTING, Policy
-from weights.card import newest_step
-from weights.files import run_command
+from weights.card import results_of
+from weights.files import read_json, write_json
+from weights.options import DEVICE, Parser, output_folder, run_command
 from worlds import EVALUATED, choice, episode_seeds, simulator
 from worlds.fleet import PROCESSES, Fleet
 
@@ -245,7 +246,7 @@ def read_card(dataset: str | Path) -> dict:
     path = Path(dataset) / CARD
     if not path.is_file():
         raise ValueError(f"{dataset} has no {CARD}; expected a dataset of `scripts.record`")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def view(
@@ -300,6 +301,11 @@ class Arena(NamedTuple):
         body = {"embodiment": robot.embodiment} if "embodiment" in keys_of(sim) else {}
         return cls(sim, tasks, body | like["settings"], look)
 
+    @property
+    def fleets(self) -> int:
+        """How many `worlds` gives."""
+        return 1 if hasattr(simulator(self.sim), "many") else len(self.tasks)
+
     def worlds(self, settings: dict, args: argparse.Namespace) -> Iterator[tuple[str, Fleet]]:
         """A fleet for each task; or all tasks at once, where a simulator can hold many worlds."""
         settings = self.settings | settings
@@ -308,7 +314,7 @@ class Arena(NamedTuple):
             yield "", module.many(self.tasks, args.episodes, **settings)
             return
         n = min(args.batch, args.episodes)
-        for task in tqdm(self.tasks, desc="tasks", unit="task"):
+        for task in self.tasks:
             with Fleet(self.sim, task, n, self.look, settings, args.workers) as fleet:
                 yield task, fleet
 
@@ -317,11 +323,7 @@ class Arena(NamedTuple):
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m scripts.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
     add = parser.add_argument
     add("--ckpt", help="run folder of stage 3, or one of its step_NNNNNN")
     add("--modes", default="joint", help="joint, vla, or both with a comma")
@@ -340,18 +342,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gif", type=int, default=0, help="film so many worlds per row and task")
     add("--batch", type=int, default=10, help="worlds at once")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--out", help="folder of evaluation.json and films (default: in the checkpoint)")
-    args = parser.parse_args(argv)
-    at_least(args, episodes=1, steps=1, max_steps=1, batch=1, workers=1, seed=0)
-    return args
-
-
-def at_least(args: argparse.Namespace, **bounds: int) -> None:
-    """Refuses options (numbers, lists of them, or None) below their bounds."""
-    for name, bound in bounds.items():
-        value = getattr(args, name)
-        if value is not None and np.min(value) < bound:
-            raise ValueError(f"--{name.replace('_', '-')} {value}; expected at least {bound}")
+    out = "folder of evaluation.json and films (default: in the checkpoint)"
+    add("--out", type=output_folder, help=out)
+    add("--device", **DEVICE)
+    return parser.parse_args(argv)
 
 
 def play(
@@ -389,16 +383,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     actors = modes + [name for name in ("random", "expert") if getattr(args, name)]
     if not actors:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
+    out = args.out or output_folder(results_of(args.ckpt, "evaluation"))
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
     hz = policy.statistics.action_hz if policy else 0
     arena = Arena.of(args, policy)
     varied = settings_of(arena.sim, args.set)
     looks = [dict(zip(varied, values)) for values in product(*varied.values())]
-    out = newest_step(args.ckpt) / "evaluation" if modes else "runs/evaluation"
-    out = Path(args.out or out)
     out.mkdir(parents=True, exist_ok=True)
     # Who acts under which settings -> seed, task, success and steps of each episode.
     found: dict[tuple, list[tuple]] = defaultdict(list)
+    total = len(looks) * arena.fleets * len(actors) * len(args.seed) * args.episodes
+    bar = tqdm(total=total, desc="evaluate", unit="episode")
     for number, look in enumerate(looks):
         for task, worlds in arena.worlds(look, args):
             if hz not in (0, worlds.fps):
@@ -411,11 +406,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for done in play(name, policy, worlds, seed, args.episodes, args):
                         episodes = zip(repeat(seed), done.group, done.success, done.steps)
                         found[name, number].extend(episodes)
+                        bar.update(len(done.success))
                 if args.gif:  # apart, so that rates do not depend on it
                     count = min(args.gif, worlds.size)
                     films = next(play(name, policy, worlds, args.seed[0], count, args, filmed=True))
                     title = filter(None, (name, *map(str, look.values()), task))
                     save_films(films, out, "_".join(title))
+    bar.close()
     rows = []
     for name, (number, look) in product(actors, enumerate(looks)):
         seeds, group, success, steps = map(np.array, zip(*found[name, number]))
@@ -423,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         row["successes_per_seed"] = {one: int(success[seeds == one].sum()) for one in args.seed}
         rows.append(row)
     card = vars(args) | {"sim": arena.sim, "tasks": arena.tasks, "settings": arena.settings}
-    (out / "evaluation.json").write_text(json.dumps(card | {"rows": rows}, indent=1))
+    write_json(out / "evaluation.json", card | {"rows": rows})
     print(table(rows, arena.tasks))
     if args.steps == 1 and len(modes) == 2:
         print("At one Euler step joint and vla are the same computation: not two results, but one.")

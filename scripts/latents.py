@@ -45,15 +45,15 @@ from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
 from weights.files import (
     open_source,
-    read_metadata,
+    plain_json,
     replace_file,
-    run_command,
     same_config,
     save_safetensors,
+    write_json,
 )
 from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
+from weights.options import DEVICE, Parser, device, output_file, output_folder, run_command
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 20_000  # of flow at most that a DC-AE is trained on; they are held in memory
 Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,), chunk after chunk
 
@@ -68,8 +68,8 @@ def estimator_of(name: str) -> FlowEstimator | None:
         return DISFlow()
     if Path(name).suffix:
         print(LICENCE_NOTICE, file=sys.stderr)
-        return load_dpflow(name).to(DEVICE)
-    return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(DEVICE)
+        return load_dpflow(name).to(device())
+    return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(device())
 
 
 def square(picture: np.ndarray, side: int) -> Tensor:
@@ -89,7 +89,7 @@ def measured_flows(
     window = list(islice(frames, chunk + interval))
     while len(window) > 1:
         last = len(window) - 1
-        seen = torch.stack(window).to(DEVICE)
+        seen = torch.stack(window).to(device())
         begin = torch.arange(chunk if last + 1 == chunk + interval else last)
         end = (begin + interval).clamp(max=last)
         plain = (seen.flatten(2).std(dim=-1).amax(dim=1) <= 1 / 255).cpu()
@@ -250,7 +250,7 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
                 continue
             about = {"made": json.dumps(made), "figures": json.dumps(found)}
             save_safetensors(path, tensors, about)
-        about = read_metadata(path)
+        about = open_source(path).metadata
         same_config(path, json.loads(about["made"]), made)
         figures.append(json.loads(about["figures"]))
     if not figures:
@@ -259,7 +259,7 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
     for key in ("rows", "valid_rows", "clipped"):
         summary[key] = sum(figure[key] for figure in figures)
     summary["clipped"] /= len(figures)
-    (folder.parent / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_json(folder.parent / "summary.json", summary)
     return summary
 
 
@@ -317,13 +317,14 @@ def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> di
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("encode", "tokens", "pretrain"):
         add = commands.add_parser(command).add_argument
         add("--data", required=True, help="folder of mp4 files, dataset or card")
-        add("--out", type=Path, required=True, help="file or folder; run again to go on")
+        kind = output_file if command == "pretrain" else output_folder
+        add("--out", type=kind, required=True, help="file or folder; run again to go on")
+        add("--device", **DEVICE)
         add(
             "--flow", default="dis", help=f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt"
         )
@@ -342,8 +343,6 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
             add("--init", type=Path, dest="dcae", help="DC-AE weights to go on from")
     args = parser.parse_args(argv)
     args.labelled = getattr(args, "labelled", 0.0)
-    if not 0 <= args.labelled <= 1:
-        raise ValueError(f"--labelled is {args.labelled:g}; expected a share from 0 to 1")
     return args
 
 
@@ -356,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = LatentActionModel(LatentActionConfig.of(PRESETS[args.preset].latent))
         if args.dcae:
             model.load_dcae(args.dcae)
-    model.to(DEVICE)
+    model.to(device())
     clips, made = clips_of(args, model.config)
     if args.command == "encode":
         made["model"] = model.fingerprint()
@@ -365,14 +364,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
         if args.pt:
             write_official(folder, made)
-        (args.out / "statistics.json").write_text(json.dumps(scale | {"made": made}, indent=1))
+        write_json(args.out / "statistics.json", scale | {"made": made})
     elif args.command == "tokens":
         made["dcae"] = model.dcae_fingerprint()
         report = each_clip(clips, args.out / "tokens", made, partial(tokens_of, model))
     else:
         report = pretrain(model, clips, args.steps)
         model.save_dcae(args.out)
-    print(json.dumps(report, indent=1))
+    print(plain_json(report))
 
 
 if __name__ == "__main__":

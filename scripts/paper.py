@@ -16,7 +16,6 @@ Where the arm without stage 2 does not reach it at all, the ratio is a lower bou
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -35,7 +34,8 @@ from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS
 from scripts import evaluate
 from scripts.readme import table
-from weights.files import read_json, run_command
+from weights.files import read_json, write_json
+from weights.options import DEVICE, Parser, output_folder, run_command
 
 TOY = PRESETS["toy"]
 
@@ -99,7 +99,7 @@ def evidence(args: argparse.Namespace, about: str) -> None:
     runs["PCA of the flow"] = [probes(seen, held, *(x @ axes for x in flow))]
     runs["all numbers of the DC-AE, the most to be had"] = [probes(seen, held, *tokens)]
     about += f"; {len(seen.flow):,} rows, {seen.mask.any(dim=1).sum():,} labelled"
-    (args.out / "evidence.json").write_text(json.dumps({"about": about, "runs": runs}, indent=1))
+    write_json(args.out / "evidence.json", {"about": about, "runs": runs})
     rows = []
     for name, body in product(runs, BODIES):
         values = np.array([run[body] for run in runs[name]])
@@ -190,23 +190,23 @@ def downstream(args: argparse.Namespace, about: str) -> None:
     found |= dict(zip(ARMS, rates))
     stored = {"about": about, "demonstrations": counts}
     stored |= {name: values.tolist() for name, values in found.items()}
-    (args.out / "downstream.json").write_text(json.dumps(stored, indent=1))
+    write_json(args.out / "downstream.json", stored)
     head = ["", *(f"n = {n}" for n in counts)]
     text = page("Demonstrations that latent actions save", about, DOWNSTREAM, head, rows)
     (args.out / "downstream.md").write_text(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__)
     experiments = {"evidence": evidence, "downstream": downstream}
     add = parser.add_argument
     add("experiment", choices=experiments)
-    add("--out", type=Path, default=Path("docs/latent_action"))
+    add("--out", type=output_folder, default=Path("docs/latent_action"))
     add("--run", type=Path, default=Path("runs/downstream"), help="runs of run.sh")
     add("--seeds", type=int, default=3, help="of evidence")
     add("--steps", type=int, default=1500, help="of a VAE of evidence")
     add("--episodes", type=int, default=100, help="per level of evidence")
+    add("--device", **DEVICE)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     words = " ".join(sys.argv[1:] if argv is None else argv)

@@ -21,7 +21,6 @@ Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets, A
 """
 
 import argparse
-import json
 import shutil
 import sys
 from collections import deque
@@ -50,8 +49,9 @@ from formats.motions import motions
 from formats.recordings import T_SIZE, Recordings, fit_place
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
-from weights.files import run_command
+from weights.files import plain_json, write_json
 from weights.load import save_part
+from weights.options import Parser, output_folder, run_command
 
 # -- what they learn from -------------------------------------------------------------------------
 
@@ -373,12 +373,11 @@ RECIPES = {  # steps of each part, in whose place `--steps` is taken, and sample
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--preset", default="toy", choices=RECIPES, help="whose sizes they have")
     add("--data", help="card with labels (docs/metaworld); default the preset's")
-    add("--out", type=Path, required=True, help="folder to write")
+    add("--out", type=output_folder, required=True, help="folder to write")
     add("--keep", default="", help="parts to copy from the repository: text, vlm, vae, dcae")
     add("--steps", type=int, help="of each part")
     add("--episodes", type=int, default=500, help="at most, of a card; per level of a world")
@@ -406,8 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if part not in kept:
             job = Job(args.preset, args.out, pyramid, *corpora, args.steps or steps, batch)
             figures |= MAKERS[part](job)
-    (args.out / "card.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write_json(args.out / "card.json", figures)
+    print(plain_json(figures))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import flow
 from motus import PRESETS, STAGES, Motus
 from scripts.evaluate import percent
 from train import settings_for
-from weights.files import run_command
+from weights.options import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSON = ("attention", "flow", "motus", "latent_action", "data", "train", "sample")

@@ -5,7 +5,6 @@ python -m scripts.record --sim metaworld --tasks drawer-open --episodes 50 --out
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from formats.lerobot import Storage, write_v3
-from scripts.evaluate import CARD, at_least, columns, names, percent, rated, settings_of
-from weights.files import run_command
+from scripts.evaluate import CARD, columns, names, percent, rated, settings_of
+from weights.files import write_json
+from weights.options import Parser, output_folder, run_command
 from worlds import RECORDED, episode_seeds, simulator
 from worlds.fleet import PROCESSES, Order, Recording, attempts
 
@@ -90,17 +90,22 @@ def record(
         "episodes": kept,
     }
     del card["task"]
-    (Path(out) / CARD).write_text(json.dumps(card, indent=1))
+    write_json(Path(out) / CARD, card)
     return card
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m scripts.record", description=__doc__)
+    parser = Parser(prog="python -m scripts.record", description=__doc__)
     add = parser.add_argument
     add("--sim", required=True, help="a file of worlds/, or a module on PYTHONPATH")
     add("--tasks", required=True, help="with commas")
     add("--episodes", type=int, default=50, help="successes per task")
-    add("--out", required=True, help="folder of the dataset, which must not exist")
+    add(
+        "--out",
+        type=output_folder,
+        required=True,
+        help="folder of the dataset, which must not exist",
+    )
     add("--seed", type=int, default=0, help="of the scenes and of what disturbs")
     add("--noise", type=float, default=0.0, help="std of noise on actions; the clean one is stored")
     add("--recovery", type=float, default=0.0, help="std of shoves, about one a second")
@@ -108,29 +113,17 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--after", type=int, default=4, help="rows kept from success on")
     add("--workers", type=int, default=os.cpu_count(), help="processes")
     add("--set", nargs="+", default=[], help="KEY=VALUE: settings of the simulator")
-    args = parser.parse_args(argv)
-    at_least(args, episodes=1, workers=1, after=1, seed=0, noise=0, recovery=0, disturbed=0)
-    if args.disturbed > 1:
-        raise ValueError(f"--disturbed {args.disturbed}; expected a share from 0 to 1")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     tasks = names(args.tasks, simulator(args.sim).TASKS, "--tasks")
     settings = settings_of(args.sim, args.set)
-    order = Order(
-        args.sim,
-        # Several values are one here, as cameras=corner4,gripperPOV.
-        settings=tuple(
-            (k, v[0] if len(v) == 1 else ",".join(map(str, v))) for k, v in settings.items()
-        ),
-        seed=args.seed,
-        noise=args.noise,
-        recovery=args.recovery,
-        disturbed=args.disturbed,
-        after=args.after,
-    )
+    # Several values are one here, as cameras=corner4,gripperPOV.
+    joined = ((k, v[0] if len(v) == 1 else ",".join(map(str, v))) for k, v in settings.items())
+    named = ("seed", "noise", "recovery", "disturbed", "after")
+    order = Order(args.sim, "", tuple(joined), *map(vars(args).get, named))
     card = record(order, tasks, args.episodes, args.out, args.workers)
     lines = [("task", "expert %", "rows", "CPU s per try")]
     for task, found in card["tasks"].items():

@@ -8,9 +8,6 @@ evaluation.json, log.csv and pictures. It measures nothing itself. What is missi
 skipped.
 """
 
-import argparse
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -19,8 +16,10 @@ from markdown import markdown
 
 from flow import MODES
 from motus import STAGES
+from scale.log import read_log
 from scripts.readme import table
-from weights.files import run_command
+from weights.files import read_json
+from weights.options import Parser, output_folder, run_command
 
 FOLDERS = [stage if stage == "latent" else f"stage{stage}" for stage in STAGES]
 LOSSES = ("video", "action", "reconstruction", "alignment")
@@ -32,22 +31,36 @@ td { padding: 2px 10px } img { margin: 4px }
 """
 
 
-def read(path: Path) -> str:
+def known(path: Path) -> Path:
+    """The path of what a command left."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; run the commands of `make demo` first")
-    return path.read_text()
+    return path
+
+
+def sampled(run: Path) -> dict:
+    """The figures of the modes."""
+    found = read_json(known(run / "samples" / "figures.json"))
+    if not {"idm", "world_model"} <= found["figures"].keys():
+        raise ValueError(f"{run}/samples lacks modes idm or world_model; run sample.py --mode all")
+    return found
+
+
+def show(value: float | None, digits: int = 4) -> str:
+    """A figure; null, as an infinite PSNR is stored, has none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def targets(run: Path) -> Iterator[tuple[str, str]]:
     """The figures that matter most, in a line each."""
-    for row in json.loads(read(run / "evaluation" / "evaluation.json"))["rows"]:
+    for row in read_json(known(run / "evaluation" / "evaluation.json"))["rows"]:
         low, high = (100 * bound for bound in row["all"]["interval"])
         settings = [f"{name}={value}" for name, value in row["settings"].items()]
         yield (
             ", ".join(["closed-loop success", row["policy"], *settings]),
             f"{100 * row['all']['rate']:.1f} % [{low:.0f}, {high:.0f}] of {row['all']['episodes']}",
         )
-    figures = json.loads(read(run / "samples" / "figures.json"))["figures"]
+    figures = sampled(run)["figures"]
     idm = figures["idm"]["action MSE"]
     ratio = idm["model"] / idm["mean"]
     yield (
@@ -55,22 +68,22 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         f"{idm['model']:.3f} / {idm['mean']:.3f} = {ratio:.2f}",
     )
     world = figures["world_model"]["PSNR moving (dB)"]
-    gain = world["model"] - world["copy"]
+    model, copy, vae = (show(world[name], 2) for name in ("model", "copy", "vae"))
+    gain = f" = {world['model'] - world['copy']:+.2f}" if "-" not in (model, copy) else ""
     yield (
         "world-model PSNR on the moving region, above copy-last-frame",
-        f"{world['model']:.2f} - {world['copy']:.2f} = {gain:+.2f} dB, "
-        f"VAE ceiling {world['vae']:.2f}",
+        f"{model} - {copy}{gain} dB, VAE ceiling {vae}",
     )
-    probes = json.loads(read(run / "latent" / "figures.json"))["probe R2"]
+    probes = read_json(known(run / "latent" / "figures.json"))["probe R2"]
     for name, values in probes.items():
-        known = ", ".join(f"{value:.2f}" for value in values)
-        yield f"latent actions, {name}: probe R2 of the motion", known
+        texts = ", ".join(show(value, 2) for value in values)
+        yield f"latent actions, {name}: probe R2 of the motion", texts
 
 
 def losses(run: Path) -> Iterator[tuple[str, str, str]]:
     """Of each stage the number of steps, and the losses over the last rows of its log."""
     for folder in FOLDERS:
-        rows = list(csv.DictReader(read(run / folder / "log.csv").splitlines()))
+        rows = read_log(known(run / folder / "log.csv"))
         cells = []
         for name in LOSSES:
             if values := [float(row[name]) for row in rows if row.get(name)]:
@@ -85,11 +98,11 @@ def pictures(run: Path, pattern: str, count: int) -> str:
 
 def page(run: Path) -> str:
     """The report in Markdown; pictures by relative path."""
-    samples = json.loads(read(run / "samples" / "figures.json"))
+    samples = sampled(run)
     figures = []
     for mode, rows in samples["figures"].items():
         for name, row in rows.items():
-            cells = [f"{row[key]:.4f}" if key in row else "" for key in BASELINES]
+            cells = [show(row[key]) if key in row else "" for key in BASELINES]
             figures.append((mode, name, *cells))
     head = ("mode", "figure", "model", "copy last frame", "predict the mean", "VAE ceiling")
     blocks = [
@@ -110,12 +123,9 @@ def page(run: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m scripts.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--run", required=True, type=Path, help="folder of a run of all stages")
+    parser = Parser(prog="python -m scripts.report", description=__doc__)
+    run = "folder of a run of all stages"
+    parser.add_argument("--run", required=True, type=output_folder, help=run)
     run = parser.parse_args(argv).run
     text = page(run)
     (run / "report.md").write_text(text)

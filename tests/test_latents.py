@@ -326,7 +326,7 @@ def test_a_share_of_the_clips_keeps_its_labels(tmp_path, monkeypatch):
     assert [bool(mask.any()) for mask in masks] == [False, True, False, True]
     with pytest.raises(ValueError, match="labelled"):
         main(*args, "--labelled", 0.25, "--out", tmp_path / "half")
-    with pytest.raises(ValueError, match="--labelled is 2; expected a share from 0 to 1"):
+    with pytest.raises(ValueError, match="--labelled is 2; expected a number in .0,1."):
         main(*args, "--labelled", 2, "--out", tmp_path / "no")
 
 

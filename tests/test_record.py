@@ -100,9 +100,9 @@ def test_an_expert_that_hardly_succeeds_ends_the_recording(tmp_path, monkeypatch
     [
         (["--tasks", "fly"], "--tasks is 'fly'; expected one of walk, stumble"),
         (["--set", "colour=red"], "--set has 'colour=red'; expected key=value, .*: size"),
-        (["--episodes", "0"], "--episodes 0; expected at least 1"),
-        (["--noise", "-1"], "--noise -1.0; expected at least 0"),
-        (["--disturbed", "2"], "--disturbed 2.0; expected a share"),
+        (["--episodes", "0"], "--episodes is 0; expected a whole number in"),
+        (["--noise", "-1"], "--noise is -1; expected a number in"),
+        (["--disturbed", "2"], "--disturbed is 2; expected a number in .0,1"),
     ],
 )
 def test_wrong_options_are_refused(changes, message):

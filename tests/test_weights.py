@@ -606,7 +606,9 @@ def test_download_says_what_it_fetches_before_it_needs_the_hub(capsys, monkeypat
     with pytest.raises(ValueError, match="pip install"):
         __main__.main(["download", "wan"])
     assert "34.2 GB, licence Apache-2.0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="expected one of wan, qwen3vl"):
+    with pytest.raises(
+        ValueError, match="invalid choice: 'nonsense' .choose from 'wan', 'qwen3vl'"
+    ):
         __main__.main(["download", "nonsense"])
 
 

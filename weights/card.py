@@ -64,3 +64,9 @@ def newest_step(path: str | Path) -> Path:
             f"{path} holds no checkpoint (step_NNNNNN); train one first or name another folder"
         )
     return steps[-1]
+
+
+def results_of(path: str | None, name: str) -> Path:
+    """Where the results of a run or checkpoint lie if nothing else is said; of weights that are
+    none, or that have yet to be fetched, in runs/."""
+    return (newest_step(path) if path and Path(path).is_dir() else Path("runs")) / name

@@ -14,7 +14,6 @@ import math
 import os
 import pickletools
 import re
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weights.layouts import identify, renaming
+from weights.options import Refusal, check_numbers
 
 # Bytes of json or pickle; the largest honest one (a whole Motus file) is below 2 MiB.
 MAX_HEADER = 16 << 20
@@ -397,6 +397,16 @@ def save_safetensors(
     replace_file(Path(path), write)
 
 
+def plain_json(value: object) -> str:
+    """Json that every reader takes: what is not finite is null."""
+    text = json.dumps(value, default=os.fspath)
+    return json.dumps(json.loads(text, parse_constant=lambda word: None), indent=1)
+
+
+def write_json(path: Path, value: object) -> None:
+    replace_file(path, lambda temporary: temporary.write_text(plain_json(value)))
+
+
 def digest(tensors: Mapping[str, Tensor], *about: str) -> str:
     """Sixteen hexadecimal digits that change with any name, dtype, shape or byte of the tensors, or
     with `about`."""
@@ -421,15 +431,17 @@ def config_beside(source: TensorSource) -> dict:
 
 
 def check_keys(stored: dict, kind: type, source: object) -> None:
-    """Refuses keys that a dataclass does not have, naming the nearest one it has."""
+    """Refuses keys that a dataclass does not have, naming the nearest one it has, and numbers out
+    of their range."""
     names = [f.name for f in fields(kind)]
     for key in stored:
         if key not in names:
             near = difflib.get_close_matches(key, names, 1, 0.0)[0]
-            raise ValueError(
+            raise Refusal(
                 f"{source}: unknown key {key!r} for {kind.__name__}; did you mean {near!r}?"
                 f" (allowed: {', '.join(names)})"
             )
+    check_numbers(source, kind, stored)
 
 
 def same_config(path: str | Path, found: dict, wanted: dict) -> None:
@@ -445,13 +457,3 @@ def same_config(path: str | Path, found: dict, wanted: dict) -> None:
             f"{path}: made with {', '.join(different)}; "
             "use a file of the same configuration, or change the configuration"
         )
-
-
-def run_command(main: Callable[[], object]) -> None:
-    """Runs a command line; what the user, the data or the disk got wrong ends it in one line on
-    stderr and status 2."""
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

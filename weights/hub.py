@@ -35,9 +35,21 @@ def snapshot(repository: str, revision: str | None, files: list[str], **options:
     """The folder with files of a repository on the hub, downloaded by huggingface_hub."""
     try:
         from huggingface_hub import snapshot_download
+
+        return snapshot_download(repository, revision=revision, allow_patterns=files, **options)
     except ImportError as error:
         raise ValueError("the hub needs huggingface_hub: pip install 'motus[hub]'") from error
-    return snapshot_download(repository, revision=revision, allow_patterns=files, **options)
+    except Exception as error:  # each layer below has kinds of its own
+        raise unreachable(f"{repository} on huggingface.co", error) from error
+
+
+def unreachable(what: str, error: Exception) -> ValueError:
+    """The one line for a download that failed."""
+    why = str(error).strip().partition("\n")[0][:200]
+    return ValueError(
+        f"{what} cannot be fetched ({type(error).__name__}: {why}); check its name, your network "
+        "and free space, or fetch it elsewhere and name the folder"
+    )
 
 
 def fetched(path: str | Path) -> Path:
@@ -97,7 +109,10 @@ def fetch(name: str, folder: str | Path) -> Path:
     path = Path(folder) / CHECKPOINTS[name]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(
-            RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
-        )
+        try:
+            torch.hub.download_url_to_file(
+                RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
+            )
+        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+            raise unreachable(RELEASES + path.name, error) from error
     return path

@@ -9,6 +9,7 @@ Shapes: n worlds, H W pixels, A action dimensions, P state dimensions, T actions
 """
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,20 @@ SHOVE = 0.2  # seconds that each lasts
 @lru_cache(maxsize=1)
 def opened(sim: str, task: str, settings: tuple[tuple[str, object], ...]) -> World:
     """The world that this process used last, so that a graphics context serves many episodes."""
-    return simulator(sim).make(task, **dict(settings))
+    return made(sim, task, dict(settings))
+
+
+def made(sim: str, task: str, settings: dict) -> World:
+    """A new world; ValueError that says what it needs if its libraries fail, which without a
+    graphics library they do in any way."""
+    module = simulator(sim)
+    try:
+        return module.make(task, **settings)
+    except ValueError:
+        raise
+    except Exception as error:
+        needs = getattr(module, "MISSING", "is all that it needs installed?")
+        raise ValueError(f"simulator {sim}: {type(error).__name__}: {error}; {needs}") from error
 
 
 # -- acting ---------------------------------------------------------------------------------------
@@ -42,8 +56,9 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
     """Holds `count` worlds. An order is the name of a method and, for each world, its arguments or
     None; the answer is what it gave, success and instruction of each. The first error ends the
     process and is told to the other side."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side ends this one
     try:
-        worlds = [simulator(sim).make(task, **settings) for _ in range(count)]
+        worlds = [made(sim, task, settings) for _ in range(count)]
         robot = worlds[0]
         pipe.send((None, (robot.robot, robot.fps, robot.max_steps, robot.action_dim)))
         while True:
@@ -53,7 +68,7 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
                 result = None if given is None else getattr(world, name)(*given)
                 answers.append((result, world.success, getattr(world, "instruction", "")))
             pipe.send((None, answers))
-    except (EOFError, KeyboardInterrupt):  # the other side is gone
+    except EOFError:  # the other side is gone
         return
     except Exception as error:
         pipe.send((f"{type(error).__name__}: {error}", None))
@@ -245,7 +260,8 @@ def columns(rows: Sequence[dict]) -> dict[str, list]:
 
 def attempts(orders: Iterable[Order], workers: int) -> Iterator[Recording]:
     """Their recordings in order, made by so many processes."""
-    with ProcessPoolExecutor(workers, mp_context=PROCESSES) as pool:
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with ProcessPoolExecutor(workers, mp_context=PROCESSES, **quiet) as pool:
         try:
             yield from pool.map(attempt, orders)
         except BrokenProcessPool as error:

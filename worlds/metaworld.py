@@ -67,7 +67,7 @@ MARKED = ("reach", "push", "pick-place")
 ALIKE = {"faucet-close": "faucet-open"}  # starts where the other task starts
 CAMERAS = ("corner4", "gripperPOV", "topview", "corner", "corner2", "corner3", "behindGripper")
 MISSING = (
-    "MetaWorld is not installed: pip install 'motus[sim]', and apt-get install libosmesa6 (or "
+    "MetaWorld needs pip install 'motus[sim]', and apt-get install libosmesa6 (or "
     "libegl1, with MUJOCO_GL=egl)"
 )
 

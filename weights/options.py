@@ -1,0 +1,200 @@
+"""The options of every command: the range of each number, stated once; a parser that holds it; the
+device; outputs that can be written; and the line in which a command ends that cannot go on.
+
+A number outside its range, or one that is none (nan, 1e400, 1_000), is refused before anything is
+loaded: `Parser` does it for options, `train.Settings` for `--set` and the recipes of presets.toml,
+`weights.files.check_keys` for networks in presets and checkpoints.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+# Whose number it is (an option of a command, or a field of a dataclass), its range, its names.
+RANGES = """
+option              [0,4294967295]  seed
+option              [1,1e6]         after batch demonstrations episodes execute gpus max_steps
+option              [1,1e6]         rounds rows seeds steps steps1 steps2 steps3 videos windows
+option              [0,1e6]         gif noise recovery
+option              [1,1024]        workers
+option              [32,4096]       side
+option              [0,1]           disturbed labelled
+option              (0,1]           mfu
+option              (0,1e6]         memory peak
+Settings            [0,4294967295]  seed
+Settings            [1,1e9]         batch episodes log_every steps
+Settings            [0,1e9]         horizon keep micro minutes save_every shards warmup windows
+Settings            [0,1024]        workers
+Settings            (0,10]          lr muon_lr
+Settings            [0,10]          video_lr weight_decay
+Settings            [0,1]           floor given
+Settings            [0,1)           ema
+Settings            (0,1e9]         clip timeout
+Settings            [0,1e6]         peak
+LatentActionConfig  [1,1e5]         image interval latent_dim
+LatentActionConfig  [0,1e5]         action_dim beta lambda_action moving
+LatentActionConfig  (0,1e5]         radius
+MotusConfig         [1,1e5]         action_dim action_width frames ratio state_dim
+MotusConfig         [1,1e5]         expert_ffn und_width vlm_dim
+MotusConfig         [0,1e5]         registers
+MotusConfig         (0,1]           action_eps und_eps
+WanConfig           [1,1e6]         ffn freq_dim heads latent layers text_dim text_len width
+WanConfig           (0,1]           eps
+DCAEConfig          [1,1e5]         head_dim latent_channels
+DCAEConfig          [0,1e5]         conv_stages
+Card                [0,1e9]         step
+"""
+INTERVALS = {
+    (owner, name): interval
+    for owner, interval, *names in map(str.split, RANGES.strip().splitlines())
+    for name in names
+}
+
+
+class Refusal(ValueError):
+    """What every rank of a run refuses alike: the first one tells it for all."""
+
+
+def spelled(text: str, kind: type) -> int | float | str:
+    """The number that a text spells; the text if it spells none."""
+    try:
+        return text if "_" in text else kind(text)
+    except ValueError:
+        return text
+
+
+def checked(label: str, owner: str, name: str, value: object, kind: type) -> int | float:
+    """A number of this kind that is in its range."""
+    interval = INTERVALS[owner, name]
+    low, high = map(float, interval[1:-1].split(","))
+    open_end = low if interval[0] == "(" else high if interval[-1] == ")" else None
+    if type(value) not in (int, kind) or not low <= value <= high or value == open_end:
+        sort = "a whole number" if kind is int else "a number"
+        found = str(value).removesuffix(".0")
+        raise Refusal(f"{label} is {found}; expected {sort} in {interval}")
+    return value
+
+
+def check_numbers(label: str, kind: type, stored: Mapping) -> None:
+    """Refuses numbers of a dataclass that are out of range."""
+    for f in fields(kind):
+        if (kind.__name__, f.name) in INTERVALS and f.name in stored:
+            checked(f"{label} {f.name}", kind.__name__, f.name, stored[f.name], f.type)
+
+
+def stated(kind: type) -> str:
+    """The settings of a dataclass, with their ranges."""
+    names = (f.name + INTERVALS.get((kind.__name__, f.name), "") for f in fields(kind))
+    return f"change a setting: {', '.join(names)}"
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Says the range of a number behind what it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return f"{action.help or ''} {INTERVALS.get(('option', action.dest), '')}".strip()
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that holds its numbers to their ranges and says what is wrong in one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
+
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        # argparse would call each error of a type "invalid value", and hide what is expected.
+        if action.type in (int, float):
+            found = spelled(text, action.type)
+            return checked(action.option_strings[0], "option", action.dest, found, action.type)
+        return action.type(text) if action.type else text
+
+    def error(self, message: str) -> None:
+        raise Refusal(f"{message} ({self.prog} --help)")
+
+
+def device(asked: str = "") -> str:
+    """The device to compute on, for good: as asked, else as MOTUS_DEVICE says, else cuda where
+    there is one."""
+    there = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    name = asked or os.environ.get("MOTUS_DEVICE") or there[0]
+    if name not in there:
+        raise Refusal(f"--device is {name}; torch sees {' and '.join(there)} here, expected that")
+    if asked:
+        os.environ["MOTUS_DEVICE"] = asked  # for what is called from here, and for workers
+    return name
+
+
+DEVICE = {"type": device, "help": "cpu or cuda (default: cuda where there is one)"}
+
+
+# -- outputs --------------------------------------------------------------------------------------
+
+
+def output_file(path: str | Path, folder: bool = False) -> Path:
+    """The path of a file to write, once what exists of it is known to take one; makes nothing."""
+    near = whole = Path(path).absolute()
+    while not near.exists():
+        near = near.parent
+    try:
+        if folder or near != whole:
+            tempfile.TemporaryFile(dir=near).close()
+        else:
+            near.open("r+b").close()
+    except OSError as error:
+        fault = f"{near}: {error.strerror}"
+        raise Refusal(f"{path} cannot be written ({fault}); name another place") from error
+    return Path(path)
+
+
+def output_folder(path: str | Path) -> Path:
+    """The same of a folder."""
+    return output_file(path, folder=True)
+
+
+def output(path: str | Path) -> Path:
+    """The same of a file if its name has an ending, else of a folder."""
+    return output_file(path, folder=not Path(path).suffix)
+
+
+# -- the end of a command -------------------------------------------------------------------------
+
+FAULTS = (ValueError, OSError, ImportError, MemoryError, EOFError, torch.OutOfMemoryError)
+REMEDIES = {
+    ImportError: "pip install it, or motus with its extra: data, flow, hub, text, log or sim",
+    MemoryError: "take a smaller batch, fewer windows or --device cpu",
+    torch.OutOfMemoryError: "take a smaller batch, set micro, or --device cpu",
+}
+
+
+def run_command(main: Callable[[], object]) -> None:
+    """Runs a command line; what the user, the data, the disk or the network got wrong ends it in
+    one line on stderr and status 2, Ctrl-C with 130, a reader that has left with 141."""
+    said = ""
+    status = 2
+    try:
+        main()
+        sys.stdout.flush()
+        return
+    except KeyboardInterrupt:
+        said = "interrupted"
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except FAULTS as error:
+        remedy = next((text for kind, text in REMEDIES.items() if isinstance(error, kind)), "")
+        said = "; ".join(filter(None, (str(error) or repr(error), remedy)))
+        if isinstance(error, Refusal) and os.environ.get("RANK", "0") != "0":
+            said = ""
+    if said:
+        print(f"error: {said}", file=sys.stderr)
+    sys.exit(status)

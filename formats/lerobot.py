@@ -281,7 +281,10 @@ class LeRobotDataset(Folder):
             apart[order[1:]] = other_file | (gap >= -0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
             checks.append((names[2], apart, remedy))
-            self.video_at[key] = (chunk, file, begin)
+            _, which = np.unique([chunk, file], axis=1, return_inverse=True)
+            opens = np.full(len(number), np.inf)
+            np.minimum.at(opens, which, begin)
+            self.video_at[key] = (chunk, file, begin, opens[which])
         for name, good, remedy in checks:
             for episode in np.flatnonzero(~good)[:1]:
                 raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
@@ -470,11 +473,10 @@ class LeRobotDataset(Folder):
 
     def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
-        chunk, file, origin = (x[episode].item() for x in self.video_at[camera])
+        chunk, file, origin, opens = (x[episode].item() for x in self.video_at[camera])
         path = self._file("video_path", episode, chunk, file, camera)
-        end = round(origin * self.fps) + int(self.lengths[episode])
-        single = self.version == "v2.1"
-        yield from self._decode(episode, camera, rows, path, end, origin, single)
+        opens = None if self.version == "v2.1" else opens
+        yield from self._decode(episode, camera, rows, path, origin, opens)
 
     def describe(self) -> str:
         def how(field: str) -> str:

@@ -77,9 +77,10 @@ class OfficialFolder(Folder):
         path = self._file(0, "videos")
         with self._reading("videos", path.name, 0):
             video = VideoReader(path)
+            next(video.read([video.start * video.tick]))
         self.open_files.put(("video", path), video)
         # Rate and size, which all videos must have.
-        self.fps = float(video.stream.average_rate)
+        self.fps = video.rate
         self.sizes = {VIEW: video.size}
         self.cameras = (VIEW,)
         self.robot = self.root.name
@@ -152,7 +153,7 @@ class OfficialFolder(Folder):
     def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         path = self._file(episode, "videos")
-        yield from self._decode(episode, VIEW, rows, path, int(self.lengths[episode]))
+        yield from self._decode(episode, VIEW, rows, path)
 
     def describe(self) -> str:
         frames = int(self.lengths.sum())

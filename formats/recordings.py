@@ -17,6 +17,7 @@ dimensions, P state dimensions.
 """
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -43,6 +44,7 @@ except ImportError:
     av = pyarrow = None
 
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
+ALONE = 3  # rows of an episode that `check` also reads one by one
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
 T_SIZE = (384, 320)  # pixels of the official three-camera picture
 AGAIN = "fetch or write it again, or correct its metadata"
@@ -111,58 +113,121 @@ def t_layout(head: ndarray, left: ndarray, right: ndarray) -> ndarray:
 # -- files ----------------------------------------------------------------------------------------
 
 
+def turned(picture: ndarray, matrix: ndarray) -> ndarray:
+    """A picture (H, W, 3) by quarters of a turn and mirrored, as a display matrix (2, 2) says."""
+    if matrix[0, 1]:
+        picture = picture.swapaxes(0, 1)
+        matrix = matrix[::-1]
+    if not np.array_equal(matrix != 0, np.eye(2)):
+        raise ValueError(f"is turned by {matrix.tolist()}; expected quarters of a turn")
+    across, down = np.sign(np.diag(matrix))
+    return picture[::down, ::across]
+
+
 class VideoReader:
-    """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks
-    if a key frame lies in between."""
+    """An open mp4, of a dataset or alone. Its pictures are those of a player: turned as the file
+    says, from the first that an edit list leaves. They are asked for by time, cheapest in rising
+    order: it decodes on, or seeks if a key frame lies in between."""
 
     def __init__(self, path: Path, size: tuple[int, int] | None = None):
+        self.size = size  # height and width of every picture; None: those of the first
         self.frame = None  # the last one decoded
         self.container = av.open(str(path))
-        if not self.container.streams.video:
+        self.stream = self.container.streams.best("video")
+        if self.stream is None:
             raise ValueError("has no video stream")
-        self.stream = self.container.streams.video[0]
         self.index = self.stream.index_entries
-        context = self.stream.codec_context
-        self.size = (context.height, context.width)
-        if size not in (None, self.size):
-            raise ValueError(
-                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in the "
-                "metadata (wrong or swapped camera?)"
-            )
         count = len(self.index)
         if not count or count != self.stream.frames:
             raise ValueError(f"claims {self.stream.frames} frames and indexes {count}")
         end = self.index[count - 1].pos + self.index[count - 1].size
         if end > path.stat().st_size:
             raise ValueError(f"is truncated: it ends before byte {end}, the end of its last frame")
-        context.thread_count = 1
-        context.options = {"err_detect": "explode"}
+        first = self.index[0]
+        self.count = count
+        if first.is_discard:
+            self.count -= sum(entry.is_discard for entry in self.index)
+        self.stream.codec_context.thread_count = 1
+        self.stream.codec_context.options = {"err_detect": "explode"}
+        self.rate = float(self.stream.average_rate or 1)
         self.tick = float(self.stream.time_base)  # seconds
         self.slack = TOLERANCE / self.tick + 1
+        self.start = self.stream.start_time or 0  # ticks, of the first picture
+        self.delay = self.start - first.timestamp  # the index has times of decoding
         self.reformatter = av.video.reformatter.VideoReformatter()
+
+    def _key(self, wanted: float) -> int | None:
+        """The last key frame, by its time in the index, that seems to be shown by `wanted`."""
+        at = self.index.search_timestamp(int(wanted) - self.delay, backward=True)
+        return self.index[at].timestamp if at >= 0 else None
+
+    def _seek(self, wanted: int) -> None:
+        """Decodes a key frame from which `wanted` is reached. In an open GOP pictures are shown
+        before the key frame that they follow in the file; they need the one before it."""
+        key = self._key(max(wanted, self.start))
+        while key is not None:
+            self.container.seek(key, stream=self.stream, backward=True)
+            self.decoded = self.container.decode(self.stream)
+            self.frame = next(self.decoded, None)
+            if self.frame is None or self.frame.pts <= wanted + self.slack:
+                break
+            key = self._key(key + self.delay - 1)
+
+    def _shown(self, frame: "av.VideoFrame", stretch: float = 1) -> ndarray:
+        """The picture (H, W, 3) uint8 of a frame whose pixels are `stretch` times as wide as high."""
+        picture = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+        if stretch != 1:
+            picture = resize(picture, len(picture), round(picture.shape[1] * stretch))
+        matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+        if matrix is not None:
+            picture = turned(picture, np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2])
+        size = picture.shape[:2]
+        self.size = self.size or size
+        if size != tuple(self.size):
+            raise ValueError(
+                f"is {size[0]} x {size[1]} at {frame.time:.4f} s, expected {self.size[0]} x "
+                f"{self.size[1]} (another camera, or turned by its metadata?)"
+            )
+        return np.ascontiguousarray(picture)
 
     def read(self, times: Iterable[float]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 at these seconds."""
         for time in times:
             wanted = round(time / self.tick)
-            at = self.index.search_timestamp(wanted, backward=True)
-            key = self.index[at].timestamp if at >= 0 else -1
-            if self.frame is None or wanted + self.slack < self.frame.pts or key > self.frame.pts:
-                self.container.seek(wanted, stream=self.stream, backward=True)
-                self.decoded = self.container.decode(self.stream)
-                self.frame = None
-            while self.frame is None or self.frame.pts + self.slack < wanted:
+            reached = -math.inf if self.frame is None else self.frame.pts
+            key = self._key(wanted)
+            between = key is not None and key + self.delay > reached
+            far = wanted - reached > 1.5 / self.rate / self.tick  # not the next picture
+            if wanted + self.slack < reached or (between and far):
+                self._seek(wanted)
+            while self.frame and self.frame.pts + self.slack < wanted:
                 self.frame = next(self.decoded, None)
-                if self.frame is None or self.frame.is_corrupt or self.frame.pts is None:
-                    raise ValueError(f"ends or breaks before {time:.4f} s")
+            if self.frame is None or self.frame.is_corrupt:
+                raise ValueError(f"ends or breaks before {time:.4f} s")
             if self.frame.pts > wanted + self.slack:
                 raise ValueError(
-                    f"has a frame at {self.frame.pts * self.tick:.4f} s but none at {time:.4f} s "
-                    "(other fps than info.json?)"
+                    f"has a frame at {self.frame.time:.4f} s but none at {time:.4f} s (other fps "
+                    "than info.json?)"
                 )
-            if (self.frame.height, self.frame.width) != self.size:
-                raise ValueError(f"changes size to {self.frame.height} x {self.frame.width}")
-            yield self.reformatter.reformat(self.frame, format="rgb24").to_ndarray()
+            yield self._shown(self.frame)
+
+    def pictures(self) -> Iterator[ndarray]:
+        """All pictures in order, with square pixels, for a video without a table of rows."""
+        ratio = float(self.stream.sample_aspect_ratio or 1)
+        promised = count = 0
+        for packet in self.container.demux(self.stream):
+            promised += packet.size > 0 and not packet.is_discard
+            for frame in packet.decode():
+                time = frame.time - self.start * self.tick
+                if abs(time - count / self.rate) > 1 / self.rate:
+                    raise ValueError(
+                        f"shows picture {count} at {time:.3f} s, expected {count / self.rate:.3f} "
+                        f"s: its rate varies; `ffmpeg -i IN -vf fps={self.rate:g} OUT` makes it one"
+                    )
+                yield self._shown(frame, ratio)
+                count += 1
+        if count < promised:
+            raise ValueError(f"ends after {count} of {promised} frames")
 
 
 class OpenFiles:
@@ -403,7 +468,7 @@ class Recordings:
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         first_with = {}  # digest of all numbers -> the first episode that has them
         looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
-        for episode, length in enumerate(self.lengths.tolist()):
+        for episode in range(len(self.lengths)):
             try:
                 self.texts(episode)
                 state, action = self.numbers(episode)
@@ -419,11 +484,10 @@ class Recordings:
                 if first != episode:
                     problem = f"equals episode {first} number for number; drop one of the two"
                     faults.append(self._fault(self.titles["action"], problem, episode))
-            for camera, pictures in enumerate(self.views(episode, range(length)).values()):
+            for number, camera in enumerate(self.cameras):
                 try:
-                    for row, picture in enumerate(pictures):
-                        if row == 0:
-                            looks[episode, camera] = resize(picture, 4, 4).ravel()
+                    first = self._watch(episode, camera)
+                    looks[episode, number] = resize(first, 4, 4).ravel()
                 except ValueError as error:
                     faults.append(error)
         if not self.given.constant:
@@ -434,6 +498,22 @@ class Recordings:
                     faults.append(self._fault(title, f"{problem}; {remedy}"))
         faults += self._swapped_cameras(looks)
         return [str(fault) for fault in faults]
+
+    def _watch(self, episode: int, camera: str) -> ndarray:
+        """The first picture of an episode. All are decoded in order; some of them alone too, and
+        must be the same. ValueError for a fault."""
+        length = self.lengths[episode]
+        some = np.random.default_rng(episode).integers(length, size=ALONE).tolist()
+        kept = {}
+        for row, picture in enumerate(self.views(episode, range(length))[camera]):
+            if row in (0, *some):
+                kept[row] = picture
+        for row in some:
+            (alone,) = self.views(episode, [row])[camera]
+            if not np.array_equal(alone, kept[row]):
+                problem = f"row {row} is another picture alone than in order"
+                raise self._fault(camera, f"{problem}; encode the video again", episode)
+        return kept[0]
 
     def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:
         """Two cameras of an episode are swapped if each looks like what the other usually shows;
@@ -513,17 +593,21 @@ class Folder(Recordings):
         camera: str,
         rows: Sequence[int],
         path: Path,
-        end: int,
         origin: float = 0.0,
-        single: bool = True,
+        opens: float | None = None,
     ) -> Iterator[ndarray]:
         """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
-        and ends before frame `end`; `single`: nothing else is in it."""
+        and the first one at `opens`; None: nothing else is in it. A file that begins later begins
+        with its first picture."""
         key = ("video", path)
+        length = int(self.lengths[episode])
         with self._reading(camera, path.name, episode):
             video = self.open_files.take(key) or VideoReader(path, self.sizes[camera])
-            count = len(video.index)
-            if count < end or (single and count > end):
-                raise ValueError(f"has {count} frames, expected {end}")
+            end = length + round((origin - (opens or 0)) * self.fps)
+            if video.count < end or (opens is None and video.count > end):
+                raise ValueError(f"has {video.count} frames, expected {end}")
+            begin = video.start * video.tick
+            if opens is None or opens < begin:
+                origin += begin - (opens or 0)
             yield from video.read(origin + i / self.fps for i in rows)
         self.open_files.put(key, video)

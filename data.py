@@ -43,7 +43,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from backbones.frozen import Backbones
-from formats.cards import EPISODES, Pyramid, shares
+from formats.cards import EPISODES, Pyramid, Words, shares
 from formats.inspect import convert, inspect
 from formats.motions import motions, read_tokens  # noqa: F401
 from formats.statistics import Statistics, as_stored
@@ -86,7 +86,8 @@ def open_pyramid(
     if path is None:
         raise ValueError(f"preset {preset_name!r} has no data of its own; name a card by --data")
     encode = LatentEncoder(latent) if latent else None
-    return Pyramid(path, STAGES[stage].levels, *seen, episodes, seed, robot, encode)
+    words = Words.of(PRESETS[preset_name].backbones, preset(preset_name).video.text_len)
+    return Pyramid(path, STAGES[stage].levels, *seen, episodes, seed, robot, encode, words)
 
 
 def network_for(pyramid: Pyramid, preset_name: str, stage: str) -> MotusConfig:
@@ -433,8 +434,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.command == "cache":
-        cache(args)
-        return
+        return cache(args)
     pyramid = open_pyramid(args.data, "latent", args.preset)  # of all levels
     if args.command == "inspect":
         inspect(pyramid, args.out, args.card)
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif faults := pyramid.check():
         raise ValueError(f"{len(faults)} faults\n" + "\n".join(faults))
     else:
-        print("no fault found")
+        print(*pyramid.notes(), "no fault found", sep="\n")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ except ImportError:
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 ALONE = 3  # rows of an episode that `check` also reads one by one
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
+UNREADABLE = (OSError, ValueError, OverflowError)
 T_SIZE = (384, 320)  # pixels of the official three-camera picture
 AGAIN = "fetch or write it again, or correct its metadata"
 # Official RoboTwin data put these words before every instruction: `Choice(prefix=ROBOTWIN_SCENE)`.
@@ -174,7 +175,7 @@ class VideoReader:
             key = self._key(key + self.delay - 1)
 
     def _shown(self, frame: "av.VideoFrame", stretch: float = 1) -> ndarray:
-        """The picture (H, W, 3) uint8 of a frame whose pixels are `stretch` times as wide as high."""
+        """The picture (H, W, 3) uint8 of a frame, its pixels made wider by `stretch`."""
         picture = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
         if stretch != 1:
             picture = resize(picture, len(picture), round(picture.shape[1] * stretch))
@@ -353,22 +354,55 @@ class Recordings:
         widths      numbers P of the state and A of an action, 0 where there are none
         titles      "state" and "action" -> their names in the files, empty where there are none
         robot       the embodiment
+        stated      whether the files name it; else the name of a folder stands for it
         given       the Choice
 
         numbers(episode)        state (T, P) and actions (T, A), or None; ValueError for a fault
-        texts(episode, row=0)   its instructions at a row, of which each window gets one
+        recorded_texts(episode, row)  its instructions; see `texts`
         views(episode, rows)    {camera: iterator of pictures (H, W, 3) uint8}; rows must rise
         describe()              the source, and what of it is used
 
+        axes        names of the numbers of state and action, None where they have none
+
     Methods of knowledge that few sources have are here with an empty answer."""
+
+    stated = True
+    axes = None
 
     def __init__(self, name: str | Path, mapping: Choice | Mapping | None = None):
         self.name = str(name)
         self.given = Choice.of(mapping)
 
+    @property
+    def told(self) -> bool:
+        """Whether the mapping gives the instruction, so that no text is read."""
+        return self.given.instruction is not None
+
+    def texts(self, episode: int, row: int | None = None) -> list[str]:
+        """The instructions at a row of an episode, of which each window gets one, or of all its
+        rows."""
+        return [self.given.instruction] if self.told else self.recorded_texts(episode, row)
+
+    def wordings(self) -> set[str]:
+        """All instructions of the source, where no mapping gives one."""
+        return {text for e in range(len(self.lengths)) for text in self.recorded_texts(e)}
+
     def group(self, episode: int) -> str:
         """The episode's task, for drawing tasks alike."""
         return self.texts(episode)[0]
+
+    def whole(self, cameras: Sequence[str] = ()) -> "Recordings":
+        """A reader of all there is, for a copy, or of these cameras."""
+        return self
+
+    def stored(self, episode: int) -> tuple:
+        """An episode as `lerobot.Writer.add` takes it."""
+        views = self.views(episode, range(self.lengths[episode]))
+        return views, *self.numbers(episode), self.recorded_texts(episode)[0], self.labels(episode)
+
+    def left_behind(self) -> list[str]:
+        """Names of what `stored` does not hold."""
+        return []
 
     def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only a simulator knew of each row: name -> (T,)."""
@@ -397,7 +431,7 @@ class Recordings:
         """Errors of the libraries that read a file become faults of `what`."""
         try:
             yield
-        except (av.error.FFmpegError, pyarrow.ArrowException, OSError, ValueError) as error:
+        except (*UNREADABLE, av.error.FFmpegError, pyarrow.ArrowException) as error:
             raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
 
     def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
@@ -447,9 +481,7 @@ class Recordings:
         video, video_mask = self._nearest(episode, start_time, video_times, "video_times")
         action, action_mask = self._nearest(episode, start_time, action_times, "action_times")
         states, actions = self.numbers(episode)
-        texts = [self.given.instruction]
-        if self.given.instruction is None:
-            texts = self.texts(episode, start)
+        texts = self.texts(episode, start)
         return Window(
             self._frames(episode, video),
             video_mask,
@@ -468,9 +500,11 @@ class Recordings:
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         first_with = {}  # digest of all numbers -> the first episode that has them
         looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
+        empty = []  # episodes with a text that is
         for episode in range(len(self.lengths)):
             try:
-                self.texts(episode)
+                if "" in self.texts(episode):
+                    empty.append(episode)
                 state, action = self.numbers(episode)
             except ValueError as error:
                 faults.append(error)
@@ -494,9 +528,15 @@ class Recordings:
             for title, rows in ends.items():
                 for d in np.flatnonzero(np.ptp(rows, axis=0) == 0):
                     problem = f"dimension {d} is {rows[0][d]:.6g} in every row"
-                    remedy = "allow it with constant=True or leave it out"
+                    remedy = (
+                        'allow it by "mapping": {"constant": true} in the card, or leave it out'
+                    )
                     faults.append(self._fault(title, f"{problem}; {remedy}"))
         faults += self._swapped_cameras(looks)
+        if empty and not self.told:
+            problem = f"is empty in episodes {empty[:10]}, {len(empty)} in all"
+            remedy = 'write their tasks, or give one by "mapping": {"instruction": "..."}'
+            faults.append(self._fault("instruction", f"{problem}; {remedy} in the card"))
         return [str(fault) for fault in faults]
 
     def _watch(self, episode: int, camera: str) -> ndarray:

@@ -83,10 +83,10 @@ def open_pyramid(
     per level where the card is silent; the encoder of run `latent` makes the actions of stage 2."""
     seen = preset(preset_name).frames, PRESETS[preset_name].size
     path = path or PRESETS[preset_name].data
-    if path is None:
+    if not path:
         raise ValueError(f"preset {preset_name!r} has no data of its own; name a card by --data")
-    encode = LatentEncoder(latent) if latent else None
-    words = Words.of(PRESETS[preset_name].backbones, preset(preset_name).video.text_len)
+    encode = latent and LatentEncoder(latent)
+    words = Words.of(PRESETS[preset_name])
     return Pyramid(path, STAGES[stage].levels, *seen, episodes, seed, robot, encode, words)
 
 
@@ -111,7 +111,7 @@ def backbones_of(
     """The frozen backbones of a preset; with prepared states `text` instead of the text encoder,
     and the VLM of the official Motus file `motus`. MOTUS_BACKBONES names another folder."""
     folder = os.environ.get("MOTUS_BACKBONES") or PRESETS[preset_name].backbones
-    if folder is None:
+    if not folder:
         raise ValueError(f"preset {preset_name!r} has no backbones: MOTUS_BACKBONES names a folder")
     parts = [part for part in parts if not (text and part == "text")]
     backbones = Backbones.load(folder, config.video.text_len, parts, motus)
@@ -335,7 +335,7 @@ class Pool:
             tensors = {name: source.read(name) for name in source.names()}
         config = replace(preset(preset_name, stage), **about.pop("widths"))
         backbones = stage_backbones(preset_name, config, stage)
-        now = makers(config, stage, backbones, LatentEncoder(latent) if latent else None)
+        now = makers(config, stage, backbones, latent and LatentEncoder(latent))
         then = about["made_by"]
         stale = [f"{k} was {then[k]}, is {now.get(k)}" for k in then if then[k] != now.get(k)]
         if stale:
@@ -443,7 +443,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif faults := pyramid.check():
         raise ValueError(f"{len(faults)} faults\n" + "\n".join(faults))
     else:
-        print(*pyramid.notes(), "no fault found", sep="\n")
+        print(f"{pyramid.notes()}no fault found")
 
 
 if __name__ == "__main__":

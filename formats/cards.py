@@ -377,11 +377,11 @@ class Pyramid:
                         "mapping.instruction"
                     )
 
-    def notes(self) -> list[str]:
-        """What is lost of the instructions on their way to the network."""
+    def notes(self) -> str:
+        """Lines that say what is lost of the instructions on their way to the network."""
         texts = dict.fromkeys(text for o in self.opened for text in sorted(o.instructions))
         notes = [note for words in self.words for note in words.notes(texts)]
-        return [f"warning  {note}" for note in notes]
+        return "".join(f"warning  {note}\n" for note in notes)
 
     def _set_rates(self) -> None:
         """The card's, or: actions at the robot's own rate, video at the paper's 5 Hz or the rate
@@ -547,8 +547,7 @@ class Pyramid:
                 f"{o.source.normalise}, drawn by {o.source.draw}, {o.source.held_out} episodes "
                 f"held out{ahead}"
             )
-        lines += self.notes()
-        return "\n".join(lines)
+        return "\n".join([*lines, self.notes()]).rstrip()
 
     def check(self) -> list[str]:
         """Every fault in every source, and episodes that are in two of them."""

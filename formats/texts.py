@@ -27,15 +27,15 @@ class Words(NamedTuple):
     limit: int | None = None
 
     @classmethod
-    def of(cls, folder: str | Path | None, text_len: int) -> "tuple[Words, ...]":
-        """Those of a folder of backbones, or of MOTUS_BACKBONES, whose text encoder keeps
-        `text_len` tokens, its end among them."""
-        folder = os.environ.get("MOTUS_BACKBONES") or folder
+    def of(cls, preset) -> "tuple[Words, ...]":
+        """Those of a `motus.Preset`, or of the folder MOTUS_BACKBONES. The end of a text is one of
+        the tokens that its text encoder keeps."""
+        folder = os.environ.get("MOTUS_BACKBONES") or preset.backbones
         found = []
         for network, names in FILES.items():
             paths = [Path(folder) / name for name in names] if folder else []
             here = [Tokenizer.from_file(str(path)) for path in paths if path.is_file()]
-            limit = text_len - 1 if network == "text encoder" else None
+            limit = preset.motus.video.text_len - 1 if network == "text encoder" else None
             found.append(cls(network, here[0] if here else None, limit))
         return tuple(found)
 

@@ -335,10 +335,8 @@ class Pyramid:
             opened.append(OpenSource(source, root, share, self.seed))
         # Files that name no robot do not say that two of them are of one.
         silent = [o for o in opened if not o.named]
-        count = Counter(o.source.embodiment.lower() for o in silent)
-        for o in silent:
-            if count[o.source.embodiment.lower()] > 1:
-                o.source = replace(o.source, embodiment=o.name)
+        for o in silent if len(silent) > 1 else ():
+            o.source = replace(o.source, embodiment=o.name)
         robots = sorted({o.source.embodiment for o in opened})
         if self.robot and self.robot not in robots:
             raise ValueError(f"robot is {self.robot!r}; expected one of {robots}")
@@ -358,11 +356,12 @@ class Pyramid:
                     f"sources of robot {robot!r} have {kinds} numbers of state and action; give "
                     "them two names by embodiment, or choose columns by mapping"
                 )
-            axes = {str(x.reader.axes): x.source.path for x in (o, other) if x.reader.axes}
-            if o is not other and not (o.told and other.told) and (len(axes) > 1 or not o.named):
+            axes = {str(x.reader.axes) for x in (other, o) if x.reader.axes}
+            unsure = len(axes) > 1 or not (o.named and other.named)
+            if o is not other and unsure and not (o.told and other.told):
                 raise ValueError(
                     f"sources {other.source.path} and {o.source.path} are of robot {robot!r} by "
-                    f"their files, whose numbers have the names {list(axes)}; give each its "
+                    f"their files, whose numbers have the names {sorted(axes)}; give each its "
                     "embodiment in a card, the same if the numbers and their units are the same"
                 )
 

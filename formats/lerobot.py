@@ -26,7 +26,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy import ndarray
+from torch import Tensor
 
 from formats.recordings import (
     AGAIN,
@@ -38,6 +40,7 @@ from formats.recordings import (
     VideoWriter,
     av,
 )
+from formats.statistics import moments, pooled
 from weights.files import read_json
 
 try:
@@ -594,28 +597,25 @@ class LeRobotDataset(Folder):
 # -- writing --------------------------------------------------------------------------------------
 
 
-STATS = ("min", "max", "mean", "std", "count")
+STATS = ("count", "mean", "std", "min", "max")
 
 
-def measure(rows: ndarray, count: int = 0) -> ndarray:
-    """LeRobot's statistics (5, D) of rows (T, D), which count as so many, as they are if 0."""
-    counts = np.full(rows.shape[1], count or len(rows))
-    return np.stack([rows.min(0), rows.max(0), rows.mean(0), rows.std(0), counts])
+def named(blocks: Sequence[Tensor], feature: dict) -> dict[str, list]:
+    """Statistics of `moments` as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one
+    number."""
+    shape = (-1, 1, 1) if feature["dtype"] == "video" else (-1,)
+    values = {name: x.reshape(shape).tolist() for name, x in zip(STATS, pooled(blocks))}
+    return values | {"count": [int(np.ravel(values["count"])[0])]}
 
 
-def pool(parts: Sequence[ndarray]) -> ndarray:
-    """Statistics (5, D) of the whole from those of its parts."""
-    low, high, mean, std, count = np.stack(parts, axis=1)
-    whole = np.average(mean, axis=0, weights=count)
-    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=count)
-    return np.stack([low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0)])
-
-
-def named(stats: ndarray, feature: dict) -> dict[str, list]:
-    """Statistics as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one number."""
-    shape = (5, -1, 1, 1) if feature["dtype"] == "video" else (5, -1)
-    values = dict(zip(STATS, stats.reshape(shape).tolist()))
-    return values | {"count": [int(stats[4, 0])]}
+def statistics_of(column: "pa.Array") -> Tensor | None:
+    """`moments` of a column whose rows hold as many numbers each."""
+    widths, values = flattened(column)
+    numeric = str(values.type) in (*NUMBERS["float"], *NUMBERS["int"])
+    if not numeric or values.null_count or len(set(widths.tolist())) != 1:
+        return None
+    rows = values.to_numpy(zero_copy_only=False).reshape(len(widths), -1)
+    return moments(torch.from_numpy(rows.astype(np.float64)))
 
 
 class Writer:
@@ -674,19 +674,12 @@ class Writer:
                 columns[key] = self._vector(key, np.asarray(v, np.float32), list(names))
         lengths = {key: len(values) for key, (_, values) in columns.items()}
         features = {key: feature for key, (feature, _) in columns.items()}
-        stats = {}
-        for key, (_, values) in columns.items():
-            widths, values = flattened(values)
-            numeric = str(values.type) in (*NUMBERS["float"], *NUMBERS["int"])
-            if numeric and len(set(widths)) == 1 and not values.null_count:
-                rows = values.to_numpy(zero_copy_only=False).reshape(len(widths), -1)
-                stats[key] = measure(rows.astype(np.float64))
+        stats = {key: statistics_of(values) for key, (_, values) in columns.items()}
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
-            lengths[key], shape, sample = self._write_video(key, pictures)
+            lengths[key], shape, stats[key] = self._write_video(key, pictures)
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
-            stats[key] = pool(sample) if sample else None
         length = next(iter(lengths.values()), 0)
         for key, count in lengths.items():
             if count != length or not count:
@@ -716,9 +709,9 @@ class Writer:
 
     def _write_video(
         self, key: str, pictures: Iterable[ndarray]
-    ) -> tuple[int, list[int], list[ndarray]]:
+    ) -> tuple[int, list[int], Tensor | None]:
         """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
-        stats = []
+        some = []  # rows of colours (n, 3)
         shape = self.features.get(key, {}).get("shape")
         count = 0
         for picture in map(np.asarray, pictures):
@@ -731,9 +724,13 @@ class Writer:
                 self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
             self.videos[key].add(picture, first=count == 0)
             if count % 10 == 0:
-                stats.append(measure(picture[::4, ::4].reshape(-1, 3) / 255, 1))
+                some.append(picture[::4, ::4].reshape(-1, 3))
             count += 1
-        return count, shape, stats
+        if not some:
+            return 0, shape, None
+        found = moments(torch.from_numpy(np.concatenate(some) / 255))
+        found[[0, 2]] /= len(some[0])  # LeRobot counts pictures
+        return count, shape, found
 
     def _write_rows(self, columns: dict[str, "pa.Array"], tasks: list[int]) -> None:
         """Adds an episode to the data file, which is opened if there is none."""
@@ -767,8 +764,9 @@ class Writer:
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
         for key, found in stats.items():
-            found = named(found, self.features[key])
-            row |= {f"stats/{key}/{name}": values for name, values in found.items()}
+            if found is not None:
+                found = named([found], self.features[key])
+                row |= {f"stats/{key}/{name}": values for name, values in found.items()}
         self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
@@ -797,8 +795,10 @@ class Writer:
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
         whole = {}
-        for key in self.stats[0]:
-            whole[key] = named(pool([one[key] for one in self.stats]), self.features[key])
+        for key, feature in self.features.items():
+            blocks = [one[key] for one in self.stats if one[key] is not None]
+            if blocks:
+                whole[key] = named(blocks, feature)
         (meta / "stats.json").write_text(json.dumps(whole), "utf-8")
         count = len(self.episodes)
         info = {

@@ -344,6 +344,15 @@ class Window:
     instruction: str
 
 
+@contextmanager
+def noting(faults: list[str]) -> Iterator[None]:
+    """A ValueError within becomes one of the faults."""
+    try:
+        yield
+    except ValueError as error:
+        faults.append(str(error))
+
+
 class Recordings:
     """Episodes: what all readers share. Each has
 
@@ -494,50 +503,46 @@ class Recordings:
 
     # Checks.
 
-    def check(self) -> list[str]:
-        """Reads every episode, decodes every frame, and names every fault."""
+    def check(self, seen: dict | None = None) -> list[str]:
+        """Reads every episode, decodes every frame, and names every fault. `seen`: digest of an
+        episode's numbers -> source and number of the first that has them; sources may share it."""
+        seen = {} if seen is None else seen
         faults = []
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
-        first_with = {}  # digest of all numbers -> the first episode that has them
-        looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
         empty = []  # episodes with a text that is
+        looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
         for episode in range(len(self.lengths)):
-            try:
-                if "" in self.texts(episode):
+            with noting(faults):
+                if "" in self.texts(episode) and not self.told:
                     empty.append(episode)
-                state, action = self.numbers(episode)
-            except ValueError as error:
-                faults.append(error)
-                state = action = None
-            for title, rows in zip(self.titles.values(), (state, action)):
-                if rows is not None:
-                    ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
-            if action is not None and np.ptp(action, axis=0).any():
-                numbers = bytes(action) + (b"" if state is None else bytes(state))
-                first = first_with.setdefault(hashlib.sha256(numbers).digest(), episode)
-                if first != episode:
-                    problem = f"equals episode {first} number for number; drop one of the two"
-                    faults.append(self._fault(self.titles["action"], problem, episode))
+                for title, rows in zip(self.titles.values(), self.numbers(episode)):
+                    if rows is not None:
+                        ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
+                self._find_again(episode, seen)
             for number, camera in enumerate(self.cameras):
-                try:
-                    first = self._watch(episode, camera)
-                    looks[episode, number] = resize(first, 4, 4).ravel()
-                except ValueError as error:
-                    faults.append(error)
-        if not self.given.constant:
-            for title, rows in ends.items():
-                for d in np.flatnonzero(np.ptp(rows, axis=0) == 0):
-                    problem = f"dimension {d} is {rows[0][d]:.6g} in every row"
-                    remedy = (
-                        'allow it by "mapping": {"constant": true} in the card, or leave it out'
-                    )
-                    faults.append(self._fault(title, f"{problem}; {remedy}"))
-        faults += self._swapped_cameras(looks)
-        if empty and not self.told:
-            problem = f"is empty in episodes {empty[:10]}, {len(empty)} in all"
-            remedy = 'write their tasks, or give one by "mapping": {"instruction": "..."}'
-            faults.append(self._fault("instruction", f"{problem}; {remedy} in the card"))
-        return [str(fault) for fault in faults]
+                with noting(faults):
+                    looks[episode, number] = resize(self._watch(episode, camera), 4, 4).ravel()
+        for title, rows in ends.items():
+            for d in np.flatnonzero(np.ptp(rows, axis=0) == 0) if not self.given.constant else ():
+                problem = f"dimension {d} is {rows[0][d]:.6g} in every row; leave it out, or allow"
+                remedy = f'{problem} it by "mapping": {{"constant": true}} in the card'
+                faults.append(str(self._fault(title, remedy)))
+        if empty:
+            problem = f"is empty in episodes {empty[:10]}, {len(empty)} in all; write their tasks"
+            remedy = f'{problem}, or give one by "mapping": {{"instruction": "..."}} in the card'
+            faults.append(str(self._fault("instruction", remedy)))
+        return faults + [str(fault) for fault in self._swapped_cameras(looks)]
+
+    def _find_again(self, episode: int, seen: dict) -> None:
+        """ValueError if an episode that moves has the numbers of one that was `seen`."""
+        numbers = [rows for rows in self.numbers(episode) if rows is not None]
+        if not numbers or not np.ptp(numbers[-1], axis=0).any():
+            return
+        mine = self.name, episode
+        name, first = seen.setdefault(hashlib.sha256(b"".join(map(bytes, numbers))).digest(), mine)
+        if (name, first) != mine:
+            problem = f"equals episode {first} of {name} number for number; drop one of the two"
+            raise self._fault(self.titles["action"], problem, episode)
 
     def _watch(self, episode: int, camera: str) -> ndarray:
         """The first picture of an episode. All are decoded in order; some of them alone too, and

@@ -256,8 +256,9 @@ class LeRobotDataset(Folder):
         tasks = {}
         for index, task in zip(*(column.to_pylist() for column in table.columns)):
             if index is None or tasks.setdefault(index, task or "") != (task or ""):
-                expected = "each whole task_index once"
-                raise self._fault(name, f"task {index} is {task!r:.60}; expected {expected}")
+                raise self._fault(
+                    name, f"task {index} is {task!r:.60}; expected each whole task_index once"
+                )
         return tasks
 
     def _episode_columns(self) -> dict[str, ndarray]:
@@ -282,8 +283,11 @@ class LeRobotDataset(Folder):
             columns[name] = table[name].to_numpy()
             good = (columns[name] >= 0) & (columns[name] < np.inf)
             for episode in np.flatnonzero(~good)[:1]:
-                problem = f"is {columns[name][episode]}, null, negative or not finite"
-                raise self._fault(name, f"{problem}; {AGAIN}", episode)
+                raise self._fault(
+                    name,
+                    f"is {columns[name][episode]}, null, negative or not finite; {AGAIN}",
+                    episode,
+                )
         if not self.told:
             self.episode_tasks = table["tasks"].combine_chunks()
             columns["tasks"] = np.asarray(self.episode_tasks.value_lengths().fill_null(0))
@@ -515,8 +519,9 @@ class LeRobotDataset(Folder):
             return {}
         rows = self.rows(episode, LABELS)[LABELS]
         if len(names) != rows.shape[1]:
-            problem = f"has {len(names)} names for {rows.shape[1]} numbers"
-            raise self._fault(LABELS, f"{problem}; give each its name")
+            raise self._fault(
+                LABELS, f"has {len(names)} names for {rows.shape[1]} numbers; give each its name"
+            )
         return dict(zip(names, rows.T))
 
     def recorded_texts(self, episode: int, row: int | None = None) -> list[str]:
@@ -683,13 +688,15 @@ class Writer:
         length = next(iter(lengths.values()), 0)
         for key, count in lengths.items():
             if count != length or not count:
-                problem = f"has {count} rows for {length} of {next(iter(lengths))}"
-                raise self._fault(key, f"{problem}; expected as many")
+                raise self._fault(
+                    key, f"has {count} rows for {length} of {next(iter(lengths))}; expected as many"
+                )
         self.features = self.features or features
         if features != self.features or not features:
             found = {key: feature["shape"] for key, feature in features.items()}
-            expected = "the cameras and widths of episode 0"
-            raise self._fault("features", f"are {found}; expected {expected}")
+            raise self._fault(
+                "features", f"are {found}; expected the cameras and widths of episode 0"
+            )
         tasks = [task] * length if isinstance(task, str) else task
         values = {key: values for key, (_, values) in columns.items()}
         self._write_rows(values, [self.tasks.setdefault(t, len(self.tasks)) for t in tasks])

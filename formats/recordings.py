@@ -446,8 +446,11 @@ class Recordings:
     def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
         """Rows (T, D) as they are, if all are finite."""
         for row, column in np.argwhere(~np.isfinite(rows))[:1]:
-            problem = f"dimension {column} is {rows[row, column]}; repair or drop it"
-            raise self._fault(field, f"row {row}, {problem}", episode)
+            raise self._fault(
+                field,
+                f"row {row}, dimension {column} is {rows[row, column]}; repair or drop it",
+                episode,
+            )
         return rows
 
     # Windows.
@@ -468,6 +471,8 @@ class Recordings:
         """Pictures (F, H, W, 3) of rows in any order, by camera; each is decoded once."""
         if not len(rows):
             return {}
+        if not self.cameras:
+            raise self._fault("cameras", "there are none; a window needs a video of each episode")
         needed, back = np.unique(rows, return_inverse=True)
         views = self.views(episode, needed)
         frames = {camera: np.stack(list(view))[back] for camera, view in views.items()}
@@ -531,6 +536,8 @@ class Recordings:
             problem = f"is empty in episodes {empty[:10]}, {len(empty)} in all; write their tasks"
             remedy = f'{problem}, or give one by "mapping": {{"instruction": "..."}} in the card'
             faults.append(str(self._fault("instruction", remedy)))
+        with noting(faults):
+            self._frames(0, np.zeros(1, int))
         return faults + [str(fault) for fault in self._swapped_cameras(looks)]
 
     def _find_again(self, episode: int, seen: dict) -> None:
@@ -556,8 +563,11 @@ class Recordings:
         for row in some:
             (alone,) = self.views(episode, [row])[camera]
             if not np.array_equal(alone, kept[row]):
-                problem = f"row {row} is another picture alone than in order"
-                raise self._fault(camera, f"{problem}; encode the video again", episode)
+                raise self._fault(
+                    camera,
+                    f"row {row} is another picture alone than in order; encode the video again",
+                    episode,
+                )
         return kept[0]
 
     def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:

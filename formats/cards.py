@@ -355,13 +355,14 @@ class Pyramid:
                     f"sources of robot {robot!r} have {kinds} numbers of state and action; give "
                     "them two names by embodiment, or choose columns by mapping"
                 )
-            axes = {str(x.reader.axes) for x in (other, o) if x.reader.axes}
-            unsure = len(axes) > 1 or not (o.named and other.named)
+            pairs = zip(other.reader.axes, o.reader.axes)
+            other_names = [pair for pair in pairs if all(pair) and pair[0] != pair[1]]
+            unsure = other_names or not (o.named and other.named)
             if o is not other and unsure and not (o.told and other.told):
                 raise ValueError(
                     f"sources {other.source.path} and {o.source.path} are of robot {robot!r} by "
-                    f"their files, whose numbers have the names {sorted(axes)}; give each its "
-                    "embodiment in a card, the same if the numbers and their units are the same"
+                    f"their files, the names of whose numbers differ in {other_names}; give each "
+                    "its embodiment in a card, the same if the numbers and their units are the same"
                 )
 
     def _check_texts(self) -> None:

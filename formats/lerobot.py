@@ -107,12 +107,21 @@ def flattened(column: "pa.Array") -> tuple[ndarray, "pa.Array"]:
     return np.ones(len(column), int), column
 
 
+def by_file(chunk: ndarray, file: ndarray, begin: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    """Of E episodes: the number of each one's file, their order by file and beginning, and the
+    first in each one's file."""
+    _, which = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
+    which = which.ravel()
+    order = np.lexsort((begin, which))
+    return which, order, order[np.searchsorted(which[order], which)]
+
+
 class LeRobotDataset(Folder):
     """One LeRobot dataset, opened. See the head of this file.
 
     data_at    arrays (E,): chunk, file, row of that file at which an episode begins, rows of it
-    video_at   the same by camera: chunk, file, seconds at which an episode begins
-    start      (E,) number of an episode's first row in the whole dataset
+    video_at   the same by camera: chunk, file, seconds at which an episode begins, and the first
+               one in its file
     """
 
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
@@ -206,15 +215,9 @@ class LeRobotDataset(Folder):
         """The objects of a file of json lines, of which some may be empty."""
         found = []
         for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-            try:
-                value = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                value = str(error)
-            if isinstance(value, dict):
-                found.append(value)
-            elif value is not None:
-                problem = f"line {number} is {value!r:.60}, expected a json object; write it again"
-                raise self._fault(field, problem)
+            with self._reading(f"{field}, line {number}", "is no json object:"):
+                if line.strip():
+                    found.append(dict(json.loads(line)))
         return found
 
     def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
@@ -227,8 +230,7 @@ class LeRobotDataset(Folder):
             raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
         if self.version == "v2.1":
-            with self._reading(field, "cannot be read:"):
-                (lines,) = (self._lines(path, field) for path in paths)
+            lines = [line for path in paths for line in self._lines(path, field)]
             found = len(lines)
         else:
             files = [self._parquet(path, name, schema.names) for path, name in zip(paths, names)]
@@ -319,17 +321,13 @@ class LeRobotDataset(Folder):
             chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
             right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
             checks.append((names[3], right, "must be from_timestamp + length / fps"))
-            order = np.lexsort((begin, file, chunk))
-            other_file = np.diff([chunk[order], file[order]]).any(axis=0)
+            which, order, first = by_file(chunk, file, begin)
             gap = begin[order[1:]] - end[order[:-1]]
             apart = np.ones(len(number), bool)
-            apart[order[1:]] = other_file | (gap >= -0.5 / self.fps)
+            apart[order[1:]] = np.diff(which[order]).astype(bool) | (gap >= -0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
             checks.append((names[2], apart, remedy))
-            _, which = np.unique([chunk, file], axis=1, return_inverse=True)
-            opens = np.full(len(number), np.inf)
-            np.minimum.at(opens, which, begin)
-            self.video_at[key] = (chunk, file, begin, opens[which])
+            self.video_at[key] = (chunk, file, begin, begin[first])
         for name, good, remedy in checks:
             for episode in np.flatnonzero(~good)[:1]:
                 raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
@@ -339,13 +337,9 @@ class LeRobotDataset(Folder):
         # Within a data file rows run from its first episode; it has the rows of all its episodes.
         chunk = columns.get("data/chunk_index", own[0])
         file = columns.get("data/file_index", own[1])
-        _, first, which = np.unique(
-            np.stack([chunk, file]), axis=1, return_index=True, return_inverse=True
-        )
-        which = which.ravel()
+        which, _, first = by_file(chunk, file, start)
         rows = np.bincount(which, length).astype(int)
-        self.data_at = (chunk, file, start - start[first[which]], rows[which])
-        self.start = start
+        self.data_at = (chunk, file, start - start[first], rows[which])
         self.lengths = length
 
     def _choose(self) -> None:
@@ -372,8 +366,7 @@ class LeRobotDataset(Folder):
                 raise self._fault("cameras", problem)
             self.cameras = tuple(name for (name,) in found)
         for name in self.cameras or self.left_out:
-            dtype = self.features.get(name, {}).get("dtype")
-            if name not in cameras and dtype == "image":
+            if name in self.left_out and self.features[name]["dtype"] == "image":
                 problem = "has dtype image, pictures inside parquet files"
                 raise self._fault(name, f"{problem}; expected video: convert the dataset")
         chosen = [(name, f"as {role}", vectors) for role, name in self.titles.items() if name]
@@ -388,7 +381,7 @@ class LeRobotDataset(Folder):
         if wrong:
             expected = "each once, and for the T-layout head, left, right in this order"
             raise self._fault("cameras", f"are {list(self.cameras)}; {expected}")
-        self.axes = [self._axes(key) for key in self.titles.values() if key]
+        self.axes = [self._axes(key) for key in self.titles.values()]
         self.widths = tuple(self._sizes(key)[0] if key else 0 for key in self.titles.values())
         self.sizes = {}  # camera -> height, width
         for key in self.cameras:
@@ -398,7 +391,7 @@ class LeRobotDataset(Folder):
 
     def _axes(self, key: str) -> list[str] | None:
         """Names of a vector's numbers, where they say more than their place."""
-        names = self.features[key].get("names")
+        names = self.features[key].get("names") if key else None
         if isinstance(names, dict):
             names = next(iter(names.values()), None)
         told = isinstance(names, list) and not all(str(name).isdigit() for name in names)

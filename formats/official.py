@@ -167,9 +167,10 @@ class OfficialFolder(Folder):
     def left_behind(self) -> list[str]:
         """Wordings after the first of each episode, and what else lies beside."""
         counts = [len(self.recorded_texts(e)) for e in range(len(self.files))]
-        found = [f"{sum(counts) - len(counts)} wordings, all but the first of an episode"]
-        found = found if max(counts) > 1 else []
-        return found + ["task folders, by which `draw` takes tasks alike"]
+        found = ["task folders, by which `draw` takes tasks alike"]
+        if max(counts) > 1:
+            found.append(f"{sum(counts) - len(counts)} wordings, all but the first of an episode")
+        return found
 
     def describe(self) -> str:
         frames = int(self.lengths.sum())

@@ -46,7 +46,7 @@ except ImportError:
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
 ALONE = 3  # rows of an episode that `check` also reads one by one
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
-UNREADABLE = (OSError, ValueError, OverflowError)
+UNREADABLE = (OSError, ValueError, TypeError, OverflowError, RecursionError)
 T_SIZE = (384, 320)  # pixels of the official three-camera picture
 AGAIN = "fetch or write it again, or correct its metadata"
 # Official RoboTwin data put these words before every instruction: `Choice(prefix=ROBOTWIN_SCENE)`.
@@ -376,7 +376,7 @@ class Recordings:
     Methods of knowledge that few sources have are here with an empty answer."""
 
     stated = True
-    axes = None
+    axes = (None, None)
 
     def __init__(self, name: str | Path, mapping: Choice | Mapping | None = None):
         self.name = str(name)

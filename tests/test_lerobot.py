@@ -863,7 +863,7 @@ MUTANTS = {
     "deep json": (
         "v2.1",
         lambda root: (root / "meta/episodes.jsonl").write_text("[" * 100_000),
-        "episodes.jsonl: cannot be read",
+        "episodes.jsonl, line 1: is no json object",
     ),
     "10^9 frames in info": (
         "v3.0",
@@ -1307,7 +1307,9 @@ def test_a_broken_line_is_named(whole, tmp_path):
     raw_lines("episodes", lambda raw: raw.replace(b'{"episode_index": 2', b'"episode_index": 2'))(
         tmp_path / "d"
     )
-    with pytest.raises(ValueError, match=r"meta/episodes.jsonl: .*line 3 is .*; write it again"):
+    with pytest.raises(
+        ValueError, match=r"meta/episodes.jsonl, line 3: is no json object: .*; fetch or"
+    ):
         opened(tmp_path / "d")
 
 

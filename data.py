@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from backbones.frozen import Backbones
 from formats import windows
-from formats.cards import EPISODES, Pyramid
+from formats.cards import EPISODES, Pyramid, Words
 from formats.inspect import convert, inspect
 from formats.motions import motions, read_tokens  # noqa: F401
 from formats.statistics import Statistics, as_stored
@@ -84,10 +84,11 @@ def open_pyramid(
     per level where the card is silent; the encoder of run `latent` makes the actions of stage 2."""
     seen = preset(preset_name).frames, PRESETS[preset_name].size
     path = path or PRESETS[preset_name].data
-    if path is None:
+    if not path:
         raise ValueError(f"preset {preset_name!r} has no data of its own; name a card by --data")
-    encode = LatentEncoder(latent) if latent else None
-    return Pyramid(path, STAGES[stage].levels, *seen, episodes, seed, robot, encode)
+    encode = latent and LatentEncoder(latent)
+    words = Words.of(PRESETS[preset_name])
+    return Pyramid(path, STAGES[stage].levels, *seen, episodes, seed, robot, encode, words)
 
 
 def network_for(pyramid: Pyramid, preset_name: str, stage: str) -> MotusConfig:
@@ -414,8 +415,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.command == "cache":
-        cache(args)
-        return
+        return cache(args)
     pyramid = open_pyramid(args.data, "latent", args.preset)  # of all levels
     if args.command == "inspect":
         inspect(pyramid, args.out, args.card)
@@ -424,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif faults := pyramid.check():
         raise ValueError(f"{len(faults)} faults\n" + "\n".join(faults))
     else:
-        print("no fault found")
+        print(f"{pyramid.notes()}no fault found")
 
 
 if __name__ == "__main__":

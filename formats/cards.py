@@ -19,12 +19,12 @@ Shapes: B batch, F frames, H W pixels, S actions, A action dimensions, P state d
 an episode.
 """
 
-import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from formats.official import OfficialFolder, is_official
 from formats.recordings import Choice, Recordings, fit, fit_place
 from formats.rendered import PREFIX, Rendered
 from formats.statistics import KINDS, Normaliser, Statistics, measured
+from formats.texts import Words
 from weights.files import check_keys, read_json
 
 VIDEO_HZ = 5.0  # the paper's
@@ -117,6 +118,7 @@ class OpenSource:
 
     def __init__(self, source: Source, root: Path, episodes: int, seed: int):
         """`episodes`: how many a world renders where the source does not say."""
+        self.told = bool(source.embodiment)  # which robot it is
         self.trained = source.episodes or episodes
         held = source.held_of(self.trained)
         if source.rendered:
@@ -132,6 +134,7 @@ class OpenSource:
                     "one to train on"
                 )
             self.trained = min(count - held, source.episodes or count)
+        self.named = self.told or self.reader.stated
         official = isinstance(self.reader, OfficialFolder)
         self.source = replace(
             source,
@@ -157,6 +160,13 @@ class OpenSource:
             _, task, size = np.unique(tasks, return_inverse=True, return_counts=True)
             chance = 1 / size[task]
         self.edges = np.cumsum(chance) / chance.sum()
+
+    @cached_property
+    def instructions(self) -> set[str]:
+        """All that windows are given."""
+        given = self.reader.given
+        texts = [given.instruction] if self.reader.told else self.reader.wordings()
+        return {given.prefix + text for text in texts}
 
     @property
     def windows(self) -> int:
@@ -280,6 +290,7 @@ class Pyramid:
     seed: int = 0  # of those
     robot: str = ""  # only sources of this one
     encode: Callable | None = None  # flows to latent actions: see `LatentFlows`
+    words: Sequence[Words] = ()  # tokenizers that instructions are tried on
 
     FIELDS = ("sources", "video_hz", "action_hz", "size", "about")
 
@@ -288,7 +299,8 @@ class Pyramid:
         root, self.card = self._read(Path(self.path))
         try:
             self.opened = self._open(root, sources_of(self.card))
-            self._check_widths()
+            self._check_robots()
+            self._check_texts()
             self._set_rates()
         except (TypeError, ValueError) as error:
             raise ValueError(f"card {self.name}: {error}") from error
@@ -320,22 +332,55 @@ class Pyramid:
         for source in chosen:
             share = math.ceil((self.episodes or EPISODES) / alike[source.path, source.level])
             opened.append(OpenSource(source, root, share, self.seed))
+        # Files that name no robot do not say that two of them are of one.
+        silent = [o for o in opened if not o.named]
+        for o in silent if len(silent) > 1 else ():
+            o.source = replace(o.source, embodiment=o.name)
         robots = sorted({o.source.embodiment for o in opened})
         if self.robot and self.robot not in robots:
             raise ValueError(f"robot is {self.robot!r}; expected one of {robots}")
         return [o for o in opened if self.robot in ("", o.source.embodiment)]
 
-    def _check_widths(self) -> None:
-        widths: dict[str, tuple[int, int]] = {}
+    def _check_robots(self) -> None:
+        """The numbers of sources of one robot must have one meaning, as far as they say it."""
+        first = {}
         for o in self.opened:
+            if not o.reader.widths[1]:
+                continue
             robot = o.source.embodiment
-            found = o.reader.widths
-            if found[1] and widths.setdefault(robot, found) != found:
+            other = first.setdefault(robot, o)
+            kinds = {x.reader.widths: x.source.path for x in (o, other)}
+            if len(kinds) > 1:
                 raise ValueError(
-                    f"source {o.source.path} has {found} numbers of state and action, another of "
-                    f"robot {robot!r} {widths[robot]}; give them two names, or choose columns by "
-                    "mapping"
+                    f"sources of robot {robot!r} have {kinds} numbers of state and action; give "
+                    "them two names by embodiment, or choose columns by mapping"
                 )
+            pairs = zip(other.reader.axes, o.reader.axes)
+            other_names = [pair for pair in pairs if all(pair) and pair[0] != pair[1]]
+            unsure = other_names or not (o.named and other.named)
+            if o is not other and unsure and not (o.told and other.told):
+                raise ValueError(
+                    f"sources {other.source.path} and {o.source.path} are of robot {robot!r} by "
+                    f"their files, the names of whose numbers differ in {other_names}; give each "
+                    "its embodiment in a card, the same if the numbers and their units are the same"
+                )
+
+    def _check_texts(self) -> None:
+        for o in self.opened if self.words else ():
+            for text in o.instructions:
+                signs = [sign for words in self.words for sign in words.signs(text)]
+                if signs:
+                    raise ValueError(
+                        f"source {o.source.path}: instruction {text!r:.200} holds {signs[0]}, a "
+                        "sign and no word to the backbones; reword it, or give one by "
+                        "mapping.instruction"
+                    )
+
+    def notes(self) -> str:
+        """Lines that say what is lost of the instructions on their way to the network."""
+        texts = dict.fromkeys(text for o in self.opened for text in sorted(o.instructions))
+        notes = [note for words in self.words for note in words.notes(texts)]
+        return "".join(f"warning  {note}\n" for note in notes)
 
     def _set_rates(self) -> None:
         """The card's, or: actions at the robot's own rate, video at the paper's 5 Hz or the rate
@@ -501,25 +546,12 @@ class Pyramid:
                 f"{o.source.normalise}, drawn by {o.source.draw}, {o.source.held_out} episodes "
                 f"held out{ahead}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, self.notes()]).rstrip()
 
     def check(self) -> list[str]:
-        """Every fault in every source, and episodes that are in two of them."""
-        faults = [fault for o in self.opened for fault in o.reader.check()]
-        if faults:
-            return faults
-        seen = {}  # digest of an episode's numbers -> path and number of the first that has them
-        for o in self.opened:
-            for e in range(len(o.reader.lengths)):
-                numbers = b"".join(x.tobytes() for x in o.reader.numbers(e) if x is not None)
-                mark = hashlib.sha256(numbers).digest()
-                path, other = seen.setdefault(mark, (o.source.path, e))
-                if numbers and path != o.source.path:
-                    faults.append(
-                        f"card {self.name}, source {o.source.path}, episode {e}: equals episode "
-                        f"{other} of {path} number for number; drop one of the two"
-                    )
-        return faults
+        """Every fault in every source, and episodes that are there twice."""
+        seen = {}
+        return [fault for o in self.opened for fault in o.reader.check(seen)]
 
 
 def sources_of(card: dict) -> list[Source]:

@@ -35,10 +35,14 @@ def convert(pyramid: Pyramid, out: Path, lossless: bool) -> None:
     """Writes every source as the LeRobot v3.0 dataset `out`/NAME, with a card beside them."""
     sources = []
     for o in pyramid.opened:
-        official.convert(o.reader, out / o.name, lossless)
-        mapping = o.source.mapping
-        texts = {key: mapping[key] for key in ("instruction", "prefix") if key in mapping}
-        sources.append(replace(o.source, path=o.name, mapping=texts, ahead=False, latents=""))
+        reader = o.reader.whole(o.source.mapping.get("cameras", ()))
+        left = official.convert(reader, out / o.name, lossless)
+        if o.folder.is_dir():
+            left.append(f"latent actions in {o.folder}")
+        if left:
+            print(f"{o.name}: left behind are {'; '.join(left)}")
+        ahead = o.source.ahead and not isinstance(reader, official.OfficialFolder)
+        sources.append(replace(o.source, path=o.name, ahead=ahead, latents=""))
     write_card(out / "card.json", pyramid, sources)
 
 

@@ -9,7 +9,9 @@
           many episodes in each parquet and mp4; meta/episodes says where each lies
 
 The picture of row i of an episode is at from_timestamp + i / fps in the mp4 (from_timestamp is 0 in
-v2.1). Pictures inside parquet files, LeRobot's dtype image, are refused: convert them to videos.
+v2.1). Only what is read is tested, and may be refused: state, actions and cameras that are chosen,
+timestamps, and tasks unless the mapping gives an instruction. Pictures inside parquet files,
+LeRobot's dtype image, are no camera: convert them to videos.
 
 Shapes: E episodes, T rows of one, H W pixels, D dimensions of a vector.
 """
@@ -20,10 +22,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy import ndarray
+from torch import Tensor
 
 from formats.recordings import (
     AGAIN,
@@ -35,14 +40,14 @@ from formats.recordings import (
     VideoWriter,
     av,
 )
+from formats.statistics import moments, pooled
 from weights.files import plain_json, read_json
 
 try:
     import pyarrow as pa
-    import pyarrow.json as pj
     import pyarrow.parquet as pq
 except ImportError:
-    pa = pj = pq = None
+    pa = pq = None
 
 # Rows of an episode, episodes of a dataset: above any honest one, and still small in memory.
 MAX_ROWS = 1_000_000
@@ -65,24 +70,28 @@ LIMITS = {
     "total_frames": 1000 * MAX_ROWS,
     "chunks_size": MAX_ROWS,
 }
+UNSTATED = ("", "unknown", "none", "null")  # robot_type, in lower case, that names no robot
 FOREIGN = {"v3.0": ("tasks.jsonl", "episodes.jsonl"), "v2.1": ("tasks.parquet", "episodes")}
 # Where an episode lies in the videos of a camera: columns of meta/episodes, in seconds at the end.
 VIDEO = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 LABELS = "observation.environment_state"
+# Columns that every dataset has; the last three may be absent: they say again what is known.
 WHOLE = {"dtype": "int64", "shape": [1], "names": None}
-DEFAULTS = {
-    "timestamp": WHOLE | {"dtype": "float32"},
-    "frame_index": WHOLE,
-    "episode_index": WHOLE,
-    "index": WHOLE,
-    "task_index": WHOLE,
-}
+DEFAULTS = {"timestamp": WHOLE | {"dtype": "float32"}} | dict.fromkeys(
+    ("task_index", "frame_index", "episode_index", "index"), WHOLE
+)
+KNOWN_META = r"info\.json|stats\.json|tasks\.\w+|episodes(_stats)?(\.\w+)?"
 # The lerobot package reads tasks with pandas, which learns from this that the text is the index.
 PANDAS = """{"index_columns": ["task"], "column_indexes": [], "pandas_version": "2.0.0",
 "columns": [{"name": "task", "field_name": "task", "metadata": null,
              "pandas_type": "unicode", "numpy_type": "object"},
             {"name": "task_index", "field_name": "task_index", "metadata": null,
              "pandas_type": "int64", "numpy_type": "int64"}]}"""
+# Types of a column of DEFAULTS, by its dtype without the bits.
+NUMBERS = {
+    "float": ("halffloat", "float", "double"),
+    "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
+}
 # What a path of info.json may hold; nothing else of a template is filled in.
 TEMPLATE = (
     r"([^{}]|\{video_key\}|\{(episode_chunk|chunk_index|episode_index|file_index)(:0\dd)?\})+"
@@ -91,21 +100,36 @@ TEMPLATE = (
 # -- reading --------------------------------------------------------------------------------------
 
 
+def flattened(column: "pa.Array") -> tuple[ndarray, "pa.Array"]:
+    """How many values each row of a column holds (T,), and all of them in order."""
+    if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        return np.asarray(column.value_lengths().fill_null(0)), column.flatten()
+    return np.ones(len(column), int), column
+
+
+def by_file(chunk: ndarray, file: ndarray, begin: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    """Of E episodes: the number of each one's file, their order by file and beginning, and the
+    first in each one's file."""
+    _, which = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
+    which = which.ravel()
+    order = np.lexsort((begin, which))
+    return which, order, order[np.searchsorted(which[order], which)]
+
+
 class LeRobotDataset(Folder):
     """One LeRobot dataset, opened. See the head of this file.
 
     data_at    arrays (E,): chunk, file, row of that file at which an episode begins, rows of it
-    video_at   the same by camera: chunk, file, seconds at which an episode begins
-    start      (E,) number of an episode's first row in the whole dataset
+    video_at   the same by camera: chunk, file, seconds at which an episode begins, and the first
+               one in its file
     """
 
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
         super().__init__(root, mapping)
         self._read_info()
-        self._read_features()
-        self.tasks = self._read_tasks()
-        self._read_episodes()
         self._choose()
+        self.tasks = {} if self.told else self._read_tasks()
+        self._read_episodes()
 
     # Metadata: every claim is held against the others before a table is read.
 
@@ -128,31 +152,42 @@ class LeRobotDataset(Folder):
                 expected = f"a number above 0 and at most {limit}, whole but for fps"
                 raise self._fault(key, f"is {value!r:.50}; expected {expected}")
         self.fps = self.info["fps"]
-        self.robot = str(self.info.get("robot_type") or self.root.name)
-
-    def _read_features(self) -> None:
+        robot = str(self.info.get("robot_type") or "").strip()
+        self.stated = robot.lower() not in UNSTATED
+        self.robot = robot or self.root.name
         self.features = self.info.get("features")
         if not isinstance(self.features, dict):
             raise self._fault("meta/info.json", f"has no features; {AGAIN}")
-        self.sizes = {}  # camera -> height, width
-        self.left_out = []  # depth maps and the like
+
+    def _sizes(self, key: str) -> list:
+        """The shape of a feature that is read, sizes as they must be."""
+        feature = self.features[key]
+        sizes = feature.get("shape")
+        sound = isinstance(sizes, list) and all(type(n) is int for n in sizes)
+        if not sound or not all(0 < n <= MAX_SIDE for n in sizes):
+            expected = f"a shape, sizes from 1 to {MAX_SIDE}: correct info.json"
+            raise self._fault(key, f"feature is {feature!r:.80}; expected {expected}")
+        return sizes
+
+    def _candidates(self) -> tuple[list[str], list[str]]:
+        """Features that can be state or actions, and cameras; `left_out`: other pictures."""
+        vectors = []
+        cameras = []
+        self.left_out = []
         for key, feature in self.features.items():
-            shape = feature.get("shape") if isinstance(feature, dict) else None
-            sizes = shape if isinstance(shape, list) else [None]
-            sound = all(type(n) is int and 0 < n <= MAX_SIDE for n in sizes)
-            if not sound or not isinstance(feature.get("dtype"), str):
-                expected = f"dtype and shape, sizes from 1 to {MAX_SIDE}"
-                raise self._fault(key, f"feature is {feature!r:.80}; expected {expected}")
-            if feature["dtype"] == "image":
-                problem = "has dtype image, pictures inside parquet files"
-                raise self._fault(key, f"{problem}; expected video: convert the dataset")
-            if feature["dtype"] != "video":
-                continue
-            depth = (feature.get("info") or {}).get("video.is_depth_map")
-            if depth or len(shape) != 3 or 3 not in (shape[0], shape[2]):
-                self.left_out.append(key)
-            else:
-                self.sizes[key] = tuple(shape[:2] if shape[2] == 3 else shape[1:])
+            about = feature if isinstance(feature, dict) else {}
+            kind = str(about.get("dtype"))
+            shape = about.get("shape")
+            listed = shape if isinstance(shape, list) else []
+            if re.match("u?int|float", kind) and key not in DEFAULTS:
+                if shape != [0] and len(listed) < 2:
+                    vectors.append(key)
+            elif kind in ("video", "image"):
+                depth = (about.get("info") or {}).get("video.is_depth_map")
+                coloured = len(listed) == 3 and 3 in (listed[0], listed[2])
+                group = cameras if kind == "video" and coloured and not depth else self.left_out
+                group.append(key)
+        return vectors, cameras
 
     def _parquet(
         self,
@@ -176,6 +211,15 @@ class LeRobotDataset(Folder):
             raise self._fault(field, problem, episode)
         return file
 
+    def _lines(self, path: Path, field: str) -> list[dict]:
+        """The objects of a file of json lines, of which some may be empty."""
+        found = []
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+            with self._reading(f"{field}, line {number}", "is no json object:"):
+                if line.strip():
+                    found.append(dict(json.loads(line)))
+        return found
+
     def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
         """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
         Nothing of a parquet file is read before its number of rows is known to be right."""
@@ -186,46 +230,42 @@ class LeRobotDataset(Folder):
             raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
         if self.version == "v2.1":
-            parse = pj.ParseOptions(schema, unexpected_field_behavior="ignore")
-            read = pj.ReadOptions(block_size=MAX_META)  # a line lies in one block
-            with self._reading(field, "cannot be read:"):
-                files = [pj.read_json(path, read, parse) for path in paths]
-            found = sum(map(len, files))
+            lines = [line for path in paths for line in self._lines(path, field)]
+            found = len(lines)
         else:
             files = [self._parquet(path, name, schema.names) for path, name in zip(paths, names)]
             found = sum(file.metadata.num_rows for file in files)
-        if rows not in (None, found):
+        if found > MAX_ROWS or rows not in (None, found):
             problem = f"has {found} rows, info.json says {rows}; correct one of them"
             raise self._fault(field, problem)
         with self._reading(field, "cannot be read:"):
-            if self.version == "v3.0":
-                files = [file.read(schema.names) for file in files]
-            table = pa.concat_tables(file.select(schema.names).cast(schema) for file in files)
+            if self.version == "v2.1":
+                return pa.Table.from_pylist(lines, schema)
+            tables = (file.read(schema.names).select(schema.names).cast(schema) for file in files)
+            table = pa.concat_tables(tables)
             table.validate(full=True)
         return table
 
     def _read_tasks(self) -> dict[int, str]:
         name = "meta/tasks.jsonl"
         text = "task"
-        rows = None
         if self.version == "v3.0":
             name = "meta/tasks.parquet"
-            rows = self.info.get("total_tasks")
             # The text is a pandas index, which may have no name.
             columns = self._parquet(self._path(name), name, ()).schema_arrow.names
             text = "task" if "task" in columns else "__index_level_0__"
-        table = self._metadata([name], rows, {"task_index": pa.int64(), text: pa.string()})
+        table = self._metadata([name], None, {"task_index": pa.int64(), text: pa.string()})
         tasks = {}
         for index, task in zip(*(column.to_pylist() for column in table.columns)):
-            if index is None or not task or index in tasks:
-                expected = "each whole task_index once, with a text"
-                raise self._fault(name, f"task {index} is {task!r:.60}; expected {expected}")
-            tasks[index] = task
+            if index is None or tasks.setdefault(index, task or "") != (task or ""):
+                raise self._fault(
+                    name, f"task {index} is {task!r:.60}; expected each whole task_index once"
+                )
         return tasks
 
     def _episode_columns(self) -> dict[str, ndarray]:
-        """Columns of meta/episodes as numbers (E,) in the order of episodes; of the tasks, which
-        become `episode_tasks`, how many each has."""
+        """Columns of meta/episodes as numbers (E,) in the order of episodes; of the tasks, if they
+        are read, how many each has. They become `episode_tasks`."""
         files = ["meta/episodes.jsonl"]
         names = ["episode_index", "length"]
         if self.version == "v3.0":
@@ -233,21 +273,27 @@ class LeRobotDataset(Folder):
             files = sorted(str(path.relative_to(self.root)) for path in paths)
             names += ["dataset_from_index", "dataset_to_index"]
             names += ["data/chunk_index", "data/file_index"]
-            names += [f"videos/{key}/{name}" for key in self.sizes for name in VIDEO]
+            names += [f"videos/{key}/{name}" for key in self.cameras for name in VIDEO]
         kinds = {name: pa.float64() if "timestamp" in name else pa.int64() for name in names}
-        kinds["tasks"] = pa.list_(pa.string())
+        if not self.told:
+            kinds["tasks"] = pa.list_(pa.string())
         table = self._metadata(files, self.info["total_episodes"], kinds)
+        order = np.argsort(table["episode_index"].to_numpy(), kind="stable")
+        table = table.take(order)
         columns = {}
         for name in names:
             columns[name] = table[name].to_numpy()
             good = (columns[name] >= 0) & (columns[name] < np.inf)
-            if table[name].null_count or not good.all():
-                problem = "has values that are null, negative or not finite"
-                raise self._fault(name, f"{problem}; {AGAIN}")
-        order = np.argsort(columns["episode_index"], kind="stable")
-        columns = {name: values[order] for name, values in columns.items()}
-        self.episode_tasks = table["tasks"].combine_chunks().take(pa.array(order))
-        return columns | {"tasks": np.asarray(self.episode_tasks.value_lengths().fill_null(0))}
+            for episode in np.flatnonzero(~good)[:1]:
+                raise self._fault(
+                    name,
+                    f"is {columns[name][episode]}, null, negative or not finite; {AGAIN}",
+                    episode,
+                )
+        if not self.told:
+            self.episode_tasks = table["tasks"].combine_chunks()
+            columns["tasks"] = np.asarray(self.episode_tasks.value_lengths().fill_null(0))
+        return columns
 
     def _read_episodes(self) -> None:
         """Length and places of each episode; what meta/episodes says twice must agree."""
@@ -261,7 +307,8 @@ class LeRobotDataset(Folder):
         checks = [("episode_index", columns["episode_index"] == number, remedy)]
         remedy = f"an episode has 1 to {MAX_ROWS} rows: split or drop it"
         checks.append(("length", (length >= 1) & (length <= MAX_ROWS), remedy))
-        checks.append(("tasks", columns["tasks"] > 0, "give each episode at least one"))
+        if not self.told:
+            checks.append(("tasks", columns["tasks"] > 0, "give each episode at least one"))
         for name, wanted in (("from", start), ("to", start + length)):
             name = f"dataset_{name}_index"
             remedy = "must count the rows of all episodes before"
@@ -269,19 +316,18 @@ class LeRobotDataset(Folder):
         # In v2.1, which does not say it, each episode has its own files.
         own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
         self.video_at = {}
-        for key in self.sizes:
+        for key in self.cameras:
             names = [f"videos/{key}/{name}" for name in VIDEO]
             chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
             right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
             checks.append((names[3], right, "must be from_timestamp + length / fps"))
-            order = np.lexsort((begin, file, chunk))
-            other_file = np.diff([chunk[order], file[order]]).any(axis=0)
+            which, order, first = by_file(chunk, file, begin)
             gap = begin[order[1:]] - end[order[:-1]]
             apart = np.ones(len(number), bool)
-            apart[order[1:]] = other_file | (gap >= -0.5 / self.fps)
+            apart[order[1:]] = np.diff(which[order]).astype(bool) | (gap >= -0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
             checks.append((names[2], apart, remedy))
-            self.video_at[key] = (chunk, file, begin)
+            self.video_at[key] = (chunk, file, begin, begin[first])
         for name, good, remedy in checks:
             for episode in np.flatnonzero(~good)[:1]:
                 raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
@@ -291,23 +337,15 @@ class LeRobotDataset(Folder):
         # Within a data file rows run from its first episode; it has the rows of all its episodes.
         chunk = columns.get("data/chunk_index", own[0])
         file = columns.get("data/file_index", own[1])
-        _, first, which = np.unique(
-            np.stack([chunk, file]), axis=1, return_index=True, return_inverse=True
-        )
-        which = which.ravel()
+        which, _, first = by_file(chunk, file, start)
         rows = np.bincount(which, length).astype(int)
-        self.data_at = (chunk, file, start - start[first[which]], rows[which])
-        self.start = start
+        self.data_at = (chunk, file, start - start[first], rows[which])
         self.lengths = length
 
     def _choose(self) -> None:
         """Fills the gaps of the mapping; what it names must exist and be of the right kind."""
         given = self.given
-        vectors = [""]
-        for key, feature in self.features.items():
-            plain = feature["dtype"].startswith(("float", "int")) and len(feature["shape"]) == 1
-            if plain and key not in DEFAULTS:
-                vectors.append(key)
+        vectors, cameras = self._candidates()
 
         def first(*names: str) -> str:
             return next((name for name in names if name in vectors), "")
@@ -316,19 +354,23 @@ class LeRobotDataset(Folder):
             "state": given.state or first("observation.state", "state"),
             "action": given.action or first("action", "actions"),
         }
-        ready = [key for key in self.sizes if key.endswith("cam_concatenated")]
-        self.cameras = given.cameras or tuple(ready or self.sizes)
+        ready = [key for key in cameras if key.endswith("cam_concatenated")]
+        self.cameras = given.cameras or tuple(ready or cameras)
         if given.t_layout and not given.cameras:
             found = []  # head, left and right by name
             for words in ("high|head|top|front", "left", "right"):
                 last = re.compile(rf"({words})[^.]*$", re.IGNORECASE)
-                found.append(list(filter(last.search, self.sizes)))
+                found.append(list(filter(last.search, cameras)))
             if any(len(names) != 1 for names in found):
-                problem = f"head, left, right could be {found}; name three of {list(self.sizes)}"
+                problem = f"head, left, right could be {found}; name three of {cameras}"
                 raise self._fault("cameras", problem)
             self.cameras = tuple(name for (name,) in found)
-        chosen = [(name, f"as {role}", vectors) for role, name in self.titles.items()]
-        chosen += [(name, "as a camera", list(self.sizes)) for name in self.cameras]
+        for name in self.cameras or self.left_out:
+            if name in self.left_out and self.features[name]["dtype"] == "image":
+                problem = "has dtype image, pictures inside parquet files"
+                raise self._fault(name, f"{problem}; expected video: convert the dataset")
+        chosen = [(name, f"as {role}", vectors) for role, name in self.titles.items() if name]
+        chosen += [(name, "as a camera", cameras) for name in self.cameras]
         for name, role, allowed in chosen:
             if name not in allowed:
                 raise self._fault(name, f"is chosen {role} and is none here; choose from {allowed}")
@@ -339,8 +381,21 @@ class LeRobotDataset(Folder):
         if wrong:
             expected = "each once, and for the T-layout head, left, right in this order"
             raise self._fault("cameras", f"are {list(self.cameras)}; {expected}")
-        names = self.titles.values()
-        self.widths = tuple(self.features[key]["shape"][0] if key else 0 for key in names)
+        self.axes = [self._axes(key) for key in self.titles.values()]
+        self.widths = tuple(self._sizes(key)[0] if key else 0 for key in self.titles.values())
+        self.sizes = {}  # camera -> height, width
+        for key in self.cameras:
+            shape = self._sizes(key)
+            self.sizes[key] = tuple(shape[:2] if shape[2] == 3 else shape[1:])
+        self.unused = [key for key in cameras if key not in self.cameras] + self.left_out
+
+    def _axes(self, key: str) -> list[str] | None:
+        """Names of a vector's numbers, where they say more than their place."""
+        names = self.features[key].get("names") if key else None
+        if isinstance(names, dict):
+            names = next(iter(names.values()), None)
+        told = isinstance(names, list) and not all(str(name).isdigit() for name in names)
+        return names if told else None
 
     def _file(self, field: str, episode: int, chunk: int, file: int, key: str = "") -> Path:
         """The path that a template of info.json gives. Only plain fields are filled in."""
@@ -360,12 +415,14 @@ class LeRobotDataset(Folder):
 
     # Numbers.
 
-    def _table(self, episode: int, columns: Sequence[str]) -> "pa.Table":
-        """An episode's columns from its data file; read are the row groups in which it lies."""
+    def _table(self, episode: int, columns: Sequence[str], more: Sequence[str] = ()) -> "pa.Table":
+        """An episode's columns from its data file, and those of `more` that it has; read are the
+        row groups in which the episode lies."""
         chunk, file, offset, rows = (int(x[episode]) for x in self.data_at)
         path = self._file("data_path", episode, chunk, file)
         key = ("data", path, *columns)
         opened = self.open_files.take(key) or self._parquet(path, "data", columns, rows, episode)
+        columns = [*columns, *filter(opened.schema_arrow.names.__contains__, more)]
         length = int(self.lengths[episode])
         groups = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         ends = np.cumsum(groups)
@@ -376,21 +433,22 @@ class LeRobotDataset(Folder):
         return table.slice(offset - ends[first] + groups[first], length)
 
     def _values(self, episode: int, key: str, column: "pa.Array") -> ndarray:
-        """A column (T, D) of the dtype and width that info.json says, all of it finite."""
+        """A column (T, D), all of it finite: of the dtype and width that info.json says, the five
+        of every dataset in any precision."""
         feature = DEFAULTS.get(key) or self.features[key]
+        dtype = feature["dtype"]
         width = feature["shape"][0]
-        widths = np.ones(len(column))
-        values = column
-        if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-            widths = np.asarray(column.value_lengths().fill_null(0))
-            values = column.flatten()
+        widths, values = flattened(column)
         empty = column.null_count + values.null_count
-        right = values.type == pa.type_for_alias(feature["dtype"]) and (widths == width).all()
-        if not right or empty:
+        right = values.type == pa.type_for_alias(dtype)
+        if key in DEFAULTS:
+            dtype = dtype.rstrip("0123456789")
+            right = str(values.type) in NUMBERS[dtype]
+        if not right or empty or (widths != width).any():
             raise self._fault(
                 key,
-                f"has {len(values)} values of type {column.type} in {len(column)} rows, {empty} of "
-                f"them empty, expected {width} of {feature['dtype']} in each; {AGAIN}",
+                f"has {len(values)} values of type {values.type} in {len(column)} rows, {empty} of "
+                f"them empty, expected {width} of {dtype} in each; {AGAIN}",
                 episode,
             )
         rows = values.to_numpy(zero_copy_only=False).reshape(-1, width).copy()
@@ -398,11 +456,12 @@ class LeRobotDataset(Folder):
 
     def _load(self, episode: int, *more: str) -> dict[str, ndarray]:
         """Columns of an episode, each (T, D); an error names every fault in them."""
-        keys = dict.fromkeys([*DEFAULTS, *filter(None, self.titles.values()), *more])
-        table = self._table(episode, list(keys))
+        time, task, *others = DEFAULTS
+        keys = [time, *([] if self.told else [task]), *filter(None, self.titles.values()), *more]
+        table = self._table(episode, list(dict.fromkeys(keys)), others)
         rows = {}
         faults = []
-        for key in keys:
+        for key in table.column_names:
             try:
                 rows[key] = self._values(episode, key, table[key].combine_chunks())
             except ValueError as error:
@@ -411,7 +470,7 @@ class LeRobotDataset(Folder):
         expected = {
             "frame_index": at,
             "episode_index": np.full_like(at, episode),
-            "index": int(self.start[episode]) + at,
+            "index": rows.get("index", at)[:1] + at,  # episodes before may have been taken out
             "timestamp": at / self.fps,
         }
         for key, wanted in expected.items():
@@ -432,7 +491,7 @@ class LeRobotDataset(Folder):
 
     def rows(self, episode: int, *more: str) -> dict[str, ndarray]:
         """The tested columns of an episode: state (T, P) and action (T, A) under their own names,
-        LeRobot's five (T, 1), and `more`."""
+        those of LeRobot's five that are here (T, 1), and `more`."""
         key = ("rows", episode, *more)
         rows = self.open_files.take(key)
         if rows is None:
@@ -453,15 +512,53 @@ class LeRobotDataset(Folder):
             return {}
         rows = self.rows(episode, LABELS)[LABELS]
         if len(names) != rows.shape[1]:
-            problem = f"has {len(names)} names for {rows.shape[1]} numbers"
-            raise self._fault(LABELS, f"{problem}; give each its name")
+            raise self._fault(
+                LABELS, f"has {len(names)} names for {rows.shape[1]} numbers; give each its name"
+            )
         return dict(zip(names, rows.T))
 
-    def texts(self, episode: int, row: int = 0) -> list[str]:
-        return [self.tasks[int(self.rows(episode)["task_index"][row, 0])]]
+    def recorded_texts(self, episode: int, row: int | None = None) -> list[str]:
+        indices = self.rows(episode)["task_index"][:, 0]
+        if row is not None:
+            indices = indices[[row]]
+        return list(dict.fromkeys(self.tasks[index] for index in indices.tolist()))
 
     def group(self, episode: int) -> str:
-        return self.episode_tasks[episode][0].as_py()
+        """Its first task; with one instruction for all there is one."""
+        return self.given.instruction if self.told else self.episode_tasks[episode][0].as_py()
+
+    def wordings(self) -> set[str]:
+        return set(self.episode_tasks.flatten().to_pylist())
+
+    # Copies.
+
+    def whole(self, cameras: Sequence[str] = ()) -> "LeRobotDataset":
+        _, found = self._candidates()
+        given = replace(
+            self.given, cameras=tuple(cameras or found), t_layout=False, instruction=None
+        )
+        return type(self)(self.root, given)
+
+    def stored(self, episode: int) -> tuple:
+        """With all columns as they are, and the task of each row."""
+        kept = [key for key in self.features if key not in {*DEFAULTS, *self.cameras}]
+        table = self._table(episode, (), kept)
+        columns = {k: (self.features[k], table[k].combine_chunks()) for k in table.column_names}
+        tasks = [self.tasks[index] for index in self.rows(episode)["task_index"].flat]
+        views = self.views(episode, range(self.lengths[episode]))
+        return views, None, None, tasks, None, columns
+
+    def left_behind(self) -> list[str]:
+        there = {*self.cameras, *DEFAULTS, *self._table(0, (), list(self.features)).column_names}
+        found = [f"feature {key}" for key in self.features if key not in there]
+        for path in sorted([*self.root.glob("*"), *self.root.glob("meta/*")]):
+            inner = str(path.relative_to(self.root))
+            if not re.fullmatch(f"data|videos|meta(/({KNOWN_META}))?", inner):
+                found.append(inner)
+        splits = self.info.get("splits") or {}
+        if len(splits) > 1:
+            found.append(f"splits {splits}")
+        return found
 
     # Pictures.
 
@@ -470,11 +567,10 @@ class LeRobotDataset(Folder):
 
     def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
-        chunk, file, origin = (x[episode].item() for x in self.video_at[camera])
+        chunk, file, origin, opens = (x[episode].item() for x in self.video_at[camera])
         path = self._file("video_path", episode, chunk, file, camera)
-        end = round(origin * self.fps) + int(self.lengths[episode])
-        single = self.version == "v2.1"
-        yield from self._decode(episode, camera, rows, path, end, origin, single)
+        opens = None if self.version == "v2.1" else opens
+        yield from self._decode(episode, camera, rows, path, origin, opens)
 
     def describe(self) -> str:
         def how(field: str) -> str:
@@ -483,43 +579,41 @@ class LeRobotDataset(Folder):
         frames = self.info["total_frames"]
         state, action = (name or "none" for name in self.titles.values())
         sizes = (f"{key} ({' x '.join(map(str, self.sizes[key]))})" for key in self.cameras)
-        left_out = f"; left out: {self.left_out}" if self.left_out else ""
+        unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         layout = ", as one T-layout" if self.given.t_layout else ""
+        tasks = "one instruction" if self.told else f"{len(self.tasks)} tasks"
         return (
             f"{self.name}: LeRobot {self.version}, robot {self.info.get('robot_type')}, "
             f"{len(self.lengths)} episodes, {frames} rows at {self.fps} fps "
-            f"({frames / self.fps / 3600:.2f} h), {len(self.tasks)} tasks\n"
+            f"({frames / self.fps / 3600:.2f} h), {tasks}\n"
             f"  state    {state} ({self.widths[0]}), {how('state')}\n"
             f"  actions  {action} ({self.widths[1]}), {how('action')}\n"
-            f"  cameras  {', '.join(sizes) or 'none'}, {how('cameras')}{layout}{left_out}"
+            f"  cameras  {', '.join(sizes) or 'none'}, {how('cameras')}{layout}{unused}"
         )
 
 
 # -- writing --------------------------------------------------------------------------------------
 
 
-STATS = ("min", "max", "mean", "std", "count")
+STATS = ("count", "mean", "std", "min", "max")
 
 
-def measure(rows: ndarray, count: int) -> ndarray:
-    """LeRobot's statistics (5, D) of rows (T, D), which count as so many."""
-    counts = np.full(rows.shape[1], count)
-    return np.stack([rows.min(0), rows.max(0), rows.mean(0), rows.std(0), counts])
+def named(blocks: Sequence[Tensor], feature: dict) -> dict[str, list]:
+    """Statistics of `moments` as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one
+    number."""
+    shape = (-1, 1, 1) if feature["dtype"] == "video" else (-1,)
+    values = {name: x.reshape(shape).tolist() for name, x in zip(STATS, pooled(blocks))}
+    return values | {"count": [int(np.ravel(values["count"])[0])]}
 
 
-def pool(parts: Sequence[ndarray]) -> ndarray:
-    """Statistics (5, D) of the whole from those of its parts."""
-    low, high, mean, std, count = np.stack(parts, axis=1)
-    whole = np.average(mean, axis=0, weights=count)
-    square = np.average(std**2 + (mean - whole) ** 2, axis=0, weights=count)
-    return np.stack([low.min(0), high.max(0), whole, np.sqrt(square), count.sum(0)])
-
-
-def named(stats: ndarray, feature: dict) -> dict[str, list]:
-    """Statistics as LeRobot stores them: (D,), of pictures (3, 1, 1); of the count one number."""
-    shape = (5, -1, 1, 1) if feature["dtype"] == "video" else (5, -1)
-    values = dict(zip(STATS, stats.reshape(shape).tolist()))
-    return values | {"count": [int(stats[4, 0])]}
+def statistics_of(column: "pa.Array") -> Tensor | None:
+    """`moments` of a column whose rows hold as many numbers each."""
+    widths, values = flattened(column)
+    numeric = str(values.type) in (*NUMBERS["float"], *NUMBERS["int"])
+    if not numeric or values.null_count or len(set(widths.tolist())) != 1:
+        return None
+    rows = values.to_numpy(zero_copy_only=False).reshape(len(widths), -1)
+    return moments(torch.from_numpy(rows.astype(np.float64)))
 
 
 class Writer:
@@ -560,50 +654,64 @@ class Writer:
         frames: Mapping[str, Iterable[ndarray]],
         states: ndarray | None,
         actions: ndarray | None,
-        task: str,
+        task: str | Sequence[str],
         labels: Mapping[str, Sequence[float]] | None = None,
+        columns: Mapping[str, tuple] | None = None,
     ) -> None:
-        """One episode; `labels`: name -> T numbers."""
-        if not isinstance(task, str) or not task:
+        """One episode; `task`: of all rows, or of each; `labels`: name -> T numbers; `columns`:
+        name -> feature and pyarrow array (T,), as another dataset has them."""
+        if not isinstance(task, list) and not (isinstance(task, str) and task):
             raise self._fault("task", f"is {task!r}; give each episode its instruction")
         vectors = {"observation.state": states, "action": actions}
         if labels:
             vectors[LABELS] = np.stack(list(labels.values()), axis=1)
-        vectors = {key: np.asarray(v, np.float32) for key, v in vectors.items() if v is not None}
-        length = next(map(len, vectors.values()), None)
-        features = {}
-        stats = {}
+        columns = dict(columns or {})
         for key, v in vectors.items():
-            if v.ndim != 2 or not v.size or len(v) != length or not np.isfinite(v).all():
-                problem = f"is {v.shape} with {(~np.isfinite(v)).sum()} not finite"
-                raise self._fault(key, f"{problem}; give finite ({length}, dimensions)")
-            names = list(labels if key == LABELS else map(str, range(v.shape[1])))
-            features[key] = {"dtype": "float32", "shape": [v.shape[1]], "names": names}
-            stats[key] = measure(v.astype(np.float64), len(v))
+            if v is not None:
+                names = labels if key == LABELS else map(str, range(np.shape(v)[-1]))
+                columns[key] = self._vector(key, np.asarray(v, np.float32), list(names))
+        lengths = {key: len(values) for key, (_, values) in columns.items()}
+        features = {key: feature for key, (feature, _) in columns.items()}
+        stats = {key: statistics_of(values) for key, (_, values) in columns.items()}
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
-            count, shape, sample = self._write_video(key, pictures)
-            if not count or length not in (None, count):
-                problem = f"has {count} pictures for {length} rows"
-                raise self._fault(key, f"{problem}; expected one picture per row")
-            length = count
+            lengths[key], shape, stats[key] = self._write_video(key, pictures)
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
-            stats[key] = pool(sample)
+        length = next(iter(lengths.values()), 0)
+        for key, count in lengths.items():
+            if count != length or not count:
+                raise self._fault(
+                    key, f"has {count} rows for {length} of {next(iter(lengths))}; expected as many"
+                )
         self.features = self.features or features
         if features != self.features or not features:
             found = {key: feature["shape"] for key, feature in features.items()}
-            expected = "the cameras and widths of episode 0"
-            raise self._fault("features", f"are {found}; expected {expected}")
-        self._write_rows(vectors, length, self.tasks.setdefault(task, len(self.tasks)))
-        self._write_episode(task, length, stats)
+            raise self._fault(
+                "features", f"are {found}; expected the cameras and widths of episode 0"
+            )
+        tasks = [task] * length if isinstance(task, str) else task
+        values = {key: values for key, (_, values) in columns.items()}
+        self._write_rows(values, [self.tasks.setdefault(t, len(self.tasks)) for t in tasks])
+        self._write_episode(list(dict.fromkeys(tasks)), length, stats)
         self._close(self.storage.data_mb, self.storage.video_mb)
+
+    def _vector(self, key: str, rows: ndarray, names: list[str]) -> tuple[dict, "pa.Array"]:
+        """The feature and the column of rows (T, D) float32."""
+        if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
+            problem = f"is {rows.shape} with {(~np.isfinite(rows)).sum()} not finite"
+            raise self._fault(key, f"{problem}; give finite (rows, dimensions)")
+        width = rows.shape[1]
+        values = pa.array(rows.ravel())
+        if width > 1:
+            values = pa.FixedSizeListArray.from_arrays(values, width)
+        return {"dtype": "float32", "shape": [width], "names": names}, values
 
     def _write_video(
         self, key: str, pictures: Iterable[ndarray]
-    ) -> tuple[int, list[int], list[ndarray]]:
+    ) -> tuple[int, list[int], Tensor | None]:
         """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
-        stats = []
+        some = []  # rows of colours (n, 3)
         shape = self.features.get(key, {}).get("shape")
         count = 0
         for picture in map(np.asarray, pictures):
@@ -616,20 +724,19 @@ class Writer:
                 self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
             self.videos[key].add(picture, first=count == 0)
             if count % 10 == 0:
-                stats.append(measure(picture[::4, ::4].reshape(-1, 3) / 255, 1))
+                some.append(picture[::4, ::4].reshape(-1, 3))
             count += 1
-        return count, shape, stats
+        if not some:
+            return 0, shape, None
+        found = moments(torch.from_numpy(np.concatenate(some) / 255))
+        found[[0, 2]] /= len(some[0])  # LeRobot counts pictures
+        return count, shape, found
 
-    def _write_rows(self, vectors: dict[str, ndarray], length: int, task: int) -> None:
+    def _write_rows(self, columns: dict[str, "pa.Array"], tasks: list[int]) -> None:
         """Adds an episode to the data file, which is opened if there is none."""
-        columns = {}
-        for key, v in vectors.items():
-            columns[key] = pa.array(v.ravel())
-            if v.shape[1] > 1:
-                columns[key] = pa.FixedSizeListArray.from_arrays(columns[key], v.shape[1])
-        at = np.arange(length)
-        episode = np.full(length, len(self.episodes))
-        values = (at / self.fps, at, episode, self.total + at, np.full(length, task))
+        at = np.arange(len(tasks))
+        episode = np.full(len(at), len(self.episodes))
+        values = (at / self.fps, np.array(tasks), at, episode, self.total + at)
         for (key, feature), numbers in zip(DEFAULTS.items(), values):
             columns[key] = numbers.astype(feature["dtype"])
         table = pa.table(columns)
@@ -638,12 +745,12 @@ class Writer:
             self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(self, task: str, length: int, stats: dict[str, ndarray]) -> None:
+    def _write_episode(self, tasks: list[str], length: int, stats: dict[str, ndarray]) -> None:
         """The episode's row of meta/episodes: places, tasks and statistics."""
         size = self.storage.chunks_size
         row = {
             "episode_index": len(self.episodes),
-            "tasks": [task],
+            "tasks": tasks,
             "length": length,
             "data/chunk_index": self.number[""] // size,
             "data/file_index": self.number[""] % size,
@@ -656,9 +763,10 @@ class Writer:
             end = video.frames / self.fps
             place = (*divmod(self.number[key], size), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
-        for key, feature in self.features.items():
-            found = named(stats[key], feature)
-            row |= {f"stats/{key}/{name}": values for name, values in found.items()}
+        for key, found in stats.items():
+            if found is not None:
+                found = named([found], self.features[key])
+                row |= {f"stats/{key}/{name}": values for name, values in found.items()}
         self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
@@ -688,7 +796,9 @@ class Writer:
         pq.write_table(tasks, meta / "tasks.parquet")
         whole = {}
         for key, feature in self.features.items():
-            whole[key] = named(pool([one[key] for one in self.stats]), feature)
+            blocks = [one[key] for one in self.stats if one[key] is not None]
+            if blocks:
+                whole[key] = named(blocks, feature)
         (meta / "stats.json").write_text(plain_json(whole), "utf-8")
         count = len(self.episodes)
         info = {
@@ -707,17 +817,17 @@ class Writer:
         }
         if not self.number.keys() - {""}:  # no camera
             info["video_path"] = None
-        (meta / "info.json").write_text(json.dumps(info, indent=4), "utf-8")
+        (meta / "info.json").write_text(plain_json(info), "utf-8")
         os.replace(self.root, self.final)
 
 
 def write_v3(
     root: str | Path, episodes: Iterable[tuple], fps: float, storage: Storage | None = None
 ) -> None:
-    """Writes a v3.0 dataset. episodes: (frames, states (T, P) or None, actions (T, A) or None,
-    task); frames is a dict camera -> T pictures (H, W, 3) uint8, any iterable; a fifth entry may be
-    facts that only a simulator knows, a dict name -> T numbers. ValueError for what is wrong in
-    them; nothing is left behind then."""
+    """Writes a v3.0 dataset. episodes: what `Writer.add` takes, at least (frames, states (T, P) or
+    None, actions (T, A) or None, task); frames is a dict camera -> T pictures (H, W, 3) uint8, any
+    iterable; labels are facts that only a simulator knows. ValueError for what is wrong in them;
+    nothing is left behind then."""
     writer = Writer(root, fps, storage or Storage())
     try:
         for episode in episodes:

@@ -50,6 +50,8 @@ class OfficialFolder(Folder):
     """The episodes of all task folders below a root, in order of their paths. `part` says which of
     PARTS they have. See `Recordings` for what a reader offers."""
 
+    stated = False
+
     def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
         super().__init__(root, mapping)
         chosen = self.given.t_layout or self.given.cameras or self.given.state or self.given.action
@@ -77,9 +79,10 @@ class OfficialFolder(Folder):
         path = self._file(0, "videos")
         with self._reading("videos", path.name, 0):
             video = VideoReader(path)
+            next(video.read([video.start * video.tick]))
         self.open_files.put(("video", path), video)
         # Rate and size, which all videos must have.
-        self.fps = float(video.stream.average_rate)
+        self.fps = video.rate
         self.sizes = {VIEW: video.size}
         self.cameras = (VIEW,)
         self.robot = self.root.name
@@ -128,7 +131,7 @@ class OfficialFolder(Folder):
         """The folder's name, whether clean or randomized."""
         return self.files[episode][0].name
 
-    def texts(self, episode: int, row: int = 0) -> list[str]:
+    def recorded_texts(self, episode: int, row: int | None = None) -> list[str]:
         folder, name = self.files[episode]
         found = folder / "metas" / f"{name}.txt"
         if not (self.root / folder / "metas").is_dir():
@@ -152,7 +155,22 @@ class OfficialFolder(Folder):
     def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         path = self._file(episode, "videos")
-        yield from self._decode(episode, VIEW, rows, path, int(self.lengths[episode]))
+        yield from self._decode(episode, VIEW, rows, path)
+
+    def stored(self, episode: int) -> tuple:
+        """The state is qpos and the action the next position, at the end the last."""
+        views, state, action, *rest = super().stored(episode)
+        if action is not None:
+            action = np.concatenate([action[1:], action[-1:]])
+        return views, state, action, *rest
+
+    def left_behind(self) -> list[str]:
+        """Wordings after the first of each episode, and what else lies beside."""
+        counts = [len(self.recorded_texts(e)) for e in range(len(self.files))]
+        found = ["task folders, by which `draw` takes tasks alike"]
+        if max(counts) > 1:
+            found.append(f"{sum(counts) - len(counts)} wordings, all but the first of an episode")
+        return found
 
     def describe(self) -> str:
         frames = int(self.lengths.sum())
@@ -167,17 +185,10 @@ class OfficialFolder(Folder):
         )
 
 
-def convert(source: Recordings, root: str | Path, lossless: bool = False) -> None:
-    """Writes the episodes of `source` as a LeRobot dataset v3.0, each with its first wording. The
-    videos are encoded again (exactly if `lossless`). Of an official folder the state is qpos and
-    the action the next position."""
+def convert(source: Recordings, root: str | Path, lossless: bool = False) -> list[str]:
+    """Writes the episodes of `source` as a LeRobot dataset v3.0, and gives the names of what it
+    leaves behind. The videos are encoded again (exactly if `lossless`)."""
     exact = dict(codec="libx264rgb", pix_fmt="rgb24", options=(("crf", "0"),)) if lossless else {}
-
-    def episodes() -> Iterator[tuple]:
-        for e, length in enumerate(source.lengths.tolist()):
-            state, action = source.numbers(e)
-            if isinstance(source, OfficialFolder) and action is not None:
-                action = np.concatenate([action[1:], action[-1:]])
-            yield source.views(e, range(length)), state, action, source.texts(e)[0]
-
-    write_v3(root, episodes(), source.fps, Storage(robot=source.robot, **exact))
+    episodes = map(source.stored, range(len(source.lengths)))
+    write_v3(root, episodes, source.fps, Storage(robot=source.robot, **exact))
+    return source.left_behind()

@@ -27,8 +27,9 @@ def film(
     from PIL import Image, ImageDraw, ImageOps
 
     videos = np.concatenate(list(columns.values()), axis=2)
+    videos = videos.repeat(scale, axis=1).repeat(scale, axis=2)
     pages = []
-    for pictures in videos.repeat(scale, axis=1).repeat(scale, axis=2):
+    for pictures in videos:
         page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
         draw = ImageDraw.Draw(page)
         draw.text((4, 3), " | ".join(columns), font_size=12)
@@ -54,8 +55,10 @@ def sheet(
     from matplotlib.style import context
 
     rows = len(captions)
-    columns = len(pictures) + (actions[0].shape[2] if actions else 0)
-    with context(["dark_background", {"font.size": 7}]):
+    dimensions = actions[0].shape[2] if actions else 0
+    columns = len(pictures) + dimensions
+    style = ["dark_background", {"font.size": 7}]
+    with context(style):
         size = (1.8 * columns + 0.4, 1.8 * rows + 0.4)
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -76,17 +79,21 @@ def plot(pyramid: Pyramid, out: str) -> None:
     from matplotlib.figure import Figure
 
     rows = sorted(pyramid.draw(8, 0, 0).tolist())
-    right = pyramid.frames + 0.5
-    figure = Figure((2 * pyramid.frames + 2, 2 * len(rows)), layout="constrained")
-    for axis, row in zip(figure.subplots(len(rows)), rows):
+    extent = (-0.5, pyramid.frames + 0.5, 0, 1)
+    size = (2 * pyramid.frames + 2, 2 * len(rows))
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(len(rows))
+    for axis, row in zip(axes, rows):
         o = pyramid.opened[row[0]]
         seen = pyramid.window(row, "real")
-        axis.imshow(np.concatenate(seen.frames, axis=1), extent=(-0.5, right, 0, 1), aspect="auto")
+        strip = np.concatenate(seen.frames, axis=1)
+        axis.imshow(strip, extent=extent, aspect="auto")
         title = f"{o.name}, episode {row[1]}, row {row[2]}: {seen.instruction[:90]}"
         axis.set_title(title, **PLAIN)
         axis.set(yticks=[], xlabel=f"video frames at {pyramid.video_hz:g} Hz")
         if seen.actions is not None:
             times = (np.arange(len(seen.actions)) + o.source.ahead) / pyramid.ratio
             mask = seen.action_mask
-            axis.twinx().plot(times[mask], seen.actions[mask], linewidth=1.2)
+            beside = axis.twinx()
+            beside.plot(times[mask], seen.actions[mask], linewidth=1.2)
     figure.savefig(out)

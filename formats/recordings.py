@@ -17,6 +17,7 @@ dimensions, P state dimensions.
 """
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -43,7 +44,9 @@ except ImportError:
     av = pyarrow = None
 
 MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
+ALONE = 3  # rows of an episode that `check` also reads one by one
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
+UNREADABLE = (OSError, ValueError, TypeError, OverflowError, RecursionError)
 T_SIZE = (384, 320)  # pixels of the official three-camera picture
 AGAIN = "fetch or write it again, or correct its metadata"
 # Official RoboTwin data put these words before every instruction: `Choice(prefix=ROBOTWIN_SCENE)`.
@@ -111,58 +114,121 @@ def t_layout(head: ndarray, left: ndarray, right: ndarray) -> ndarray:
 # -- files ----------------------------------------------------------------------------------------
 
 
+def turned(picture: ndarray, matrix: ndarray) -> ndarray:
+    """A picture (H, W, 3) by quarters of a turn and mirrored, as a display matrix (2, 2) says."""
+    if matrix[0, 1]:
+        picture = picture.swapaxes(0, 1)
+        matrix = matrix[::-1]
+    if not np.array_equal(matrix != 0, np.eye(2)):
+        raise ValueError(f"is turned by {matrix.tolist()}; expected quarters of a turn")
+    across, down = np.sign(np.diag(matrix))
+    return picture[::down, ::across]
+
+
 class VideoReader:
-    """An open mp4. Frames are asked for by time, cheapest in rising order: it decodes on, or seeks
-    if a key frame lies in between."""
+    """An open mp4, of a dataset or alone. Its pictures are those of a player: turned as the file
+    says, from the first that an edit list leaves. They are asked for by time, cheapest in rising
+    order: it decodes on, or seeks if a key frame lies in between."""
 
     def __init__(self, path: Path, size: tuple[int, int] | None = None):
+        self.size = size  # height and width of every picture; None: those of the first
         self.frame = None  # the last one decoded
         self.container = av.open(str(path))
-        if not self.container.streams.video:
+        self.stream = self.container.streams.best("video")
+        if self.stream is None:
             raise ValueError("has no video stream")
-        self.stream = self.container.streams.video[0]
         self.index = self.stream.index_entries
-        context = self.stream.codec_context
-        self.size = (context.height, context.width)
-        if size not in (None, self.size):
-            raise ValueError(
-                f"is {context.height} x {context.width}, expected {size[0]} x {size[1]} as in the "
-                "metadata (wrong or swapped camera?)"
-            )
         count = len(self.index)
         if not count or count != self.stream.frames:
             raise ValueError(f"claims {self.stream.frames} frames and indexes {count}")
         end = self.index[count - 1].pos + self.index[count - 1].size
         if end > path.stat().st_size:
             raise ValueError(f"is truncated: it ends before byte {end}, the end of its last frame")
-        context.thread_count = 1
-        context.options = {"err_detect": "explode"}
+        first = self.index[0]
+        self.count = count
+        if first.is_discard:
+            self.count -= sum(entry.is_discard for entry in self.index)
+        self.stream.codec_context.thread_count = 1
+        self.stream.codec_context.options = {"err_detect": "explode"}
+        self.rate = float(self.stream.average_rate or 1)
         self.tick = float(self.stream.time_base)  # seconds
         self.slack = TOLERANCE / self.tick + 1
+        self.start = self.stream.start_time or 0  # ticks, of the first picture
+        self.delay = self.start - first.timestamp  # the index has times of decoding
         self.reformatter = av.video.reformatter.VideoReformatter()
+
+    def _key(self, wanted: float) -> int | None:
+        """The last key frame, by its time in the index, that seems to be shown by `wanted`."""
+        at = self.index.search_timestamp(int(wanted) - self.delay, backward=True)
+        return self.index[at].timestamp if at >= 0 else None
+
+    def _seek(self, wanted: int) -> None:
+        """Decodes a key frame from which `wanted` is reached. In an open GOP pictures are shown
+        before the key frame that they follow in the file; they need the one before it."""
+        key = self._key(max(wanted, self.start))
+        while key is not None:
+            self.container.seek(key, stream=self.stream, backward=True)
+            self.decoded = self.container.decode(self.stream)
+            self.frame = next(self.decoded, None)
+            if self.frame is None or self.frame.pts <= wanted + self.slack:
+                break
+            key = self._key(key + self.delay - 1)
+
+    def _shown(self, frame: "av.VideoFrame", stretch: float = 1) -> ndarray:
+        """The picture (H, W, 3) uint8 of a frame, its pixels made wider by `stretch`."""
+        picture = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
+        if stretch != 1:
+            picture = resize(picture, len(picture), round(picture.shape[1] * stretch))
+        matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+        if matrix is not None:
+            picture = turned(picture, np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2])
+        size = picture.shape[:2]
+        self.size = self.size or size
+        if size != tuple(self.size):
+            raise ValueError(
+                f"is {size[0]} x {size[1]} at {frame.time:.4f} s, expected {self.size[0]} x "
+                f"{self.size[1]} (another camera, or turned by its metadata?)"
+            )
+        return np.ascontiguousarray(picture)
 
     def read(self, times: Iterable[float]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 at these seconds."""
         for time in times:
             wanted = round(time / self.tick)
-            at = self.index.search_timestamp(wanted, backward=True)
-            key = self.index[at].timestamp if at >= 0 else -1
-            if self.frame is None or wanted + self.slack < self.frame.pts or key > self.frame.pts:
-                self.container.seek(wanted, stream=self.stream, backward=True)
-                self.decoded = self.container.decode(self.stream)
-                self.frame = None
-            while self.frame is None or self.frame.pts + self.slack < wanted:
+            reached = -math.inf if self.frame is None else self.frame.pts
+            key = self._key(wanted)
+            between = key is not None and key + self.delay > reached
+            far = wanted - reached > 1.5 / self.rate / self.tick  # not the next picture
+            if wanted + self.slack < reached or (between and far):
+                self._seek(wanted)
+            while self.frame and self.frame.pts + self.slack < wanted:
                 self.frame = next(self.decoded, None)
-                if self.frame is None or self.frame.is_corrupt or self.frame.pts is None:
-                    raise ValueError(f"ends or breaks before {time:.4f} s")
+            if self.frame is None or self.frame.is_corrupt:
+                raise ValueError(f"ends or breaks before {time:.4f} s")
             if self.frame.pts > wanted + self.slack:
                 raise ValueError(
-                    f"has a frame at {self.frame.pts * self.tick:.4f} s but none at {time:.4f} s "
-                    "(other fps than info.json?)"
+                    f"has a frame at {self.frame.time:.4f} s but none at {time:.4f} s (other fps "
+                    "than info.json?)"
                 )
-            if (self.frame.height, self.frame.width) != self.size:
-                raise ValueError(f"changes size to {self.frame.height} x {self.frame.width}")
-            yield self.reformatter.reformat(self.frame, format="rgb24").to_ndarray()
+            yield self._shown(self.frame)
+
+    def pictures(self) -> Iterator[ndarray]:
+        """All pictures in order, with square pixels, for a video without a table of rows."""
+        ratio = float(self.stream.sample_aspect_ratio or 1)
+        promised = count = 0
+        for packet in self.container.demux(self.stream):
+            promised += packet.size > 0 and not packet.is_discard
+            for frame in packet.decode():
+                time = frame.time - self.start * self.tick
+                if abs(time - count / self.rate) > 1 / self.rate:
+                    raise ValueError(
+                        f"shows picture {count} at {time:.3f} s, expected {count / self.rate:.3f} "
+                        f"s: its rate varies; `ffmpeg -i IN -vf fps={self.rate:g} OUT` makes it one"
+                    )
+                yield self._shown(frame, ratio)
+                count += 1
+        if count < promised:
+            raise ValueError(f"ends after {count} of {promised} frames")
 
 
 class OpenFiles:
@@ -278,6 +344,15 @@ class Window:
     instruction: str
 
 
+@contextmanager
+def noting(faults: list[str]) -> Iterator[None]:
+    """A ValueError within becomes one of the faults."""
+    try:
+        yield
+    except ValueError as error:
+        faults.append(str(error))
+
+
 class Recordings:
     """Episodes: what all readers share. Each has
 
@@ -288,22 +363,55 @@ class Recordings:
         widths      numbers P of the state and A of an action, 0 where there are none
         titles      "state" and "action" -> their names in the files, empty where there are none
         robot       the embodiment
+        stated      whether the files name it; else the name of a folder stands for it
         given       the Choice
 
         numbers(episode)        state (T, P) and actions (T, A), or None; ValueError for a fault
-        texts(episode, row=0)   its instructions at a row, of which each window gets one
+        recorded_texts(episode, row)  its instructions; see `texts`
         views(episode, rows)    {camera: iterator of pictures (H, W, 3) uint8}; rows must rise
         describe()              the source, and what of it is used
 
+        axes        names of the numbers of state and action, None where they have none
+
     Methods of knowledge that few sources have are here with an empty answer."""
+
+    stated = True
+    axes = (None, None)
 
     def __init__(self, name: str | Path, mapping: Choice | Mapping | None = None):
         self.name = str(name)
         self.given = Choice.of(mapping)
 
+    @property
+    def told(self) -> bool:
+        """Whether the mapping gives the instruction, so that no text is read."""
+        return self.given.instruction is not None
+
+    def texts(self, episode: int, row: int | None = None) -> list[str]:
+        """The instructions at a row of an episode, of which each window gets one, or of all its
+        rows."""
+        return [self.given.instruction] if self.told else self.recorded_texts(episode, row)
+
+    def wordings(self) -> set[str]:
+        """All instructions of the source, where no mapping gives one."""
+        return {text for e in range(len(self.lengths)) for text in self.recorded_texts(e)}
+
     def group(self, episode: int) -> str:
         """The episode's task, for drawing tasks alike."""
         return self.texts(episode)[0]
+
+    def whole(self, cameras: Sequence[str] = ()) -> "Recordings":
+        """A reader of all there is, for a copy, or of these cameras."""
+        return self
+
+    def stored(self, episode: int) -> tuple:
+        """An episode as `lerobot.Writer.add` takes it."""
+        views = self.views(episode, range(self.lengths[episode]))
+        return views, *self.numbers(episode), self.recorded_texts(episode)[0], self.labels(episode)
+
+    def left_behind(self) -> list[str]:
+        """Names of what `stored` does not hold."""
+        return []
 
     def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only a simulator knew of each row: name -> (T,)."""
@@ -332,14 +440,17 @@ class Recordings:
         """Errors of the libraries that read a file become faults of `what`."""
         try:
             yield
-        except (av.error.FFmpegError, pyarrow.ArrowException, OSError, ValueError) as error:
+        except (*UNREADABLE, av.error.FFmpegError, pyarrow.ArrowException) as error:
             raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
 
     def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
         """Rows (T, D) as they are, if all are finite."""
         for row, column in np.argwhere(~np.isfinite(rows))[:1]:
-            problem = f"dimension {column} is {rows[row, column]}; repair or drop it"
-            raise self._fault(field, f"row {row}, {problem}", episode)
+            raise self._fault(
+                field,
+                f"row {row}, dimension {column} is {rows[row, column]}; repair or drop it",
+                episode,
+            )
         return rows
 
     # Windows.
@@ -360,6 +471,8 @@ class Recordings:
         """Pictures (F, H, W, 3) of rows in any order, by camera; each is decoded once."""
         if not len(rows):
             return {}
+        if not self.cameras:
+            raise self._fault("cameras", "there are none; a window needs a video of each episode")
         needed, back = np.unique(rows, return_inverse=True)
         views = self.views(episode, needed)
         frames = {camera: np.stack(list(view))[back] for camera, view in views.items()}
@@ -382,9 +495,7 @@ class Recordings:
         video, video_mask = self._nearest(episode, start_time, video_times, "video_times")
         action, action_mask = self._nearest(episode, start_time, action_times, "action_times")
         states, actions = self.numbers(episode)
-        texts = [self.given.instruction]
-        if self.given.instruction is None:
-            texts = self.texts(episode, start)
+        texts = self.texts(episode, start)
         return Window(
             self._frames(episode, video),
             video_mask,
@@ -397,43 +508,67 @@ class Recordings:
 
     # Checks.
 
-    def check(self) -> list[str]:
-        """Reads every episode, decodes every frame, and names every fault."""
+    def check(self, seen: dict | None = None) -> list[str]:
+        """Reads every episode, decodes every frame, and names every fault. `seen`: digest of an
+        episode's numbers -> source and number of the first that has them; sources may share it."""
+        seen = {} if seen is None else seen
         faults = []
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
-        first_with = {}  # digest of all numbers -> the first episode that has them
+        empty = []  # episodes with a text that is
         looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
-        for episode, length in enumerate(self.lengths.tolist()):
-            try:
-                self.texts(episode)
-                state, action = self.numbers(episode)
-            except ValueError as error:
-                faults.append(error)
-                state = action = None
-            for title, rows in zip(self.titles.values(), (state, action)):
-                if rows is not None:
-                    ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
-            if action is not None and np.ptp(action, axis=0).any():
-                numbers = bytes(action) + (b"" if state is None else bytes(state))
-                first = first_with.setdefault(hashlib.sha256(numbers).digest(), episode)
-                if first != episode:
-                    problem = f"equals episode {first} number for number; drop one of the two"
-                    faults.append(self._fault(self.titles["action"], problem, episode))
-            for camera, pictures in enumerate(self.views(episode, range(length)).values()):
-                try:
-                    for row, picture in enumerate(pictures):
-                        if row == 0:
-                            looks[episode, camera] = resize(picture, 4, 4).ravel()
-                except ValueError as error:
-                    faults.append(error)
-        if not self.given.constant:
-            for title, rows in ends.items():
-                for d in np.flatnonzero(np.ptp(rows, axis=0) == 0):
-                    problem = f"dimension {d} is {rows[0][d]:.6g} in every row"
-                    remedy = "allow it with constant=True or leave it out"
-                    faults.append(self._fault(title, f"{problem}; {remedy}"))
-        faults += self._swapped_cameras(looks)
-        return [str(fault) for fault in faults]
+        for episode in range(len(self.lengths)):
+            with noting(faults):
+                if "" in self.texts(episode) and not self.told:
+                    empty.append(episode)
+                for title, rows in zip(self.titles.values(), self.numbers(episode)):
+                    if rows is not None:
+                        ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
+                self._find_again(episode, seen)
+            for number, camera in enumerate(self.cameras):
+                with noting(faults):
+                    looks[episode, number] = resize(self._watch(episode, camera), 4, 4).ravel()
+        for title, rows in ends.items():
+            for d in np.flatnonzero(np.ptp(rows, axis=0) == 0) if not self.given.constant else ():
+                problem = f"dimension {d} is {rows[0][d]:.6g} in every row; leave it out, or allow"
+                remedy = f'{problem} it by "mapping": {{"constant": true}} in the card'
+                faults.append(str(self._fault(title, remedy)))
+        if empty:
+            problem = f"is empty in episodes {empty[:10]}, {len(empty)} in all; write their tasks"
+            remedy = f'{problem}, or give one by "mapping": {{"instruction": "..."}} in the card'
+            faults.append(str(self._fault("instruction", remedy)))
+        with noting(faults):
+            self._frames(0, np.zeros(1, int))
+        return faults + [str(fault) for fault in self._swapped_cameras(looks)]
+
+    def _find_again(self, episode: int, seen: dict) -> None:
+        """ValueError if an episode that moves has the numbers of one that was `seen`."""
+        numbers = [rows for rows in self.numbers(episode) if rows is not None]
+        if not numbers or not np.ptp(numbers[-1], axis=0).any():
+            return
+        mine = self.name, episode
+        name, first = seen.setdefault(hashlib.sha256(b"".join(map(bytes, numbers))).digest(), mine)
+        if (name, first) != mine:
+            problem = f"equals episode {first} of {name} number for number; drop one of the two"
+            raise self._fault(self.titles["action"], problem, episode)
+
+    def _watch(self, episode: int, camera: str) -> ndarray:
+        """The first picture of an episode. All are decoded in order; some of them alone too, and
+        must be the same. ValueError for a fault."""
+        length = self.lengths[episode]
+        some = np.random.default_rng(episode).integers(length, size=ALONE).tolist()
+        kept = {}
+        for row, picture in enumerate(self.views(episode, range(length))[camera]):
+            if row in (0, *some):
+                kept[row] = picture
+        for row in some:
+            (alone,) = self.views(episode, [row])[camera]
+            if not np.array_equal(alone, kept[row]):
+                raise self._fault(
+                    camera,
+                    f"row {row} is another picture alone than in order; encode the video again",
+                    episode,
+                )
+        return kept[0]
 
     def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:
         """Two cameras of an episode are swapped if each looks like what the other usually shows;
@@ -513,17 +648,21 @@ class Folder(Recordings):
         camera: str,
         rows: Sequence[int],
         path: Path,
-        end: int,
         origin: float = 0.0,
-        single: bool = True,
+        opens: float | None = None,
     ) -> Iterator[ndarray]:
         """Pictures of rows that rise, from an mp4 in which the episode begins at `origin` seconds
-        and ends before frame `end`; `single`: nothing else is in it."""
+        and the first one at `opens`; None: nothing else is in it. A file that begins later begins
+        with its first picture."""
         key = ("video", path)
+        length = int(self.lengths[episode])
         with self._reading(camera, path.name, episode):
             video = self.open_files.take(key) or VideoReader(path, self.sizes[camera])
-            count = len(video.index)
-            if count < end or (single and count > end):
-                raise ValueError(f"has {count} frames, expected {end}")
+            end = length + round((origin - (opens or 0)) * self.fps)
+            if video.count < end or (opens is None and video.count > end):
+                raise ValueError(f"has {video.count} frames, expected {end}")
+            begin = video.start * video.tick
+            if opens is None or opens < begin:
+                origin += begin - (opens or 0)
             yield from video.read(origin + i / self.fps for i in rows)
         self.open_files.put(key, video)

@@ -94,8 +94,11 @@ class Rendered(Recordings):
             return None, None
         return self.episode(episode).states[:-1], self.episode(episode).actions
 
-    def texts(self, episode: int, row: int = 0) -> list[str]:
+    def recorded_texts(self, episode: int, row: int | None = None) -> list[str]:
         return [self.episode(episode).instruction or "no task"]
+
+    def wordings(self) -> set[str]:
+        return {episode.instruction for episode in self.trained if episode.instruction}
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
         return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}

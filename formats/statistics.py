@@ -17,19 +17,29 @@ KINDS = ("mean_std", "min_max", "quantile", "none")
 MOST = 1 << 16  # rows of a robot from which quantiles are taken; of more, about so many are drawn
 
 
-def measured(rows: np.ndarray, name: str, total: int, seed: int) -> dict[str, Tensor]:
-    """Of a block of rows (n, dim) its moments (5, dim) fp64 (count, mean, sum of squared
-    deviations, minimum, maximum) under moments/NAME, and rows for quantiles under rows/NAME: all of
-    them, or a share if the robot has more than MOST in `total`."""
-    rows = torch.from_numpy(rows).double()
+def moments(rows: Tensor) -> Tensor:
+    """Of rows (n, dim) fp64: count, mean, sum of squared deviations, minimum, maximum (5, dim)."""
     count = torch.full_like(rows[0], len(rows))
     mean = rows.mean(0)
     square = (rows - mean).square().sum(0)
+    return torch.stack([count, mean, square, rows.amin(0), rows.amax(0)])
+
+
+def pooled(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Count, mean, standard deviation, minimum, maximum (dim,) of all blocks of `moments`."""
+    count, mean, square, low, high = torch.stack(blocks, dim=1)  # (blocks, dim) each
+    total = count.sum(0)
+    centre = (count * mean).sum(0) / total
+    std = ((square + count * (mean - centre).square()).sum(0) / total).sqrt()
+    return total, centre, std, low.amin(0), high.amax(0)
+
+
+def measured(rows: np.ndarray, name: str, total: int, seed: int) -> dict[str, Tensor]:
+    """Of a block of rows (n, dim) its `moments` under moments/NAME, and rows for quantiles under
+    rows/NAME: all of them, or a share if the robot has more than MOST in `total`."""
+    rows = torch.from_numpy(rows).double()
     drawn = np.random.default_rng(seed).random(len(rows)) < MOST / total
-    return {
-        f"moments/{name}": torch.stack([count, mean, square, rows.amin(0), rows.amax(0)]),
-        f"rows/{name}": rows[drawn],
-    }
+    return {f"moments/{name}": moments(rows), f"rows/{name}": rows[drawn]}
 
 
 @dataclass(frozen=True)
@@ -62,40 +72,35 @@ class Normaliser:
         )
         if not blocks:
             return None
-        count, mean, square, low, high = torch.stack(blocks, dim=1)  # (blocks, dim) each
-        total = count.sum(0)
-        centre = (count * mean).sum(0) / total
-        std = ((square + count * (mean - centre).square()).sum(0) / total).sqrt()
+        _, centre, std, low, high = pooled(blocks)
         std = torch.where(std < 1e-6, 1.0, std)
         ends = torch.from_numpy(np.quantile(torch.cat(rows).numpy(), (0.01, 0.99), axis=0))
-        found = centre, std, low.amin(0), high.amax(0), *ends
-        return cls(*(tuple(values.tolist()) for values in found), kind)
+        return cls(*(tuple(x.tolist()) for x in (centre, std, low, high, *ends)), kind)
 
     @cached_property
-    def scale(self) -> tuple[float, ...]:
-        spans = {
-            "mean_std": self.std,
-            "min_max": np.subtract(self.max, self.min),
-            "quantile": np.subtract(self.q99, self.q01) / 2,
-            "none": np.ones(len(self.mean)),
+    def line(self) -> tuple[list[float], list[float]]:
+        """Offset and scale."""
+        low, high, q01, q99 = map(np.array, (self.min, self.max, self.q01, self.q99))
+        kinds = {
+            "mean_std": (self.mean, self.std),
+            "min_max": (low, high - low),
+            "quantile": ((q99 + q01) / 2, (q99 - q01) / 2),
+            "none": (np.zeros(len(self.mean)), np.ones(len(self.mean))),
         }
-        return tuple(float(span) if span > 1e-6 else 1.0 for span in spans[self.kind])
+        offset, spans = kinds[self.kind]
+        return list(map(float, offset)), [float(x) if x > 1e-6 else 1.0 for x in spans]
 
-    @cached_property
-    def offset(self) -> tuple[float, ...]:
-        middles = {
-            "mean_std": self.mean,
-            "min_max": self.min,
-            "quantile": np.add(self.q99, self.q01) / 2,
-            "none": np.zeros(len(self.mean)),
-        }
-        return tuple(map(float, middles[self.kind]))
+    @property
+    def scale(self) -> list[float]:
+        return self.line[1]
 
     def apply(self, x: Tensor) -> Tensor:
-        return (x - x.new_tensor(self.offset)) / x.new_tensor(self.scale)
+        offset, scale = map(x.new_tensor, self.line)
+        return (x - offset) / scale
 
     def invert(self, x: Tensor) -> Tensor:
-        return x * x.new_tensor(self.scale) + x.new_tensor(self.offset)
+        offset, scale = map(x.new_tensor, self.line)
+        return x * scale + offset
 
 
 @dataclass(frozen=True)

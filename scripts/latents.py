@@ -39,7 +39,7 @@ from backbones.dpflow import DISFlow, FlowEstimator, load_dpflow
 from backbones.optical_flow import resize_flow
 from formats.cards import Pyramid
 from formats.motions import LABELLED
-from formats.recordings import MISSING, Recordings, av
+from formats.recordings import MISSING, Recordings, VideoReader, av
 from latent_action import LatentActionConfig, LatentActionModel, encode_flows
 from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
@@ -115,20 +115,12 @@ class Videos(Recordings):
         self.widths = (0, 0)
 
     def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
-        return {"video": self.decoded(self.paths[episode])}
+        return {"video": self.pictures(episode)}
 
-    def decoded(self, path: Path) -> Iterator[np.ndarray]:
-        count = 0
-        try:
-            with av.open(str(path)) as container:
-                promised = container.streams.video[0].frames
-                for frame in container.decode(video=0):
-                    yield frame.to_ndarray(format="rgb24")
-                    count += 1
-        except (av.error.FFmpegError, IndexError) as error:
-            raise ValueError(f"cannot be decoded beyond frame {count} ({error})") from error
-        if count < promised:
-            raise ValueError(f"ends after {count} of {promised} frames")
+    def pictures(self, episode: int) -> Iterator[np.ndarray]:
+        path = self.paths[episode]
+        with self._reading("video", path.name):
+            yield from VideoReader(path).pictures()
 
 
 class Labels:

@@ -45,7 +45,6 @@ from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
 from weights.files import (
     open_source,
-    read_metadata,
     replace_file,
     run_command,
     same_config,
@@ -250,7 +249,7 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
                 continue
             about = {"made": json.dumps(made), "figures": json.dumps(found)}
             save_safetensors(path, tensors, about)
-        about = read_metadata(path)
+        about = open_source(path).metadata
         same_config(path, json.loads(about["made"]), made)
         figures.append(json.loads(about["figures"]))
     if not figures:

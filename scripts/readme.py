@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-import flow
 from motus import PRESETS, STAGES, Motus
 from scripts.evaluate import percent
 from train import settings_for
@@ -71,34 +70,21 @@ def demo() -> str:
     return f"```text\n{(ROOT / 'docs/toy/demo.txt').read_text()}```"
 
 
-def modes() -> str:
-    """The table of `flow.py` as times, with the pictures that have been committed."""
-    times = {flow.DENOISE: "1 → 0", flow.NOISE: "1", flow.GIVEN: "0"}
-    rows = []
-    for name, mode in flow.MODES.items():
-        sheet = f"docs/toy/samples/{name}.png"
-        picture = f'<a href="{sheet}"><img src="{sheet}" width="360" alt="{name}"></a>'
-        rows.append((f"`{name}`", times[mode.video], times[mode.action], mode.question, picture))
-    return table(("mode", "`t_video`", "`t_action`", "question", "held-out episodes"), rows)
-
-
 def stages() -> str:
     """The table of the stages, with the toy's steps."""
-    names = {"video": "video", "action": "action", "und": "understanding"}
-    losses = {"none": "video", "labels": "reconstruction + alignment + KL"}
-    actions = {
-        "none": "none",
-        "labels": "labels on a tenth of the rows",
-        "latent": "14 latent numbers",
-        "real": "the robot's own, and its state",
+    about = {  # actions -> losses, and the actions in words
+        "none": ("video", "none"),
+        "labels": ("reconstruction + alignment + KL", "labels on a tenth of the rows"),
+        "latent": ("video + action", "14 latent numbers"),
+        "real": ("video + action", "the robot's own, and its state"),
     }
     rows = []
     for name, stage in STAGES.items():
-        trained = ", ".join(names[expert] for expert in stage.experts) or "latent-action VAE"
-        loss = losses.get(stage.actions, "video + action")
+        experts = ", ".join(stage.experts).replace("und", "understanding")
         levels = ", ".join(map(str, stage.levels))
         steps = [f"{settings_for('toy', name, [], long).steps:,}" for long in (False, True)]
-        rows.append((f"`{name}`", levels, trained, loss, actions[stage.actions], *steps))
+        trained = experts or "latent-action VAE"
+        rows.append((f"`{name}`", levels, trained, *about[stage.actions], *steps))
     head = ("stage", "levels", "trained", "losses", "actions", "toy steps", "long recipe")
     return table(head, rows)
 
@@ -218,7 +204,7 @@ def results(root: Path = ROOT) -> str:
     return "\n\n".join(parts)
 
 
-BLOCKS = {block.__name__: block for block in (demo, lesson, modes, stages, sizes, rooms, results)}
+BLOCKS = {block.__name__: block for block in (demo, lesson, stages, sizes, rooms, results)}
 
 # -- links to lines -------------------------------------------------------------------------------
 
@@ -241,11 +227,13 @@ def line_of(path: Path, symbol: str) -> int:
 def refresh(text: str) -> str:
     """A page with its generated parts and line numbers brought up to date."""
     for name in re.findall(r"<!-- (\w+) -->", text):
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        begin = f"<!-- {name} -->"
+        end = f"<!-- /{name} -->"
         if name not in BLOCKS or text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"{begin} and {end} are expected once each, of {', '.join(BLOCKS)}")
-        before, after = text[: text.index(begin)], text[text.index(end) :]
-        text = f"{before}{begin}\n{BLOCKS[name]()}\n{after}"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n{BLOCKS[name]()}\n{end}{after}"
     return LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}{m[3]}#L{line_of(ROOT / m[3], m[1])})", text)
 
 

@@ -18,6 +18,7 @@ import test_golden
 import torch
 from test_sample import write_checkpoint
 
+import flow
 import motus
 import train
 from scripts import readme
@@ -75,9 +76,17 @@ def test_the_published_weights_are_those_that_download_knows():
         assert f"| `{name}` | {repository} | {gigabytes:g} | {licence} |" in README
 
 
+def test_the_modes_are_those_of_the_method():
+    """A row of the README for each mode: its two times and the question that it answers."""
+    times = {flow.DENOISE: "1 → 0", flow.NOISE: "1", flow.GIVEN: "0"}
+    for name, mode in flow.MODES.items():
+        row = f"| `{name}` | {times[mode.video]} | {times[mode.action]} | {mode.question} |"
+        assert row in README and f"docs/toy/samples/{name}.png" in README
+
+
 def test_a_page_with_a_broken_marker_is_refused():
     with pytest.raises(ValueError, match="expected once each"):
-        readme.refresh("<!-- modes -->")
+        readme.refresh("<!-- sizes -->")
 
 
 def test_results_that_are_not_recorded_are_said_to_be_missing(tmp_path):

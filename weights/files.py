@@ -119,8 +119,7 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Shards named by an index json. They must lie beside it; a link may only lead there or to the
     blobs of a hub cache."""
     listed = read_json(path).get("weight_map")
-    named = isinstance(listed, dict) and all(isinstance(home, str) for home in listed.values())
-    if not named or not listed:
+    if not isinstance(listed, dict) or {type(home) for home in listed.values()} != {str}:
         raise ValueError(f"{path}: weight_map must map tensor names to shard files")
     folder = path.parent.resolve()
     homes = [folder]
@@ -359,19 +358,18 @@ def safetensors_header(
     """The beginning of a safetensors file with tensors of these dtypes and shapes, the byte of the
     file at which each of them begins, in file order, and the size of the file."""
     header = {"__metadata__": dict(metadata)} if metadata else {}
-    begins = {}
     end = 0
     # Widest first keeps every tensor aligned.
     for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
         dtype, shape = tensors[name]
-        begins[name] = end
+        begin = end
         end += math.prod(shape) * dtype.itemsize
-        offsets = [begins[name], end]
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": offsets}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    begins = {name: len(start) + begin for name, begin in begins.items()}
+    header.pop("__metadata__", None)
+    begins = {name: len(start) + entry["data_offsets"][0] for name, entry in header.items()}
     return start, begins, len(start) + end
 
 

@@ -179,7 +179,6 @@ def load_into(
             problems.append(f"not initialised: buffer {key} {reason}")
     refuse(source.path, f"does not fit {type(module).__name__}", problems)
 
-    made = {}
     pairs = [(name, wanted[key]) for key, name in plan.items()]
     for key, view in zip(plan, read_shards(source, pairs)):
         old = wanted[key]
@@ -190,8 +189,11 @@ def load_into(
         new = torch.empty(view.shape, dtype=kind, device=device if old.is_meta else old.device)
         if new.device.type == "cpu":
             advise(new, "HUGEPAGE")  # fresh memory in small pages costs more time than the file
-        made[key] = new.copy_(view)  # casts on the way: no second copy
-    module.load_state_dict(made, strict=False, assign=True)
+        new.copy_(view)  # casts on the way: no second copy
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        owner, _, leaf = key.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, new)
 
 
 def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:

@@ -100,7 +100,8 @@ class TransferCube(World):
         self.mujoco.mj_resetData(self.model, self.data)
         # Of the cube, as gym-aloha draws it.
         place = np.random.default_rng(seed).uniform([0.0, 0.4], [0.2, 0.6])
-        self.data.qpos[:23] = [*START, *START, *place, 0.05, 1, 0, 0, 0]
+        cube = [*place, 0.05, 1, 0, 0, 0]
+        self.data.qpos[:23] = [*START, *START, *cube]
         self.data.ctrl[:] = self.data.qpos[:16]
         self.mujoco.mj_forward(self.model, self.data)
         self.last = self.state().astype(float)
@@ -113,18 +114,21 @@ class TransferCube(World):
         action = checked(action, self)
         targets = np.linspace(self.last, action, self.commands + 1)[1:]
         for arms in targets.reshape(-1, 2, 7):
-            finger = CLOSED + (OPEN - CLOSED) * np.clip(arms[:, 6:], 0, 1)
-            self.data.ctrl[:] = np.hstack([arms[:, :6], finger, -finger]).ravel()
+            opening = np.clip(arms[:, 6:], 0, 1)
+            finger = CLOSED + (OPEN - CLOSED) * opening
+            joints = np.hstack([arms[:, :6], finger, -finger])
+            self.data.ctrl[:] = joints.ravel()
             self.mujoco.mj_step(self.model, self.data, self.substeps)
-            touching = {frozenset(pair) for pair in self.data.contact.geom.tolist()}
-            held = frozenset((self.cube, self.finger)) in touching
-            self.success |= held and frozenset((self.cube, self.table)) not in touching
+            pairs = self.data.contact.geom
+            touched = pairs[(pairs == self.cube).any(axis=1)]
+            self.success |= self.finger in touched and self.table not in touched
         self.last = action
         self.done += 1
 
     def state(self) -> np.ndarray:
-        joints = self.data.qpos[:16].reshape(2, 8)[:, :7].astype(float)
-        joints[:, 6] = (joints[:, 6] - CLOSED) / (OPEN - CLOSED)
+        arms = self.data.qpos[:16].reshape(2, 8)
+        opening = (arms[:, 6:7] - CLOSED) / (OPEN - CLOSED)
+        joints = np.hstack([arms[:, :6], opening])
         return np.float32(joints.ravel())
 
     def render(self) -> dict[str, np.ndarray]:
@@ -132,7 +136,8 @@ class TransferCube(World):
 
     def labels(self) -> dict[str, float]:
         cube = self.data.geom_xpos[self.cube]
-        points = {"object": cube, "goal": MEET, "hand": tip(self.data, self.hands["right"])}
+        hand = tip(self.data, self.hands["right"])
+        points = {"object": cube, "goal": MEET, "hand": hand}
         seen = ()
         if self.cameras:
             seen = self.eye.places(self.data, CAMERAS[self.cameras[0]], points.values())
@@ -152,8 +157,9 @@ class TransferCube(World):
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        cube = np.array([*self.data.qpos[16:18], 0.02])
-        over = cube + [0, 0, 0.08]
+        x, y = self.data.qpos[16:18]
+        cube = np.array([x, y, 0.02])
+        over = np.array([x, y, 0.1])
         near = MEET - [0.1, 0, 0.02]
         beside = MEET + [0.1, 0, 0]
         ways = {
@@ -168,10 +174,11 @@ class TransferCube(World):
         plan = np.empty((self.max_steps, 2, 7))
         for i, (arm, hand) in enumerate(self.hands.items()):
             steps, *goals = np.column_stack(ways[arm]).T
-            start = [0, *tip(ghost, hand)]
-            along = [np.interp(now, [0, *steps], [a, *b]) for a, b in zip(start, goals)]
+            starts = [0, *tip(ghost, hand)]
+            along = [np.interp(now, [0, *steps], [a, *b]) for a, b in zip(starts, goals)]
             part = np.clip(now / steps[0], 0, 1)
-            turns = self.Rotation.from_rotvec(np.outer(part, TURNS[arm]), degrees=True)
+            angles = np.outer(part, TURNS[arm])
+            turns = self.Rotation.from_rotvec(angles, degrees=True)
             turns *= self._turned(ghost, hand)
             plan[:, i, 6] = along[0]
             for k, place in enumerate(zip(*along[1:])):
@@ -179,7 +186,8 @@ class TransferCube(World):
         return plan.reshape(-1, 14)
 
     def _turned(self, data: object, hand: int) -> object:
-        return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
+        matrix = data.xmat[hand].reshape(3, 3)
+        return self.Rotation.from_matrix(matrix)
 
     def _solve(
         self,
@@ -204,7 +212,8 @@ class TransferCube(World):
                 break
             self.mujoco.mj_jac(self.model, ghost, jacobian[:3], jacobian[3:], at, hand)
             own = jacobian[:, joints]
-            step = own.T @ np.linalg.solve(own @ own.T + 1e-4 * np.eye(6), miss)
+            damped = own @ own.T + 1e-4 * np.eye(6)
+            step = own.T @ np.linalg.solve(damped, miss)
             ghost.qpos[joints] = np.clip(ghost.qpos[joints] + step, low, high)
         return ghost.qpos[joints].copy()
 

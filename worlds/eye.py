@@ -30,7 +30,8 @@ class Eye:
         model.vis.global_.offwidth = max(640, 2 * width)
         self.renderer = mujoco.Renderer(model, 2 * height, 2 * width)
         self.option = mujoco.MjvOption()
-        for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        flags = mujoco.mjtRndFlag
+        for effect in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION):
             self.renderer.scene.flags[effect] = 0
 
     def picture(self, data: object, camera: str) -> np.ndarray:
@@ -39,20 +40,27 @@ class Eye:
         twice = self.renderer.render().astype(np.uint16)
         rows = twice[::2] + twice[1::2]
         sums = rows[:, ::2] + rows[:, 1::2]
-        mean = ((sums + 2) // 4).astype(np.uint8)
-        return np.ascontiguousarray(mean[::-1, ::-1]) if camera in self.turned else mean
+        picture = (sums + 2) // 4
+        picture = picture.astype(np.uint8)
+        if camera in self.turned:
+            picture = np.rot90(picture, 2).copy()
+        return picture
 
     def places(self, data: object, camera: str, points: Iterable[np.ndarray]) -> np.ndarray:
         """Where n points (3,) of the world are in a camera's picture: (n, 2), 0 to 1 from left and
         top, at most one side outside."""
         here = data.camera(camera)
-        # x right, y up, z towards the camera
-        seen = (np.stack(list(points)) - here.xpos) @ here.xmat.reshape(3, 3)
-        slope = np.tan(np.radians(self.model.camera(camera).fovy[0]) / 2)
-        half = np.maximum(-seen[:, 2:], 1e-3) * slope
-        place = 0.5 + seen[:, :2] * (0.5 / self.aspect, -0.5) / half
-        place = np.clip(place, -1, 2)
-        return 1 - place if camera in self.turned else place
+        away = np.stack(list(points)) - here.xpos
+        right, up, towards = here.xmat.reshape(3, 3).T @ away.T
+        angle = np.radians(self.model.camera(camera).fovy[0])
+        depth = np.maximum(-towards, 1e-3)
+        height = 2 * depth * np.tan(angle / 2)  # of what the picture shows at that depth
+        x = 0.5 + right / height / self.aspect
+        y = 0.5 - up / height
+        place = np.column_stack([x, y]).clip(-1, 2)
+        if camera in self.turned:
+            place = 1 - place
+        return place
 
     def __del__(self):
         # MuJoCo deletes an old renderer's textures in whatever context is current: in that of

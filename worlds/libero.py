@@ -81,16 +81,15 @@ class Libero(World):
         x, y, z, w = self.seen["robot0_eef_quat"]
         sine = np.sqrt(x * x + y * y + z * z)
         rotation = np.array([x, y, z]) * (2 * np.arctan2(sine, w) / max(sine, 1e-9))
-        return np.concatenate(
-            [self.seen["robot0_eef_pos"], rotation, self.seen["robot0_gripper_qpos"]]
-        ).astype(np.float32)
+        parts = [self.seen["robot0_eef_pos"], rotation, self.seen["robot0_gripper_qpos"]]
+        return np.concatenate(parts).astype(np.float32)
 
     def render(self) -> dict[str, np.ndarray]:
-        return {camera: self._picture(camera) for camera in self.cameras}
-
-    def _picture(self, camera: str) -> np.ndarray:
-        self.renderer.update_scene(self.data, camera=camera, scene_option=self.look)
-        return np.ascontiguousarray(self.renderer.render()[:, ::-1])
+        pictures = {}
+        for camera in self.cameras:
+            self.renderer.update_scene(self.data, camera=camera, scene_option=self.look)
+            pictures[camera] = np.fliplr(self.renderer.render()).copy()
+        return pictures
 
 
 make = Libero

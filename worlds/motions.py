@@ -19,29 +19,31 @@ def greatest_change(interval: int) -> np.ndarray:
 
 def flows(episode: Episode, interval: int) -> tuple[np.ndarray, np.ndarray]:
     """True optical flow (T, H, W, 2) in pixels, and which rows are valid (T,)."""
-    begin = np.arange(len(episode.motion) - 1)
+    last = len(episode.motion) - 1
+    begin = np.arange(last)
     end = begin + interval
-    last = len(begin)
     flow = episode.flow(begin, end.clip(max=last))
     return flow, end <= last
 
 
 def labels(episode: Episode, interval: int) -> np.ndarray:
     """Change (T, 3) of x, y and opening, in [-1, 1]: over the greatest change possible."""
-    steps = len(episode.motion) - 1
-    end = (np.arange(steps) + interval).clip(max=steps)
-    change = episode.motion[end] - episode.motion[:-1]
-    return change / greatest_change(interval)
+    before = episode.motion[:-1]
+    end = np.arange(len(before)) + interval
+    after = episode.motion[end.clip(max=len(before))]
+    return (after - before) / greatest_change(interval)
 
 
 def places(episode: Episode) -> dict[str, np.ndarray]:
     """Where the disc that the instruction names and the effector are in the picture, 0 to 1 from
     left and top, and the opening: name -> (T + 1,). Nothing for an episode without instruction."""
-    named = [COLOURS.index(word) for word in episode.instruction.split() if word in COLOURS]
+    words = episode.instruction.split()
+    named = [word for word in words if word in COLOURS]
     if not named:
         return {}
     shots = episode.snapshots
-    number = shots.colours[0].tolist().index(named[0])
+    colours = shots.colours[0].tolist()
+    number = colours.index(COLOURS.index(named[0]))
     columns = np.column_stack([shots.discs[:, number], shots.effector, shots.opening])
     names = ("object x", "object y", "effector x", "effector y", "opening")
     return dict(zip(names, columns.T))

@@ -99,12 +99,14 @@ class Gantry(Gripper):
 
     def to_action(self, xy, grip, state):
         now = (state[:, :2] + 1) / 2
-        velocity = (grip - state[:, 2])[:, None] / (2 * GRIP_SPEED)
-        return np.clip(np.concatenate([(xy - now) / MAX_SPEED, velocity], axis=1), -1, 1)
+        move = (xy - now) / MAX_SPEED
+        velocity = (grip - state[:, 2]) / (2 * GRIP_SPEED)
+        return np.column_stack([move, velocity]).clip(-1, 1)
 
     def from_action(self, action, state):
         xy = (state[:, :2] + 1) / 2 + MAX_SPEED * action[:, :2]
-        return xy, state[:, 2] + 2 * GRIP_SPEED * action[:, 2], np.zeros(len(action))
+        grip = state[:, 2] + 2 * GRIP_SPEED * action[:, 2]
+        return xy, grip, np.zeros(len(action))
 
 
 # The arm: shoulder behind the top edge, two equal links, elbow always on the same side.
@@ -140,7 +142,8 @@ class Arm(Gripper):
 
     def from_action(self, action, state):
         low, high = JOINT_RANGE.T
-        shoulder, elbow, wrist = (low + (action[:, [0, 1, 3]] + 1) / 2 * (high - low)).T
+        part = (action[:, [0, 1, 3]] + 1) / 2
+        shoulder, elbow, wrist = (low + part * (high - low)).T
         return arm_points(shoulder, elbow)[1], action[:, 2], shoulder + elbow + wrist
 
 

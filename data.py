@@ -250,8 +250,8 @@ class Stream:
     __getitem__ = prepare
 
     def inputs(self, prepared: dict, device: torch.device | str) -> Inputs:
-        frames = prepared["frames"].to(device, non_blocking=True)
-        batch = Batch(**prepared | {"frames": frames})
+        batch = Batch(**prepared)
+        batch.frames = batch.frames.to(device, non_blocking=True)
         return encode(batch, self.backbones, self.actions != "none").to(device)
 
     def encoded(
@@ -313,10 +313,10 @@ class Pool(windows.Windows):
     def check(self, latent: str | Path | None = None) -> None:
         """ValueError if the makers of the windows have changed. Backbones whose files are not here
         are not needed, and not compared."""
-        now = makers(*self.kind, LatentEncoder(latent) if latent else None)
-        absent = set(Backbones.PARTS) - now.keys()
-        then = {name: made for name, made in self.made_by.items() if name not in absent}
-        stale = [f"{k} was {then[k]}, is {now.get(k)}" for k in then if then[k] != now.get(k)]
+        then = self.made_by
+        now = dict.fromkeys(then) | {part: then.get(part) for part in Backbones.PARTS}
+        now |= makers(*self.kind, LatentEncoder(latent) if latent else None)
+        stale = [f"{k} was {then[k]}, is {now[k]}" for k in then if then[k] != now[k]]
         if stale:
             raise ValueError(
                 f"{self.path} is stale: {'; '.join(stale)}; make it again with `python data.py "

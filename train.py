@@ -13,7 +13,7 @@ VLM, VAE and text encoder are frozen throughout. One process or many run the sam
 
 A run is a folder: `log.csv`, `curve.png` and `step_NNNNNN/` with config, weights, EMA and
 optimizer, safetensors and json only. A checkpoint is renamed when it is complete; SIGTERM leaves
-one and ends the run. Every random number of step n comes from (seed, n), for the whole batch: a
+one and ends the run. Every random number of a sample of step n comes from (seed, n, sample): a
 resumed run equals an uninterrupted one bit for bit, on any number of ranks up to the order of sums.
 """
 

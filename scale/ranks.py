@@ -139,7 +139,7 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         control = dist.new_group(backend="gloo")
         writing = dist.new_group(backend="gloo")
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        ranks = Ranks(rank, world, device, None, control, writing, patient)
+        ranks = Ranks(rank, world, device, control=control, writing=writing, patient=patient)
         shards = shards or environment("LOCAL_WORLD_SIZE", world)
         ranks.same(shards=str(shards))
         ranks.together(lambda: check_launch(ranks, shards))

@@ -274,7 +274,7 @@ def test_the_full_model_trains_on_all_windows_of_its_data():
     """None is encoded before; none of the toy's two thousand."""
     for name, stage in itertools.product(("small", "full"), "123"):
         settings = train.settings_for(name, stage)
-        assert (settings.windows, settings.workers, settings.precision) == (0, 4, "bf16")
+        assert settings.windows == 0 and settings.workers >= 4 and settings.precision == "bf16"
 
 
 def test_random_windows_train_every_stage_without_data_or_backbones(tmp_path, monkeypatch):

@@ -257,8 +257,7 @@ def step(
     run: Training, number: int, inputs: Inputs, noise: dict[str, Tensor], have: Sequence[float]
 ) -> None:
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
-    video loss and an action loss. ValueError, on every rank, if the loss is not finite: it is known
-    only after the update, which is then never saved."""
+    video loss and an action loss. ValueError, before it is saved, if the loss is not finite."""
     # ------------------------------------------------------------------------------------------
     settings = run.settings
     optimizers = run.state.optimizers
@@ -271,10 +270,10 @@ def step(
         run.loss.begin_pass(last=first + micro >= len(inputs))
         losses = run.loss(inputs.rows(part), {name: x[part] for name, x in noise.items()})
         share = losses.total(*have)
-        (share * run.ranks.world).backward()  # gradients become the mean over the ranks
+        (share * run.loss.divided).backward()
         loss += share.detach()
         run.log.losses(losses)
-    loss = sharding.reduced(loss, run.trained, run.ranks.world)
+    loss = sharding.reduced(loss, run.trained)
     norm = nn.utils.clip_grad_norm_(run.trained, settings.clip)
     for optimizer in optimizers:
         optimizer.step()
@@ -284,9 +283,8 @@ def step(
     if not math.isfinite(loss + norm):
         windows = run.source.rows(settings.batch, settings.seed, number).tolist()
         raise ValueError(
-            f"step {number}: loss {loss}, gradient norm {norm}; windows {windows} of seed "
-            f"{settings.seed}. This step is not saved; the last checkpoint is intact. Lower --set "
-            f"lr (now {settings.lr})"
+            f"step {number}: loss {loss}, gradient norm {norm}; windows {windows} of this seed. "
+            f"Nothing of it is saved, the last checkpoint is whole. Lower --set lr={settings.lr}"
         )
     # ------------------------------------------------------------------------------------------
     run.log.add("loss", loss)
@@ -302,8 +300,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     # The same on every rank, or refused by all of them.
     settings, mesh = ranks.together(lambda: plan.settled(args, settings, ranks))
     facts = {name: str(value) for name, value in asdict(settings).items()}
-    facts |= dict(stage=args.stage, preset=args.preset, out=str(args.out))
-    ranks.same(code=code_digest(), **facts)
+    facts |= dict(stage=args.stage, preset=args.preset, out=str(args.out), code=code_digest())
+    ranks.same(**facts)
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
@@ -330,8 +328,7 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     start = 0
     if resumed:
         newest = newest_step(args.out)
-        anyway = args.resume == "anyway"
-        start = ranks.together(lambda: state.resume(newest, FREE, anyway))
+        start = ranks.together(lambda: state.resume(newest, FREE, args.resume == "anyway"))
     ranks.same(newest_checkpoint=str(start))
 
     # The steps.

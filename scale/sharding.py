@@ -99,6 +99,7 @@ class TrainingLoss(nn.Module):
         self.model = model
         self.bf16 = precision == "bf16"
         self.frees = reshard
+        self.divided = 1  # FSDP divides gradients by so many ranks
         self.layers = nn.ModuleList(model.layers)
 
     def forward(self, inputs: Inputs, noise: Mapping[str, Tensor]) -> Losses:
@@ -164,6 +165,7 @@ def parallelize(
     for expert in idle:
         shard(getattr(model, expert))
     shard(loss, mp_policy=fp32, ignored_params=matrices)
+    loss.divided = mesh.size()
     for group, following in pairwise([loss, *model.layers]):
         group.set_modules_to_forward_prefetch([following])
     return loss
@@ -182,15 +184,15 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [part.view_as(x) for part, x in zip(parts, tensors)]
 
 
-def reduced(loss: Tensor, parameters: Iterable[Tensor], world: int) -> Tensor:
-    """The sum of the ranks' losses. In the same message the gradients of whole parameters become
-    their mean; those of sharded ones FSDP has reduced."""
-    if world == 1:
+def reduced(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The loss, and in the same message the gradients of whole parameters, summed over the ranks;
+    those of sharded ones FSDP has reduced."""
+    if not dist.is_initialized():
         return loss
-    grads = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    total, *sums = summed([loss, *grads])
-    for grad, received in zip(grads, sums):
-        torch.div(received, world, out=grad)
+    whole = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    total, *grads = summed([loss, *(p.grad for p in whole)])
+    for p, grad in zip(whole, grads):
+        p.grad = grad.to(p.dtype)
     return total
 
 

@@ -236,16 +236,20 @@ def test_parameters_of_the_full_model_are_those_of_the_paper():
 # -- what train.py takes of it --------------------------------------------------------------------
 
 
-def settled(world: int, *changes: str, preset: str = "full", device: str = "cuda", memory=80.0):
+@pytest.fixture
+def settled(monkeypatch):
     """Settings and mesh of stage 3 on ranks of which eight are a node, with cards that are said to
     have so many GB."""
-    card = SimpleNamespace(total_memory=memory * GB)
-    torch.cuda.get_device_properties = lambda device: card
-    shards = min(world, 8)
-    mesh = {"shard": SimpleNamespace(size=lambda: shards)} if world > 1 else None
-    ranks = Ranks(0, world, torch.device(device), memory * GB, mesh)
-    args = argparse.Namespace(preset=preset, stage="3", cache="x", data=None)
-    return plan.settled(args, train.settings_for(preset, "3", changes), ranks)
+
+    def ask(world: int, *changes: str, preset="full", device="cuda", memory=80.0):
+        card = SimpleNamespace(total_memory=memory * GB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        mesh = {"shard": SimpleNamespace(size=lambda: min(world, 8))} if world > 1 else None
+        args = argparse.Namespace(preset=preset, stage="3", cache="x", data=None)
+        ranks = Ranks(0, world, torch.device(device), mesh)
+        return plan.settled(args, train.settings_for(preset, "3", changes), ranks)
+
+    return ask
 
 
 @pytest.mark.slow
@@ -260,7 +264,7 @@ def settled(world: int, *changes: str, preset: str = "full", device: str = "cuda
         (8, 80, ["micro=4"], ("selective", 4)),
     ],
 )
-def test_full_takes_what_the_plan_finds_for_its_cards(world, memory, changes, expected):
+def test_full_takes_what_the_plan_finds_for_its_cards(settled, world, memory, changes, expected):
     """Micro-batch and policy; what is asked for by name stays, but for a micro-batch of more than a
     rank's share. What is taken fits, and half as much again would not be found."""
     settings, mesh = settled(world, *changes, memory=memory)
@@ -272,14 +276,14 @@ def test_full_takes_what_the_plan_finds_for_its_cards(world, memory, changes, ex
 
 
 @pytest.mark.slow
-def test_full_is_refused_by_the_sentence_of_the_plan_where_it_cannot_fit():
+def test_full_is_refused_by_the_sentence_of_the_plan_where_it_cannot_fit(settled):
     """On one card, whatever is asked for by name."""
     for changes in ([], ["checkpointing=full", "micro=1"]):
         with pytest.raises(ValueError, match="full, stage 3, needs .* GB per rank on 1 GPUs"):
             settled(1, *changes)
 
 
-def test_small_models_are_whole_on_every_rank_unless_shards_are_asked_for(capsys):
+def test_small_models_are_whole_on_every_rank_unless_shards_are_asked_for(settled, capsys):
     """The toy; on a CPU nothing is planned, and no policy is nothing computed again."""
     assert settled(2, preset="toy")[1] is None
     assert settled(2, "shards=2", preset="toy")[1] is not None

@@ -734,6 +734,36 @@ def test_torchrun_passes_our_arguments_on():
     assert (args.training_script, args.training_script_args) == ("train.py", ours)
 
 
+STUBS = {
+    "srun": 'echo "srun $SRUN_CPUS_PER_TASK $*" >> log; mkdir -p "run/$(cat next)"; exit 143',
+    "scontrol": '[ "$1" = show ] && echo node1 || echo "$*" >> log',
+    "ip": "echo default via 10.0.0.1 dev eth7 proto dhcp",
+}
+
+
+def test_the_slurm_script_queues_itself_again_while_it_gets_further(tmp_path):
+    """With stand-ins for Slurm, each run ended by a signal: begun, died before a checkpoint, gone
+    on from there, no further, finished at a step of seven digits."""
+    (tmp_path / "bin").mkdir()
+    for name, text in STUBS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "activate").touch()
+    slurm = dict(SLURM_CPUS_PER_TASK="96", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="x")
+    env = os.environ | slurm | dict(SLURM_NNODES="2", ENVIRONMENT=".", STEPS="2000000", RUN="run")
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
+    said = []
+    for found in ("log.csv", "step_000900", "step_1000000", "step_1000000", "step_2000000"):
+        (tmp_path / "next").write_text(found)
+        (tmp_path / "log").write_text("")
+        command = ["bash", str(ROOT / "docs" / "slurm.sh")]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+        log = (tmp_path / "log").read_text()
+        assert log.startswith("srun 96 ")
+        said.append(("--resume" in log, "requeue 7" in log))
+    assert said == [(False, False), (True, True), (True, True), (True, False), (True, False)]
+
+
 def start_torchrun(*argv: str) -> subprocess.CompletedProcess:
     """Two processes of train.py under torchrun, as typed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -312,16 +312,16 @@ def downstream(args: argparse.Namespace, about: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("experiment", choices=("evidence", "downstream"))
-    add("--out", type=output_folder, default=Path("docs/latent_action"))
-    add("--run", type=output_folder, default=Path("runs/downstream"))
-    add("--modes", default="joint")
-    add("--demonstrations", type=int, nargs="+", default=[100, 200, 400])
-    add("--set3", nargs="*", default=SET3, metavar="KEY=VALUE")
-    add("--device", **DEVICE)
+    add = parser.option
+    add("experiment", str, choices=("evidence", "downstream"))
+    add("--out", output_folder, default="docs/latent_action")
+    add("--run", output_folder, default="runs/downstream")
+    add("--modes", "joint")
+    add("--demonstrations", int, nargs="+", default=[100, 200, 400])
+    add("--set3", str, nargs="*", default=SET3, metavar="KEY=VALUE")
+    add(*DEVICE)
     for name, default in NUMBERS.items():
-        add(f"--{name}", type=int, default=default)
+        add(f"--{name}", default)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     words = " ".join(sys.argv[1:] if argv is None else argv)

@@ -386,29 +386,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("inspect", "check", "convert", "cache"):
-        add = commands.add_parser(name).add_argument
-        add("--preset", default="toy", choices=tuple(PRESETS), help="row of presets.toml")
+        add = commands.add_parser(name).option
+        add("--preset", "toy", "row of presets.toml", choices=tuple(PRESETS))
         if name != "cache":
-            add("data", help="card, dataset folder, or USER/NAME on the hub")
+            add("data", str, "card, dataset folder, or USER/NAME on the hub")
         if name == "inspect":
-            add("--out", type=options.output_file, default="inspect.png", help="picture to write")
-            add("--card", type=options.output_file, help="card to write, with every choice")
+            add("--out", options.output_file, "picture to write", default="inspect.png")
+            add("--card", options.output_file, "card to write, with every choice")
         if name == "convert":
-            add("out", type=options.output_folder, help="folder to write")
-            add("--lossless", action="store_true", help="videos keep every value")
-    add("--stage", required=True, choices=("1", "2", "3"), help="that is to read it")
-    add("--data", help="card or dataset (default: the preset's)")
-    add("--latent", help="run of stage latent, whose latent actions stage 2 learns")
-    add("--long", action="store_true", help="sizes of the preset's long recipe")
+            add("out", options.output_folder, "folder to write")
+            add("--lossless", False, "videos keep every value")
+    add("--stage", str, "that is to read it", required=True, choices=("1", "2", "3"))
+    add("--data", str, "card or dataset (default: the preset's)")
+    add("--latent", str, "run of stage latent, whose latent actions stage 2 learns")
+    add("--long", False, "sizes of the preset's long recipe")
     for name in ("episodes", "windows", "seed"):
-        add(f"--{name}", type=int, default=0, help=f"{name} (default: of the preset's recipe)")
-    add(
-        "--out",
-        type=options.output_file,
-        required=True,
-        help="file, or folder for any number of processes, to write",
-    )
-    add("--device", **options.DEVICE)
+        add(f"--{name}", 0, f"{name} (default: of the preset's recipe)")
+    add("--out", options.output, "file, or folder for many processes, to write", required=True)
+    add(*options.DEVICE)
     return parser.parse_args(argv)
 
 

@@ -315,21 +315,21 @@ def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> No
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--ckpt", help="run folder, or one of its step_NNNNNN; or published weights")
-    add("--mode", default="joint", help=f"{', '.join(flow.MODES)}; several with commas; all")
-    add("--data", help="card or dataset, for its held-out episodes (default: the preset's)")
-    add("--robot", default="", help="which robot, where the checkpoint knows several")
-    add("--episodes", type=int, default=32, help="one window of each")
-    add("--steps", type=int, default=10, help="Euler steps")
-    add("--seed", type=int, default=0, help="of episodes and noise")
-    add("--int8", action="store_true", help="the video expert's maps in int8, for 24 GB cards")
-    add("--text", type=Path, help="file of prepared text states, read for the text encoder")
-    add("--encode-text", nargs="+", metavar="INSTRUCTION", help="write text states to --text; stop")
-    add("--preset", default="full", choices=PRESETS, help="whose text encoder prepares them")
+    add = parser.option
+    add("--ckpt", str, "run folder, or one of its step_NNNNNN; or published weights")
+    add("--mode", "joint", f"{', '.join(flow.MODES)}; several with commas; all")
+    add("--data", str, "card or dataset, for its held-out episodes (default: the preset's)")
+    add("--robot", "which robot, where the checkpoint knows several")
+    add("--episodes", 32, "one window of each")
+    add("--steps", 10, "Euler steps")
+    add("--seed", 0, "of episodes and noise")
+    add("--int8", False, "the video expert's maps in int8, for 24 GB cards")
+    add("--text", Path, "file of prepared text states, read for the text encoder")
+    add("--encode-text", str, "write text states to --text; stop", nargs="+", metavar="INSTRUCTION")
+    add("--preset", "full", "whose text encoder prepares them", choices=PRESETS)
     out = "folder for pictures and figures.json (default: samples/ in the checkpoint)"
-    add("--out", type=options.output_folder, help=out)
-    add("--device", **options.DEVICE)
+    add("--out", options.output_folder, out)
+    add(*options.DEVICE)
     return parser.parse_args(argv)
 
 

@@ -509,26 +509,23 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--stage", choices=list(STAGES), help="default all in order; finished ones are skipped")
-    add("--preset", default="toy", choices=PRESETS, help="row of presets.toml")
-    add("--full", dest="preset", action="store_const", const="full", help="--preset full")
-    add(
-        "--out",
-        type=options.output_folder,
-        help="folder of the run (default runs/stageN, of all runs/PRESET)",
-    )
-    add("--init", type=Path, help="run or weights to start from; of stage latent its DC-AE")
-    add("--data", help="dataset card, folder or hub name (docs/data.md); default the preset's")
-    add("--cache", type=Path, help="windows of data.py cache, tokens of scripts.latents tokens")
-    add("--latent", type=Path, help="run of stage latent, read by stage 2")
-    add("--resume", action="store_const", const="same", help="go on from the newest checkpoint")
-    anyway = dict(dest="resume", action="store_const", const="anyway")
-    add("--resume-anyway", **anyway, help="the same, although the code has changed since")
-    add("--steps", type=int, help="short for --set steps=N")
-    add("--long", action="store_true", help="the preset's long recipe")
-    add("--device", **options.DEVICE)
-    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help=options.stated(Settings))
+    add = parser.option
+    add("--stage", str, "default all in order; finished ones are skipped", choices=list(STAGES))
+    add("--preset", "toy", "row of presets.toml", choices=PRESETS)
+    const = {"action": "store_const"}
+    add("--full", False, "--preset full", dest="preset", const="full", **const)
+    add("--out", options.output_folder, "folder of the run (default runs/stageN or runs/PRESET)")
+    add("--init", Path, "run or weights to start from; of stage latent its DC-AE")
+    add("--data", str, "dataset card, folder or hub name (docs/data.md); default the preset's")
+    add("--cache", Path, "windows of data.py cache, tokens of scripts.latents tokens")
+    add("--latent", Path, "run of stage latent, read by stage 2")
+    add("--resume", False, "go on from the newest checkpoint", const="same", **const)
+    const |= {"dest": "resume", "const": "anyway"}
+    add("--resume-anyway", False, "the same, although the code has changed since", **const)
+    add("--steps", int, "short for --set steps=N")
+    add("--long", False, "the preset's long recipe")
+    add(*options.DEVICE)
+    add("--set", str, options.stated(Settings), nargs="*", default=[], metavar="KEY=VALUE")
     plan.add_options(parser)
     return parser.parse_args(argv)
 

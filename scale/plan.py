@@ -497,11 +497,6 @@ def main(args: argparse.Namespace) -> None:
     stage = args.stage or "3"  # which needs most
     if stage not in HOURS:
         raise ValueError(f"--stage is {stage!r}; a plan is of one of {', '.join(HOURS)}")
-    if not 0 < args.mfu <= 1 or args.peak <= 0:
-        raise ValueError(
-            f"--mfu is {args.mfu:g} and --peak {args.peak:g}; expected a share in (0, 1] and "
-            "TFLOP/s above 0"
-        )
     memory = args.memory * GB
     plan = Plan(args.preset, stage, args.gpus, memory, args.params, args.frozen, args.batch)
     print(report(plan, args.mfu, args.peak))

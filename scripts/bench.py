@@ -557,18 +557,18 @@ def gpu(config: MotusConfig, steps: int, device: str = "cuda") -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--count", action="store_true", help="count the FLOPs of a chunk at full size")
-    add("--int8", metavar="CKPT", help="drift of a stage-3 run with an int8 video expert")
-    add("--gpu", action="store_true", help="measure on the first GPU")
-    add("--compile", action="store_true", help="ratios: also of compiled graphs (minutes)")
-    add("--rounds", type=int, default=7, help="pairs that are timed")
-    add("--batch", type=int, default=32, help="samples of a training step")
-    add("--steps", type=int, default=10, help="Euler steps of the sampler")
-    add("--episodes", type=int, default=32, help="windows of --int8")
-    add("--seed", type=int, default=0, help="of windows and noise of --int8")
-    add("--device", **DEVICE)
-    add("--out", type=output_file, help="Markdown file to write")
+    add = parser.option
+    add("--count", False, "count the FLOPs of a chunk at full size")
+    add("--int8", str, "drift of a stage-3 run with an int8 video expert", metavar="CKPT")
+    add("--gpu", False, "measure on the first GPU")
+    add("--compile", False, "ratios: also of compiled graphs (minutes)")
+    add("--rounds", 7, "pairs that are timed")
+    add("--batch", 32, "samples of a training step")
+    add("--steps", 10, "Euler steps of the sampler")
+    add("--episodes", 32, "windows of --int8")
+    add("--seed", 0, "of windows and noise of --int8")
+    add(*DEVICE)
+    add("--out", output_file, "Markdown file to write")
     args = parser.parse_args(argv)
     if args.gpu:
         text = gpu(preset("full"), args.steps)

@@ -301,11 +301,6 @@ class Arena(NamedTuple):
         body = {"embodiment": robot.embodiment} if "embodiment" in keys_of(sim) else {}
         return cls(sim, tasks, body | like["settings"], look)
 
-    @property
-    def fleets(self) -> int:
-        """How many `worlds` gives."""
-        return 1 if hasattr(simulator(self.sim), "many") else len(self.tasks)
-
     def worlds(self, settings: dict, args: argparse.Namespace) -> Iterator[tuple[str, Fleet]]:
         """A fleet for each task; or all tasks at once, where a simulator can hold many worlds."""
         settings = self.settings | settings
@@ -324,27 +319,27 @@ class Arena(NamedTuple):
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
-    add = parser.add_argument
-    add("--ckpt", help="run folder of stage 3, or one of its step_NNNNNN")
-    add("--modes", default="joint", help="joint, vla, or both with a comma")
-    add("--random", action="store_true", help="add rows of a random policy")
-    add("--expert", action="store_true", help="add rows of the simulator's scripted expert")
-    add("--robot", default="", help="which robot acts, where the checkpoint knows several")
-    add("--sim", help="a file of worlds/, or a module on PYTHONPATH (default: the preset's world)")
-    add("--like", help="dataset: simulator, tasks and settings of a recording")
-    add("--tasks", help="with commas (default: those of --like, or all)")
-    add("--set", nargs="+", default=[], help="KEY=VALUE: settings of the simulator")
-    add("--episodes", type=int, default=50, help="worlds per row, task and seed")
-    add("--seed", type=int, nargs="+", default=[0], help="of worlds and noise; a row pools them")
-    add("--steps", type=int, default=10, help="Euler steps")
-    add("--execute", type=int, help="actions before the next look (default: the whole chunk)")
-    add("--max-steps", type=int, help="actions per episode (default: the simulator's)")
-    add("--gif", type=int, default=0, help="film so many worlds per row and task")
-    add("--batch", type=int, default=10, help="worlds at once")
-    add("--workers", type=int, default=os.cpu_count(), help="processes")
+    add = parser.option
+    add("--ckpt", str, "run folder of stage 3, or one of its step_NNNNNN")
+    add("--modes", "joint", "joint, vla, or both with a comma")
+    add("--random", False, "add rows of a random policy")
+    add("--expert", False, "add rows of the simulator's scripted expert")
+    add("--robot", "which robot acts, where the checkpoint knows several")
+    add("--sim", str, "a file of worlds/, or a module on PYTHONPATH (default: the preset's world)")
+    add("--like", str, "dataset: simulator, tasks and settings of a recording")
+    add("--tasks", str, "with commas (default: those of --like, or all)")
+    add("--set", str, "KEY=VALUE: settings of the simulator", nargs="+", default=[])
+    add("--episodes", 50, "worlds per row, task and seed")
+    add("--seed", int, "of worlds and noise; a row pools them", nargs="+", default=[0])
+    add("--steps", 10, "Euler steps")
+    add("--execute", int, "actions before the next look (default: the whole chunk)")
+    add("--max-steps", int, "actions per episode (default: the simulator's)")
+    add("--gif", 0, "film so many worlds per row and task")
+    add("--batch", 10, "worlds at once")
+    add("--workers", os.cpu_count(), "processes")
     out = "folder of evaluation.json and films (default: in the checkpoint)"
-    add("--out", type=output_folder, help=out)
-    add("--device", **DEVICE)
+    add("--out", output_folder, out)
+    add(*DEVICE)
     return parser.parse_args(argv)
 
 
@@ -392,8 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     # Who acts under which settings -> seed, task, success and steps of each episode.
     found: dict[tuple, list[tuple]] = defaultdict(list)
-    total = len(looks) * arena.fleets * len(actors) * len(args.seed) * args.episodes
-    bar = tqdm(total=total, desc="evaluate", unit="episode")
+    bar = tqdm(desc="evaluate", unit="episode")
     for number, look in enumerate(looks):
         for task, worlds in arena.worlds(look, args):
             if hz not in (0, worlds.fps):

@@ -312,27 +312,25 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("encode", "tokens", "pretrain"):
-        add = commands.add_parser(command).add_argument
-        add("--data", required=True, help="folder of mp4 files, dataset or card")
+        add = commands.add_parser(command).option
+        add("--data", str, "folder of mp4 files, dataset or card", required=True)
         kind = output_file if command == "pretrain" else output_folder
-        add("--out", type=kind, required=True, help="file or folder; run again to go on")
-        add("--device", **DEVICE)
-        add(
-            "--flow", default="dis", help=f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt"
-        )
-        add("--side", type=int, default=256, help="pixels of the square at which flow is measured")
+        add("--out", kind, "file or folder; run again to go on", required=True)
+        add(*DEVICE)
+        add("--flow", "dis", f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt")
+        add("--side", 256, "pixels of the square at which flow is measured")
         if command == "encode":
-            add("--pt", action="store_true", help="also write NAME.pt, the official form")
-            add("--weights", type=Path, required=True, help="of python train.py --stage latent")
+            add("--pt", False, "also write NAME.pt, the official form")
+            add("--weights", Path, "of python train.py --stage latent", required=True)
             continue
-        add("--preset", default="toy", choices=PRESETS)
-        share = {"nargs": "?", "type": float, "const": 1.0, "default": 0.0}
-        add("--labelled", **share, help="share of the clips whose actions are known; alone: of all")
+        add("--preset", "toy", choices=PRESETS)
+        share = "share of the clips whose actions are known; alone: of all"
+        add("--labelled", 0.0, share, nargs="?", const=1.0)
         if command == "tokens":
-            add("--dcae", type=Path, required=True, help="published, or of the command pretrain")
+            add("--dcae", Path, "published, or of the command pretrain", required=True)
         else:
-            add("--steps", type=int, default=3000)
-            add("--init", type=Path, dest="dcae", help="DC-AE weights to go on from")
+            add("--steps", 3000)
+            add("--init", Path, "DC-AE weights to go on from", dest="dcae")
     args = parser.parse_args(argv)
     args.labelled = getattr(args, "labelled", 0.0)
     return args

@@ -199,14 +199,14 @@ def downstream(args: argparse.Namespace, about: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     experiments = {"evidence": evidence, "downstream": downstream}
-    add = parser.add_argument
-    add("experiment", choices=experiments)
-    add("--out", type=output_folder, default=Path("docs/latent_action"))
-    add("--run", type=Path, default=Path("runs/downstream"), help="runs of run.sh")
-    add("--seeds", type=int, default=3, help="of evidence")
-    add("--steps", type=int, default=1500, help="of a VAE of evidence")
-    add("--episodes", type=int, default=100, help="per level of evidence")
-    add("--device", **DEVICE)
+    add = parser.option
+    add("experiment", str, choices=experiments)
+    add("--out", output_folder, default="docs/latent_action")
+    add("--run", Path, "runs of run.sh", default="runs/downstream")
+    add("--seeds", 3, "of evidence")
+    add("--steps", 1500, "of a VAE of evidence")
+    add("--episodes", 100, "per level of evidence")
+    add(*DEVICE)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     words = " ".join(sys.argv[1:] if argv is None else argv)

@@ -374,13 +374,13 @@ RECIPES = {  # steps of each part, in whose place `--steps` is taken, and sample
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--preset", default="toy", choices=RECIPES, help="whose sizes they have")
-    add("--data", help="card with labels (docs/metaworld); default the preset's")
-    add("--out", type=output_folder, required=True, help="folder to write")
-    add("--keep", default="", help="parts to copy from the repository: text, vlm, vae, dcae")
-    add("--steps", type=int, help="of each part")
-    add("--episodes", type=int, default=500, help="at most, of a card; per level of a world")
+    add = parser.option
+    add("--preset", "toy", "whose sizes they have", choices=RECIPES)
+    add("--data", str, "card with labels (docs/metaworld); default the preset's")
+    add("--out", output_folder, "folder to write", required=True)
+    add("--keep", "parts to copy from the repository: text, vlm, vae, dcae")
+    add("--steps", int, "of each part")
+    add("--episodes", 500, "at most, of a card; per level of a world")
     return parser.parse_args(argv)
 
 

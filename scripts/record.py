@@ -96,23 +96,18 @@ def record(
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.record", description=__doc__)
-    add = parser.add_argument
-    add("--sim", required=True, help="a file of worlds/, or a module on PYTHONPATH")
-    add("--tasks", required=True, help="with commas")
-    add("--episodes", type=int, default=50, help="successes per task")
-    add(
-        "--out",
-        type=output_folder,
-        required=True,
-        help="folder of the dataset, which must not exist",
-    )
-    add("--seed", type=int, default=0, help="of the scenes and of what disturbs")
-    add("--noise", type=float, default=0.0, help="std of noise on actions; the clean one is stored")
-    add("--recovery", type=float, default=0.0, help="std of shoves, about one a second")
-    add("--disturbed", type=float, default=0.5, help="share of episodes that are disturbed")
-    add("--after", type=int, default=4, help="rows kept from success on")
-    add("--workers", type=int, default=os.cpu_count(), help="processes")
-    add("--set", nargs="+", default=[], help="KEY=VALUE: settings of the simulator")
+    add = parser.option
+    add("--sim", str, "a file of worlds/, or a module on PYTHONPATH", required=True)
+    add("--tasks", str, "with commas", required=True)
+    add("--episodes", 50, "successes per task")
+    add("--out", output_folder, "folder of the dataset, which must not exist", required=True)
+    add("--seed", 0, "of the scenes and of what disturbs")
+    add("--noise", 0.0, "std of noise on actions; the clean one is stored")
+    add("--recovery", 0.0, "std of shoves, about one a second")
+    add("--disturbed", 0.5, "share of episodes that are disturbed")
+    add("--after", 4, "rows kept from success on")
+    add("--workers", os.cpu_count(), "processes")
+    add("--set", str, "KEY=VALUE: settings of the simulator", nargs="+", default=[])
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,23 +35,25 @@ COMPLETE = ".complete"  # lies in a folder whose download has ended
 
 def snapshot(repository: str, revision: str | None, files: list[str], **options: object) -> str:
     """The folder with files of a repository on the hub, downloaded by huggingface_hub."""
-    try:
+    with reaching(f"{repository} on huggingface.co"):
         from huggingface_hub import snapshot_download
 
         return snapshot_download(repository, revision=revision, allow_patterns=files, **options)
-    except ImportError as error:
-        raise ValueError("the hub needs huggingface_hub: pip install 'motus[hub]'") from error
-    except Exception as error:  # each layer below has kinds of its own
-        raise unreachable(f"{repository} on huggingface.co", error) from error
 
 
-def unreachable(what: str, error: Exception) -> ValueError:
-    """The one line for a download that failed."""
-    why = str(error).strip().partition("\n")[0][:200]
-    return ValueError(
-        f"{what} cannot be fetched ({type(error).__name__}: {why}); check its name, your network "
-        "and free space, or fetch it elsewhere and name the folder"
-    )
+@contextmanager
+def reaching(what: str) -> Iterator[None]:
+    """A download; what goes wrong, of whatever kind, is one ValueError with what to do."""
+    try:
+        yield
+    except Exception as error:
+        remedy = "check its name, your network and free space, or fetch it elsewhere"
+        if isinstance(error, ImportError):
+            remedy = "pip install 'motus[hub]'"
+        why = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"{what} cannot be fetched ({type(error).__name__}: {why}); {remedy}"
+        ) from error
 
 
 def fetched(path: str | Path) -> Path:
@@ -65,10 +69,7 @@ def fetched(path: str | Path) -> Path:
 
 
 def download(name: str, folder: str | Path) -> None:
-    """Fetches a published folder; a broken download goes on where it stopped. ValueError if the
-    name or huggingface_hub is missing."""
-    if name not in HUB:
-        raise ValueError(f"download: name is {name!r}, expected one of {', '.join(HUB)}")
+    """Fetches a published folder; a broken download goes on where it stopped."""
     repository, revision, gigabytes, licence = HUB[name]
     print(
         f"{name}: {repository} at {revision[:12]}, about {gigabytes:g} GB, licence {licence} (read"
@@ -109,10 +110,7 @@ def fetch(name: str, folder: str | Path) -> Path:
     path = Path(folder) / CHECKPOINTS[name]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(
-                RELEASES + path.name, str(path), hash_prefix=path.stem.rpartition("-")[2]
-            )
-        except (OSError, RuntimeError) as error:  # RuntimeError: another hash
-            raise unreachable(RELEASES + path.name, error) from error
+        digits = path.stem.rpartition("-")[2]
+        with reaching(RELEASES + path.name):
+            torch.hub.download_url_to_file(RELEASES + path.name, str(path), hash_prefix=digits)
     return path

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,6 +111,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=Help, **options)
 
+    def option(self, name: str, value: object = str, help: str = "", **more: object) -> None:
+        """An option by its default, or by its type where it has none; False makes a flag."""
+        kind = {"default": value, "type": type(value)}
+        if callable(value):
+            kind = {"type": value}
+        if value is False:
+            kind = {"action": "store_true"}
+        self.add_argument(name, help=help, **kind | more)
+
     def _get_value(self, action: argparse.Action, text: str) -> object:
         # argparse would call each error of a type "invalid value", and hide what is expected.
         if action.type in (int, float):
@@ -133,7 +143,7 @@ def device(asked: str = "") -> str:
     return name
 
 
-DEVICE = {"type": device, "help": "cpu or cuda (default: cuda where there is one)"}
+DEVICE = "--device", device, "cpu or cuda (default: cuda where there is one)"
 
 
 # -- outputs --------------------------------------------------------------------------------------
@@ -155,9 +165,7 @@ def output_file(path: str | Path, folder: bool = False) -> Path:
     return Path(path)
 
 
-def output_folder(path: str | Path) -> Path:
-    """The same of a folder."""
-    return output_file(path, folder=True)
+output_folder = partial(output_file, folder=True)
 
 
 def output(path: str | Path) -> Path:
@@ -167,34 +175,31 @@ def output(path: str | Path) -> Path:
 
 # -- the end of a command -------------------------------------------------------------------------
 
-FAULTS = (ValueError, OSError, ImportError, MemoryError, EOFError, torch.OutOfMemoryError)
+# What a command may meet, and what to do about it where the error does not say.
 REMEDIES = {
-    ImportError: "pip install it, or motus with its extra: data, flow, hub, text, log or sim",
-    MemoryError: "take a smaller batch, fewer windows or --device cpu",
-    torch.OutOfMemoryError: "take a smaller batch, set micro, or --device cpu",
+    ImportError: "; pip install it, or motus with its extra: data, flow, hub, text, log or sim",
+    MemoryError: "; take a smaller batch, fewer windows or --device cpu",
+    torch.OutOfMemoryError: "; take a smaller batch, set micro, or --device cpu",
+    ValueError: "",
+    OSError: "",
+    EOFError: "",
 }
 
 
 def run_command(main: Callable[[], object]) -> None:
     """Runs a command line; what the user, the data, the disk or the network got wrong ends it in
     one line on stderr and status 2, Ctrl-C with 130, a reader that has left with 141."""
-    said = ""
-    status = 2
     try:
         main()
         sys.stdout.flush()
-        return
     except KeyboardInterrupt:
-        said = "interrupted"
-        status = 130
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except FAULTS as error:
-        remedy = next((text for kind, text in REMEDIES.items() if isinstance(error, kind)), "")
-        said = "; ".join(filter(None, (str(error) or repr(error), remedy)))
-        if isinstance(error, Refusal) and os.environ.get("RANK", "0") != "0":
-            said = ""
-    if said:
-        print(f"error: {said}", file=sys.stderr)
-    sys.exit(status)
+        sys.exit(141)
+    except tuple(REMEDIES) as error:
+        if not isinstance(error, Refusal) or os.environ.get("RANK", "0") == "0":
+            remedy = next(REMEDIES[kind] for kind in REMEDIES if isinstance(error, kind))
+            print(f"error: {str(error) or repr(error)}{remedy}", file=sys.stderr)
+        sys.exit(2)

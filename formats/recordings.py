@@ -167,7 +167,7 @@ class VideoReader:
         before the key frame that they follow in the file; they need the one before it."""
         key = self._key(max(wanted, self.start))
         while key is not None:
-            self.container.seek(key, stream=self.stream, backward=True)
+            self.container.seek(key + self.delay, stream=self.stream, backward=True)
             self.decoded = self.container.decode(self.stream)
             self.frame = next(self.decoded, None)
             if self.frame is None or self.frame.pts <= wanted + self.slack:

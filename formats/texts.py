@@ -45,7 +45,7 @@ class Words(NamedTuple):
         return [token.content for token in added if token.special and token.content in text]
 
     def notes(self, texts: Collection[str]) -> Iterator[str]:
-        """What is lost of these texts, in one line each."""
+        """Lines that say what is lost of these texts."""
         if self.tokenizer is None:
             yield f"instructions are not tried on the {self.network}: its tokenizer is not here"
             return

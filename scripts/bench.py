@@ -472,22 +472,16 @@ def kernel_cases(config: MotusConfig, device: str) -> dict[str, tuple]:
 
 
 @torch.no_grad()
-def gpu_kernels(config: MotusConfig, device: str) -> str:
-    """Milliseconds of each kernel beside torch's own, eager and compiled from the plain version."""
-    rows = []
+def kernel_times(config: MotusConfig, device: str) -> Iterator[list]:
+    """Name and milliseconds of each kernel, of torch's own, and compiled from the plain version."""
     for name, arguments in kernel_cases(config, device).items():
         function = getattr(attention, name)
-        times = []
-        for how, run in (
-            ("triton", function),
-            ("sdpa", function),
-            ("plain", torch.compile(function)),
-        ):
+        row = [name]
+        for how in ("triton", "sdpa", "plain"):
+            run = torch.compile(function) if how == "plain" else function
             with implementation(how):
-                times.append(milliseconds(partial(run, *arguments)))
-        rows.append([name, *times])
-    compiled = "torch.compile of the plain version, ms"
-    return table(["kernel, bf16", "ours, ms", "SDPA or eager, ms", compiled], *rows)
+                row.append(milliseconds(partial(run, *arguments)))
+        yield row
 
 
 @torch.no_grad()
@@ -512,7 +506,8 @@ def gpu(config: MotusConfig, steps: int, device: str = "cuda") -> str:
     }
     rows = [[*way, milliseconds(work)] for way, work in ways.items()]
     head = [f"a chunk of {steps} steps, batch 1, bf16", "how", "ms"]
-    return table(head, *rows) + "\n\n" + gpu_kernels(config, device)
+    kernels = ["kernel, bf16", "ours, ms", "SDPA or eager, ms", "torch.compile of the plain, ms"]
+    return table(head, *rows) + "\n\n" + table(kernels, *kernel_times(config, device))
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -330,7 +330,28 @@ def compiling(folder: Path) -> dict:
     return compiled(work, size, stage)
 
 
-CASES = (training, settings, caches, sampling, commands, motions, backbones, compiling)
+def day(folder: Path) -> dict:
+    """scripts.gpu_day at the size of the toy, uncompiled and without the kernels, whose values are
+    not real here."""
+    from scripts import gpu_day
+
+    gpu_day.SIZES, gpu_day.LAYERS = ("toy",), 2
+    gpu_day.tests = lambda: iter([("pytest -m gpu: exit status", 0, 0)])
+    bench.milliseconds = lambda work: 0.0 * len([work()])
+    chosen = bench.implementation
+    bench.implementation = lambda name: chosen("sdpa")
+    torch.compile = lambda function, **_: function
+    rows = folder / "gpu.md"
+    with events():
+        gpu_day.main(["--out", str(rows)])
+        torch.cuda.max_memory_allocated = lambda: 1 << 60
+        try:
+            gpu_day.main(["--out", str(rows)])
+        except ValueError as error:
+            return {"rows": rows.read_text().splitlines(), "wrong": str(error)}
+
+
+CASES = (training, settings, caches, sampling, commands, motions, backbones, compiling, day)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

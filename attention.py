@@ -53,31 +53,22 @@ def joint_attention(
 
 
 def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Softmax attention written out: the lesson, and the oracle of the fast ones. q (B, Lq, N, K);
     k, v (B, Lk, N, K); bias broadcasts to (B, N, Lq, Lk). Logits and softmax in fp32. Returns
     (B, Lq, N, K) in v's dtype."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = q.to(v.dtype).float()
-    k = k.to(v.dtype).float()
-    logits = torch.einsum("bqnk,bsnk->bnqs", q, k) * scale
-    if bias is not None:
-        logits = logits + bias
-    weights = logits.softmax(dim=-1)
-    return torch.einsum("bnqs,bsnk->bqnk", weights, v.float()).to(v.dtype)
+    q, k, wide = (x.to(v.dtype).float() for x in (q, k, v))
+    with torch.autocast(v.device.type, enabled=False):
+        logits = torch.einsum("bqnk,bsnk->bnqs", q, k) * scale
+        if bias is not None:
+            logits = logits + bias
+        return torch.einsum("bnqs,bsnk->bqnk", logits.softmax(dim=-1), wide).to(v.dtype)
 
 
 def sdpa_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """The same through torch's fused kernels."""
     q = q.to(v.dtype).transpose(1, 2)
@@ -88,11 +79,7 @@ def sdpa_attention(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """The attention that `choose` names. What the kernels do not take (the one wide head of the
     video VAE, the toy's narrow ones, biases of pairs in the frozen encoders) goes to SDPA."""
@@ -109,11 +96,13 @@ def key_bias(mask: Tensor) -> Tensor:
 def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
     """Bias (B, rows) of text keys, where rows `lengths`..`text_len`-1 of the official zero-padded
     text are all the same key: the first of them stands for all text_len - length with bias
-    log(count), the others get -inf. Exact, and far fewer keys."""
+    log(count), the others get -inf. Exact, and far fewer keys. What bf16 would round off the log is
+    taken off the other keys, since softmax sees differences alone."""
     index = torch.arange(rows, device=lengths.device)
-    count = (text_len - lengths).clamp(min=0)[:, None].float()  # (B, 1) identical padded keys
-    collapsed = torch.where(index == lengths[:, None], count.log(), float("-inf"))
-    return collapsed.masked_fill(index < lengths[:, None], 0.0)
+    log = (text_len - lengths).clamp(min=1)[:, None].log()  # (B, 1) of the identical padded keys
+    rounded = log.bfloat16().float()
+    collapsed = torch.where(index == lengths[:, None], rounded, float("-inf"))
+    return torch.where(index < lengths[:, None], rounded - log, collapsed)
 
 
 # -- norms ----------------------------------------------------------------------------------------
@@ -121,9 +110,10 @@ def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last axis in fp32, cast back to x's dtype, then times the weight: the
-    order matters in bf16. The sum of squares has a cheaper backward than F.rms_norm's."""
+    order matters in bf16. Products and sums stay fp32 under autocast, and their backward is cheaper
+    than F.rms_norm's."""
     wide = x.float()
-    mean_square = torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1]
+    mean_square = (wide * wide).sum(dim=-1, keepdim=True) / x.shape[-1]
     return (wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
 
 
@@ -248,6 +238,8 @@ def xavier(module: nn.Module) -> None:
 
 IMPLEMENTATIONS = ("plain", "sdpa", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# fp32 is fp32 everywhere: by default convolutions on a GPU are TF32, three digits of the VAE's.
+torch.backends.cudnn.allow_tf32 = False
 # The kernels are compiled and checked for these (docs/kernels.md); all else is torch's.
 HEAD_SIZES = (32, 64, 128)
 WIDEST = 4096
@@ -285,7 +277,7 @@ def choose(device: torch.device | str) -> tuple[str, str]:
 
 def takes(x: Tensor, sizes: Container[int]) -> bool:
     """Whether the kernels take x (..., K or D), of one of these sizes."""
-    return choose(x.device)[0] == "triton" and x.shape[-1] in sizes and x.dtype in DTYPES
+    return x.shape[-1] in sizes and x.dtype in DTYPES and choose(x.device)[0] == "triton"
 
 
 def takes_rows(x: Tensor, *rest, **options) -> bool:

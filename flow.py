@@ -183,7 +183,7 @@ def gaussian(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 # -- sampling -------------------------------------------------------------------------------------
 
-Velocity = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+Velocity = Callable[..., tuple[Tensor | None, Tensor | None]]
 
 
 def start(
@@ -213,22 +213,22 @@ def sample(
     mode: str,
     steps: int = 10,
     shift: float = 1.0,
+    embed: Callable = zip,
 ) -> tuple[Tensor, Tensor]:
     """Euler integration of both modalities from noise to data.
 
-    velocity(video, action, t_video (B,), t_action (B,)) -> (v_video, v_action). `video` (B, C, T,
+    velocity(video, action, (t_video (B,), t_action (B,))) -> (v_video, v_action). `video` (B, C, T,
     h, w) and `action` (B, S, A) hold noise, or clean data where the mode says `given`; only what is
     denoised ever changes, and the video not where v_video is None. `observation` (B, C, 1, h, w) is
-    put in as the first latent frame before the first step and after every step. Returns (video,
-    action)."""
+    put in as the first latent frame before the first step and after every step. `embed` may make
+    something else of the times of all steps, (steps, B) each. Returns (video, action)."""
     row = mode_named(mode)
     times = sampling_times(steps, shift)
-    t_video = pinned_times(row.video, times).to(video.device)
-    t_action = pinned_times(row.action, times).to(video.device)
+    now = times[:-1, None].to(video.device).expand(-1, len(video))
+    embedded = embed(pinned_times(row.video, now), pinned_times(row.action, now))
     video = keep_observation(video, observation)
-    for i, dt in enumerate(times.double().diff().tolist()):  # negative: time runs from 1 to 0
-        now = t_video[i].expand(len(video)), t_action[i].expand(len(video))
-        v_video, v_action = velocity(video, action, *now)
+    for dt, now in zip(times.double().diff().tolist(), embedded):  # dt < 0: time runs from 1 to 0
+        v_video, v_action = velocity(video, action, now)
         if row.video == DENOISE and v_video is not None:
             video = keep_observation(video + dt * v_video, observation)
         if row.action == DENOISE:

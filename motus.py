@@ -64,6 +64,7 @@ from backbones.wan import (
     WanBlock,
     WanConfig,
     WanModel,
+    embed_time,
     modulations,
     rope_3d,
     time_sinusoid,
@@ -146,7 +147,8 @@ class Inputs:
         return Inputs(**{k: None if v is None else function(v) for k, v in vars(self).items()})
 
     def to(self, device: torch.device | str) -> "Inputs":
-        return self.map(lambda x: x.to(device, non_blocking=True))
+        ahead = torch.device(device).type != "cpu"  # whoever gets a copy on the host reads it
+        return self.map(lambda x: x.to(device, non_blocking=ahead))
 
     def rows(self, index: Tensor | slice) -> "Inputs":
         return self.map(lambda x: x[index])
@@ -161,10 +163,12 @@ class Streams(NamedTuple):
 
 
 class Timesteps(NamedTuple):
-    """Time projections for the blocks, (B, 1, 6, D) fp32 each."""
+    """Both times as the network sees them, fp32; a time that no expert runs at is None."""
 
-    video: Tensor
-    action: Tensor | None
+    video_end: Tensor  # (B, 1, Dv) for the head
+    video: Tensor  # (B, 1, 6, Dv) for the blocks
+    action_end: Tensor | None  # (B, 1, Da) for the decoder
+    action: Tensor | None  # (B, 1, 6, Da)
 
 
 class Conditioning(NamedTuple):
@@ -210,7 +214,7 @@ class ExpertBlock(nn.Module):
     def pre_attention(self, x: Tensor, mod: Modulation | None = None) -> tuple[Tensor, ...]:
         """x (B, L, D) -> q, k, v, each (B, L, N, K)."""
         h = self.norm(x, self.norm1, mod).to(self.qkv.dtype)
-        weight = rearrange(self.qkv, "three n d k -> (three n k) d")
+        weight = self.qkv.transpose(2, 3).flatten(0, 2)  # (3*N*K, D)
         q, k, v = linear(h, weight).chunk(3, dim=-1)
         v = rearrange(v, "b l (n k) -> b l n k", n=self.qkv.shape[1])
         eps = self.norm_q.eps
@@ -218,17 +222,13 @@ class ExpertBlock(nn.Module):
         return q, k, v
 
     def post_attention(
-        self,
-        x: Tensor,
-        attended: Tensor,
-        attention_mod: Modulation | None = None,
-        ffn_mod: Modulation | None = None,
+        self, x: Tensor, attended: Tensor, mod: Modulation | None, ffn_mod: Modulation | None
     ) -> Tensor:
         """x (B, L, D) residual stream, attended (B, L, N*K) -> (B, L, D)."""
-        if attention_mod is None:
+        if mod is None:
             x = x + self.o(attended)
             return x + self.ffn(self.norm2(x))
-        x = add_gated(x, self.o(attended), attention_mod.gate)
+        x = add_gated(x, self.o(attended), mod.gate)
         return add_gated(x, self.ffn(self.norm(x, self.norm2, ffn_mod)), ffn_mod.gate)
 
 
@@ -296,11 +296,6 @@ class ActionExpert(nn.Module):
         x = torch.cat(tokens, dim=1)
         return x + positions.to(x.dtype)
 
-    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t (B,) in [0, 1] -> e (B, 1, D) for the decoder, e0 (B, 1, 6, D) for the blocks, fp32."""
-        e = self.time_embedding(time_sinusoid(1000 * t[:, None], self.config.video.freq_dim))
-        return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
-
     def key_bias(self, action_mask: Tensor | None) -> Tensor | None:
         """(B, S, A) -> bias (B, La) of the tokens as keys: padded actions are none; state and
         registers always are."""
@@ -365,7 +360,7 @@ class Layer(nn.Module):
         if action is not None:
             action = self.action.post_attention(action, attended[1], action_mod, action_ffn_mod)
         if und is not None and not self.last:
-            und = self.und.post_attention(und, attended[-1])
+            und = self.und.post_attention(und, attended[-1], None, None)
         return Streams(video, action, und)
 
 
@@ -452,35 +447,33 @@ class Motus(nn.Module):
         masks = (inputs.action_mask, action_bias, und_bias)
         return Conditioning(text, und, state, *masks, positions, rope)
 
+    def embed_times(self, t_video: Tensor, t_action: Tensor | None) -> Timesteps:
+        """Times (B,) in [0, 1], independent per sample, or (steps, B) of all steps of a sampler,
+        which then stand in the place of B and 1."""
+        action = (None, None) if t_action is None else embed_time(self.action, t_action)
+        return Timesteps(*embed_time(self.video, t_video), *action)
+
     def forward(
-        self,
-        video: Tensor,
-        action: Tensor | None,
-        t_video: Tensor,
-        t_action: Tensor | None,
-        shared: Conditioning,
+        self, video: Tensor, action: Tensor | None, time: Timesteps, shared: Conditioning
     ) -> tuple[Tensor, Tensor | None]:
         """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the
-        video expert alone), times (B,) in [0, 1], independent per sample. Returns the velocities
-        noise - data: (B, C, T, h, w) fp32, and (B, S, A)."""
+        video expert alone). Returns the velocities noise - data: (B, C, T, h, w) fp32, and (B, S,
+        A)."""
         tokens, grid = self.video.patchify(video)  # (B, Lv, Dv)
-        e_video, time_video = self.video.embed_time(t_video)
-        e_action = time_action = action_tokens = None
+        action_tokens = None
         if action is not None:
-            e_action, time_action = self.action.embed_time(t_action)
             if shared.action_mask is not None:
                 action = action * shared.action_mask  # dimensions that do not exist are zero
             action_tokens = self.action.embed(action, shared.state, shared.positions)
         x = Streams(tokens, action_tokens, shared.und)
-        time = Timesteps(time_video, time_action)
 
         for layer, text in zip(self.layers, shared.text):
             x = layer(x, time, text, shared)
 
-        velocity_video = self.video.unpatchify(self.video.head(x.video, e_video), grid)
+        v_video = self.video.unpatchify(self.video.head(x.video, time.video_end), grid)
         if action is None:
-            return velocity_video, None
-        return velocity_video, self.action.actions_of(self.action.decoder(x.action, e_action))
+            return v_video, None
+        return v_video, self.action.actions_of(self.action.decoder(x.action, time.action_end))
 
     def loss(
         self,
@@ -497,7 +490,8 @@ class Motus(nn.Module):
         noisy_video = flow.keep_observation(noisy_video, latents[:, :, :1])
         noisy_action = None if actions is None else flow.mix(actions, action_noise, t_action)
         shared = self.conditioning(inputs)
-        v_video, v_action = self(noisy_video, noisy_action, t_video, t_action, shared)
+        time = self.embed_times(t_video, t_action)
+        v_video, v_action = self(noisy_video, noisy_action, time, shared)
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
         if actions is None:
             return flow.Losses(video, None, t_video, None, None)
@@ -534,10 +528,14 @@ class Motus(nn.Module):
         action = flow.start("actions", row.action, inputs.actions, action_noise, like, generator)
         shared = self.conditioning(inputs, cache=True)
 
-        def velocity(video: Tensor, action: Tensor, t_video: Tensor, t_action: Tensor):
-            return self(video, None if alone else action, t_video, t_action, shared)
+        def embed(t_video: Tensor, t_action: Tensor) -> list[Timesteps]:  # all steps at once
+            time = self.embed_times(t_video, t_action)
+            return [Timesteps(*(x[i, :, None] for x in time)) for i in range(steps)]
 
-        video, action = flow.sample(velocity, video, action, observation, mode, steps, shift)
+        def velocity(video: Tensor, action: Tensor, now: Timesteps):
+            return self(video, None if alone else action, now, shared)
+
+        video, action = flow.sample(velocity, video, action, observation, mode, steps, shift, embed)
         video = video if row.video == flow.DENOISE else None
         return Prediction(video, action if row.action == flow.DENOISE else None)
 

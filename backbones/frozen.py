@@ -49,6 +49,16 @@ class Backbones(nn.Module):
         self.digests: dict[str, str] = {}  # of `fingerprint`
         self.requires_grad_(False).eval()
 
+    def to(self, *args, **kwargs) -> "Backbones":
+        """As of any module. On a GPU the VAE's weights lie in memory as its activations do, or
+        every call would copy them."""
+        super().to(*args, **kwargs)
+        layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+        for weight in self.vae.parameters() if self.vae else ():
+            if weight.is_cuda and weight.dim() in layouts:
+                weight.data = weight.data.contiguous(memory_format=layouts[weight.dim()])
+        return self
+
     @classmethod
     def load(
         cls,
@@ -159,11 +169,11 @@ class Backbones(nn.Module):
             )
         for text in missing:
             context, lengths = encode_text(self.text, self.text_tokenizer, [text])
-            self.text_cache[text] = context[0, : int(lengths[0])]
+            self.text_cache[text] = context[0, : int(lengths[0])].cpu()  # there may be many
         device = next(self.parameters()).device
-        states = [self.text_cache[text].to(device) for text in texts]
+        states = [self.text_cache[text] for text in texts]
         lengths = torch.tensor([len(rows) for rows in states], device=device)
-        return nn.utils.rnn.pad_sequence(states, batch_first=True), lengths
+        return nn.utils.rnn.pad_sequence(states, batch_first=True).to(device), lengths
 
     def prompts(self, images: Tensor, texts: Sequence[str]) -> list[Tensor]:
         """images (B, H, W, 3) uint8 with their instructions -> ids and mask (B, L), patches and

@@ -104,6 +104,14 @@ def time_sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
+def embed_time(expert: nn.Module, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The time path of an expert of width D, fp32: t (B,) or per token (B, L), in [0, 1] -> e (B, 1
+    or L, D) for its head, e0 (B, 1 or L, 6, D) for its blocks."""
+    t = t[:, None] if t.dim() == 1 else t
+    e = expert.time_embedding(time_sinusoid(1000 * t, expert.time_embedding[0].in_features))
+    return e, rearrange(expert.time_projection(e), "b l (six d) -> b l six d", six=6)
+
+
 def rope_3d(
     grid: tuple[int, int, int], head_dim: int, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -262,13 +270,6 @@ class WanModel(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
-    def embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t (B,) or per token (B, L), in [0, 1] -> e (B, 1 or L, D) for the head, e0 (B, 1 or L, 6,
-        D) for the blocks, fp32."""
-        t = t[:, None] if t.dim() == 1 else t
-        e = self.time_embedding(time_sinusoid(1000 * t, self.config.freq_dim))
-        return e, rearrange(self.time_projection(e), "b l (six d) -> b l six d", six=6)
-
     def embed_text(self, context: Tensor, lengths: Tensor) -> TextStates:
         """Text states (B, Lt, text_dim), zero from row `lengths` (B,) on, into the video width. The
         padded row that stands for all is added where it may be missing."""
@@ -301,7 +302,7 @@ class WanModel(nn.Module):
         """latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text (B, Lt, text_dim) with lengths
         (B,) -> velocity (B, C, T, h, w)."""
         x, grid = self.patchify(latents)
-        e, e0 = self.embed_time(t)
+        e, e0 = embed_time(self, t)
         rope = rope_3d(grid, self.config.head_dim, x.device)
         text = self.embed_text(context, lengths)
         for block in self.blocks:

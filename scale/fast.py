@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import flow
 from attention import Linear, joint_attention
 from backbones.wan import modulations
-from motus import Conditioning, Inputs, Layer, Motus, Prediction
+from motus import Conditioning, Inputs, Layer, Motus, Prediction, Timesteps
 
 # -- static graphs --------------------------------------------------------------------------------
 
@@ -94,24 +94,23 @@ class ActionFirst:
         ]
 
     def __call__(
-        self, video: Tensor, action: Tensor, t_video: Tensor, t_action: Tensor, shared: Conditioning
+        self, video: Tensor, action: Tensor, time: Timesteps, shared: Conditioning
     ) -> tuple[Tensor | None, Tensor]:
         self.calls += 1
         if self.calls <= self.joint:
-            return self.model(video, action, t_video, t_action, shared)
+            return self.model(video, action, time, shared)
         if self.calls == 1:
-            self.model(video, None, t_video, None, shared)
-        return None, self.act(action, t_action, shared)
+            self.model(video, None, time, shared)
+        return None, self.act(action, time, shared)
 
-    def act(self, action: Tensor, t_action: Tensor, shared: Conditioning) -> Tensor:
+    def act(self, action: Tensor, time: Timesteps, shared: Conditioning) -> Tensor:
         """The velocity (B, S, A) of the actions alone."""
         expert = self.model.action
-        e, time = expert.embed_time(t_action)
         if shared.action_mask is not None:
             action = action * shared.action_mask
         x = expert.embed(action, shared.state, shared.positions)
         for layer in self.model.layers:
-            mod, ffn_mod = modulations(layer.action.modulation, time)
+            mod, ffn_mod = modulations(layer.action.modulation, time.action)
             qkv = [layer.video.held, layer.action.pre_attention(x, mod)]
             biases = [None, shared.action_bias]
             if shared.und is not None:
@@ -119,7 +118,7 @@ class ActionFirst:
                 biases.append(shared.und_bias)
             attended = joint_attention(qkv, biases)
             x = layer.action.post_attention(x, attended[1], mod, ffn_mod)
-        return expert.actions_of(expert.decoder(x, e))
+        return expert.actions_of(expert.decoder(x, time.action_end))
 
 
 def holding(block: nn.Module) -> nn.Module:

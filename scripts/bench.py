@@ -7,10 +7,10 @@
 
 `--out FILE` writes the table down with command, machine and date.
 
-    official   a literal transcription of the official order of work (models/motus.py,
-               inference_step): at every Euler step the VLM again, keys and values of all padded
-               text rows again in every layer, a row of modulation per token, the last layer to its
-               end; and the video decoded at the end
+    official   the official order of work (models/motus.py, inference_step), leaf by leaf: at every
+               Euler step the VLM again, keys and values of all padded text rows again in every
+               layer, a row of modulation per token, rotation as complex numbers in float64, the
+               last layer to its end; and the video decoded at the end
     ours       the same weights and the same result
 
 Ratios come from one run: both sides in turns, so that a machine that slows down slows both, and the
@@ -28,25 +28,27 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, pad
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import data
+import motus
+from backbones import wan
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
-from backbones.wan import rope_3d, time_sinusoid
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
@@ -117,106 +119,53 @@ def table(*rows: Sequence[object]) -> str:
 # -- the official order of work -------------------------------------------------------------------
 
 
-def per_token(table: Tensor, e: Tensor) -> list[Tensor]:
-    """Modulation table (1, n, D) and times (B, L, n, D) -> n tensors (B, L, D)."""
-    both = table.float().unsqueeze(0) + e
-    return [x.squeeze(2) for x in both.chunk(both.shape[2], dim=2)]
+def phases(size: int, device: torch.device) -> list[Tensor]:
+    """Rotary phases of heads of `size` by place on each axis, as complex numbers in float64, which
+    the official model keeps."""
+    half = size // 2
+    side = half // 3
+    places = torch.arange(1024, dtype=torch.float64, device=device)
+    found = []
+    for pairs in (half - 2 * side, side, side):
+        angles = torch.outer(places, wan.frequencies(pairs, device))
+        found.append(torch.polar(torch.ones_like(angles), angles))
+    return found
 
 
-def modulated(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return norm(x).float() * (1 + scale) + shift
+def official_rotate(x: Tensor, axes: list[Tensor], grid: Sequence[int]) -> Tensor:
+    """x (B, L, N, K) rotated as complex numbers, one sample after the other."""
+    rotated = []
+    for sample in x:
+        spread = []
+        for i, (phase, size) in enumerate(zip(axes, grid)):
+            shape = [-1 if axis == i else 1 for axis in range(3)]
+            spread.append(phase[:size].view(*shape, phase.shape[1]).expand(*grid, -1))
+        phase = torch.cat(spread, dim=-1).flatten(0, 2)[:, None]
+        pairs = torch.view_as_complex(sample.double().unflatten(-1, (-1, 2)))
+        rotated.append(torch.view_as_real(pairs * phase).flatten(2))
+    return torch.stack(rotated).float()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, L, N, K) each -> (B, L, N*K)."""
-    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
-    return rearrange(scaled_dot_product_attention(q, k, v), "b n l k -> b l (n k)")
+def official_modulate(x, shift, scale, eps, dtype=torch.float32) -> Tensor:
+    normed = layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    return (normed.float() * (1 + scale) + shift).to(dtype)
 
 
-def project(attn: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of x, keys and values of the context, each (B, L, N, K)."""
-    projected = (attn.norm_q(attn.q(x)), attn.norm_k(attn.k(context)), attn.v(context))
-    return tuple(rearrange(y, "b l (n k) -> b l n k", n=attn.heads) for y in projected)
+def official_gate(x, y, gate) -> Tensor:
+    return x.float() + y.float() * gate
 
 
-def official_rotate(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """x (B, L, N, K) rotated as complex numbers in float64, by a table made on the spot."""
-    cos, sin = rope_3d(grid, x.shape[3], x.device)
-    phase = torch.complex(cos.double(), sin.double())[:, None]
-    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * phase).flatten(-2).float()
-
-
-def official_layer(
-    layer: Layer,
-    streams: tuple[Tensor, Tensor, Tensor],
-    times: tuple[Tensor, Tensor],
-    grid: Sequence[int],
-    context: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer over video, action and understanding tokens; times are (B, Lv, 6, Dv) and (B, La,
-    6, Da), modulation per token; context (B, 512, Dv) is the padded text."""
-    xv, xa, xu = streams
-    wan, act, und = layer.video, layer.action, layer.und
-    mv = per_token(wan.modulation, times[0])
-    ma = per_token(act.modulation, times[1])
-
-    # Queries, keys and values of the three experts.
-    h = modulated(wan.norm1, xv, *mv[:2])
-    q, k, v = project(wan.self_attn, h, h)
-    qkv = [(official_rotate(q, grid), official_rotate(k, grid), v)]
-    for block, h in ((act, modulated(act.norm1, xa, *ma[:2])), (und, und.norm1(xu))):
-        q, k, v = torch.einsum("bld,tndk->tblnk", h.to(block.qkv.dtype), block.qkv)
-        q = block.norm_q(q.flatten(2)).view_as(q)
-        qkv.append((q, block.norm_k(k.flatten(2)).view_as(k), v))
-
-    # Where they meet.
-    q, k, v = (torch.cat([x.to(v.dtype) for x in parts], dim=1) for parts in zip(*qkv))
-    yv, ya, yu = attend(q, k, v).split([x.shape[1] for x in streams], dim=1)
-
-    # Each goes on alone.
-    xv = xv.float() + wan.self_attn.o(yv).float() * mv[2]
-    cross = wan.cross_attn
-    xv = xv + cross.o(attend(*project(cross, wan.norm3(xv), context))).float()
-    xv = xv + wan.ffn(modulated(wan.norm2, xv, *mv[3:5])).float() * mv[5]
-    xa = xa.float() + act.o(ya).float() * ma[2]
-    xa = xa + act.ffn(modulated(act.norm2, xa, *ma[3:5])).float() * ma[5]
-    xu = xu + und.o(yu)
-    return xv, xa, xu + und.ffn(und.norm2(xu))
-
-
-def official_velocity(
-    model: Motus,
-    noisy: tuple[Tensor, Tensor],
-    t: Tensor,
-    und: Tensor,
-    context: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One evaluation on noisy video and actions; t (B,) is spread over the tokens of both experts
-    before it is embedded. und (B, Lu, Dv), embedded context."""
-    video = model.video
-    action = model.action
-    xv, grid = video.patchify(noisy[0])
-    encoder = action.input_encoder
-    registers = action.registers.expand(len(t), -1, -1)
-    state = encoder.state_encoder(state[:, None])
-    xa = torch.cat([state, encoder.action_encoder(noisy[1]), registers], dim=1)
-    sinusoid = time_sinusoid(torch.arange(xa.shape[1], device=t.device), xa.shape[2])
-    xa = xa + sinusoid.roll(xa.shape[2] // 2, dims=-1).to(xa)
-    ev, time_v = video.embed_time(t[:, None].expand(-1, xv.shape[1]))
-    ea, time_a = action.embed_time(t[:, None].expand(-1, xa.shape[1]).flatten())
-    ea, time_a = (x.unflatten(0, (len(t), -1)).squeeze(2) for x in (ea, time_a))
-    streams = (xv, xa, model.und.vlm_adapter(und))
-    for layer in model.layers:
-        streams = official_layer(layer, streams, (time_v, time_a), grid, context)
-    xv, xa, _ = streams
-    head = video.head
-    decoder = action.decoder
-    xv = modulated(head.norm, xv, *per_token(head.modulation, ev.unsqueeze(2)))
-    xa = modulated(decoder.norm, xa, *per_token(decoder.modulation, ea.unsqueeze(2)))
-    v_action = decoder.action_head(xa)[:, 1 : -model.config.registers]
-    return video.unpatchify(head.head(xv), grid), v_action
+@contextmanager
+def official_leaves() -> Iterator[None]:
+    """Modulation, gates and rotation as the official model computes them, for a while."""
+    leaves = {"norm_modulate": official_modulate, "add_gated": official_gate}
+    with (
+        implementation("sdpa"),
+        mock.patch.multiple(motus, **leaves),
+        mock.patch.multiple(wan, **leaves),
+        mock.patch.object(attention, "rotate_interleaved", official_rotate),
+    ):
+        yield
 
 
 class Chunk(NamedTuple):
@@ -235,20 +184,35 @@ class Chunk(NamedTuple):
 
     @torch.no_grad()
     def sample_officially(self, steps: int) -> Tensor:
-        model, inputs = self.model, self.observe()
+        """In the official order, through layers that all go to their end; text that is given
+        without its keys and values is projected in every layer."""
+        model = copy(self.model)
+        model.layers = [Layer(x.video, x.action, x.und, last=False) for x in model.layers]
+        inputs = self.observe()
         observation = inputs.latents[:, :, :1]
         video = torch.cat([observation, self.video[:, :, 1:]], dim=2)
         action = self.action
         self.look()  # its result is not used
+
         rows = model.config.video.text_len - inputs.context.shape[1]
-        context = model.video.text_embedding(pad(inputs.context, (0, 0, 0, rows)))
-        for i in range(steps):
-            t = torch.full((len(video),), 1 - i / steps, device=video.device)
-            v_video, v_action = official_velocity(
-                model, (video, action), t, self.look(), context, inputs.state
-            )
-            video = torch.cat([observation, (video - v_video / steps)[:, :, 1:]], dim=2)
-            action = action - v_action / steps
+        inputs = replace(inputs, context=pad(inputs.context, (0, 0, 0, rows)))
+        shared = model.conditioning(inputs)
+        text = shared.text[0]._replace(bias=None)
+        grid = [n // p for n, p in zip(video.shape[2:], model.config.video.patch)]
+        rope = (phases(model.config.video.head_dim, video.device), grid)
+        shared = shared._replace(text=[text] * len(model.layers), rope=rope, und_bias=None)
+        tokens = math.prod(grid), len(shared.positions)
+
+        with official_leaves():
+            for i in range(steps):
+                t = torch.full((len(video), 1), 1 - i / steps, device=video.device)
+                und = model.und.vlm_adapter(self.look())
+                state = model.action.input_encoder.state_encoder(inputs.state[:, None])
+                shared = shared._replace(und=und, state=state)
+                time = model.embed_times(*(t.expand(-1, n) for n in tokens))
+                v_video, v_action = model(video, action, time, shared)
+                video = torch.cat([observation, (video - v_video / steps)[:, :, 1:]], dim=2)
+                action = action - v_action / steps
         self.decode(video)
         return action
 
@@ -284,22 +248,16 @@ def sampler_ratios(name: str, chunk: Chunk, steps: int, rounds: int, compiled: b
     ours = partial(chunk.sample, steps)
     first = partial(chunk.sample, steps, sample_action_first)
     official = partial(chunk.sample_officially, steps)
-    same = agree(ours(), official())
-    order = "official order of work"
-    rows = [
-        [f"joint sample, {name}", order, *in_turns(ours, official, rounds), same],
-        [
-            f"action-first (1 joint step), {name}",
-            "our joint sample",
-            *in_turns(first, ours, rounds),
-            "approximate",
-        ],
-    ]
+    pairs = [("joint sample", "official order of work", ours, official)]
+    pairs.append(("action-first (1 joint step)", "our joint sample", first, ours))
     if compiled:
-        ours = partial(chunk._replace(model=compile_sampler(chunk.model)).sample, steps)
-        same = agree(ours(), official())
-        ratio = in_turns(ours, official, rounds)
-        rows.append([f"joint sample, {name}, compiled", order, *ratio, same])
+        graphs = chunk._replace(model=compile_sampler(chunk.model))
+        graphs = partial(graphs.sample, steps)
+        pairs.append(("joint sample, compiled", "official order of work", graphs, official))
+    rows = []
+    for what, against, work, other in pairs:
+        same = "approximate" if work is first else agree(work(), other())
+        rows.append([f"{what}, {name}", against, *in_turns(work, other, rounds), same])
     return rows
 
 
@@ -453,27 +411,30 @@ def count(steps: int) -> str:
 # -- int8 -----------------------------------------------------------------------------------------
 
 
-def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
+def int8_drift(ckpt: str, steps: int, episodes: int) -> str:
     """Per mode, what int8 weights of the video expert change in a sample on held-out windows,
     relative to its size."""
     policy = Policy.load(ckpt, steps=steps)
     card = policy.card
-    seen = (policy.model.config, policy.statistics, episodes, seed)
+    seen = (policy.model.config, policy.statistics, episodes, 0)
     batch = data.held_out(None, card.stage, card.preset, *seen)
     inputs = data.encode(batch, policy.backbones).to(policy.device)
-    modes = policy.stage.modes
-    found = []
-    for change in (None, quantise):
-        if change is not None:
-            change(policy.model)
-        for mode in modes:
-            policy.generator.manual_seed(seed)
-            found.append(policy.sample(inputs, mode))
+
+    def samples() -> dict[tuple[str, str], Tensor]:
+        found = {}
+        for mode in policy.stage.modes:
+            policy.generator.manual_seed(0)
+            for modality, made in policy.sample(inputs, mode)._asdict().items():
+                if made is not None:
+                    found[mode, modality] = made
+        return found
+
+    exact = samples()
+    quantise(policy.model)
     rows = []
-    for mode, before, after in zip(modes, found, found[len(modes) :]):
-        for modality, x, y in zip(("video", "action"), before, after):
-            if x is not None:
-                rows.append([mode, modality, 100 * ((y - x).norm() / x.norm()).item()])
+    for name, rounded in samples().items():
+        change = (rounded - exact[name]).norm() / exact[name].norm()
+        rows.append([*name, 100 * change.item()])
     return table(["mode", "modality", "sample, error in %"], *rows)
 
 
@@ -502,29 +463,23 @@ def kernel_cases(config: MotusConfig, device: str) -> dict[str, tuple]:
     weight = new(width)
     return {
         "joint_attention": (qkv, biases),
-        "norm_rotate": (q, k, weight, weight, 1e-6, size, rope_3d(grid, size, device)),
+        "norm_rotate": (q, k, weight, weight, 1e-6, size, wan.rope_3d(grid, size, device)),
         "norm_modulate": (x.float(), shift, scale, 1e-6, torch.bfloat16),
         "add_gated": (x.float(), q, scale),
     }
 
 
 @torch.no_grad()
-def gpu_kernels(config: MotusConfig, device: str) -> str:
-    """Milliseconds of each kernel beside torch's own, eager and compiled from the plain version."""
-    rows = []
+def kernel_times(config: MotusConfig, device: str) -> Iterator[list]:
+    """Name and milliseconds of each kernel, of torch's own, and compiled from the plain version."""
     for name, arguments in kernel_cases(config, device).items():
         function = getattr(attention, name)
-        times = []
-        for how, run in (
-            ("triton", function),
-            ("sdpa", function),
-            ("plain", torch.compile(function)),
-        ):
+        row = [name]
+        for how in ("triton", "sdpa", "plain"):
+            run = torch.compile(function) if how == "plain" else function
             with implementation(how):
-                times.append(milliseconds(partial(run, *arguments)))
-        rows.append([name, *times])
-    compiled = "torch.compile of the plain version, ms"
-    return table(["kernel, bf16", "ours, ms", "SDPA or eager, ms", compiled], *rows)
+                row.append(milliseconds(partial(run, *arguments)))
+        yield row
 
 
 @torch.no_grad()
@@ -549,7 +504,8 @@ def gpu(config: MotusConfig, steps: int, device: str = "cuda") -> str:
     }
     rows = [[*way, milliseconds(work)] for way, work in ways.items()]
     head = [f"a chunk of {steps} steps, batch 1, bf16", "how", "ms"]
-    return table(head, *rows) + "\n\n" + gpu_kernels(config, device)
+    kernels = ["kernel, bf16", "ours, ms", "SDPA or eager, ms", "torch.compile of the plain, ms"]
+    return table(head, *rows) + "\n\n" + table(kernels, *kernel_times(config, device))
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -575,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.count:
         text = count(args.steps)
     elif args.int8:
-        text = int8_drift(args.int8, args.steps, args.episodes, args.seed)
+        text = int8_drift(args.int8, args.steps, args.episodes)
     else:
         text = ratios(args.steps, args.rounds, args.batch, args.compile)
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"

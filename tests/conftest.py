@@ -1,9 +1,14 @@
-"""Where there is no GPU, Triton interprets its kernels. It decides that when it is imported, by
-whatever test comes first: hence here."""
+"""A test sees no GPU, so that it finds on every machine what it finds on one without; `-m gpu` runs
+those that are marked so on a GPU. Where there is none, Triton interprets its kernels. It decides
+that when it is imported, by whatever test comes first: hence here."""
 
 import os
 
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+def pytest_configure(config) -> None:
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -27,7 +27,7 @@ class Evaluation(nn.Module):
         t = torch.full((len(inputs),), 0.5)
         noise = bench.noise_for(model.config, inputs)
         conditioning = model.conditioning(inputs, cache=True)
-        leaves, self.structure = tree_flatten((*noise, t, t, conditioning))
+        leaves, self.structure = tree_flatten((*noise, model.embed_times(t, t), conditioning))
         self.model = model
         self.example = tuple(x for x in leaves if x is not None)
         self.given = [x is not None for x in leaves]
@@ -123,7 +123,7 @@ def test_an_action_costs_one_look_and_no_decoding(run, monkeypatch):
 def test_the_drift_of_int8_is_small_and_told_per_mode(run):
     """Eight bits per weight change samples by about a per cent; every mode has a row for what it
     denoises."""
-    lines = bench.int8_drift(str(run), 2, 2, 0).splitlines()[2:]
+    lines = bench.int8_drift(str(run), 2, 2).splitlines()[2:]
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert [row[:2] for row in rows] == [
         [mode, name]

@@ -101,8 +101,9 @@ def test_with_fresh_keys_and_values_the_action_expert_alone_finds_the_joint_velo
     inputs.und_mask = torch.arange(7) < torch.tensor([[7], [4]])
     shared = model.conditioning(inputs, cache=True)
     first = ActionFirst(model, joint=1)
-    _, expected = first(inputs.latents, inputs.actions, t, 1 - t, shared)
-    video, found = first(inputs.latents, inputs.actions, t, 1 - t, shared)
+    time = model.embed_times(t, 1 - t)
+    _, expected = first(inputs.latents, inputs.actions, time, shared)
+    video, found = first(inputs.latents, inputs.actions, time, shared)
     assert video is None and torch.allclose(found, expected, atol=1e-5)
 
 

@@ -113,7 +113,7 @@ def test_the_observation_is_put_back_after_every_step():
     is given, and so does the result."""
     observation, seen = torch.randn(2, 3, 1, 2, 2), []
 
-    def velocity(video, action, t_video, t_action):
+    def velocity(video, action, times):
         seen.append(video[:, :, :1].clone())
         return torch.ones_like(video), torch.ones_like(action)
 

@@ -100,7 +100,8 @@ def test_training_step_equals_the_official_one(name):
     noisy_action = flow.mix(inputs.actions, action_noise, t_action)
     shared = model.conditioning(inputs)
     with patch.object(model.action, "actions_of", lambda tokens: tokens):
-        video, action = model(noisy_video, noisy_action, t_video, t_action, shared)
+        time = model.embed_times(t_video, t_action)
+        video, action = model(noisy_video, noisy_action, time, shared)
     close(video, stored["out/train_video_velocity"])
     close(action, stored["out/train_action_velocity_all_tokens"])
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+pytestmark = pytest.mark.gpu
 # The ahead-of-time compilation runs as a script.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -64,23 +64,28 @@ def test_what_is_pinned_stays_bit_identical_through_the_loop(model, monkeypatch,
     """Every evaluation sees the same noise at t = 1, or the same given data at t = 0, while what is
     denoised runs from 1 to 0."""
     calls, row, inputs, noise = [], flow.MODES[mode], given(model), noises(model)
-    euler = flow.sample
-    monkeypatch.setattr(
-        flow,
-        "sample",
-        lambda velocity, *rest: euler(lambda *args: calls.append(args) or velocity(*args), *rest),
-    )
+    when, euler = [], flow.sample
+
+    def recorded(velocity, *rest):
+        *rest, embed = rest
+        return euler(
+            lambda *args: calls.append(args) or velocity(*args),
+            *rest,
+            embed=lambda *times: when.extend(zip(*times)) or embed(*times),
+        )
+
+    monkeypatch.setattr(flow, "sample", recorded)
     outcome(model, mode, inputs, noise)
     pinned_noise = (
         flow.keep_observation(noise["video_noise"], inputs.latents[:, :, :1]),
         noise["action_noise"],
     )
-    assert len(calls) == 3
+    assert len(calls) == len(when) == 3
     for what, modality, clean, noisy in (
         (row.video, 0, inputs.latents, pinned_noise[0]),
         (row.action, 1, inputs.actions, pinned_noise[1]),
     ):
-        contents, times = [c[modality] for c in calls], [c[2 + modality] for c in calls]
+        contents, times = [c[modality] for c in calls], [pair[modality] for pair in when]
         if what == flow.DENOISE:
             assert torch.allclose(
                 torch.stack(times)[:, 0], torch.tensor([1, 2 / 3, 1 / 3])
@@ -184,12 +189,13 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def exact_velocity(video, action, t_video, t_action):
+def exact_velocity(video, action, times):
     """The velocity a perfect network would predict; video (B, 2, 2, 1, 1) with the observation in
     frame 0, action (B, 2, 1)."""
     _, mean, covariance = problem()
     x = torch.cat([video[:, :, 1, 0, 0], action[:, :, 0]], dim=1)
-    t = torch.stack([t_video[0], t_video[0], t_action[0], t_action[0]]).double()
+    t_video, t_action = (t[0] for t in times)
+    t = torch.stack([t_video, t_video, t_action, t_action]).double()
     D, N = torch.diag(1 - t), torch.diag(t)
     v = -mean + (x - D @ mean) @ torch.linalg.solve(
         D @ covariance @ D + N @ N, (N - covariance @ D).T

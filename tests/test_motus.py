@@ -51,7 +51,12 @@ def inputs_of(
 def velocity(model: Motus, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     t = torch.full((len(inputs),), 0.6)
     with torch.no_grad():
-        return model(inputs.latents, inputs.actions, t, 0.5 * t, model.conditioning(inputs))
+        return model(
+            inputs.latents,
+            inputs.actions,
+            model.embed_times(t, 0.5 * t),
+            model.conditioning(inputs),
+        )
 
 
 def test_full_size_has_the_published_parameter_counts():
@@ -105,8 +110,13 @@ def test_padded_text_rows_collapse_into_one_key_exactly():
     shared = model.conditioning(inputs)
     t = torch.full((2,), 0.6)
     with torch.no_grad():
-        ours = model(inputs.latents, inputs.actions, t, t, shared)
-        theirs = model(inputs.latents, inputs.actions, t, t, shared._replace(text=[plain] * 2))
+        ours = model(inputs.latents, inputs.actions, model.embed_times(t, t), shared)
+        theirs = model(
+            inputs.latents,
+            inputs.actions,
+            model.embed_times(t, t),
+            shared._replace(text=[plain] * 2),
+        )
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -137,8 +147,10 @@ def test_the_two_times_are_independent_and_per_sample():
     shared = model.conditioning(inputs)
     with torch.no_grad():
         t = torch.tensor([0.5, 0.5])
-        a = model(inputs.latents, inputs.actions, t, t, shared)
-        b = model(inputs.latents, inputs.actions, t, torch.tensor([0.5, 0.9]), shared)
+        a = model(inputs.latents, inputs.actions, model.embed_times(t, t), shared)
+        b = model(
+            inputs.latents, inputs.actions, model.embed_times(t, torch.tensor([0.5, 0.9])), shared
+        )
     for x, y in zip(a, b):
         torch.testing.assert_close(x[0], y[0])
         assert not torch.allclose(x[1], y[1], atol=1e-4)
@@ -149,8 +161,15 @@ def test_cached_text_keys_equal_those_made_in_the_layer():
     model, inputs = model_of(), inputs_of()
     t = torch.full((2,), 0.3)
     with torch.no_grad():
-        a = model(inputs.latents, inputs.actions, t, t, model.conditioning(inputs))
-        b = model(inputs.latents, inputs.actions, t, t, model.conditioning(inputs, cache=True))
+        a = model(
+            inputs.latents, inputs.actions, model.embed_times(t, t), model.conditioning(inputs)
+        )
+        b = model(
+            inputs.latents,
+            inputs.actions,
+            model.embed_times(t, t),
+            model.conditioning(inputs, cache=True),
+        )
     for x, y in zip(a, b):
         torch.testing.assert_close(x, y)
 
@@ -175,7 +194,9 @@ def test_without_actions_the_video_expert_runs_alone_and_equals_wan():
     alone = replace(inputs, actions=None, und=None, und_mask=None)
     t = torch.full((2,), 0.3)
     with torch.no_grad():
-        ours, action = model(inputs.latents, None, t, None, model.conditioning(alone))
+        ours, action = model(
+            inputs.latents, None, model.embed_times(t, None), model.conditioning(alone)
+        )
         wan = model.video(inputs.latents, t, inputs.context, inputs.context_len)
     assert action is None
     torch.testing.assert_close(ours, wan)

@@ -78,7 +78,8 @@ def velocities(model: Motus) -> list[torch.Tensor]:
         normal(2, config.chunk, config.action_dim),
     )
     times = torch.tensor([0.6, 0.2]), torch.tensor([0.5, 0.9])
-    return list(model(inputs.latents, inputs.actions, *times, model.conditioning(inputs)))
+    time = model.embed_times(*times)
+    return list(model(inputs.latents, inputs.actions, time, model.conditioning(inputs)))
 
 
 def evidence(shapes: dict, stated: dict | None = None) -> published.Evidence:

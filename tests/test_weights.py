@@ -865,6 +865,20 @@ def status(field: str) -> int:
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_opening_reads_nothing_and_writing_into_a_tensor_leaves_the_file(tmp_path):
+    """64 MB are mapped, and become memory when they are touched; the mapping is private, so what
+    is written into it does not reach the disk."""
+    files.save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(1 << 24)})
+    before = status("VmRSS")
+    tensor = files.open_source(tmp_path / "x.safetensors").read("a")
+    opened = status("VmRSS") - before
+    assert tensor.sum() == 1 << 24
+    assert opened < 8 << 20 and status("VmRSS") - before > 56 << 20
+    tensor[:2] = 7
+    assert files.open_source(tmp_path / "x.safetensors").read("a")[:3].tolist() == [1, 1, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"

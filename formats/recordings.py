@@ -407,7 +407,7 @@ class Recordings:
     def stored(self, episode: int) -> tuple:
         """An episode as `lerobot.Writer.add` takes it."""
         views = self.views(episode, range(self.lengths[episode]))
-        return views, *self.numbers(episode), self.recorded_texts(episode)[0], self.labels(episode)
+        return views, *self.numbers(episode), self.recorded_texts(episode)[0]
 
     def left_behind(self) -> list[str]:
         """Names of what `stored` does not hold."""
@@ -441,7 +441,8 @@ class Recordings:
         try:
             yield
         except (*UNREADABLE, av.error.FFmpegError, pyarrow.ArrowException) as error:
-            raise self._fault(field, f"{what} {error}; {AGAIN}", episode) from error
+            remedy = "" if "; " in str(error) else f"; {AGAIN}"
+            raise self._fault(field, f"{what} {error}{remedy}", episode) from error
 
     def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
         """Rows (T, D) as they are, if all are finite."""

@@ -113,6 +113,10 @@ class Rendered(Recordings):
     def motions(self, episode: int, interval: int) -> np.ndarray:
         return motions.labels(self.episode(episode), interval)
 
+    def left_behind(self) -> list[str]:
+        found = {"labels": self.labels(0), "flow and motions": True}
+        return [f"{name} that the simulator knows" for name, known in found.items() if known]
+
     def describe(self) -> str:
         return (
             f"{self.name}: level {self.level} with {self.robot}, {self.count} episodes and "

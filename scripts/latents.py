@@ -119,7 +119,7 @@ class Videos(Recordings):
 
     def pictures(self, episode: int) -> Iterator[np.ndarray]:
         path = self.paths[episode]
-        with self._reading("video", path.name):
+        with self._reading("video", f"{path.name} cannot be decoded:"):
             yield from VideoReader(path).pictures()
 
 

@@ -258,7 +258,7 @@ def test_videos_alone_have_square_pixels_and_one_rate(tmp_path, table):
     encode(path, times=late)
     with pytest.raises(ValueError, match="picture .* its rate varies; `ffmpeg -i IN -vf fps="):
         list(VideoReader(path).pictures())
-    with pytest.raises(ValueError, match="wide.mp4 shows picture"):
+    with pytest.raises(ValueError, match="wide.mp4 .*decoded: shows picture .* OUT` makes it one$"):
         list(Videos(tmp_path).views(0, [])["video"])
 
 

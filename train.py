@@ -93,7 +93,7 @@ class Settings:
     # What the backward pass computes again; "plan": the least for which the card has memory.
     checkpointing: Literal[("plan", *sharding.CHECKPOINTING)] = "none"
     compile: bool = False  # each layer by torch.compile
-    shards: int = 0  # ranks that share one copy of the weights; 0: those of a node
+    shards: int = 0  # ranks that share one copy of the weights; 0: a node's, or 1 if small
     reshard: bool = True  # False: keep layers gathered between forward and backward pass
     peak: float = 0.0  # TFLOP/s of one device, for the model FLOP utilisation in the log
     timeout: float = 1800.0  # seconds without progress until the run ends
@@ -299,9 +299,8 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     """One stage of the network, as one of the ranks."""
     # The same on every rank, or refused by all of them.
     settings, mesh = ranks.together(lambda: plan.settled(args, settings, ranks))
-    facts = {name: str(value) for name, value in asdict(settings).items()}
-    facts |= dict(stage=args.stage, preset=args.preset, out=str(args.out), code=code_digest())
-    ranks.same(**facts)
+    facts = dict(stage=args.stage, preset=args.preset, out=args.out, code=code_digest())
+    ranks.same(**{name: str(value) for name, value in (asdict(settings) | facts).items()})
     ranks.together(lambda: claim(args.out, args.resume, make=not ranks.rank))
     source = windows_for(args, settings, ranks)
     frozen = fingerprint(args.preset, source)
@@ -319,16 +318,16 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     how = settings.checkpointing, settings.compile, settings.precision, settings.reshard
     loss = sharding.parallelize(model, experts, mesh, *how)
     loss.to_empty(device=ranks.device)
-    resumed = bool(args.resume and steps_of(args.out))
-    if not resumed:
+    before = steps_of(args.out) if args.resume else []
+    if not before:
         ranks.together(lambda: sharding.initialise(model, args.init, args.stage, settings.seed))
     ema = EMA(model, settings.ema)
     optimizers = make_optimizers(model, settings, experts)
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)
     start = 0
-    if resumed:
-        newest = newest_step(args.out)
-        start = ranks.together(lambda: state.resume(newest, FREE, args.resume == "anyway"))
+    if before:
+        anyway = args.resume == "anyway"
+        start = ranks.together(lambda: state.resume(before[-1], FREE, anyway))
     ranks.same(newest_checkpoint=str(start))
 
     # The steps.

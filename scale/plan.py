@@ -352,8 +352,9 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
             micro = micro or plan.micro(policy)
     if settings.checkpointing == "plan":
         settings = replace(settings, checkpointing=policy, micro=micro)
-    if settings.checkpointing == "selective" and not settings.compile and not ranks.rank:
-        print("checkpointing=selective without compile=1 keeps a GPU waiting", file=sys.stderr)
+    slow = settings.checkpointing == "selective" and not settings.compile
+    if slow and ranks.device.type == "cuda" and not ranks.rank:
+        print("checkpointing=selective without compile=1 keeps the GPU waiting", file=sys.stderr)
     return settings, mesh
 
 

@@ -125,6 +125,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(device=device)
         return
+    if cuda:
+        check_gpus()
     patience = timedelta(seconds=1.2 * timeout + 10)  # the watchdog speaks first, and knows more
     try:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -142,7 +144,7 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         ranks = Ranks(rank, world, device, control=control, writing=writing, patient=patient)
         shards = shards or environment("LOCAL_WORLD_SIZE", world)
         ranks.same(shards=str(shards))
-        ranks.together(lambda: check_launch(ranks, shards))
+        ranks.together(lambda: check_shards(ranks, shards))
         if cuda:
             torch.cuda.set_device(device)
         mesh = {"replicate": world // shards, "shard": shards}
@@ -156,15 +158,19 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def check_launch(ranks: Ranks, shards: int) -> None:
-    """ValueError if a rank has no GPU of its own, or the ranks do not fall into groups."""
+def check_gpus() -> None:
+    """ValueError, on all ranks of a node, if not each has a GPU of its own."""
     gpus = torch.cuda.device_count()
-    local = ranks.device.index
-    if local is not None and local >= gpus:
+    local = environment("LOCAL_WORLD_SIZE", 1)
+    if local > gpus:
         raise ValueError(
-            f"local rank {local} has no GPU of its own, there are {gpus}; start torchrun with "
+            f"{local} ranks on this machine have {gpus} GPUs; start torchrun with "
             f"--nproc-per-node {gpus}"
         )
+
+
+def check_shards(ranks: Ranks, shards: int) -> None:
+    """ValueError if the ranks do not fall into groups."""
     if ranks.world % shards:
         allowed = [str(n) for n in range(1, ranks.world + 1) if ranks.world % n == 0]
         raise ValueError(

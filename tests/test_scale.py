@@ -661,6 +661,17 @@ def test_a_launch_that_cannot_work_is_refused_by_every_rank(caches, tmp_path):
     assert not [path for path in run.glob("step_*")]
 
 
+def test_more_ranks_than_gpus_are_refused_before_they_meet(monkeypatch):
+    """By all of a machine at once: NCCL would wait for the one that has none."""
+    for name, value in dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK="1", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 ranks on this machine have 1 GPUs.*node 1"):
+        with ranks.launch():
+            pass
+
+
 @pytest.mark.long
 def test_a_rank_that_stalls_is_named_and_ends_the_run(caches, tmp_path):
     """Rank 1 sleeps in its data: both processes end, neither hangs; the first to end says who it

@@ -448,17 +448,15 @@ class Motus(nn.Module):
         return Conditioning(text, und, state, *masks, positions, rope)
 
     def embed_times(self, t_video: Tensor, t_action: Tensor | None) -> Timesteps:
-        """Times (B,) in [0, 1], independent per sample, or (steps, B) of all steps of a sampler,
-        which then stand in the place of B and 1."""
+        """Times (B,) in [0, 1] of each sample; or (steps, B) of a sampler, in place of (B, 1)."""
         action = (None, None) if t_action is None else embed_time(self.action, t_action)
         return Timesteps(*embed_time(self.video, t_video), *action)
 
     def forward(
         self, video: Tensor, action: Tensor | None, time: Timesteps, shared: Conditioning
     ) -> tuple[Tensor, Tensor | None]:
-        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the
-        video expert alone). Returns the velocities noise - data: (B, C, T, h, w) fp32, and (B, S,
-        A)."""
+        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (video
+        expert alone) -> the velocities noise - data: (B, C, T, h, w) fp32, and (B, S, A)."""
         tokens, grid = self.video.patchify(video)  # (B, Lv, Dv)
         action_tokens = None
         if action is not None:

@@ -108,10 +108,9 @@ def key_bias(mask: Tensor) -> Tensor:
 
 
 def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
-    """Bias (B, rows) of text keys, where rows `lengths`..`text_len`-1 of the official zero-padded
-    text are all the same key: the first of them stands for all text_len - length with bias
-    log(count), the others get -inf. Exact, and far fewer keys: what bf16 rounds off the log is
-    taken off the other keys."""
+    """Bias (B, rows) of text keys. Rows `lengths`..`text_len`-1 of the official padded text are all
+    the same key: the first stands for them with bias log(count), the others get -inf. Exact, and
+    far fewer keys. What bf16 rounds off the log is taken off the other keys."""
     lengths = lengths[:, None]  # (B, 1)
     index = torch.arange(rows, device=lengths.device)
     log = (text_len - lengths).clamp(min=1).log()
@@ -252,8 +251,7 @@ def xavier(module: nn.Module) -> None:
 
 IMPLEMENTATIONS = ("plain", "sdpa", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# fp32 is fp32 everywhere: by default convolutions on a GPU are TF32, three digits of the VAE's.
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: TF32 would cost the VAE three digits
 # The kernels are compiled and checked for these (docs/kernels.md); all else is torch's.
 HEAD_SIZES = (32, 64, 128)
 WIDEST = 4096

@@ -18,11 +18,11 @@ Precision (weights may be bf16): residual streams of video and action, time path
 and video head are fp32; the understanding stream has the dtype of its weights, attention that of v.
 
 Departures from the official code: padded understanding tokens and actions are masked as keys (no
-effect at batch size 1); what does not depend on the noise is computed once per observation; the
-last layer's understanding output, which nothing reads, is not computed; the position table is a
-function, so any chunk length loads. A fresh small expert starts with values of unit scale
-(official: sqrt(K) smaller), the understanding expert with Xavier maps (official: torch's default,
-whose biases drown what the VLM says): small networks then learn in half as many steps.
+effect at batch size 1); what does not depend on the noise is computed once per sample; the last
+layer's understanding output is not computed; the position table is a function, so any chunk length
+loads. A fresh small expert starts with values of unit scale (official: sqrt(K) smaller), the
+understanding expert with Xavier maps (official: torch's default, whose biases drown what the VLM
+says): small networks then learn in half as many steps.
 
 Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action
 dimensions, P state dimensions, C latent channels, Lt text rows, Dt text width, Dv VLM width.
@@ -488,8 +488,8 @@ class Motus(nn.Module):
         noisy_video = flow.keep_observation(noisy_video, latents[:, :, :1])
         noisy_action = None if actions is None else flow.mix(actions, action_noise, t_action)
         shared = self.conditioning(inputs)
-        time = self.embed_times(t_video, t_action)
-        v_video, v_action = self(noisy_video, noisy_action, time, shared)
+        times = self.embed_times(t_video, t_action)
+        v_video, v_action = self(noisy_video, noisy_action, times, shared)
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
         if actions is None:
             return flow.Losses(video, None, t_video, None, None)

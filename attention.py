@@ -53,22 +53,32 @@ def joint_attention(
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Softmax attention written out: the lesson, and the oracle of the fast ones. q (B, Lq, N, K);
     k, v (B, Lk, N, K); bias broadcasts to (B, N, Lq, Lk). Logits and softmax in fp32. Returns
     (B, Lq, N, K) in v's dtype."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, wide = (x.to(v.dtype).float() for x in (q, k, v))
+    q = q.to(v.dtype).float()
+    k = k.to(v.dtype).float()
     with torch.autocast(v.device.type, enabled=False):
         logits = torch.einsum("bqnk,bsnk->bnqs", q, k) * scale
         if bias is not None:
             logits = logits + bias
-        return torch.einsum("bnqs,bsnk->bqnk", logits.softmax(dim=-1), wide).to(v.dtype)
+        weights = logits.softmax(dim=-1)
+        return torch.einsum("bnqs,bsnk->bqnk", weights, v.float()).to(v.dtype)
 
 
 def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The same through torch's fused kernels."""
     q = q.to(v.dtype).transpose(1, 2)
@@ -79,7 +89,11 @@ def sdpa_attention(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The attention that `choose` names. What the kernels do not take (the one wide head of the
     video VAE, the toy's narrow ones, biases of pairs in the frozen encoders) goes to SDPA."""
@@ -94,15 +108,15 @@ def key_bias(mask: Tensor) -> Tensor:
 
 
 def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
-    """Bias (B, rows) of text keys, where rows `lengths`..`text_len`-1 of the official zero-padded
-    text are all the same key: the first of them stands for all text_len - length with bias
-    log(count), the others get -inf. Exact, and far fewer keys. What bf16 would round off the log is
-    taken off the other keys, since softmax sees differences alone."""
+    """Bias (B, rows) of text keys. Rows `lengths`..`text_len`-1 of the official padded text are all
+    the same key: the first stands for them with bias log(count), the others get -inf. Exact, and
+    far fewer keys. What bf16 rounds off the log is taken off the other keys."""
+    lengths = lengths[:, None]  # (B, 1)
     index = torch.arange(rows, device=lengths.device)
-    log = (text_len - lengths).clamp(min=1)[:, None].log()  # (B, 1) of the identical padded keys
+    log = (text_len - lengths).clamp(min=1).log()
     rounded = log.bfloat16().float()
-    collapsed = torch.where(index == lengths[:, None], rounded, float("-inf"))
-    return torch.where(index < lengths[:, None], rounded - log, collapsed)
+    collapsed = torch.where(index == lengths, rounded, float("-inf"))
+    return torch.where(index < lengths, rounded - log, collapsed)
 
 
 # -- norms ----------------------------------------------------------------------------------------
@@ -110,8 +124,7 @@ def text_bias(lengths: Tensor, rows: int, text_len: int) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) over the last axis in fp32, cast back to x's dtype, then times the weight: the
-    order matters in bf16. Products and sums stay fp32 under autocast, and their backward is cheaper
-    than F.rms_norm's."""
+    order matters in bf16. Autocast lowers neither product nor sum; F.rms_norm is no faster."""
     wide = x.float()
     mean_square = (wide * wide).sum(dim=-1, keepdim=True) / x.shape[-1]
     return (wide * torch.rsqrt(mean_square + eps)).to(x.dtype) * weight
@@ -238,8 +251,7 @@ def xavier(module: nn.Module) -> None:
 
 IMPLEMENTATIONS = ("plain", "sdpa", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# fp32 is fp32 everywhere: by default convolutions on a GPU are TF32, three digits of the VAE's.
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: TF32 would cost the VAE three digits
 # The kernels are compiled and checked for these (docs/kernels.md); all else is torch's.
 HEAD_SIZES = (32, 64, 128)
 WIDEST = 4096

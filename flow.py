@@ -219,9 +219,9 @@ def sample(
 
     velocity(video, action, (t_video (B,), t_action (B,))) -> (v_video, v_action). `video` (B, C, T,
     h, w) and `action` (B, S, A) hold noise, or clean data where the mode says `given`; only what is
-    denoised ever changes, and the video not where v_video is None. `observation` (B, C, 1, h, w) is
-    put in as the first latent frame before the first step and after every step. `embed` may make
-    something else of the times of all steps, (steps, B) each. Returns (video, action)."""
+    denoised changes, and the video not where v_video is None. `observation` (B, C, 1, h, w) is put
+    in as frame 0, first and after every step. `embed` may make something else of the times of all
+    steps, (steps, B) each. Returns (video, action)."""
     row = mode_named(mode)
     times = sampling_times(steps, shift)
     now = times[:-1, None].to(video.device).expand(-1, len(video))

@@ -222,7 +222,11 @@ class LatentActionModel(nn.Module):
         return (latents - self.latent_mean) / self.latent_std
 
     def loss(
-        self, x: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        actions: Tensor,
+        mask: Tensor,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """x: flow (B, H, W, 2) or its tokens (B, D); actions (B, A), normalised; mask (B, A) bool,
         False where unknown: a whole row of an unlabelled video, an entry that an embodiment lacks.

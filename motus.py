@@ -18,11 +18,11 @@ Precision (weights may be bf16): residual streams of video and action, time path
 and video head are fp32; the understanding stream has the dtype of its weights, attention that of v.
 
 Departures from the official code: padded understanding tokens and actions are masked as keys (no
-effect at batch size 1); what does not depend on the noise is computed once per observation; the
-last layer's understanding output, which nothing reads, is not computed; the position table is a
-function, so any chunk length loads. A fresh small expert starts with values of unit scale
-(official: sqrt(K) smaller), the understanding expert with Xavier maps (official: torch's default,
-whose biases drown what the VLM says): small networks then learn in half as many steps.
+effect at batch size 1); what does not depend on the noise is computed once per sample; the last
+layer's understanding output is not computed; the position table is a function, so any chunk length
+loads. A fresh small expert starts with values of unit scale (official: sqrt(K) smaller), the
+understanding expert with Xavier maps (official: torch's default, whose biases drown what the VLM
+says): small networks then learn in half as many steps.
 
 Shapes: B batch, T latent frames, Lv La Lu tokens, D width, N heads, K head size, S chunk, A action
 dimensions, P state dimensions, C latent channels, Lt text rows, Dt text width, Dv VLM width.
@@ -448,17 +448,15 @@ class Motus(nn.Module):
         return Conditioning(text, und, state, *masks, positions, rope)
 
     def embed_times(self, t_video: Tensor, t_action: Tensor | None) -> Timesteps:
-        """Times (B,) in [0, 1], independent per sample, or (steps, B) of all steps of a sampler,
-        which then stand in the place of B and 1."""
+        """Times (B,) in [0, 1] of each sample; or (steps, B) of a sampler, in place of (B, 1)."""
         action = (None, None) if t_action is None else embed_time(self.action, t_action)
         return Timesteps(*embed_time(self.video, t_video), *action)
 
     def forward(
         self, video: Tensor, action: Tensor | None, time: Timesteps, shared: Conditioning
     ) -> tuple[Tensor, Tensor | None]:
-        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (the
-        video expert alone). Returns the velocities noise - data: (B, C, T, h, w) fp32, and (B, S,
-        A)."""
+        """The network. video (B, C, T, h, w) with a clean frame 0, action (B, S, A) or None (video
+        expert alone) -> the velocities noise - data: (B, C, T, h, w) fp32, and (B, S, A)."""
         tokens, grid = self.video.patchify(video)  # (B, Lv, Dv)
         action_tokens = None
         if action is not None:
@@ -490,8 +488,8 @@ class Motus(nn.Module):
         noisy_video = flow.keep_observation(noisy_video, latents[:, :, :1])
         noisy_action = None if actions is None else flow.mix(actions, action_noise, t_action)
         shared = self.conditioning(inputs)
-        time = self.embed_times(t_video, t_action)
-        v_video, v_action = self(noisy_video, noisy_action, time, shared)
+        times = self.embed_times(t_video, t_action)
+        v_video, v_action = self(noisy_video, noisy_action, times, shared)
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
         if actions is None:
             return flow.Losses(video, None, t_video, None, None)

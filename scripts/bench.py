@@ -46,14 +46,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import data
+import flow
 import motus
 from backbones import wan
-from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
-from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
 from scale.batches import draw_noise
 from scale.fast import compile_sampler, quantise, sample_action_first
+from scale.plan import example, frozen_parts
 from scale.sharding import parallelize
 from weights.options import DEVICE, Parser, output_file, run_command
 
@@ -119,20 +119,17 @@ def table(*rows: Sequence[object]) -> str:
 # -- the official order of work -------------------------------------------------------------------
 
 
-def phases(size: int, device: torch.device) -> list[Tensor]:
+def phases(size: int, device: torch.device) -> Sequence[Tensor]:
     """Rotary phases of heads of `size` by place on each axis, as complex numbers in float64, which
     the official model keeps."""
-    half = size // 2
-    side = half // 3
+    half, side = size // 2, size // 6
+    pairs = (half - 2 * side, side, side)
     places = torch.arange(1024, dtype=torch.float64, device=device)
-    found = []
-    for pairs in (half - 2 * side, side, side):
-        angles = torch.outer(places, wan.frequencies(pairs, device))
-        found.append(torch.polar(torch.ones_like(angles), angles))
-    return found
+    angles = torch.outer(places, torch.cat([wan.frequencies(n, device) for n in pairs]))
+    return torch.polar(torch.ones_like(angles), angles).split(pairs, dim=1)
 
 
-def official_rotate(x: Tensor, axes: list[Tensor], grid: Sequence[int]) -> Tensor:
+def official_rotate(x: Tensor, axes: Sequence[Tensor], grid: Sequence[int]) -> Tensor:
     """x (B, L, N, K) rotated as complex numbers, one sample after the other."""
     rotated = []
     for sample in x:
@@ -168,19 +165,20 @@ def official_leaves() -> Iterator[None]:
         yield
 
 
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
 class Chunk(NamedTuple):
-    """A chunk of actions to be found: a model, what it sees, and the noise it starts from."""
+    """A chunk of actions to be found, from the noise of a seed: a model, and what it sees."""
 
     model: Motus
     observe: Callable[[], Inputs]  # runs video encoder, text encoder and VLM
     look: Callable[[], Tensor]  # runs the VLM alone
     decode: Callable[[Tensor], object]
-    video: Tensor
-    action: Tensor
 
     def sample(self, steps: int, way: Callable = Motus.sample) -> Tensor:
-        noise = {"video_noise": self.video, "action_noise": self.action}
-        return way(self.model, self.observe(), "joint", steps, **noise).actions
+        return way(self.model, self.observe(), "joint", steps, generator=seeded()).actions
 
     @torch.no_grad()
     def sample_officially(self, steps: int) -> Tensor:
@@ -188,18 +186,23 @@ class Chunk(NamedTuple):
         without its keys and values is projected in every layer."""
         model = copy(self.model)
         model.layers = [Layer(x.video, x.action, x.und, last=False) for x in model.layers]
+        config = model.config
         inputs = self.observe()
         observation = inputs.latents[:, :, :1]
-        video = torch.cat([observation, self.video[:, :, 1:]], dim=2)
-        action = self.action
+        grid = (config.latent_frames, *observation.shape[3:])
+        generator = seeded()
+        like = observation.new_empty(len(inputs), config.video.latent, *grid)
+        video = flow.keep_observation(flow.gaussian(like, generator), observation)
+        like = observation.new_empty(len(inputs), config.chunk, config.action_dim)
+        action = flow.gaussian(like, generator)
         self.look()  # its result is not used
 
-        rows = model.config.video.text_len - inputs.context.shape[1]
+        rows = config.video.text_len - inputs.context.shape[1]
         inputs = replace(inputs, context=pad(inputs.context, (0, 0, 0, rows)))
         shared = model.conditioning(inputs)
         text = shared.text[0]._replace(bias=None)
-        grid = [n // p for n, p in zip(video.shape[2:], model.config.video.patch)]
-        rope = (phases(model.config.video.head_dim, video.device), grid)
+        grid = [n // p for n, p in zip(video.shape[2:], config.video.patch)]
+        rope = (phases(config.video.head_dim, video.device), grid)
         shared = shared._replace(text=[text] * len(model.layers), rope=rope, und_bias=None)
         tokens = math.prod(grid), len(shared.positions)
 
@@ -219,14 +222,7 @@ class Chunk(NamedTuple):
 
 def chunk_of(model: Motus, inputs: Inputs) -> Chunk:
     """Of what was seen already: no frozen network runs."""
-    noise = noise_for(model.config, inputs)
-    return Chunk(model, lambda: inputs, lambda: inputs.und, lambda video: None, *noise)
-
-
-def noise_for(config: MotusConfig, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    grid = (config.latent_frames, *inputs.latents.shape[3:])
-    video = torch.randn(len(inputs), config.video.latent, *grid)
-    return video, torch.randn(len(inputs), config.chunk, config.action_dim)
+    return Chunk(model, lambda: inputs, lambda: inputs.und, lambda video: None)
 
 
 def drawn(config: MotusConfig, batch: int, side: tuple[int, int], text: int, und: int) -> Inputs:
@@ -262,21 +258,15 @@ def sampler_ratios(name: str, chunk: Chunk, steps: int, rounds: int, compiled: b
 
 
 def toy_chunk() -> Chunk:
-    """The whole way from picture to actions with the toy's backbones."""
-    config = preset("toy")
-    backbones = data.backbones_of("toy", config)
-    frames = torch.randint(0, 256, (1, 1, *PRESETS["toy"].size, 3), dtype=torch.uint8)
+    """The whole way from picture to actions with the toy's policy and backbones."""
+    policy = Policy.load(PRESETS["toy"].backbones / "motus", device="cpu")
+    backbones = policy.backbones
+    images = torch.randint(0, 256, (1, *PRESETS["toy"].size, 3), dtype=torch.uint8)
     words = ["push the red disc to the left"]
-    state = torch.zeros(1, config.state_dim)
-
-    def observe() -> Inputs:
-        return Inputs(**backbones.conditions(frames, words), state=state)
-
-    def look() -> Tensor:
-        return backbones.understand(frames[:, 0], words)[0]
-
-    model = Motus(config).eval()
-    return Chunk(model, observe, look, backbones.decode_video, *noise_for(config, observe()))
+    state = torch.zeros(1, policy.model.config.state_dim)
+    observe = partial(policy.inputs, images, words, state)
+    look = partial(backbones.understand, images, words)
+    return Chunk(policy.model, observe, lambda: look()[0], backbones.decode_video)
 
 
 def small_chunk() -> Chunk:
@@ -309,10 +299,9 @@ def trainer(inputs: Inputs, name: str, compiled: bool) -> Callable[[], float]:
 def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
     """A training step with fused attention, and with each layer compiled too, against attention
     written out."""
-    config = preset("toy")
-    inputs = drawn(config, batch, (6, 6), 8, 21)
-    inputs.latents = torch.randn(batch, config.video.latent, config.latent_frames, 6, 6)
-    inputs.actions = torch.randn(batch, config.chunk, config.action_dim)
+    inputs = example("toy", "3").map(lambda x: x.expand(batch, *x.shape[1:]).clone())
+    for x in (inputs.latents, inputs.context, inputs.und, inputs.state, inputs.actions):
+        x.normal_()
     inputs.action_mask = torch.ones_like(inputs.actions, dtype=torch.bool)
     inputs.und_mask = torch.ones(inputs.und.shape[:2], dtype=torch.bool)
     rows = []
@@ -365,19 +354,16 @@ def chunk_flops(config: MotusConfig, steps: int) -> dict[str, int]:
 def vlm_flops() -> int:
     """One look of Qwen3-VL-2B at a picture of 480 patches, by its parts: which token goes where
     depends on data and has no FLOPs."""
-    with torch.device("meta"):
-        vlm = Qwen3VL(Qwen3VLConfig())
-        config = vlm.config
-        pixels = torch.empty(SIDE[0] * SIDE[1], vlm.visual.patch_embed["proj"].weight[0].numel())
-        x = torch.empty(1, UND, config.width)
-        half = torch.empty(1, UND, config.head_dim // 2)
-        bias = torch.empty(1, 1, UND, UND)
+    vlm = frozen_parts("full")["vlm"]
+    new = partial(torch.empty, device="meta")
+    pixels = new(1, SIDE[0] * SIDE[1], vlm.visual.patch_embed["proj"].weight[0].numel())
+    x, half = new(1, UND, vlm.config.width), new(1, UND, vlm.config.head_dim // 2)
 
     def look() -> None:
         with torch.device("meta"):
-            vlm.visual.encode(pixels[None], *SIDE)
+            vlm.visual.encode(pixels, *SIDE)
             for layer in vlm.language_model.layers:
-                layer(x, half, half, bias)
+                layer(x, half, half, new(1, 1, UND, UND))
 
     return flops_of(look)
 
@@ -385,10 +371,10 @@ def vlm_flops() -> int:
 def vae_flops() -> tuple[int, int]:
     """Of the video VAE: the observation encoded, and the whole clip decoded, as only the official
     code does."""
-    with torch.device("meta"):
-        vae = WanVAE(WanVAEConfig())
-        frame = torch.empty(1, 3, 1, 16 * SIDE[0], 16 * SIDE[1])
-        clip = torch.empty(1, vae.config.z_dim, preset("full").latent_frames, *SIDE)
+    vae = frozen_parts("full")["vae"]
+    frame = torch.empty(1, 3, 1, 16 * SIDE[0], 16 * SIDE[1], device="meta")
+    grid = (preset("full").latent_frames, *SIDE)
+    clip = torch.empty(1, vae.config.z_dim, *grid, device="meta")
     return flops_of(partial(vae.encode, frame)), flops_of(partial(vae.decode, clip))
 
 

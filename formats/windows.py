@@ -96,8 +96,6 @@ def write(
             )
     encoded = iter(encode([chunk for chunks in parts.values() for chunk in chunks]))
     for path, chunks in parts.items():
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # by a process that was killed
-            left.unlink()
         save(path, metadata, *zip(*itertools.islice(encoded, len(chunks))))
 
 

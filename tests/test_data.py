@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -395,9 +396,8 @@ def test_a_cache_needs_the_memory_of_a_shard(pyramid, tmp_path, monkeypatch):
 
 
 def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, tmp_path, monkeypatch):
-    """Shards that are there are not made again, the left-over of the killed process goes, and the
-    result is that of an uninterrupted one. Until then it is refused, and so is another cache in its
-    folder."""
+    """Shards that are there are not made again, and the result is that of an uninterrupted one.
+    Until then it is refused, and so is another cache in its folder."""
     monkeypatch.setattr(windows, "SHARD", 4)
     monkeypatch.setattr(windows, "CHUNK", 4)
     whole = encoded(pyramid, 14, tmp_path / "whole")
@@ -405,7 +405,6 @@ def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, tmp_path, monkeyp
 
     def killed(path, tensors, metadata):
         if path.name == "windows_000002.safetensors":
-            path.with_name(f".{path.name}.1.tmp").touch()
             raise KeyboardInterrupt
         save(path, tensors, metadata)
 
@@ -424,7 +423,6 @@ def test_a_cache_that_was_killed_goes_on_where_it_was(pyramid, tmp_path, monkeyp
     pool = encoded(pyramid, 14, part)
     assert made == ["windows_000002.safetensors", "windows_000003.safetensors"]
     assert [file.read_bytes() for file in pool.files] == [f.read_bytes() for f in whole.files]
-    assert not list(part.glob(".*"))
     monkeypatch.setattr(data.Stream, "load", lambda *_: pytest.fail("nothing is left to encode"))
     encoded(pyramid, 14, part)
 
@@ -439,27 +437,44 @@ def test_latents_are_kept_in_bf16_where_that_is_the_precision(pyramid, tmp_path)
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_fill_one_cache(card, tmp_path):
-    """The command as it is typed, by two processes and by one: the same files. One file for two
-    processes is refused."""
-    argv = ["cache", "--data", str(card), "--stage", "3", "--windows", "600"]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+def test_a_cache_of_a_killed_process_is_finished_by_torchrun(tmp_path):
+    """The command as it is typed: one process, killed after its first shard, and two that go on,
+    write the files that one writes at once. One file for two processes is refused."""
+    source = {"path": "world:toy", "episodes": 24}
+    (tmp_path / "card.json").write_text(json.dumps({"sources": [source]}))
+    argv = ["cache", "--data", str(tmp_path), "--stage", "3", "--windows", "600", "--out"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
-    def start(out: Path) -> subprocess.CompletedProcess:
+    def start(*words: str) -> subprocess.Popen:
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, **pipes)
+
+    def with_torchrun(out: Path) -> tuple[int, str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        words = [sys.executable, *command, port, "data.py", *argv, "--out", str(out)]
-        return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+        process = start(*launch, port, "data.py", *argv, str(out))
+        said, _ = process.communicate(timeout=500)
+        return process.returncode, said
 
-    ended = start(tmp_path / "two")
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    data.main([*argv, "--out", str(tmp_path / "one")])
+    killed = start("data.py", *argv, str(tmp_path / "two"))
+    while not (tmp_path / "two/windows_000000.safetensors").exists():
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    first = (tmp_path / "two/windows_000000.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="has . of 3 shards"):
+        data.Pool(tmp_path / "two", "toy", "3")
+    code, said = with_torchrun(tmp_path / "two")
+    assert code == 0, said[-3000:]
+    data.main([*argv, str(tmp_path / "one")])
     one, two = (data.Pool(tmp_path / name, "toy", "3") for name in ("one", "two"))
     assert [file.read_bytes() for file in one.files] == [file.read_bytes() for file in two.files]
-    ended = start(tmp_path / "two.safetensors")
-    assert ended.returncode and "is a file; for 2 processes name a folder" in ended.stderr
+    assert two.files[0].stat().st_mtime_ns == first
+    code, said = with_torchrun(tmp_path / "two.safetensors")
+    assert code and "is a file; for 2 processes name a folder" in said
 
 
 def test_a_stale_or_foreign_cache_is_refused_by_name(pool, tmp_path, monkeypatch):

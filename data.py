@@ -363,7 +363,7 @@ def cache(args: argparse.Namespace) -> None:
     """Encodes the windows of a stage; sizes are those of the preset's recipe."""
     places = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun tells them
     rank, world, local = (int(os.environ.get(name, n)) for name, n in places.items())
-    device = torch.device(options.device(), local)
+    device = options.device().replace("cuda", f"cuda:{local}")
     out = args.out
     if world > 1 and out.suffix == ".safetensors":
         raise ValueError(f"--out {out} is a file; for {world} processes name a folder")

@@ -304,6 +304,7 @@ def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> No
     needs no text encoder."""
     if path is None:
         raise ValueError("--encode-text writes to the file --text; name one")
+    options.output_file(path)
     config = preset(name)
     backbones = data.backbones_of(name, config, parts=("text",))
     if path.is_file():
@@ -319,7 +320,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ckpt", str, "run folder, or one of its step_NNNNNN; or published weights")
     add("--mode", "joint", f"{', '.join(flow.MODES)}; several with commas; all")
     add("--data", str, "card or dataset, for its held-out episodes (default: the preset's)")
-    add("--robot", "which robot, where the checkpoint knows several")
+    add("--robot", "", "which robot, where the checkpoint knows several")
     add("--episodes", 32, "one window of each")
     add("--steps", 10, "Euler steps")
     add("--seed", 0, "of episodes and noise")
@@ -351,7 +352,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for mode in modes:
         policy.check_mode(mode)
     seen = (policy.model.config, policy.statistics, args.episodes, args.seed)
-    batch = data.held_out(args.data, card.stage, card.preset, *seen)
+    try:
+        batch = data.held_out(args.data, card.stage, card.preset, *seen)
+    except ValueError as error:
+        if args.data:
+            raise
+        raise ValueError(f"{error}; --data names the data that it was trained on") from error
     out.mkdir(parents=True, exist_ok=True)
     figures = {}
     for mode in modes or policy.stage.modes:

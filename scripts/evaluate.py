@@ -324,7 +324,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--modes", "joint", "joint, vla, or both with a comma")
     add("--random", False, "add rows of a random policy")
     add("--expert", False, "add rows of the simulator's scripted expert")
-    add("--robot", "which robot acts, where the checkpoint knows several")
+    add("--robot", "", "which robot acts, where the checkpoint knows several")
     add("--sim", str, "a file of worlds/, or a module on PYTHONPATH (default: the preset's world)")
     add("--like", str, "dataset: simulator, tasks and settings of a recording")
     add("--tasks", str, "with commas (default: those of --like, or all)")

@@ -59,7 +59,7 @@ INTERVALS = {
 
 
 class Refusal(ValueError):
-    """What every rank of a run refuses alike: the first one tells it for all."""
+    """An error that every rank of a run meets alike: the first one tells it for all."""
 
 
 def spelled(text: str, kind: type) -> int | float | str:

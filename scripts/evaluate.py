@@ -337,8 +337,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gif", 0, "film so many worlds per row and task")
     add("--batch", 10, "worlds at once")
     add("--workers", os.cpu_count(), "processes")
-    out = "folder of evaluation.json and films (default: in the checkpoint)"
-    add("--out", output_folder, out)
+    add("--out", output_folder, "for evaluation.json and films (default: in the checkpoint)")
     add(*DEVICE)
     return parser.parse_args(argv)
 

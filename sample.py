@@ -201,6 +201,8 @@ class Policy:
 
 MOVES = 16  # a pixel moves if a channel changes by more than this of 255;
 DILATE = 2  # the moving region grows by this many pixels
+SHOWN = 4  # windows of which there are pictures
+Figures = dict[str, dict[str, float]]  # name, and whose it is
 
 
 def moving_region(observation: Tensor, future: Tensor) -> Tensor:
@@ -229,9 +231,7 @@ def ssim(video: Tensor, truth: Tensor) -> float:
     return (luminance * structure).mean().item()
 
 
-def video_figures(
-    predicted: Tensor, decoded: Tensor, frames: Tensor
-) -> dict[str, dict[str, float]]:
+def video_figures(predicted: Tensor, decoded: Tensor, frames: Tensor) -> Figures:
     """predicted, decoded (the truth through the VAE) and true frames, each (B, 1 + F, H, W, 3)
     uint8, the observation first."""
     observation = frames[:, :1]
@@ -250,9 +250,7 @@ def video_figures(
     }
 
 
-def action_figures(
-    predicted: Tensor, truth: Tensor, robot: Normaliser
-) -> dict[str, dict[str, float]]:
+def action_figures(predicted: Tensor, truth: Tensor, robot: Normaliser) -> Figures:
     """predicted and true actions (B, S, A), normalised."""
     mean = robot.apply(truth.new_tensor(robot.mean))
     scale = truth.new_tensor(robot.scale)
@@ -266,16 +264,14 @@ def action_figures(
 # -- the modes on held-out episodes ---------------------------------------------------------------
 
 
-def run_mode(
-    policy: Policy, mode: str, batch: data.Batch, out: Path, shown: int = 4
-) -> dict[str, dict[str, float]]:
-    """Samples a mode on windows, writes pictures of the first `shown` to `out` and returns the
-    figures of all."""
+def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path) -> Figures:
+    """Samples a mode on windows, writes pictures of the first ones to `out` and returns the figures
+    of all."""
     und = policy.stage.actions != "none"
     inputs = data.encode(batch, policy.backbones, und).to(policy.device)
     prediction = policy.sample(inputs, mode)
-    true = batch.frames[:shown]
-    captions = batch.instruction[:shown]
+    true = batch.frames[:SHOWN]
+    captions = batch.instruction[:SHOWN]
     pictures = {"observation": true[:, 0], "true future": true[:, -1]}
     actions = []
     figures = {}
@@ -283,7 +279,7 @@ def run_mode(
         video = policy.backbones.decode_video(prediction.video).cpu()
         decoded = policy.backbones.decode_video(inputs.latents).cpu()
         figures |= video_figures(video, decoded, batch.frames)
-        pictures["predicted future"] = video[:shown, -1]
+        pictures["predicted future"] = video[:SHOWN, -1]
         for i, caption in enumerate(captions):
             film(out / f"{mode}_{i}.gif", {"predicted": video[i], "true": true[i]}, caption)
     if prediction.actions is not None and policy.stage.finetune:
@@ -291,7 +287,7 @@ def run_mode(
         predicted = prediction.actions[..., : policy.own_width].float().cpu()
         truth = batch.actions[..., : policy.own_width]
         figures |= action_figures(predicted, truth, robot)
-        actions = [robot.invert(x[:shown]) for x in (predicted, truth)]
+        actions = [robot.invert(x[:SHOWN]) for x in (predicted, truth)]
     row = flow.MODES[mode]
     title = f"{mode}: video {row.video}, action {row.action}"
     sheet(out / f"{mode}.png", title, captions, pictures, *actions)
@@ -304,6 +300,7 @@ def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> No
     needs no text encoder."""
     if path is None:
         raise ValueError("--encode-text writes to the file --text; name one")
+    options.output_file(path)
     config = preset(name)
     backbones = data.backbones_of(name, config, parts=("text",))
     if path.is_file():
@@ -319,7 +316,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ckpt", str, "run folder, or one of its step_NNNNNN; or published weights")
     add("--mode", "joint", f"{', '.join(flow.MODES)}; several with commas; all")
     add("--data", str, "card or dataset, for its held-out episodes (default: the preset's)")
-    add("--robot", "which robot, where the checkpoint knows several")
+    add("--robot", "", "which robot, where the checkpoint knows several")
     add("--episodes", 32, "one window of each")
     add("--steps", 10, "Euler steps")
     add("--seed", 0, "of episodes and noise")
@@ -327,8 +324,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", Path, "file of prepared text states, read for the text encoder")
     add("--encode-text", str, "write text states to --text; stop", nargs="+", metavar="INSTRUCTION")
     add("--preset", "full", "whose text encoder prepares them", choices=PRESETS)
-    out = "folder for pictures and figures.json (default: samples/ in the checkpoint)"
-    add("--out", options.output_folder, out)
+    add(
+        "--out", options.output_folder, "for pictures and figures.json (default: in the checkpoint)"
+    )
     add(*options.DEVICE)
     return parser.parse_args(argv)
 
@@ -351,7 +349,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for mode in modes:
         policy.check_mode(mode)
     seen = (policy.model.config, policy.statistics, args.episodes, args.seed)
-    batch = data.held_out(args.data, card.stage, card.preset, *seen)
+    try:
+        batch = data.held_out(args.data, card.stage, card.preset, *seen)
+    except ValueError as error:
+        if args.data:
+            raise
+        raise ValueError(f"{error}; --data names the data that it was trained on") from error
     out.mkdir(parents=True, exist_ok=True)
     figures = {}
     for mode in modes or policy.stage.modes:

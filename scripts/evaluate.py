@@ -324,7 +324,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--modes", "joint", "joint, vla, or both with a comma")
     add("--random", False, "add rows of a random policy")
     add("--expert", False, "add rows of the simulator's scripted expert")
-    add("--robot", "which robot acts, where the checkpoint knows several")
+    add("--robot", "", "which robot acts, where the checkpoint knows several")
     add("--sim", str, "a file of worlds/, or a module on PYTHONPATH (default: the preset's world)")
     add("--like", str, "dataset: simulator, tasks and settings of a recording")
     add("--tasks", str, "with commas (default: those of --like, or all)")
@@ -337,8 +337,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gif", 0, "film so many worlds per row and task")
     add("--batch", 10, "worlds at once")
     add("--workers", os.cpu_count(), "processes")
-    out = "folder of evaluation.json and films (default: in the checkpoint)"
-    add("--out", output_folder, out)
+    add("--out", output_folder, "for evaluation.json and films (default: in the checkpoint)")
     add(*DEVICE)
     return parser.parse_args(argv)
 

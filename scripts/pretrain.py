@@ -378,7 +378,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--preset", "toy", "whose sizes they have", choices=RECIPES)
     add("--data", str, "card with labels (docs/metaworld); default the preset's")
     add("--out", output_folder, "folder to write", required=True)
-    add("--keep", "parts to copy from the repository: text, vlm, vae, dcae")
+    add("--keep", "", "parts to copy from the repository: text, vlm, vae, dcae")
     add("--steps", int, "of each part")
     add("--episodes", 500, "at most, of a card; per level of a world")
     return parser.parse_args(argv)

@@ -57,6 +57,8 @@ def record(
 ) -> dict:
     """Records `episodes` successes of the expert per task into the LeRobot v3.0 dataset `out`, and
     returns its card. `order` holds all but task and seed of the episodes; its seed is of all."""
+    if Path(out).exists():
+        raise ValueError(f"dataset {out} exists; remove it or write elsewhere")
     begun = time.monotonic()
     tried: dict[str, list[float]] = {task: [] for task in tasks}
     kept = []

@@ -342,7 +342,7 @@ def test_the_page_says_what_the_plan_says(command, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "huge"], "preset is 'huge'; expected one of toy, sim, small, full"),
+        (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
         (["--gpus", "0"], "--gpus is 0; expected a whole number in"),
         (["--gpus", "6"], "--gpus is 6; a batch of 256 divides among 1, 2, 4"),
         (["--memory", "0"], "--memory is 0"),

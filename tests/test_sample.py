@@ -299,6 +299,33 @@ policy.act(np.zeros((1, 48, 48, 3), np.uint8), np.zeros((1, 3)), ["push it"])
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_a_policy_of_own_data_needs_them_to_be_sampled(tmp_path):
+    """Held-out episodes of the preset's card are of another robot: the error names the option."""
+    robot = Normaliser((0.0,) * 3, (1.0,) * 3)
+    known = Statistics("my arm", 3, robot, robot).as_json()
+    run = write_checkpoint(tmp_path / "run", "3", statistics=known)
+    argv = ["--ckpt", str(run), "--mode", "vla", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="robot is 'my arm'.*; --data names the data"):
+        sample.main(argv)
+
+
+def test_an_unknown_mode_is_refused_before_the_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(Policy, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="mode is 'fly'; expected one of joint, vla"):
+        sample.main(["--ckpt", str(tmp_path), "--mode", "joint,fly"])
+
+
+def test_pictures_of_any_size_are_fitted_to_those_that_were_trained_on(policy):
+    """Twice the size, pixel by pixel, shows the policy the same as the size itself."""
+    images, states, texts = views()
+    images[:] = images[:, :1, :1]  # of one colour each
+    found = []
+    for seen in (images, images.repeat(2, axis=1).repeat(2, axis=2)):
+        policy.generator.manual_seed(1)
+        found.append(policy.act(seen, states, texts))
+    assert np.allclose(*found, atol=1e-4)
+
+
 def test_int8_halves_the_maps_of_the_video_expert(runs, tmp_path, capsys):
     """`--int8` samples with another video expert: figures differ, by little."""
     found = []
@@ -331,6 +358,7 @@ def test_the_command_writes_figures_and_pictures_of_all_modes(runs, tmp_path, ca
         json.loads((tmp_path / "figures.json").read_text())["figures"],
         capsys.readouterr().out,
     )
+    assert json.loads((tmp_path / "figures.json").read_text())["episodes"] == 1
     video, actions = {"PSNR (dB)", "PSNR moving (dB)", "SSIM"}, {"action MSE", "action MSE (robot)"}
     assert {mode: set(f) for mode, f in figures.items()} == {
         "joint": video | actions,

@@ -59,7 +59,7 @@ INTERVALS = {
 
 
 class Refusal(ValueError):
-    """What every rank of a run refuses alike: the first one tells it for all."""
+    """An error that every rank of a run meets alike: the first one tells it for all."""
 
 
 def spelled(text: str, kind: type) -> int | float | str:
@@ -98,18 +98,11 @@ def stated(kind: type) -> str:
 # -- the command line -----------------------------------------------------------------------------
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Says the range of a number behind what it is."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return f"{action.help or ''} {INTERVALS.get(('option', action.dest), '')}".strip()
-
-
 class Parser(argparse.ArgumentParser):
     """A command line that holds its numbers to their ranges and says what is wrong in one line."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=Help, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def option(self, name: str, value: object = str, help: str = "", **more: object) -> None:
         """An option by its default, or by its type where it has none; False makes a flag."""
@@ -118,7 +111,8 @@ class Parser(argparse.ArgumentParser):
             kind = {"type": value}
         if value is False:
             kind = {"action": "store_true"}
-        self.add_argument(name, help=help, **kind | more)
+        action = self.add_argument(name, help=help, **kind | more)
+        action.help += " " + INTERVALS.get(("option", action.dest), "")
 
     def _get_value(self, action: argparse.Action, text: str) -> object:
         # argparse would call each error of a type "invalid value", and hide what is expected.

@@ -259,10 +259,10 @@ def step(
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
     video loss and an action loss. ValueError, before it is saved, if the loss is not finite."""
     # ------------------------------------------------------------------------------------------
-    settings = run.settings
-    optimizers = run.state.optimizers
+    settings, optimizers = run.settings, run.state.optimizers
     set_lr(optimizers, settings, number)
-    run.state.model.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     loss = torch.zeros((), device=run.ranks.device)
     micro = settings.micro or len(inputs)
     for first in range(0, len(inputs), micro):

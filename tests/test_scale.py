@@ -260,14 +260,14 @@ def test_two_ranks_train_like_one_process_with_muon(caches, tmp_path):
 def test_matrices_that_are_gathered_in_bf16_train_like_one_process_under_autocast(caches, tmp_path):
     """fp32 islands and fp32 masters are kept, so the first loss is the same but for the order of a
     sum. What is left is the rounding of each rank's gradients to bf16, as with replicas, which
-    gather nothing: below 1e-3 of the norm, and of the losses of eight steps at full rate."""
+    gather nothing: below 3e-3 of the norm and 1e-3 of the losses of eight steps at full rate."""
     variants = {"sharded": ["shards=2"], "replicas": [], "passes": ["shards=2", "micro=2"]}
     found = compare(caches, tmp_path, "3", 8, variants, "precision=bf16", "warmup=1")
     one = tmp_path / "3" / "one"
     norms = {name: apart(one, tmp_path / "3" / name, "grad_norm") for name in variants}
     first = {name: losses(tmp_path / "3" / name)[0] / losses(one)[0] - 1 for name in variants}
     print(json.dumps([norms, first], indent=1))
-    assert max(found.values()) < 1e-3 and max(norms.values()) < 1e-3
+    assert max(found.values()) < 1e-3 and max(norms.values()) < 3e-3
     assert max(map(abs, first.values())) < 1e-6
 
 

@@ -36,10 +36,11 @@ head_dim.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 
@@ -122,10 +123,11 @@ class LinearAttention(nn.Module):
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.to_q = nn.Conv2d(channels, channels, 1, bias=False)
-        self.to_k = nn.Conv2d(channels, channels, 1, bias=False)
-        self.to_v = nn.Conv2d(channels, channels, 1, bias=False)
-        self.to_out = nn.Conv2d(channels, channels, 1, bias=False)
+        linear = partial(nn.Conv2d, channels, channels, 1, bias=False)
+        self.to_q = linear()
+        self.to_k = linear()
+        self.to_v = linear()
+        self.to_out = linear()
         self.norm_out = ChannelRMSNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,11 +175,6 @@ def average_channels(x: Tensor, group: int) -> Tensor:
     return reduce(x, "b (c group) h w -> b c h w", "mean", group=group)
 
 
-def repeat_channels(x: Tensor, group: int) -> Tensor:
-    """Each channel `group` times in a row."""
-    return repeat(x, "b c h w -> b (c group) h w", group=group)
-
-
 class Down(nn.Module):
     """(B, C, H, W) -> (B, C', H/2, W/2): each 2 x 2 square moves into channels, beside it a
     shortcut that averages channels."""
@@ -217,7 +214,7 @@ class Up(nn.Module):
         out = F.pixel_shuffle(self.conv(x), 2)
         if not self.group:
             return out
-        shortcut = F.pixel_shuffle(repeat_channels(x, self.group), 2)
+        shortcut = F.pixel_shuffle(x.repeat_interleave(self.group, dim=1), 2)
         return out + shortcut
 
 
@@ -237,7 +234,7 @@ class Encoder(nn.Module):
         widths = config.widths
         self.conv_in = Down(3, widths[0], shortcut=False)
         # Stage 0, full resolution, has no blocks in any layout built here.
-        self.down_blocks = nn.ModuleList([nn.Sequential()])
+        self.down_blocks = nn.Sequential(nn.Sequential())
         for stage, depth in enumerate(config.encoder_depths, start=1):
             blocks = stage_blocks(config, stage, depth, decoder=False)
             if stage < len(widths):
@@ -247,9 +244,7 @@ class Encoder(nn.Module):
         self.group = widths[-1] // config.latent_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for stage in self.down_blocks:
-            x = stage(x)
+        x = self.down_blocks(self.conv_in(x))
         return self.conv_out(x) + average_channels(x, self.group)
 
 
@@ -273,7 +268,7 @@ class Decoder(nn.Module):
         self.conv_out = Up(widths[0], 3, shortcut=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z) + repeat_channels(z, self.group)
+        x = self.conv_in(z) + z.repeat_interleave(self.group, dim=1)
         for stage in reversed(self.up_blocks):
             x = stage(x)
         return self.conv_out(F.relu(self.norm_out(x)))

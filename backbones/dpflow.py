@@ -73,10 +73,11 @@ def check_frames(frames_a: Tensor, frames_b: Tensor) -> None:
 
 class DISFlow:
     """Dense inverse search (Kroeger et al., ECCV 2016) from OpenCV: no weights, some milliseconds a
-    pair on a CPU. `upscale` enlarges small frames first, which halves the error at 32 to 64 pixels.
-    It needs texture: on plain surfaces the motion smears over the neighbourhood."""
+    pair on a CPU. It needs texture: on plain surfaces the motion smears over the neighbourhood."""
 
-    def __init__(self, upscale: int = 1):
+    name = "dis-medium-x1"
+
+    def __init__(self):
         try:
             import cv2
         except ImportError as error:
@@ -84,33 +85,25 @@ class DISFlow:
                 "DISFlow needs OpenCV: pip install opencv-python-headless (the extra motus[flow]), "
                 "or pass another FlowEstimator"
             ) from error
-        if upscale < 1:
-            raise ValueError(f"DISFlow: upscale={upscale}; give an integer of 1 or more")
-        self.cv2 = cv2
         self.search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        self.upscale = upscale
-        self.name = f"dis-medium-x{upscale}"
 
     def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
         check_frames(frames_a, frames_b)
         size = frames_a.shape[-2:]
-        if max(size) * self.upscale < 16:
+        if max(size) < 16:
             raise ValueError(
-                f"DISFlow: frames of {size[0]} x {size[1]} at upscale={self.upscale} are too "
-                "small; the longer side needs 16"
+                f"DISFlow: frames of {size[0]} x {size[1]} are too small; the longer side needs 16"
             )
         pairs = zip(self.grey(frames_a), self.grey(frames_b))
-        flow = np.stack([self.search.calc(a, b, None) for a, b in pairs])  # (B, sH, sW, 2)
+        flow = np.stack([self.search.calc(a, b, None) for a, b in pairs])  # (B, H, W, 2)
         flow = rearrange(torch.from_numpy(flow), "b h w two -> b two h w")
-        return F.interpolate(flow.to(frames_a.device), size, mode="area") / self.upscale
+        return flow.to(frames_a.device)
 
-    def grey(self, frames: Tensor) -> list[np.ndarray]:
-        """(B, 3, H, W) in [0, 1] -> B enlarged uint8 pictures (upscale * H, upscale * W)."""
+    def grey(self, frames: Tensor) -> np.ndarray:
+        """(B, 3, H, W) in [0, 1] -> uint8 (B, H, W)."""
         weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device)
         luma = torch.einsum("bchw,c->bhw", frames.detach().float(), weights) * 255
-        pictures = luma.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-        enlarge = dict(fx=self.upscale, fy=self.upscale, interpolation=self.cv2.INTER_CUBIC)
-        return [self.cv2.resize(picture, None, **enlarge) for picture in pictures]
+        return luma.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 # -- DPFlow: sizes and norms ----------------------------------------------------------------------
@@ -159,14 +152,15 @@ def channel_norm(x: Tensor) -> Tensor:
 # -- blocks ---------------------------------------------------------------------------------------
 
 
-def conv(channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+def conv(
+    channels: int,
+    out_channels: int,
+    size: int,
+    stride: int = 1,
+    groups: int = 1,
+) -> nn.Conv2d:
     """A convolution that leaves height and width alone, or halves them at stride 2."""
-    return nn.Conv2d(channels, out_channels, size, stride, padding=size // 2)
-
-
-def mix(channels: int) -> nn.Conv2d:
-    """Every channel over its own 7 x 7 neighbours."""
-    return nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+    return nn.Conv2d(channels, out_channels, size, stride, size // 2, groups=groups)
 
 
 class GatedUnit(nn.Module):
@@ -175,11 +169,12 @@ class GatedUnit(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.gate_in = conv(width, 2 * width, 1)
-        self.value_in = conv(width, 2 * width, 1)
-        self.gate_mix = mix(2 * width)
-        self.value_mix = mix(2 * width)
-        self.out = conv(2 * width, width, 1)
+        wide = 2 * width
+        self.gate_in = conv(width, wide, 1)
+        self.value_in = conv(width, wide, 1)
+        self.gate_mix = conv(wide, wide, 7, groups=wide)
+        self.value_mix = conv(wide, wide, 7, groups=wide)
+        self.out = conv(wide, width, 1)
 
     def forward(self, gate: Tensor, value: Tensor) -> Tensor:
         gate = self.gate_mix(self.gate_in(gate))
@@ -284,15 +279,17 @@ class Stem(nn.Module):
         super().__init__()
         half, quarter = channels
         self.conv1 = conv(3, half, 7, stride=2)
-        self.layer1 = nn.Sequential(ResidualBlock(half, half), ResidualBlock(half, half))
-        self.layer2 = nn.Sequential(
-            ResidualBlock(half, quarter, stride=2), ResidualBlock(quarter, quarter)
+        self.blocks = nn.Sequential(
+            ResidualBlock(half, half),
+            ResidualBlock(half, half),
+            ResidualBlock(half, quarter, stride=2),
+            ResidualBlock(quarter, quarter),
         )
         self.conv2 = conv(quarter, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(group_norm(self.conv1(x)))
-        return self.conv2(self.layer2(self.layer1(x)))
+        return self.conv2(self.blocks(x))
 
 
 # -- encoder --------------------------------------------------------------------------------------
@@ -348,53 +345,44 @@ class Encoder(nn.Module):
 # -- decoder --------------------------------------------------------------------------------------
 
 
-class Correlation:
-    """Scaled dot products of every position of `a` with every position of `b`, both (B, C, h, w),
-    read in windows around a target."""
+def correlations(
+    a: Tensor,
+    b: Tensor,
+    target: Tensor,
+    config: DPFlowConfig,
+) -> Tensor:
+    """Scaled dot products of every position of `a` with a window of `b`, both (B, C, h, w), around
+    `target` (B, 2, h, w), where it lands in `b` -> (B, (2 * radius + 1) ** 2, h, w). Bilinear, zero
+    outside. At most `volume_limit` products are held at once."""
+    batch, channels, height, width = a.shape
+    reach = torch.arange(-config.radius, config.radius + 1, device=a.device)
+    window = torch.cartesian_prod(reach, reach)  # its first axis moves along x
+    points = rearrange(target, "b two h w -> b (h w) 1 1 two") + window
+    points = 2 * points / (torch.tensor([width, height], device=a.device) - 1) - 1
+    a = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(channels)
+    rows = max(1, config.volume_limit // (batch * height * width))
+    windows = []
+    for part, places in zip(a.split(rows, dim=1), points.split(rows, dim=1)):
+        volume = torch.einsum("bnc,bchw->bnhw", part, b).float()
+        volume = rearrange(volume, "b n h w -> (b n) 1 h w")
+        values = F.grid_sample(volume, places.flatten(0, 1), align_corners=True)
+        windows.append(rearrange(values, "(b n) 1 1 window -> b window n", b=batch))
+    return torch.cat(windows, dim=2).unflatten(2, (height, width))
 
-    def __init__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        radius: int,
-        limit: int,
-    ):
-        self.a = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(a.shape[1])
-        self.b = b
-        self.radius = radius
-        batch, _, height, width = a.shape
-        # Above the limit the volume is made anew at each reading, for as many positions of `a` at a
-        # time as the limit allows.
-        self.rows = max(1, limit // (batch * height * width))
-        self.volume = self.products(self.a) if self.rows >= height * width else None
 
-    def products(self, a: Tensor) -> Tensor:
-        """a (B, n, C) -> (B * n, 1, h, w), fp32."""
-        volume = torch.einsum("bnc,bchw->bnhw", a, self.b).float()
-        return rearrange(volume, "b n h w -> (b n) 1 h w")
-
-    def __call__(self, target: Tensor) -> Tensor:
-        """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) **
-        2, h, w)."""
-        height = target.shape[2]
-        target = rearrange(target, "b two h w -> b (h w) two")
-        if self.volume is not None:
-            windows = self.read(self.volume, target)
-        else:
-            slices = zip(self.a.split(self.rows, dim=1), target.split(self.rows, dim=1))
-            windows = [self.read(self.products(a), targets) for a, targets in slices]
-            windows = torch.cat(windows, dim=1)
-        return rearrange(windows, "b (h w) c -> b c h w", h=height)
-
-    def read(self, volume: Tensor, target: Tensor) -> Tensor:
-        """Bilinear, zero outside. volume (B * n, 1, h, w), target (B, n, 2) -> (B, n, window)."""
-        offset = torch.arange(-self.radius, self.radius + 1, device=target.device)
-        window = torch.cartesian_prod(offset, offset)  # its first axis moves along x
-        points = rearrange(target, "b n two -> (b n) 1 1 two") + window
-        height, width = volume.shape[2:]
-        size = torch.tensor([width, height], device=target.device)
-        values = F.grid_sample(volume, 2 * points / (size - 1) - 1, align_corners=True)
-        return rearrange(values, "(b n) 1 1 window -> b n window", n=target.shape[1])
+def two_convolutions(
+    channels: int,
+    hidden: int,
+    out_channels: int,
+    kernels: tuple[int, int],
+) -> nn.Sequential:
+    """A convolution, ReLU and a second convolution."""
+    first, second = kernels
+    return nn.Sequential(
+        conv(channels, hidden, first),
+        nn.ReLU(),
+        conv(hidden, out_channels, second),
+    )
 
 
 class MotionEncoder(nn.Module):
@@ -403,28 +391,15 @@ class MotionEncoder(nn.Module):
 
     def __init__(self, window: int, width: int):
         super().__init__()
-        self.convc1 = conv(window, 2 * width, 1)
-        self.convc2 = conv(2 * width, width + width // 2, 3)
-        self.convf1 = conv(2, width, 7)
-        self.convf2 = conv(width, width // 2, 3)
+        half = width // 2
+        self.seen = two_convolutions(window, 2 * width, width + half, (1, 3))
+        self.known = two_convolutions(2, width, half, (7, 3))
         self.conv = conv(2 * width, width - 2, 3)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
-        seen = F.relu(self.convc1(correlation))
-        seen = F.relu(self.convc2(seen))
-        known = F.relu(self.convf1(flow))
-        known = F.relu(self.convf2(known))
-        motion = self.conv(torch.cat([seen, known], dim=1))
+        both = torch.cat([self.seen(correlation), self.known(flow)], dim=1)
+        motion = self.conv(F.relu(both))
         return torch.cat([F.relu(motion), flow], dim=1)
-
-
-def two_convolutions(width: int, out_channels: int, kernel: int) -> nn.Module:
-    """3 x 3 to twice the width, then to the output."""
-    return nn.Sequential(
-        conv(width, 2 * width, 3),
-        nn.ReLU(),
-        conv(2 * width, out_channels, kernel),
-    )
 
 
 class Update(nn.Module):
@@ -436,8 +411,8 @@ class Update(nn.Module):
         self.motion = MotionEncoder((2 * config.radius + 1) ** 2, width)
         self.gru = GRU(lambda: Stage(SelfBlock, config, conv(3 * width, width, 1)))
         # Two channels of flow; four describe its uncertainty, for training.
-        self.flow_head = two_convolutions(width, 6, kernel=3)
-        self.mask = two_convolutions(width, 9 * 8 * 8, kernel=1)
+        self.flow_head = two_convolutions(width, 2 * width, 6, (3, 3))
+        self.mask = two_convolutions(width, 2 * width, 9 * 8 * 8, (3, 1))
 
     def forward(
         self,
@@ -491,11 +466,10 @@ class DPFlow(nn.Module):
         stride = 2 ** (levels + 2)
         # At least two positions at the coarsest level, because grid_sample divides by one less than
         # their number.
-        extra_h = max(2, math.ceil(height / stride)) * stride - height
-        extra_w = max(2, math.ceil(width / stride)) * stride - width
-        top = extra_h // 2
-        left = extra_w // 2
-        sides = (left, extra_w - left, top, extra_h - top)
+        padded = [max(2, math.ceil(side / stride)) * stride for side in (height, width)]
+        top = (padded[0] - height) // 2
+        left = (padded[1] - width) // 2
+        sides = (left, padded[1] - width - left, top, padded[0] - height - top)
         pair = torch.cat([frames_a, frames_b]).to(self.encoder.out_1x1.weight.dtype)
         pair = F.pad(2 * pair - 1, sides, mode="replicate")
 
@@ -511,15 +485,10 @@ class DPFlow(nn.Module):
         matching, extra = features.split([2 * self.config.width, self.config.width], dim=1)
         # Each frame gives half of the context and half of the first hidden state; only the flow is
         # carried from level to level.
-        both = rearrange(extra, "(frame b) (two c) h w -> two b (frame c) h w", frame=2, two=2)
-        context = F.relu(both[0])
-        hidden = torch.tanh(both[1])
-        correlation = Correlation(
-            *matching.chunk(2),
-            self.config.radius,
-            self.config.volume_limit,
-        )
-
+        halves = "(frame b) (two c) h w -> two b (frame c) h w"
+        context, hidden = rearrange(extra, halves, frame=2, two=2)
+        context = F.relu(context)
+        hidden = torch.tanh(hidden)
         size = context.shape[2:]
         rows, columns = (torch.arange(side, device=features.device) for side in size)
         # (2, h, w), fp32 in a sum with flow: bf16 cannot count to a wide row's end.
@@ -530,7 +499,8 @@ class DPFlow(nn.Module):
             flow = F.interpolate(2 * flow, size, mode="bilinear", align_corners=True)
         for _ in range(self.config.iterations):
             flow = flow.detach()
-            hidden, residual = self.update(hidden, context, correlation(here + flow), flow)
+            seen = correlations(*matching.chunk(2), here + flow, self.config)
+            hidden, residual = self.update(hidden, context, seen, flow)
             flow = flow + residual
         return flow, hidden
 

@@ -41,18 +41,16 @@ def mirrored(flow: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[
     return flow, labels
 
 
-def other_bodies(
-    flow: Tensor, generator: torch.Generator, shift: float = 0.2, thicker: int = 3
-) -> Tensor:
-    """The same motions as made by other bodies elsewhere: flow (N, H, W, 2) shifted by up to
-    `shift` of the picture, and what moves thickened by 0 to `thicker` px."""
+def other_bodies(flow: Tensor, generator: torch.Generator) -> Tensor:
+    """The same motions as made by other bodies elsewhere: flow (N, H, W, 2) shifted by up to a
+    fifth of the picture, and what moves thickened by 0 to 3 px."""
     height, width = flow.shape[1:3]
-    farthest = shift * torch.tensor([height, width])
+    farthest = 0.2 * torch.tensor([height, width])
     made = []
     for one in flow:
         way = 2 * torch.rand(2, generator=generator) - 1
         down, right = (way * farthest).round().int().tolist()
-        reach = torch.randint(thicker + 1, (), generator=generator).item()
+        reach = torch.randint(4, (), generator=generator).item()
         one = F.pad(one, (0, 0, right, -right, down, -down))
         # Each still pixel follows the fastest within reach.
         speed = one.norm(dim=-1)
@@ -78,20 +76,22 @@ def rarest_motions(labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def augmented(
-    flow: Tensor, labels: Tensor, mask: Tensor, copies: int = 2, seed: int = 0
+    flow: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Flow, labels and mask with the labelled rows `copies` times again, mirrored and as other
+    """Flow, labels and mask with the labelled rows twice again, mirrored and as other
     bodies would make them, twice as often if the rarest motion is in them. The given rows come
     first. Aligned with one robot's flow alone, a latent action takes a larger body for a faster
     one."""
     generator = torch.Generator().manual_seed(seed)
     labelled = mask.any(dim=1).nonzero()[:, 0]
-    again = torch.cat([labelled, rarest_motions(labels, mask)]).repeat(copies)
+    again = torch.cat([labelled, rarest_motions(labels, mask)]).repeat(2)
     flows = [flow]
     made = [labels]
     for rows in again.split(64):
         motion, label = mirrored(flow[rows], labels[rows], generator)
         flows.append(other_bodies(motion, generator))
         made.append(label)
-    masks = [mask, mask[again]]
-    return torch.cat(flows), torch.cat(made), torch.cat(masks)
+    return torch.cat(flows), torch.cat(made), torch.cat([mask, mask[again]])

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
+from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, read_tokenizer
 from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan import WanConfig
 from backbones.wan_vae import WanVAE, WanVAEConfig
@@ -464,11 +464,3 @@ def load_vlm(folder: str | Path, motus: str | Path | None = None) -> tuple[Qwen3
     path = fetched(motus or folder)
     vlm = network_of(Qwen3VL, vlm_config, path, "vlm." if motus else "", stated)
     return vlm, tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise ValueError(
-            f"tokenizer file {path} does not exist; it is published beside the weights"
-        )
-    return Tokenizer.from_file(str(path))

@@ -37,6 +37,7 @@ width, N heads, K head size.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -192,11 +193,19 @@ def prompt_ids(tokenizer: Tokenizer, text: str, grids: Iterable, merge: int = 2)
     return tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
-def pad_prompts(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths -> ids (B, L), padded on the right with id 0 as official Motus does,
-    and mask (B, L), True where real."""
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"tokenizer file {path} does not exist; it is published beside the weights"
+        )
+    return Tokenizer.from_file(str(path))
+
+
+def pad_prompts(prompts: list[list[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Prompts of any lengths -> ids (B, L), padded on the right with an id, 0 as official Motus
+    does, and mask (B, L), True where real."""
     rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
@@ -244,16 +253,13 @@ class Merger(VisionMLP):
         self.area = config.merge**2
         joined = self.area * config.vision_width
         super().__init__(joined, joined, config.width, approximate="none")
-        self.norm_joined = norm_joined
-        self.norm = LayerNorm(joined if norm_joined else config.vision_width, eps=1e-6)
+        self.normed = joined if norm_joined else config.vision_width
+        self.norm = LayerNorm(self.normed, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # (n, h*w, Dv) -> (n, h*w / 4, D)
-        if not self.norm_joined:
-            x = self.norm(x)
         x = rearrange(x, "n (l a) d -> n l (a d)", a=self.area)
-        if self.norm_joined:
-            x = self.norm(x)
-        return super().forward(x)
+        x = self.norm(x.unflatten(2, (-1, self.normed)))
+        return super().forward(x.flatten(2))
 
 
 class VisionAttention(nn.Module):

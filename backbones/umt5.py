@@ -22,6 +22,7 @@ import html
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from attention import Linear, RMSNorm, attention
+from backbones.qwen3vl import pad_prompts, read_tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,10 @@ class UMT5Attention(nn.Module):
     def __init__(self, config: UMT5Config):
         super().__init__()
         self.heads = config.heads
-        self.q = Linear(config.dim, config.dim_attn, bias=False)
-        self.k = Linear(config.dim, config.dim_attn, bias=False)
-        self.v = Linear(config.dim, config.dim_attn, bias=False)
+        linear = partial(Linear, config.dim, config.dim_attn, bias=False)
+        self.q = linear()
+        self.k = linear()
+        self.v = linear()
         self.o = Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # x (B, L, D), bias (B or 1, N, L, L)
@@ -169,15 +172,8 @@ class T5Tokenizer:
     the published weights)."""
 
     def __init__(self, path: str | Path, text_len: int = 512):
-        from tokenizers import Tokenizer
-
-        if not Path(path).is_file():
-            raise ValueError(
-                f"tokenizer file {path} does not exist; give the path of a tokenizer.json "
-                "(google/umt5-xxl/tokenizer.json)"
-            )
         self.text_len = text_len
-        self.tokenizer = Tokenizer.from_file(str(path))
+        self.tokenizer = read_tokenizer(path)
         self.eos = self.tokenizer.token_to_id("</s>")
         self.pad = self.tokenizer.token_to_id("<pad>")
         if self.eos is None or self.pad is None:
@@ -192,10 +188,8 @@ class T5Tokenizer:
         rows = []
         for text in texts:
             ids = self.tokenizer.encode(clean(text), add_special_tokens=False).ids
-            rows.append(torch.tensor([*ids[: self.text_len - 1], self.eos]))
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+            rows.append([*ids[: self.text_len - 1], self.eos])
+        return pad_prompts(rows, self.pad)
 
 
 @torch.no_grad()

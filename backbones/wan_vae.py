@@ -98,15 +98,18 @@ class ChannelNorm(nn.Module):
         return x * inverse * self.gamma
 
 
+def convolved(dim: int, n_out: int) -> list[nn.Module]:
+    """Norm, SiLU and a convolution."""
+    return [ChannelNorm(dim), nn.SiLU(), CausalConv3d(dim, n_out, 3, padding=1)]
+
+
 class ResidualBlock(nn.Module):
     """Two rounds of norm, SiLU and convolution beside a shortcut."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.residual = nn.Sequential(
-            ChannelNorm(n_in),
-            nn.SiLU(),
-            CausalConv3d(n_in, n_out, 3, padding=1),
+            *convolved(n_in, n_out),
             ChannelNorm(n_out),
             nn.SiLU(),
             nn.Identity(),  # a dropout in the official code
@@ -182,17 +185,21 @@ class Upsample(Resample):
         return self.per_frame(x)
 
 
+def residual_blocks(n_in: int, n_out: int, count: int) -> nn.Sequential:
+    widths = (n_in, *[n_out] * count)
+    return nn.Sequential(*map(ResidualBlock, widths, widths[1:]))
+
+
 class DownLevel(nn.Module):
     """Residual blocks and, unless `temporal` is None, a Downsample. The shortcut folds the same
     pixels into channels and averages groups of these down to n_out."""
 
-    def __init__(self, n_in: int, n_out: int, blocks: int, temporal: bool | None):
+    def __init__(self, n_in: int, n_out: int, temporal: bool | None, blocks: int):
         super().__init__()
         self.n_out = n_out
         self.ft = 1 + bool(temporal)  # frames and pixels that become one
         self.fs = 1 + (temporal is not None)
-        self.downsamples = nn.Sequential(ResidualBlock(n_in, n_out))
-        self.downsamples.extend(ResidualBlock(n_out, n_out) for _ in range(blocks - 1))
+        self.downsamples = residual_blocks(n_in, n_out, blocks)
         if temporal is not None:
             self.downsamples.append(Downsample(n_out, temporal))
 
@@ -212,12 +219,11 @@ class UpLevel(nn.Module):
     """Residual blocks and, unless `temporal` is None, an Upsample and a shortcut that repeats
     channels and unfolds them into pixels."""
 
-    def __init__(self, n_in: int, n_out: int, blocks: int, temporal: bool | None):
+    def __init__(self, n_in: int, n_out: int, temporal: bool | None, blocks: int):
         super().__init__()
         self.temporal = temporal
         self.repeats = n_out * 4 * (1 + bool(temporal)) // n_in
-        self.upsamples = nn.Sequential(ResidualBlock(n_in, n_out))
-        self.upsamples.extend(ResidualBlock(n_out, n_out) for _ in range(blocks - 1))
+        self.upsamples = residual_blocks(n_in, n_out, blocks)
         if temporal is not None:
             self.upsamples.append(Upsample(n_out, temporal))
 
@@ -239,18 +245,13 @@ class UpLevel(nn.Module):
 # -- the VAE --------------------------------------------------------------------------------------
 
 
-class Middle(nn.Sequential):
+def middle(dim: int) -> nn.Sequential:
     """Attention between two residual blocks, at the coarsest grid."""
-
-    def __init__(self, dim: int):
-        super().__init__(ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim))
-
-
-class Head(nn.Sequential):
-    """The last convolution."""
-
-    def __init__(self, dim: int, n_out: int):
-        super().__init__(ChannelNorm(dim), nn.SiLU(), CausalConv3d(dim, n_out, 3, padding=1))
+    return nn.Sequential(
+        ResidualBlock(dim, dim),
+        FrameAttention(dim),
+        ResidualBlock(dim, dim),
+    )
 
 
 class Encoder(nn.Sequential):
@@ -262,11 +263,9 @@ class Encoder(nn.Sequential):
         levels = zip(widths, widths[1:], (*config.temporal_downsample, None))
         blocks = config.num_res_blocks
         self.conv1 = CausalConv3d(12, widths[0], 3, padding=1)
-        self.downsamples = nn.Sequential(
-            *(DownLevel(n_in, n_out, blocks, temporal) for n_in, n_out, temporal in levels)
-        )
-        self.middle = Middle(widths[-1])
-        self.head = Head(widths[-1], 2 * config.z_dim)
+        self.downsamples = nn.Sequential(*(DownLevel(*level, blocks) for level in levels))
+        self.middle = middle(widths[-1])
+        self.head = nn.Sequential(*convolved(widths[-1], 2 * config.z_dim))
 
 
 class Decoder(nn.Sequential):
@@ -279,11 +278,9 @@ class Decoder(nn.Sequential):
         levels = zip(widths, widths[1:], (*config.temporal_downsample[::-1], None))
         blocks = config.num_res_blocks + 1
         self.conv1 = CausalConv3d(config.z_dim, widths[0], 3, padding=1)
-        self.middle = Middle(widths[0])
-        self.upsamples = nn.Sequential(
-            *(UpLevel(n_in, n_out, blocks, temporal) for n_in, n_out, temporal in levels)
-        )
-        self.head = Head(widths[-1], 12)
+        self.middle = middle(widths[0])
+        self.upsamples = nn.Sequential(*(UpLevel(*level, blocks) for level in levels))
+        self.head = nn.Sequential(*convolved(widths[-1], 12))
 
 
 def to_fast_layout(x: Tensor, dtype: torch.dtype) -> Tensor:

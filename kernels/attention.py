@@ -32,14 +32,15 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ModuleNotFoundError:
     triton = None
 
 # -- where and how a kernel runs ------------------------------------------------------------------
 
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret) if triton else False
-LOG2_E = tl.constexpr(1.4426950408889634) if triton else None
-LN_2 = tl.constexpr(0.6931471805599453) if triton else None
+INTERPRET = constexpr(triton.knobs.runtime.interpret) if triton else False
+LOG2_E = constexpr(1.4426950408889634) if triton else None
+LN_2 = constexpr(0.6931471805599453) if triton else None
 
 # Numbers of rows are no part of what is compiled: an instruction of another length must not stop a
 # robot for a compilation. (Triton heeds this for plain arguments only, not inside tuples.)
@@ -55,8 +56,8 @@ class Tile(NamedTuple):
     """How a kernel is cut: rows of its own tile, rows of the tiles it walks through, warps, and
     stages of its pipeline."""
 
-    own: int
-    other: int
+    OWN: int
+    OTHER: int
     num_warps: int
     num_stages: int
 
@@ -124,9 +125,10 @@ def rooms_like(*tensors: Tensor) -> list[Tensor]:
 
 
 @jit
-def find_tile(pid, lengths, ROWS: tl.constexpr):
-    """Tile `pid` of all segments -> which segment it is in, its first row there, and the number of
-    rows of the segments before."""
+def find_tile(lengths, heads, ROWS: constexpr):
+    """The tile of this program, among those of all segments -> which segment it is in, its first
+    row there, the number of rows of the segments before, and (sample, head)."""
+    pid = tl.program_id(0)
     first = tl.cdiv(lengths[0], ROWS)
     second = first + tl.cdiv(lengths[1], ROWS)
     which = (pid >= first).to(tl.int32) + (pid >= second).to(tl.int32)
@@ -138,7 +140,8 @@ def find_tile(pid, lengths, ROWS: tl.constexpr):
     elif which == 2:
         start = (pid - second) * ROWS
         before = lengths[0] + lengths[1]
-    return which, start, before
+    head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    return which, start, before, head
 
 
 @jit
@@ -153,13 +156,13 @@ def pick(which, triple):
 
 
 @jit
-def pointers(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def pointers(segment, length, head, start, ROWS: constexpr, K: constexpr, KP: constexpr):
     """Pointers to the rows from `start` on of one head and the mask of those that exist, each
     (ROWS, KP). The tile is found by 64 bits, the element in it by 32, which leaves more registers
     to the arithmetic."""
     row = tl.arange(0, ROWS)[:, None]
     d = tl.arange(0, KP)[None, :]
-    corner = segment[0] + b * segment[1] + tl.cast(start, tl.int64) * segment[2] + h * K
+    corner = segment[0] + head[0] * segment[1] + tl.cast(start, tl.int64) * segment[2] + head[1] * K
     mask = row < length - start
     if KP > K:
         mask = mask & (d < K)
@@ -167,9 +170,9 @@ def pointers(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, 
 
 
 @jit
-def fetch(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def fetch(segment, length, head, start, ROWS: constexpr, K: constexpr, KP: constexpr):
     """(ROWS, KP) of one head, zero outside."""
-    at, mask = pointers(segment, length, b, h, start, ROWS, K, KP)
+    at, mask = pointers(segment, length, head, start, ROWS, K, KP)
     x = tl.load(at, mask=mask, other=0.0)
     if INTERPRET:  # the interpreter would compute on the bit patterns of bf16
         x = x.to(tl.float32)
@@ -177,19 +180,19 @@ def fetch(segment, length, b, h, start, ROWS: tl.constexpr, K: tl.constexpr, KP:
 
 
 @jit
-def put(segment, length, b, h, start, x, ROWS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+def put(segment, length, head, start, x, ROWS: constexpr, K: constexpr, KP: constexpr):
     """Stores x (ROWS, KP) as the rows of one head that exist."""
-    at, mask = pointers(segment, length, b, h, start, ROWS, K, KP)
+    at, mask = pointers(segment, length, head, start, ROWS, K, KP)
     tl.store(at, x.to(segment[0].dtype.element_ty), mask=mask)
 
 
 @jit
-def bias_of(bias, length, b, rows):
+def bias_of(bias, length, head, rows):
     """Bias of keys in units of log 2, -inf for rows that do not exist. `bias` points to (B,
     length), or is None."""
     x = tl.where(rows < length, 0.0, float("-inf"))
     if bias is not None:
-        x += tl.load(bias + b * length + rows, mask=rows < length, other=0.0) * LOG2_E
+        x += tl.load(bias + head[0] * length + rows, mask=rows < length, other=0.0) * LOG2_E
     return x
 
 
@@ -204,6 +207,7 @@ def forward_kernel(
     q,
     k,
     v,
+    o,
     q0,
     q1,
     q2,
@@ -211,46 +215,44 @@ def forward_kernel(
     k1,
     k2,
     bias,
-    o,
     lse,
     heads,
     scale,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    K: constexpr,
+    KP: constexpr,
+    OWN: constexpr,
+    OTHER: constexpr,
 ):
     """The attended values of one tile of queries, and their log-sum-exp (B, N, sum of L)."""
     q_lengths = (q0, q1, q2)
     k_lengths = (k0, k1, k2)
-    which, start, before = find_tile(tl.program_id(0), q_lengths, OWN)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    which, start, before, head = find_tile(q_lengths, heads, OWN)
     rows = start + tl.arange(0, OWN)
     length = pick(which, q_lengths)
-    query = fetch(pick(which, q), length, b, h, start, OWN, K, KP)
+    query = fetch(pick(which, q), length, head, start, OWN, K, KP)
     # Running maximum, sum and weighted values, logits in units of log 2.
     top = tl.full((OWN,), float("-inf"), tl.float32)
     total = tl.zeros((OWN,), tl.float32)
     out = tl.zeros((OWN, KP), tl.float32)
     for s in tl.static_range(3):
-        for j in range(0, k_lengths[s], OTHER):
+        count = k_lengths[s]
+        for j in range(0, count, OTHER):
             columns = j + tl.arange(0, OTHER)
-            key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            key = fetch(k[s], count, head, j, OTHER, K, KP)
             logits = product(query, tl.trans(key)) * (scale * LOG2_E)
-            logits += bias_of(bias[s], k_lengths[s], b, columns)[None, :]
+            logits += bias_of(bias[s], count, head, columns)[None, :]
             new_top = tl.maximum(top, tl.max(logits, 1))
             # While all keys were padded: -inf - -inf would be NaN.
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
             p = tl.exp2(logits - finite[:, None])
             shrink = tl.exp2(top - finite)
             total = total * shrink + tl.sum(p, 1)
-            value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            value = fetch(v[s], count, head, j, OTHER, K, KP)
             out = out * shrink[:, None] + product(p.to(value.dtype), value)
             top = new_top
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    put(pick(which, o), length, b, h, start, out / total[:, None], OWN, K, KP)
+    put(pick(which, o), length, head, start, out / total[:, None], OWN, K, KP)
     log_sum = tl.where(empty, 0.0, (top + tl.log2(total)) * LN_2)
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2) + before + rows
     tl.store(lse + at, log_sum, mask=rows < length)
@@ -261,6 +263,9 @@ def dq_kernel(
     q,
     k,
     v,
+    o,
+    do,
+    dq,
     q0,
     q1,
     q2,
@@ -268,45 +273,41 @@ def dq_kernel(
     k1,
     k2,
     bias,
-    o,
-    do,
-    dq,
     lse,
     delta,
     heads,
     scale,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    K: constexpr,
+    KP: constexpr,
+    OWN: constexpr,
+    OTHER: constexpr,
 ):
     """The gradient of one tile of queries, and delta = sum(o * do) of its rows."""
     q_lengths = (q0, q1, q2)
     k_lengths = (k0, k1, k2)
-    which, start, before = find_tile(tl.program_id(0), q_lengths, OWN)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    which, start, before, head = find_tile(q_lengths, heads, OWN)
     rows = start + tl.arange(0, OWN)
     length = pick(which, q_lengths)
-    query = fetch(pick(which, q), length, b, h, start, OWN, K, KP)
-    d_out = fetch(pick(which, do), length, b, h, start, OWN, K, KP)
-    out = fetch(pick(which, o), length, b, h, start, OWN, K, KP)
+    query = fetch(pick(which, q), length, head, start, OWN, K, KP)
+    d_out = fetch(pick(which, do), length, head, start, OWN, K, KP)
+    out = fetch(pick(which, o), length, head, start, OWN, K, KP)
     diff = tl.sum(d_out.to(tl.float32) * out.to(tl.float32), 1)
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2) + before + rows
     tl.store(delta + at, diff, mask=rows < length)
     log_sum = tl.load(lse + at, mask=rows < length, other=0.0) * LOG2_E
     d_query = tl.zeros((OWN, KP), tl.float32)
     for s in tl.static_range(3):
-        for j in range(0, k_lengths[s], OTHER):
+        count = k_lengths[s]
+        for j in range(0, count, OTHER):
             columns = j + tl.arange(0, OTHER)
-            key = fetch(k[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            key = fetch(k[s], count, head, j, OTHER, K, KP)
             logits = product(query, tl.trans(key)) * (scale * LOG2_E)
-            logits += bias_of(bias[s], k_lengths[s], b, columns)[None, :]
+            logits += bias_of(bias[s], count, head, columns)[None, :]
             p = tl.exp2(logits - log_sum[:, None])
-            value = fetch(v[s], k_lengths[s], b, h, j, OTHER, K, KP)
+            value = fetch(v[s], count, head, j, OTHER, K, KP)
             d_p = product(d_out, tl.trans(value))
             d_query += product((p * (d_p - diff[:, None])).to(key.dtype), key)
-    put(pick(which, dq), length, b, h, start, d_query * scale, OWN, K, KP)
+    put(pick(which, dq), length, head, start, d_query * scale, OWN, K, KP)
 
 
 @jit
@@ -314,6 +315,9 @@ def dkv_kernel(
     q,
     k,
     v,
+    do,
+    dk,
+    dv,
     q0,
     q1,
     q2,
@@ -321,53 +325,49 @@ def dkv_kernel(
     k1,
     k2,
     bias,
-    do,
-    dk,
-    dv,
     lse,
     delta,
     heads,
     scale,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    K: constexpr,
+    KP: constexpr,
+    OWN: constexpr,
+    OTHER: constexpr,
 ):
     """The gradients of one tile of keys and of its values."""
     q_lengths = (q0, q1, q2)
     k_lengths = (k0, k1, k2)
-    which, start, _ = find_tile(tl.program_id(0), k_lengths, OWN)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = tl.program_id(1) % heads
+    which, start, _, head = find_tile(k_lengths, heads, OWN)
     columns = start + tl.arange(0, OWN)
     length = pick(which, k_lengths)
-    key = fetch(pick(which, k), length, b, h, start, OWN, K, KP)
-    value = fetch(pick(which, v), length, b, h, start, OWN, K, KP)
-    offset = bias_of(bias[0], length, b, columns)  # not `pick`: a bias may be None
+    key = fetch(pick(which, k), length, head, start, OWN, K, KP)
+    value = fetch(pick(which, v), length, head, start, OWN, K, KP)
+    offset = bias_of(bias[0], length, head, columns)  # not `pick`: a bias may be None
     if which == 1:
-        offset = bias_of(bias[1], length, b, columns)
+        offset = bias_of(bias[1], length, head, columns)
     elif which == 2:
-        offset = bias_of(bias[2], length, b, columns)
+        offset = bias_of(bias[2], length, head, columns)
     d_key = tl.zeros((OWN, KP), tl.float32)
     d_value = tl.zeros((OWN, KP), tl.float32)
     at = tl.program_id(1).to(tl.int64) * (q0 + q1 + q2)
     for s in tl.static_range(3):
-        for i in range(0, q_lengths[s], OTHER):
+        count = q_lengths[s]
+        for i in range(0, count, OTHER):
             rows = i + tl.arange(0, OTHER)
-            exists = rows < q_lengths[s]
-            query = fetch(q[s], q_lengths[s], b, h, i, OTHER, K, KP)
+            exists = rows < count
+            query = fetch(q[s], count, head, i, OTHER, K, KP)
             log_sum = tl.load(lse + at + rows, mask=exists, other=float("inf")) * LOG2_E
             logits = product(key, tl.trans(query)) * (scale * LOG2_E)
             # (keys, queries), 0 for queries that do not exist
             p = tl.exp2(logits + offset[:, None] - log_sum[None, :])
-            d_out = fetch(do[s], q_lengths[s], b, h, i, OTHER, K, KP)
+            d_out = fetch(do[s], count, head, i, OTHER, K, KP)
             d_value += product(p.to(d_out.dtype), d_out)
             diff = tl.load(delta + at + rows, mask=exists, other=0.0)
             d_p = product(value, tl.trans(d_out))
             d_key += product((p * (d_p - diff[None, :])).to(query.dtype), query)
-        at += q_lengths[s]
-    put(pick(which, dk), length, b, h, start, d_key * scale, OWN, K, KP)
-    put(pick(which, dv), length, b, h, start, d_value, OWN, K, KP)
+        at += count
+    put(pick(which, dk), length, head, start, d_key * scale, OWN, K, KP)
+    put(pick(which, dv), length, head, start, d_value, OWN, K, KP)
 
 
 KERNELS = {"forward": forward_kernel, "dq": dq_kernel, "dkv": dkv_kernel}
@@ -399,42 +399,34 @@ def by_heads(group: list[Tensor]) -> list[Tensor]:
 
 def launch_attention(
     kernel: str,
-    q: list[Tensor],
-    k: list[Tensor],
+    groups: list[list[Tensor]],
     bias: list[Tensor],
     biased: str,
-    groups: list[list[Tensor]],
     rows: tuple[Tensor, ...],
     scale: float,
 ) -> None:
-    """Launches over the tiles of k for "dkv", of q otherwise. biased: the digits of the key
-    segments that `bias` belongs to, like "12"; groups: the further lists of segments; rows: lse and
+    """Launches over the tiles of k for "dkv", of q otherwise. groups: the lists of segments, q and
+    k first; biased: the digits of the key segments that `bias` belongs to, like "12"; rows: lse and
     delta."""
+    q, k = groups[:2]
     batch, _, heads, size = q[0].shape
     cut = tile(kernel, q[0].dtype)
-    tiles = sum(ceil_div(x.shape[1], cut.own) for x in (k if kernel == "dkv" else q))
+    tiles = sum(ceil_div(x.shape[1], cut.OWN) for x in (k if kernel == "dkv" else q))
     biases = dict(zip(biased, bias))
-    v_args, *rest = (segments(group) for group in groups)
     launch(
         KERNELS[kernel],
         (tiles, batch * heads),
         q[0].device,
-        segments(q),
-        segments(k),
-        v_args,
+        *map(segments, groups),
         *lengths(q),
         *lengths(k),
         tuple(biases.get(s) for s in "012"),
-        *rest,
         *rows,
         heads,
         scale,
         K=size,
         KP=max(16, power_of_2(size)),
-        OWN=cut.own,
-        OTHER=cut.other,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
+        **cut._asdict(),
     )
 
 
@@ -445,8 +437,8 @@ def attention_op(
     """-> the attended values per query segment, each (B, L, N, K) contiguous, and the log-sum-exp
     (B, N, sum of L) in fp32."""
     *o, lse = empty_outputs(q, k, v, bias, biased, scale)
-    groups = [by_heads(v), o]
-    launch_attention("forward", by_heads(q), by_heads(k), bias, biased, groups, (lse,), scale)
+    groups = [*map(by_heads, (q, k, v)), o]
+    launch_attention("forward", groups, bias, biased, (lse,), scale)
     return [*o, lse]
 
 
@@ -470,11 +462,11 @@ def attention_backward_op(
     scale: float,
 ) -> list[Tensor]:
     """-> dq, dk, dv of all segments, in one list."""
-    do, q, k, v = (by_heads(group) for group in (do, q, k, v))
+    do, q, k, v = map(by_heads, (do, q, k, v))
     dq, dk, dv = (rooms_like(*group) for group in (q, k, v))
     rows = (lse, torch.empty_like(lse))
-    launch_attention("dq", q, k, bias, biased, [v, o, do, dq], rows, scale)
-    launch_attention("dkv", q, k, bias, biased, [v, do, dk, dv], rows, scale)
+    launch_attention("dq", [q, k, v, o, do, dq], bias, biased, rows, scale)
+    launch_attention("dkv", [q, k, v, do, dk, dv], bias, biased, rows, scale)
     return [*dq, *dk, *dv]
 
 

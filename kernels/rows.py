@@ -21,6 +21,7 @@ from kernels.attention import ceil_div, jit, launch, power_of_2, rooms_like
 
 try:
     import triton.language as tl
+    from triton.language import constexpr
 except ModuleNotFoundError:
     tl = None
 
@@ -76,22 +77,22 @@ def sum_up(partial: Tensor, mod: Tensor) -> Tensor:
 
 
 @jit
-def load(at, i, WIDTH: tl.constexpr):
+def load(at, i, WIDTH: constexpr):
     return tl.load(at + i, mask=i < WIDTH, other=0.0).to(tl.float32)
 
 
 @jit
-def load_row(x, row, stride, i, WIDTH: tl.constexpr):
+def load_row(x, row, stride, i, WIDTH: constexpr):
     return load(x + row.to(tl.int64) * stride, i, WIDTH)
 
 
 @jit
-def load_mod(x, b, token, i, WIDTH: tl.constexpr):
+def load_mod(x, b, token, i, WIDTH: constexpr):
     return load(x[0] + b.to(tl.int64) * x[1] + token.to(tl.int64) * x[2], i, WIDTH)
 
 
 @jit
-def store_row(x, row, i, value, WIDTH: tl.constexpr):
+def store_row(x, row, i, value, WIDTH: constexpr):
     tl.store(x + row.to(tl.int64) * WIDTH + i, value.to(x.dtype.element_ty), mask=i < WIDTH)
 
 
@@ -102,19 +103,19 @@ def as_stored(value, like):
 
 
 @jit
-def mean(x, WIDTH: tl.constexpr):
+def mean(x, WIDTH: constexpr):
     """Of a row that is zero behind its width."""
     return tl.sum(x, 0) / WIDTH
 
 
 @jit
-def centre(value, i, WIDTH: tl.constexpr):
+def centre(value, i, WIDTH: constexpr):
     """A row less its mean, zero behind its width."""
     return tl.where(i < WIDTH, value - mean(value, WIDTH), 0.0)
 
 
 @jit
-def rotate(x, cos, sin, token, sign: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def rotate(x, cos, sin, token, sign: constexpr, K: constexpr, BLOCK: constexpr):
     """Rotates the pairs (x[2i], x[2i+1]) of a row of heads by sign * angle; every head has the same
     K/2 angles."""
     pair = tl.arange(0, BLOCK // 2) % (K // 2)
@@ -129,7 +130,7 @@ def rotate(x, cos, sin, token, sign: tl.constexpr, K: tl.constexpr, BLOCK: tl.co
 
 @jit
 def norm_rotate_kernel(
-    q, k, cos, sin, length, eps, K: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    q, k, cos, sin, length, eps, K: constexpr, WIDTH: constexpr, BLOCK: constexpr
 ):
     """One row of q (program axis 1 is 0) or of k (1), each the tuple (x, its row stride, weight,
     y)."""
@@ -155,10 +156,10 @@ def norm_rotate_backward_kernel(
     rows,
     length,
     eps,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    K: constexpr,
+    ROWS: constexpr,
+    WIDTH: constexpr,
+    BLOCK: constexpr,
 ):
     """ROWS rows of q or of k, each the tuple (x, its row stride, weight, dy, dx, partial sums of
     d_weight)."""
@@ -293,7 +294,7 @@ def norm_rotate(
 
 @jit
 def norm_modulate_kernel(
-    x, stride, shift, scale, y, length, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x, stride, shift, scale, y, length, eps, WIDTH: constexpr, BLOCK: constexpr
 ):
     """One row."""
     row = tl.program_id(0)
@@ -318,9 +319,9 @@ def norm_modulate_backward_kernel(
     d_scale,
     length,
     eps,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: constexpr,
+    WIDTH: constexpr,
+    BLOCK: constexpr,
 ):
     """ROWS tokens (program axis 0) of one sample (axis 1); d_shift and d_scale are (B, programs,
     D)."""
@@ -430,7 +431,7 @@ def norm_modulate(
 
 @jit
 def add_gated_kernel(
-    x, x_stride, y, y_stride, gate, out, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    x, x_stride, y, y_stride, gate, out, length, WIDTH: constexpr, BLOCK: constexpr
 ):
     """One row."""
     row = tl.program_id(0)
@@ -449,9 +450,9 @@ def add_gated_backward_kernel(
     dy,
     d_gate,
     length,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: constexpr,
+    WIDTH: constexpr,
+    BLOCK: constexpr,
 ):
     """ROWS tokens (program axis 0) of one sample (axis 1); d_gate is (B, programs, D)."""
     b = tl.program_id(1)
@@ -512,15 +513,9 @@ def add_gated_backward_op(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tenso
 add_gated_backward_op.register_fake(lambda d_out, y, gate: tuple(rooms_like(y, gate)))
 
 
-def save_add_gated(ctx, inputs, output):
-    x, *saved = inputs
-    ctx.dtype = x.dtype
-    ctx.save_for_backward(*saved)
-
-
-add_gated_op.register_autograd(
-    lambda ctx, d_out: (d_out.to(ctx.dtype), *add_gated_backward_op(d_out, *ctx.saved_tensors)),
-    setup_context=save_add_gated,
+add_gated_op.register_autograd(  # which casts the first gradient to the dtype of x
+    lambda ctx, d_out: (d_out, *add_gated_backward_op(d_out, *ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[1:]),
 )
 
 

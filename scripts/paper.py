@@ -40,9 +40,9 @@ from weights.options import DEVICE, Parser, output_folder, run_command
 TOY = PRESETS["toy"]
 
 
-def page(title: str, about: str, words: str, head: Sequence[str], rows: Sequence) -> str:
-    """A page of one table."""
-    return f"# {title}\n\n{about}\n\n{words}\n\n{table(head, rows)}\n"
+def write_page(path: Path, title: str, *parts: str) -> None:
+    """A page of paragraphs."""
+    path.write_text("\n\n".join([f"# {title}", *parts]) + "\n")
 
 
 # -- what 14 numbers hold -------------------------------------------------------------------------
@@ -70,10 +70,9 @@ def probes(seen: Motions, held: Motions, z: Tensor, test: Tensor) -> dict[str, l
     """R2 per body of a linear map fitted on its training rows of z (N, Z)."""
     found = {}
     for body, level in BODIES.items():
-        rows = seen.level == level
+        old = seen.level == level
         new = held.level == level
-        r2 = probe(z[rows], seen.labels[rows], test[new], held.labels[new])
-        found[body] = r2.tolist()
+        found[body] = probe(z[old], seen.labels[old], test[new], held.labels[new]).tolist()
     return found
 
 
@@ -107,8 +106,8 @@ def evidence(args: argparse.Namespace, about: str) -> None:
         texts = [f"{mean:.2f} ({low:.2f} to {high:.2f})" for mean, low, high in spans]
         rows.append([name, body, *texts])
     head = ["numbers from", "body", "x", "y", "opening"]
-    text = page("What the toy's latent actions hold", about, EVIDENCE, head, rows)
-    (args.out / "evidence.md").write_text(text)
+    title = "What the toy's latent actions hold"
+    write_page(args.out / "evidence.md", title, about, EVIDENCE, table(head, rows))
 
 
 # -- how many demonstrations they save ------------------------------------------------------------
@@ -133,22 +132,17 @@ def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.n
 
 
 def interval(
-    counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int, draws: int = 2000
+    counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int
 ) -> np.ndarray:
     """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with
     replacement, worlds of each cell drawn anew."""
     rng = np.random.default_rng(0)
     found = []
-    for _ in range(draws):
+    for _ in range(2000):
         rows = rng.integers(len(without), size=len(without))
         drawn = [rng.binomial(worlds, rates[rows]).mean(axis=0) for rates in (without, within)]
         found.append(savings(counts, drawn[0] / worlds, drawn[1] / worlds))
     return np.percentile(found, [2.5, 97.5], axis=0).T
-
-
-def outcome(run: Path) -> dict:
-    """Successes and episodes in closed loop."""
-    return read_json(run / "evaluation.json")["rows"][0]["all"]
 
 
 def downstream(args: argparse.Namespace, about: str) -> None:
@@ -162,9 +156,12 @@ def downstream(args: argparse.Namespace, about: str) -> None:
     figure = Figure((4.6, 3.4), layout="constrained")
     axis = figure.subplots()
     for arm, run in ARMS.items():
-        cells = [[outcome(seed / f"{run}_n{n}") for n in counts] for seed in seeds]
-        won = np.array([[cell["successes"] for cell in row] for row in cells])
-        worlds = cells[0][0]["episodes"]
+        cells = []
+        for seed, n in product(seeds, counts):
+            played = read_json(seed / f"{run}_n{n}" / "evaluation.json")
+            cells.append(played["rows"][0]["all"])
+        won = np.array([cell["successes"] for cell in cells]).reshape(len(seeds), -1)
+        worlds = cells[0]["episodes"]
         rates.append(won / worlds)
         pooled = [evaluate.rated(k, worlds * len(seeds)) for k in won.sum(axis=0).tolist()]
         each = (100 * rates[-1].T).round()
@@ -192,8 +189,8 @@ def downstream(args: argparse.Namespace, about: str) -> None:
     stored |= {name: values.tolist() for name, values in found.items()}
     write_json(args.out / "downstream.json", stored)
     head = ["", *(f"n = {n}" for n in counts)]
-    text = page("Demonstrations that latent actions save", about, DOWNSTREAM, head, rows)
-    (args.out / "downstream.md").write_text(text)
+    title = "Demonstrations that latent actions save"
+    write_page(args.out / "downstream.md", title, about, DOWNSTREAM, table(head, rows))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -36,7 +36,7 @@ def test_intervals_come_from_other_seeds_and_worlds():
     """The interval of a saving of 2 holds it and leaves no room for none."""
     counts, rates = np.array([10, 20, 40, 80]), np.array([0.2, 0.4, 0.6, 0.8])
     within = np.array([0.4, 0.6, 0.8, 0.9])
-    found = paper.interval(counts, rates[None].repeat(3, 0), within[None].repeat(3, 0), 200, 200)
+    found = paper.interval(counts, rates[None].repeat(3, 0), within[None].repeat(3, 0), 200)
     assert found.shape == (4, 2) and (found[:2, 0] > 1.4).all()
     assert (found[:2, 0] < 2).all() and (found[:2, 1] > 2).all()
 

@@ -49,8 +49,8 @@ class Card:
 
 def steps_of(run: Path) -> list[Path]:
     """The complete checkpoints of a run, from the oldest on."""
-    steps = [path for path in run.glob("step_*") if path.name[len("step_") :].isdecimal()]
-    return sorted(steps, key=lambda path: int(path.name[len("step_") :]))
+    steps = {path.name.removeprefix("step_"): path for path in run.glob("step_*")}
+    return [steps[number] for number in sorted(filter(str.isdecimal, steps), key=int)]
 
 
 def newest_step(path: str | Path) -> Path:

@@ -85,14 +85,13 @@ def read_json(path: Path) -> dict:
     return parse_json(path, path.read_bytes())
 
 
-def dtype_name(tensor: Tensor) -> str:
-    return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-
-
-def check_dtypes(path: Path, kinds: Mapping[str, str]) -> None:
-    """Refuses names of dtypes that are not among ours."""
+def check_dtypes(path: Path, kinds: Mapping[str, torch.dtype | str]) -> None:
+    """Refuses dtypes, by themselves or by name, that are not among ours."""
     known = DTYPE_NAMES.values()
-    odd = [f"{name}: {kind}" for name, kind in kinds.items() if kind not in known]
+    odd = []
+    for name, kind in kinds.items():
+        if DTYPE_NAMES.get(kind, kind) not in known:
+            odd.append(f"{name}: {kind}")
     hint = "quantised weights are published beside a bf16 or fp16 file: take that"
     refuse(path, f"expected dtypes {', '.join(known)}; {hint}", odd)
 
@@ -224,7 +223,7 @@ def open_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         elif size and size not in sizes:
             problems.append(f"{name}: its storage claims {size} bytes, no record has that size")
     refuse(path, "not a dictionary of tensors", problems)
-    check_dtypes(path, {name: dtype_name(value) for name, value in content.items()})
+    check_dtypes(path, {name: value.dtype for name, value in content.items()})
     return {name: value.detach() for name, value in content.items()}, {}
 
 
@@ -270,8 +269,7 @@ class TensorSource:
         ]
         if kind.startswith("motus"):
             lines += [f"  {part:8} {size:15,} parameters" for part, size in sizes.items()]
-        if len(kept) < len(self.tensors):
-            dropped = len(self.tensors) - len(kept)
+        if dropped := len(self.tensors) - len(kept):
             lines.append(f"  {dropped} second names and fixed tables are not loaded")
         lines += [f"  {key}: {value[:200]}" for key, value in self.metadata.items()]
         return "\n".join(lines)
@@ -382,7 +380,7 @@ def save_safetensors(
 ) -> None:
     """Writes tensors, one at a time, as a safetensors file; atomic. ValueError for a dtype that the
     format has no name for here."""
-    check_dtypes(Path(path), {name: dtype_name(tensor) for name, tensor in tensors.items()})
+    check_dtypes(Path(path), {name: tensor.dtype for name, tensor in tensors.items()})
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     start, begins, _ = safetensors_header(kinds, metadata)
 

@@ -120,6 +120,9 @@ DPFLOW = rules_of(r"""
     .gru_list.0. -> .gru.
     .conv_transition.proj. -> .transition.
     .downsample.0. -> .skip.
+    stem.layer1. -> stem.blocks.
+    stem.layer2.0. -> stem.blocks.2.
+    stem.layer2.1. -> stem.blocks.3.
     .conv_cross.merge_fc_g. -> .merge.
     .fc1_g. -> .gate_in.
     .fc1_[xy]. -> .value_in.
@@ -128,6 +131,10 @@ DPFLOW = rules_of(r"""
     .fc2. -> .out.
     ^(update.(?:flow_head|mask)).conv1. -> \1.0.
     ^(update.(?:flow_head|mask)).conv2. -> \1.2.
+    ^update.motion.convc1. -> update.motion.seen.0.
+    ^update.motion.convc2. -> update.motion.seen.2.
+    ^update.motion.convf1. -> update.motion.known.0.
+    ^update.motion.convf2. -> update.motion.known.2.
 """)
 
 # Where the official config.json of Motus has a field of MotusConfig.
@@ -143,7 +150,7 @@ MOTUS_FIELDS = {
     "und_eps": "und_expert.norm_eps",
 }
 # Layouts: a tensor that only this layout has, and the rules from its names to ours.
-KINDS: dict[str, tuple[str, Rules]] = {
+KINDS = {
     "motus": ("action_expert.blocks.0.wan_action_qkv", MOTUS),
     "motus-own": ("action.blocks.0.qkv", ()),
     "wan": ("blocks.0.self_attn.norm_q.weight", WAN),

@@ -100,8 +100,7 @@ class TransferCube(World):
         self.mujoco.mj_resetData(self.model, self.data)
         # Of the cube, as gym-aloha draws it.
         place = np.random.default_rng(seed).uniform([0.0, 0.4], [0.2, 0.6])
-        cube = [*place, 0.05, 1, 0, 0, 0]
-        self.data.qpos[:23] = [*START, *START, *cube]
+        self.data.qpos[:23] = [*START, *START, *place, 0.05, 1, 0, 0, 0]
         self.data.ctrl[:] = self.data.qpos[:16]
         self.mujoco.mj_forward(self.model, self.data)
         self.last = self.state().astype(float)
@@ -116,8 +115,7 @@ class TransferCube(World):
         for arms in targets.reshape(-1, 2, 7):
             opening = np.clip(arms[:, 6:], 0, 1)
             finger = CLOSED + (OPEN - CLOSED) * opening
-            joints = np.hstack([arms[:, :6], finger, -finger])
-            self.data.ctrl[:] = joints.ravel()
+            self.data.ctrl[:] = np.hstack([arms[:, :6], finger, -finger]).ravel()
             self.mujoco.mj_step(self.model, self.data, self.substeps)
             pairs = self.data.contact.geom
             touched = pairs[(pairs == self.cube).any(axis=1)]
@@ -128,8 +126,7 @@ class TransferCube(World):
     def state(self) -> np.ndarray:
         arms = self.data.qpos[:16].reshape(2, 8)
         opening = (arms[:, 6:7] - CLOSED) / (OPEN - CLOSED)
-        joints = np.hstack([arms[:, :6], opening])
-        return np.float32(joints.ravel())
+        return np.float32(np.hstack([arms[:, :6], opening]).ravel())
 
     def render(self) -> dict[str, np.ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
@@ -157,9 +154,8 @@ class TransferCube(World):
         ghost = self.mujoco.MjData(self.model)
         ghost.qpos[:] = self.data.qpos
         self.mujoco.mj_kinematics(self.model, ghost)
-        x, y = self.data.qpos[16:18]
-        cube = np.array([x, y, 0.02])
-        over = np.array([x, y, 0.1])
+        cube = [*self.data.qpos[16:18], 0.02]
+        over = [*self.data.qpos[16:18], 0.1]
         near = MEET - [0.1, 0, 0.02]
         beside = MEET + [0.1, 0, 0]
         ways = {
@@ -176,18 +172,15 @@ class TransferCube(World):
             steps, *goals = np.column_stack(ways[arm]).T
             starts = [0, *tip(ghost, hand)]
             along = [np.interp(now, [0, *steps], [a, *b]) for a, b in zip(starts, goals)]
-            part = np.clip(now / steps[0], 0, 1)
-            angles = np.outer(part, TURNS[arm])
-            turns = self.Rotation.from_rotvec(angles, degrees=True)
-            turns *= self._turned(ghost, hand)
+            angles = np.outer(np.clip(now / steps[0], 0, 1), TURNS[arm])
+            turns = self.Rotation.from_rotvec(angles, degrees=True) * self._turned(ghost, hand)
             plan[:, i, 6] = along[0]
             for k, place in enumerate(zip(*along[1:])):
                 plan[k, i, :6] = self._solve(ghost, arm, place, turns[k])
         return plan.reshape(-1, 14)
 
     def _turned(self, data: object, hand: int) -> object:
-        matrix = data.xmat[hand].reshape(3, 3)
-        return self.Rotation.from_matrix(matrix)
+        return self.Rotation.from_matrix(data.xmat[hand].reshape(3, 3))
 
     def _solve(
         self,
@@ -212,8 +205,7 @@ class TransferCube(World):
                 break
             self.mujoco.mj_jac(self.model, ghost, jacobian[:3], jacobian[3:], at, hand)
             own = jacobian[:, joints]
-            damped = own @ own.T + 1e-4 * np.eye(6)
-            step = own.T @ np.linalg.solve(damped, miss)
+            step = own.T @ np.linalg.solve(own @ own.T + 1e-4 * np.eye(6), miss)
             ghost.qpos[joints] = np.clip(ghost.qpos[joints] + step, low, high)
         return ghost.qpos[joints].copy()
 

@@ -40,8 +40,7 @@ class Eye:
         twice = self.renderer.render().astype(np.uint16)
         rows = twice[::2] + twice[1::2]
         sums = rows[:, ::2] + rows[:, 1::2]
-        picture = (sums + 2) // 4
-        picture = picture.astype(np.uint8)
+        picture = ((sums + 2) // 4).astype(np.uint8)
         if camera in self.turned:
             picture = np.rot90(picture, 2).copy()
         return picture

@@ -167,15 +167,12 @@ def speckles(
 ) -> ndarray:
     """Noise (side, side, channels) of unit variance, periodically blurred by a Gaussian."""
     noise = rng.standard_normal((side, side, channels))
-    squares = np.fft.fftfreq(side) ** 2
-    frequency = squares[:, None] + squares
-    width = (np.pi * sigma) ** 2
-    gain = np.exp(-2 * width * frequency)
-    plane = (0, 1)
-    waves = np.fft.fft2(noise, axes=plane)
-    smooth = np.fft.ifft2(waves * gain[..., None], axes=plane).real
-    centred = smooth - smooth.mean(axis=plane)
-    return centred / smooth.std()
+    squares = (np.pi * sigma * np.fft.fftfreq(side)) ** 2
+    gain = np.exp(-2 * np.add.outer(squares, squares))
+    sides = (0, 1)
+    waves = np.fft.fft2(noise, axes=sides) * gain[..., None]
+    smooth = np.fft.ifft2(waves, axes=sides).real
+    return (smooth - smooth.mean(axis=sides)) / smooth.std()
 
 
 @lru_cache
@@ -244,13 +241,10 @@ def axis(c: Capsule) -> ndarray | complex:
 
 def coverage(c: Capsule, far: ndarray) -> ndarray:
     """How much of pixels at a distance from the core is covered, 0..1; edges are anti-aliased."""
-    edge = np.float32(c.radius * IMAGE) - far
-    outer = np.clip(edge / c.soft + 0.5, 0, 1)
-    if not c.inner:
-        return outer
-    hole = far - np.float32(c.inner * IMAGE)
-    inner = np.clip(hole + 0.5, 0, 1)
-    return np.minimum(outer, inner)
+    edge = (np.float32(c.radius * IMAGE) - far) / c.soft
+    if c.inner:
+        edge = np.minimum(edge, far - np.float32(c.inner * IMAGE))
+    return np.clip(edge + 0.5, 0, 1)
 
 
 def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:

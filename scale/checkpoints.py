@@ -14,7 +14,6 @@ it leaves a safetensors file per rank, or writes everything again to consolidate
 waits longer for either.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -34,7 +33,7 @@ from torch.optim import Optimizer
 from motus import Motus
 from scale.ranks import Ranks
 from weights.card import Card, steps_of
-from weights.files import TensorSource, open_source, refuse, safetensors_header
+from weights.files import TensorSource, digest, open_source, refuse, safetensors_header
 from weights.load import load_into, local_shard, read_shards
 
 # -- writing --------------------------------------------------------------------------------------
@@ -191,17 +190,19 @@ class Saver:
         """Rank 0 works, all know how it ended."""
         self.ranks.together(lambda: None if self.ranks.rank else work(), self.ranks.writing)
 
+    def _retire(self, folder: Path) -> None:
+        os.replace(folder, self.run / f".{folder.name}.old")
+
     def _publish(self, temporary: Path, final: Path) -> None:
         """The final name, then older checkpoints away: renamed first, so that there never is half a
         folder with a final name."""
         sync(temporary)
-        old = [final] if final.exists() else []  # the same step of the same run, saved before
-        for folder in old:
-            os.replace(folder, self.run / f".{folder.name}.old")
+        if final.exists():  # the same step of the same run, saved before
+            self._retire(final)
         os.replace(temporary, final)
         sync(self.run)
         for folder in steps_of(self.run)[: -self.keep] if self.keep else ():
-            os.replace(folder, self.run / f".{folder.name}.old")
+            self._retire(folder)
         for folder in self.run.glob(".step_*.old"):
             shutil.rmtree(folder)
 
@@ -328,9 +329,7 @@ class RunState:
 
 def code_digest() -> str:
     """Sixteen hexadecimal digits that change with any source file of the repository."""
-    root, state = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if {"tests", "docs", "runs", ".venv"} & set(path.relative_to(root).parts):
-            continue
-        state.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return state.hexdigest()[:16]
+    root = Path(__file__).parents[1]
+    texts = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*.py")}
+    apart = ("tests/", "docs/", "runs/", ".venv/")
+    return digest({}, *(name + texts[name] for name in sorted(texts) if not name.startswith(apart)))

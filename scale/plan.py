@@ -32,11 +32,6 @@ Activations are counted in numbers that the linear maps of a layer put out, of a
 bytes of each are kept, norms and attentions included. That the same bytes serve every preset and
 stage, and that the sum is what a traced step of FSDP2 needs, are tests. FLOPs are torch's count.
 
-A step of several nodes, each with a copy of the weights, takes as long as its arithmetic or as all
-that a card sends, whichever is longer: matrices in bf16 are gathered for each pass, forwards and,
-with reshard=1, backwards again, fp32 gradients are reduced, both within a node (NVLINK); after the
-last pass a card sums its share of the gradients over the nodes (NETWORK).
-
 The plan does not know memory that the CUDA context, NCCL and a fragmented allocator take (RESERVE
 of the card is left to them); what compilation and the kernels save; an attention kernel that wants
 its mask written out. --mfu is a claim, not a measurement.
@@ -45,6 +40,7 @@ its mask written out. --mfu is a claim, not a measurement.
 import argparse
 import math
 import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -62,8 +58,6 @@ from weights.load import load_part
 
 GB = 1e9
 BYTES = {"fp32": 4, "bf16": 2}
-NVLINK, NETWORK = 350e9, 40e9  # bytes per second and card of collectives: H100, 400 Gb/s at 80 %
-NODES = (1, 4, 8)
 HOURS = {"1": 8000, "2": 10000, "3": 400}  # GPU-hours of the paper's stages (Tab. 1, appendix)
 RESERVE = 0.08  # share of a card's memory that no plan may touch
 IN_FLIGHT = 2  # gathered layers that exist at once
@@ -147,15 +141,11 @@ class Plan:
     reshard: bool = True
 
     def __post_init__(self):
-        if self.gpus < 1 or self.batch % self.gpus:
+        if self.batch % self.gpus:
             allowed = [n for n in range(1, self.batch + 1) if self.batch % n == 0]
             raise ValueError(
                 f"--gpus is {self.gpus}; a batch of {self.batch} divides among "
                 f"{', '.join(map(str, allowed))}: choose one of them, or another --batch"
-            )
-        if self.memory <= 0:
-            raise ValueError(
-                f"--memory is {self.memory / GB:g}; expected the gigabytes of one card, such as 80"
             )
 
     @property
@@ -165,20 +155,15 @@ class Plan:
     @cached_property
     def tokens(self) -> dict[str, int]:
         """Of a sample, per expert, and rows of text."""
-        config = preset(self.name, self.stage)
         inputs = example(self.name, self.stage)
-        grid = math.prod(inputs.latents.shape[2:])
-        found = {"video": grid // math.prod(config.video.patch)}
-        if inputs.und is not None:
-            found["action"] = config.chunk + (1 + config.registers if config.finetune else 0)
-            found["und"] = inputs.und.shape[1]
+        found = sharding.tokens_of(self.model.config, inputs)
         return found | {"text": inputs.context.shape[1]}
 
     @cached_property
     def numbers(self) -> tuple[int, int, int]:
         """Of a sample: those that go into a layer, those that the linear maps of a layer put out,
         and those of its widest activation."""
-        config = preset(self.name, self.stage)
+        config = self.model.config
         width = config.video.width
         entering = self.tokens["video"] * width
         widest = self.tokens["video"] * config.video.ffn
@@ -216,15 +201,15 @@ class Plan:
         whole parameters that it gathers. Experts that a stage does not train are not gathered."""
         width = BYTES[self.params]
         experts = self.trained(self.model)
-        everything = self.share(self.model)
-        trained = self.share(*experts)
+        held = self.share(self.model)
+        trained = width * self.share(*experts)
         depth = len(self.model.layers)
         root = parameters(*experts) - depth * self.layer
         sizes = {
-            "weights": width * everything,
-            "gradients": width * trained,
-            "optimizer": 2 * width * trained,
-            "ema": 4 * everything,
+            "weights": width * held,
+            "gradients": trained,
+            "optimizer": 2 * trained,
+            "ema": 4 * held,
             "frozen": 2 * parameters(*frozen_parts(self.name).values()),
             "root": width * root,
             "layers": 2 * (IN_FLIGHT if self.reshard else depth) * self.layer,
@@ -278,8 +263,8 @@ class Plan:
     def micro(self, policy: str) -> int:
         """The largest micro-batch that fits and divides the rank's share of the batch, or 0."""
         share = self.batch // self.gpus
-        even = [micro for micro in range(1, share + 1) if share % micro == 0]
-        return max((n for n in even if self.peak(policy, n) <= self.usable), default=0)
+        even = (n for n in range(share, 0, -1) if share % n == 0)
+        return next((n for n in even if self.peak(policy, n) <= self.usable), 0)
 
     def flops(self, policy: str) -> float:
         """Per sample; `full` runs the forward pass, a third of a step, again."""
@@ -312,21 +297,6 @@ class Plan:
             f"{self.gpus} GPUs for one sample; {self.memory / GB:g} GB less {RESERVE:.0%} are "
             f"{self.usable / GB:.3g}. It would fit with {' or '.join(ways)}"
         )
-
-    def step(self, nodes: int, rate: float) -> dict[str, float]:
-        """Seconds of a step of `nodes` nodes, each with a copy of the weights and its part of the
-        batch, on cards of `rate` FLOP/s: of arithmetic, and of what a card sends."""
-        share = self.batch // nodes // self.gpus
-        part = replace(self, batch=share * self.gpus)
-        passes = share // part.micro(part.best)
-        numbers = parameters(*self.trained(self.model))
-        near = numbers * (1 - 1 / self.gpus) / NVLINK
-        return {
-            "arithmetic": share * self.flops(part.best) / rate,
-            "gather": passes * 2 * (1 + self.reshard) * near,
-            "reduce": passes * 4 * near,
-            "network": 2 * (1 - 1 / nodes) * 4 * numbers / self.gpus / NETWORK,
-        }
 
 
 def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
@@ -361,78 +331,53 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
 # -- what `--plan` prints -------------------------------------------------------------------------
 
 
-def table(*rows: tuple[str, ...]) -> list[str]:
+def table(*rows: Collection[str]) -> list[str]:
     """Lines with columns aligned, the first to the left."""
-    names, *columns = zip(*rows)
-    lines = [name.ljust(max(map(len, names))) for name in names]
-    for column in columns:
-        width = 2 + max(map(len, column))
-        lines = [line + cell.rjust(width) for line, cell in zip(lines, column)]
-    return ["  " + line.rstrip() for line in lines]
+    first, *widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for name, *cells in rows:
+        line = ["", name.ljust(first), *map(str.rjust, cells, widths)]
+        lines.append("  ".join(line).rstrip())
+    return lines
 
 
-def policy_row(plan: Plan, policy: str, rate: float) -> tuple[str, ...]:
-    """The needs of a checkpointing policy; `rate` in FLOP/s of all cards."""
+def headed(rows: Iterable[dict[str, str]]) -> list[str]:
+    """A table whose head is the names of the cells."""
+    first, *more = rows
+    return table(first, first.values(), *(row.values() for row in more))
+
+
+def policy_row(plan: Plan, policy: str, rate: float) -> dict[str, str]:
+    """The needs of a checkpointing policy, of one sample where none fits; `rate` in FLOP/s of all
+    cards."""
     micro = plan.micro(policy)
     depth = len(plan.model.layers)
     one = plan.saved(policy, depth, 3) - plan.saved(policy, depth, 2)
-    row = (
-        policy + (" *" if policy == plan.best else ""),
-        f"{one / 1e6:.4g}",
-        f"{plan.flops(policy) / 1e12:.4g}",
-    )
-    if not micro:
-        return (*row, "none fits", "", "", "")
-    passes = plan.batch // plan.gpus // micro
-    memory = (
-        f"{plan.saved(policy, depth, micro) / GB:.4g}",
-        f"{plan.peak(policy, micro) / GB:.4g}",
-    )
-    return (*row, f"{micro} x {passes}", *memory, f"{rate / plan.flops(policy):.1f}")
+    return {
+        "checkpointing": policy + (" *" if policy == plan.best else ""),
+        "saved MB/sample": f"{one / 1e6:.4g}",
+        "TFLOP/sample": f"{plan.flops(policy) / 1e12:.4g}",
+        "used": f"{micro} x {plan.batch // plan.gpus // micro}" if micro else "none fits",
+        "saved GB": f"{plan.saved(policy, depth, micro or 1) / GB:.4g}",
+        "peak GB": f"{plan.peak(policy, micro or 1) / GB:.4g}",
+        "samples/s": f"{rate / plan.flops(policy):.1f}",
+    }
 
 
-def stage_row(plan: Plan, stage: str, rate: float) -> tuple[str, ...]:
+def stage_row(plan: Plan, stage: str, rate: float) -> dict[str, str]:
     """Speed of a stage, and how far the paper's GPU-hours go here."""
     other = replace(plan, stage=stage)
     samples = rate / other.flops(plan.best)
     steps = HOURS[stage] * 3600 * samples / plan.gpus / plan.batch
-    return (
-        stage,
-        f"{parameters(*other.trained(other.model)) / 1e9:.3g}B",
-        f"{other.flops(plan.best) / 1e12:.4g}",
-        f"{samples:.1f}",
-        f"{HOURS[stage]:,}",
-        f"{steps:,.0f}",
-        f"{HOURS[stage] / plan.gpus / 24:.1f}",
-    )
-
-
-def nodes_row(plan: Plan, nodes: int, rate: float) -> tuple[str, ...]:
-    """Speed of so many nodes, and what limits it."""
-    seconds = plan.step(nodes, rate)
-    work, *sent = seconds.values()
-    limit = "arithmetic"
-    if work < sum(sent):
-        limit = max(("gather", "reduce", "network"), key=seconds.get)
-    return (
-        f"{nodes} x {plan.gpus}",
-        str(int(plan.reshard)),
-        *(f"{1000 * part:.0f}" for part in seconds.values()),
-        f"{plan.batch / max(work, sum(sent)):.0f}",
-        limit,
-    )
-
-
-NODES_HEAD = ("nodes x GPUs", "reshard", "arithmetic", "gather", "reduce", "network")
-POLICY_HEAD = (
-    "checkpointing",
-    "saved MB/sample",
-    "TFLOP/sample",
-    "used",
-    "saved GB",
-    "peak GB",
-    "samples/s",
-)
+    return {
+        "stage": stage,
+        "trained": f"{parameters(*other.trained(other.model)) / 1e9:.3g}B",
+        "TFLOP/sample": f"{other.flops(plan.best) / 1e12:.4g}",
+        "samples/s": f"{samples:.1f}",
+        "paper's GPU-hours": f"{HOURS[stage]:,}",
+        f"steps of {plan.batch} they buy": f"{steps:,.0f}",
+        "days here": f"{HOURS[stage] / plan.gpus / 24:.1f}",
+    }
 
 
 def report(plan: Plan, mfu: float, peak: float) -> str:
@@ -440,18 +385,9 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
     reaches."""
     best = plan.best
     rate = plan.gpus * mfu * peak * 1e12
-    parts = []
-    for expert in EXPERTS:
-        use = "trained" if expert in STAGES[plan.stage].experts else "not used"
-        parts.append((expert, f"{parameters(getattr(plan.model, expert)):,}", use))
-    for part, network in frozen_parts(plan.name).items():
-        parts.append((part, f"{parameters(network):,}", "frozen"))
-    bought = f"steps of {plan.batch} they buy"
-    stage_head = ("stage", "trained", "TFLOP/sample", "samples/s", "paper's GPU-hours", bought)
-    even = [nodes for nodes in NODES if plan.batch % (nodes * plan.gpus) == 0]
-    kept = replace(plan, reshard=False)
-    ways = [plan, kept] if plan.gpus > 1 and kept.least <= plan.usable else [plan]
-    speeds = [nodes_row(way, nodes, rate / plan.gpus) for nodes in even for way in ways]
+    uses = dict.fromkeys(EXPERTS, "not used") | dict.fromkeys(STAGES[plan.stage].experts, "trained")
+    networks = {part: getattr(plan.model, part) for part in EXPERTS} | frozen_parts(plan.name)
+    parts = [(k, f"{parameters(v):,}", uses.get(k, "frozen")) for k, v in networks.items()]
     lines = [
         f"{plan.name}, stage {plan.stage}: {plan.gpus} x {plan.memory / GB:g} GB, batch "
         f"{plan.batch}, weights {plan.params}, computation bf16, frozen backbones {plan.frozen}",
@@ -465,14 +401,10 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         "",
         f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB "
         "usable; used: micro-batch x passes; * chosen",
-        *table(POLICY_HEAD, *(policy_row(plan, policy, rate) for policy in KEPT)),
-        "",
-        f"ms of a step of {plan.batch} on several nodes, at {NVLINK / GB:g} GB/s within and "
-        f"{NETWORK / GB:g} between them, what is sent hidden behind the arithmetic or the reverse",
-        *table((*NODES_HEAD, "samples/s", "limited by"), *speeds),
+        *headed(policy_row(plan, policy, rate) for policy in KEPT),
         "",
         f"stages of the paper, checkpointing {best}",
-        *table((*stage_head, "days here"), *(stage_row(plan, stage, rate) for stage in HOURS)),
+        *headed(stage_row(plan, stage, rate) for stage in HOURS),
         "",
         f"train.py ... --set batch={plan.batch} micro={plan.micro(best)} checkpointing={best} "
         f"params={plan.params}",

@@ -24,7 +24,7 @@ those of one process. Gradients are reduced in fp32.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -82,11 +82,8 @@ def keep_expensive(context: object, op: object, *args, **kwargs) -> CheckpointPo
 # The network draws no random numbers, so no random state is kept for the second forward pass.
 CHECKPOINTING = {
     "none": {},
-    "full": dict(preserve_rng_state=False),
-    "selective": dict(
-        preserve_rng_state=False,
-        context_fn=partial(create_selective_checkpoint_contexts, keep_expensive),
-    ),
+    "full": {},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, keep_expensive)},
 }
 
 
@@ -138,8 +135,8 @@ def parallelize(
         getattr(model, expert).requires_grad_(expert in trained)
     for layer in model.layers:
         if checkpointing != "none":
-            options = CHECKPOINTING[checkpointing]
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
+            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            layer.forward = partial(again, layer.forward, **CHECKPOINTING[checkpointing])
         if compiled:
             layer.forward = torch.compile(layer.forward, fullgraph=True)
     loss = TrainingLoss(model, precision, reshard)
@@ -233,6 +230,7 @@ def starts_fresh(config: MotusConfig, card: Card, stage: str, init: object) -> t
     )
 
 
+@torch.no_grad()
 def draw_fresh(model: Motus, fresh: tuple[str, ...], seed: int) -> None:
     """Values for all parameters whose names begin so."""
     one = replace(model.config, video=replace(model.config.video, layers=1))
@@ -249,29 +247,27 @@ def draw_fresh(model: Motus, fresh: tuple[str, ...], seed: int) -> None:
             if wanted:
                 state = np.random.SeedSequence([seed, i, layer]).generate_state(1)
                 torch.manual_seed(int(state[0]))
-                draw_layer(make, wanted)
-
-
-@torch.no_grad()
-def draw_layer(make: Callable[[], nn.Module], wanted: Mapping[str, Tensor]) -> None:
-    """Copies what this rank holds of an expert of one layer, which lives no longer than this."""
-    expert = make()
-    expert.init_weights()
-    for name, value in expert.named_parameters():
-        if name in wanted:
-            copy_shard(wanted[name], value)
+                drawn = make()
+                drawn.init_weights()
+                for name in wanted:
+                    copy_shard(wanted[name], drawn.get_parameter(name))
 
 
 # -- what a step costs ----------------------------------------------------------------------------
 
 
+def tokens_of(config: MotusConfig, inputs: Inputs) -> dict[str, int]:
+    """Tokens of a sample in the joint attention, by expert."""
+    found = {"video": math.prod(inputs.latents.shape[2:]) // math.prod(config.video.patch)}
+    if inputs.actions is not None:
+        ends = 1 + config.registers if config.finetune else 0
+        found |= {"action": config.chunk + ends, "und": inputs.und.shape[1]}
+    return found
+
+
 def count_tokens(config: MotusConfig, inputs: Inputs) -> int:
     """Tokens of a batch in the joint attention."""
-    video = math.prod(inputs.latents.shape[2:]) // math.prod(config.video.patch)
-    if inputs.actions is None:
-        return len(inputs) * video
-    ends = 1 + config.registers if config.finetune else 0
-    return len(inputs) * (video + config.chunk + ends + inputs.und.shape[1])
+    return len(inputs) * sum(tokens_of(config, inputs).values())
 
 
 @torch.no_grad()

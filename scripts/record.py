@@ -119,16 +119,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_of(args.sim, args.set)
     # Several values are one here, as cameras=corner4,gripperPOV.
     joined = ((k, v[0] if len(v) == 1 else ",".join(map(str, v))) for k, v in settings.items())
-    named = ("seed", "noise", "recovery", "disturbed", "after")
-    order = Order(args.sim, "", tuple(joined), *map(vars(args).get, named))
+    disturbance = args.seed, args.noise, args.recovery, args.disturbed, args.after
+    order = Order(args.sim, "", tuple(joined), *disturbance)
     card = record(order, tasks, args.episodes, args.out, args.workers)
     lines = [("task", "expert %", "rows", "CPU s per try")]
     for task, found in card["tasks"].items():
-        rate = percent(rated(found["successes"], found["tries"]))
-        seconds = f"{found['cpu_seconds_per_try']:.2f}"
-        lines.append((task, rate, f"{found['mean_rows']:.1f}", seconds))
+        tries, successes, rows, seconds = found.values()
+        lines.append((task, percent(rated(successes, tries)), f"{rows:.1f}", f"{seconds:.2f}"))
     print(columns(*lines))
-    size = sum(path.stat().st_size for path in Path(args.out).rglob("*.*"))
+    size = sum(path.stat().st_size for path in args.out.rglob("*.*"))
     rows = sum(episode["rows"] for episode in card["episodes"])
     print(
         f"wrote {args.out}: {len(card['episodes'])} episodes, {rows} rows at {card['fps']:g} per "

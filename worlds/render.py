@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from worlds.robots import DISCS, IMAGE, RADIUS, SHOULDER, SPLITS, arm_joints, arm_points, columns
+from worlds.robots import IMAGE, RADIUS, SHOULDER, SPLITS, arm_joints, arm_points, columns
 
 PAD = 16  # the canvas is larger than the image on every side, so that few windows are cut
 CANVAS = IMAGE + 2 * PAD
@@ -29,7 +29,7 @@ class Snapshot(NamedTuple):
     opening: ndarray  # (n,) 0 closed, 1 open
     heading: ndarray  # (n,) radians
     discs: ndarray  # (n, D, 2)
-    held: ndarray  # (n,) index of the grasped disc, -1 for none
+    held: ndarray  # (n, D) bool, the grasped disc
     colours: ndarray  # (n, D) index into COLOURS
 
     def at(self, *index) -> "Snapshot":
@@ -37,9 +37,14 @@ class Snapshot(NamedTuple):
         return Snapshot(*(array[index] for array in self))
 
 
+def norm(way: ndarray) -> ndarray:
+    """Length of ways (..., 2)."""
+    return np.linalg.norm(way, axis=-1)
+
+
 def distance(a: ndarray, b: ndarray) -> ndarray:
     """Of points (..., 2)."""
-    return np.linalg.norm(a - b, axis=-1)
+    return norm(a - b)
 
 
 # -- bodies ---------------------------------------------------------------------------------------
@@ -89,12 +94,11 @@ def shadow(at: ndarray, soft: float = 4.0) -> Capsule:
 
 
 def gripper(s: Snapshot) -> Iterator[Capsule]:
-    left, right = fingers(s, DARK)
+    pair = list(fingers(s, DARK))
     yield shadow(s.effector + SHADE)
-    bar = [(finger.a + finger.b) / 2 for finger in (left, right)]
+    bar = [(finger.a + finger.b) / 2 for finger in pair]
     yield Capsule(*bar, 0.014, STEEL, contrast=0.05)
-    yield left
-    yield right
+    yield from pair
     yield Capsule(s.effector, s.effector, 0.052, WHITE, inner=0.026, contrast=0.05)
 
 
@@ -125,13 +129,9 @@ def arm(s: Snapshot) -> Iterator[Capsule]:
 
 
 def gantry(s: Snapshot) -> Iterator[Capsule]:
-    x, y = s.effector.T
-    low = np.full(len(x), -0.1)
-    high = 1 - low
-    beams = (
-        (columns(x, low), columns(x, high)),
-        (columns(low, y), columns(high, y)),
-    )
+    beams = []
+    for along in ([False, True], [True, False]):
+        beams.append([np.where(along, end, s.effector) for end in (-0.1, 1.1)])
     for a, b in beams:
         yield Capsule(a + SHADE, b + SHADE, 0.018, soft=2.5, shadow=0.25)
     for a, b in beams:
@@ -144,11 +144,10 @@ BODIES = {"gripper": gripper, "hand": hand, "arm": arm, "gantry": gantry}
 
 
 def capsules(embodiment: str, s: Snapshot, held: ndarray) -> Iterator[Capsule]:
-    """All of n worlds from the table up. A held disc lies above the others, so `held` (n,) decides
-    the order of the discs."""
+    """All of n worlds from the table up. A held disc lies above the others, so `held` (n, D)
+    decides the order of the discs."""
     rows = np.arange(len(held))
-    is_held = np.arange(DISCS) == held[:, None]
-    for slot in np.argsort(is_held, axis=1, kind="stable").T:
+    for slot in np.argsort(held, axis=1, kind="stable").T:
         at = s.discs[rows, slot]
         colour = s.colours[rows, slot]
         grain = 23 + 61 * colour[:, None, None]
@@ -168,15 +167,12 @@ def speckles(
 ) -> ndarray:
     """Noise (side, side, channels) of unit variance, periodically blurred by a Gaussian."""
     noise = rng.standard_normal((side, side, channels))
-    squares = np.fft.fftfreq(side) ** 2
-    frequency = squares[:, None] + squares
-    width = (np.pi * sigma) ** 2
-    gain = np.exp(-2 * width * frequency)
-    plane = (0, 1)
-    waves = np.fft.fft2(noise, axes=plane)
-    smooth = np.fft.ifft2(waves * gain[..., None], axes=plane).real
-    centred = smooth - smooth.mean(axis=plane)
-    return centred / smooth.std()
+    squares = (np.pi * sigma * np.fft.fftfreq(side)) ** 2
+    gain = np.exp(-2 * np.add.outer(squares, squares))
+    sides = (0, 1)
+    waves = np.fft.fft2(noise, axes=sides) * gain[..., None]
+    smooth = np.fft.ifft2(waves, axes=sides).real
+    return (smooth - smooth.mean(axis=sides)) / smooth.std()
 
 
 @lru_cache
@@ -205,11 +201,16 @@ def textures(split: str, randomized: bool) -> ndarray:
     return np.clip(np.stack(made), 0, 255).astype(np.float32)
 
 
-def cover(c: Capsule) -> tuple[ndarray, ...]:
+def plane(ways: ndarray) -> ndarray:
+    """Ways (n, 2) as complex numbers (n, 1, 1): to turn them is to multiply."""
+    return (ways @ [1, 1j])[:, None, None]
+
+
+def cover(c: Capsule) -> tuple[ndarray, ndarray, ndarray]:
     """The pixels about a capsule, in windows of equal size for all worlds, cut to the canvas.
 
     Returns their indices (n, k, k') into n flattened canvases, the distance of their centres to the
-    capsule's core, and their offset dx, dy from `a`, all in pixels.
+    capsule's core, and their complex offset from `a`, all in pixels.
     """
     a, b = (np.float32(end * IMAGE) for end in (c.a, c.b))
     span = b - a
@@ -223,42 +224,33 @@ def cover(c: Capsule) -> tuple[ndarray, ...]:
     y = np.clip(y + np.arange(height)[:, None], -PAD, IMAGE + PAD - 1)
     world = np.arange(len(a))[:, None, None]
     pixel = (world * CANVAS + y + PAD) * CANVAS + x + PAD
-    ax, ay = a.T[:, :, None, None]
-    dx = x + 0.5 - ax
-    dy = y + 0.5 - ay
-    if c.a is c.b:
-        return pixel, np.hypot(dx, dy), dx, dy
-    ux, uy = span.T[:, :, None, None]
-    along = (dx * ux + dy * uy) / (ux * ux + uy * uy)
-    along = np.clip(along, 0, 1)
-    far = np.hypot(dx - along * ux, dy - along * uy)
-    return pixel, far, dx, dy
+    offset = x + 0.5 + 1j * (y + 0.5) - plane(a)
+    square = (span**2).sum(axis=1)[:, None, None]
+    along = (offset * plane(span).conj()).real / np.maximum(square, 1e-9)
+    rest = offset - np.clip(along, 0, 1) * plane(span)
+    return pixel, np.hypot(rest.real, rest.imag), offset
 
 
-def axis(c: Capsule) -> ndarray:
-    """Unit vectors (2, n, 1, 1) along a capsule; a disc (2,) does not turn."""
+def axis(c: Capsule) -> ndarray | complex:
+    """Unit vectors (n, 1, 1) along a capsule; a disc does not turn."""
     if c.a is c.b:
-        return np.array([1.0, 0.0])
+        return np.complex128(1)
     span = c.b - c.a
-    length = np.linalg.norm(span, axis=1, keepdims=True)
-    return (span / length).T[:, :, None, None]
+    return plane(span / norm(span)[:, None])
 
 
 def coverage(c: Capsule, far: ndarray) -> ndarray:
     """How much of pixels at a distance from the core is covered, 0..1; edges are anti-aliased."""
-    edge = np.float32(c.radius * IMAGE) - far
-    outer = np.clip(edge / c.soft + 0.5, 0, 1)
-    if not c.inner:
-        return outer
-    hole = far - np.float32(c.inner * IMAGE)
-    inner = np.clip(hole + 0.5, 0, 1)
-    return np.minimum(outer, inner)
+    edge = (np.float32(c.radius * IMAGE) - far) / c.soft
+    if c.inner:
+        edge = np.minimum(edge, far - np.float32(c.inner * IMAGE))
+    return np.clip(edge + 0.5, 0, 1)
 
 
 def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:
     """Blend a capsule into canvases (3, n, CANVAS, CANVAS) uint8, in place, under the colour `tint`
     (n, 3) and the brightness `light` (n, CANVAS, CANVAS)."""
-    pixel, far, dx, dy = cover(c)
+    pixel, far, offset = cover(c)
     alpha = coverage(c, far)
     # Colour by colour: numpy is several times slower with a last axis of three.
     planes = canvas.reshape(3, -1)
@@ -267,11 +259,10 @@ def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:
         for plane in planes:
             plane[pixel] = plane.take(pixel) * clear
         return
-    ux, uy = axis(c).astype(np.float32)
-    u = 4 * (dx * ux + dy * uy) + 4 * TILE
-    v = 4 * (dy * ux - dx * uy) + 4 * TILE
-    row = v.astype(np.int32) % TILE
-    column = (u.astype(np.int32) + c.grain) % TILE
+    ahead = axis(c).astype(np.complex64)
+    own = 4 * offset * ahead.conj() + (4 + 4j) * TILE
+    row = own.imag.astype(np.int32) % TILE
+    column = (own.real.astype(np.int32) + c.grain) % TILE
     shine = 1 + c.contrast * tile().take(row * TILE + column)
     shine[far > c.radius * IMAGE - 0.9] *= 0.62  # a dark rim
     shine *= light.take(pixel)
@@ -347,21 +338,16 @@ def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:
     Each pixel goes with the topmost capsule that covers it, turning with it; the table and the
     shadows on it stay.
     """
-    motions = np.zeros((len(before.effector), CANVAS, CANVAS, 2), np.float32)
-    pixels = motions.reshape(-1, 2)
+    motions = np.zeros((len(before.effector), CANVAS, CANVAS), np.complex64)
+    pixels = motions.reshape(-1)
     starts, ends = (capsules(embodiment, shot, before.held) for shot in (before, after))
     for old, new in zip(starts, ends, strict=True):
         if old.shadow:
             continue
-        pixel, far, dx, dy = cover(old)
-        ox, oy = axis(old)
-        nx, ny = axis(new)
-        cos = ox * nx + oy * ny  # from the old axis to the new
-        sin = ox * ny - oy * nx
-        turned_x = cos * dx - sin * dy
-        turned_y = sin * dx + cos * dy
-        shift = IMAGE * (new.a - old.a)
-        motion = shift[:, None, None] + columns(turned_x - dx, turned_y - dy)
+        pixel, far, offset = cover(old)
+        turn = axis(new) * axis(old).conj()
+        motion = plane(IMAGE * (new.a - old.a)) + (turn * offset - offset)
         inside = coverage(old, far) >= 0.5
         pixels[pixel[inside]] = motion[inside]
-    return motions[:, PAD:-PAD, PAD:-PAD].copy()
+    seen = motions[:, PAD:-PAD, PAD:-PAD]
+    return columns(seen.real, seen.imag)

@@ -27,7 +27,7 @@ import numpy as np
 from numpy import ndarray
 
 from worlds import choice
-from worlds.render import PAD, Snapshot, capsules, distance, flow, paint, scenery
+from worlds.render import PAD, Snapshot, capsules, distance, flow, norm, paint, scenery
 from worlds.robots import (
     BAND,
     COLOURS,
@@ -103,7 +103,7 @@ def layout_of(
             return discs[good.argmax()], effector[good.argmax()]
 
 
-def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray, float]:
+def stray(rng: np.random.Generator, discs: ndarray, named: ndarray) -> tuple[ndarray, float]:
     """Where an effector may find itself after a mistake (2,), and its opening; a closed one touches
     no disc."""
     near = discs[named] + 0.12 * rng.standard_normal((64, 2))
@@ -118,6 +118,7 @@ def stray(rng: np.random.Generator, discs: ndarray, named: int) -> tuple[ndarray
 # -- the world ------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Tabletop:
     """n worlds at once, one embodiment.
 
@@ -132,27 +133,21 @@ class Tabletop:
                      Demonstrations of them teach how to recover
 
     After `reset` it holds `task` (skill, colour, side) and `instruction` of each, and as arrays
-    with n in front: discs (D, 2), colours (D,) as indices into COLOURS, named (the disc that the
-    instruction is about), skill, toward (2,) the side, goal (2,) of the disc, effector (2,),
-    opening, heading, held (a disc, or -1) and success.
+    with n in front: discs (D, 2), colours (D,) as indices into COLOURS, named (D,) bool (the disc
+    that the instruction is about), skill, toward (2,) the side, goal (2,) of the disc, effector
+    (2,), opening, heading, held (D,) bool and success.
     """
 
-    def __init__(
-        self,
-        n: int,
-        embodiment: str = "gripper",
-        randomized: bool = False,
-        split: str = "train",
-        task_agnostic: bool = False,
-        astray: float = 0.0,
-    ):
-        self.n = n
-        self.embodiment = EMBODIMENTS[choice(embodiment, EMBODIMENTS, "embodiment")]
-        self.randomized = randomized
-        self.split = split
-        self.tasks = instructions(split)
-        self.task_agnostic = task_agnostic
-        self.astray = astray
+    n: int
+    embodiment: str = "gripper"
+    randomized: bool = False
+    split: str = "train"
+    task_agnostic: bool = False
+    astray: float = 0.0
+
+    def __post_init__(self):
+        self.embodiment = EMBODIMENTS[choice(self.embodiment, EMBODIMENTS, "embodiment")]
+        self.tasks = instructions(self.split)
 
     def reset(self, seeds: Sequence[int]) -> dict:
         """Start the worlds of `seeds` (n non-negative ints). The same seed is the same world, bit
@@ -161,9 +156,8 @@ class Tabletop:
         Returns image (n, 48, 48, 3) uint8, state (n, P) float32 in [-1, 1], instruction, a list of
         n strings.
         """
-        n = self.n
-        if len(seeds) != n:
-            raise ValueError(f"seeds are {seeds}; expected {n} non-negative integers")
+        if len(seeds) != self.n:
+            raise ValueError(f"seeds are {seeds}; expected {self.n} non-negative integers")
         self.task = []
         self.rngs = []
         scenes = [self._scene(int(seed)) for seed in seeds]
@@ -171,13 +165,7 @@ class Tabletop:
             setattr(self, name, np.stack([scene[name] for scene in scenes]))
         self.instruction = ["" if self.task_agnostic else sentence(*task) for task in self.task]
         self.start = self.disc
-        self.held = np.full(n, -1)
-        self.offset = np.zeros((n, 2))  # from the effector to the disc it holds
-        self.grasped = np.zeros((n, DISCS), bool)
-        self.success = np.zeros(n, bool)
         self.waypoint = self.effector.copy()
-        self.waypoint_grip = np.full(n, -1.0)
-        self.drift = np.zeros((n, 2))
         self._intention = None
         return self.observe()
 
@@ -194,7 +182,7 @@ class Tabletop:
         colours = np.array([first, *rest[: DISCS - 1]])
         discs, effector = layout_of(layout, None if self.task_agnostic else skill, toward)
         order = layout.permutation(DISCS)  # the named disc may have any slot
-        named = order.argmin()
+        named = order == 0
         heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
         opening = 1.0
         if self.astray and play.random() < self.astray:
@@ -209,6 +197,12 @@ class Tabletop:
             "effector": effector,
             "opening": opening,
             "heading": heading,
+            "held": np.zeros(DISCS, bool),
+            "grasped": np.zeros(DISCS, bool),  # at any time
+            "offset": np.zeros((DISCS, 2)),  # of what is held, from the effector
+            "success": False,
+            "drift": np.zeros(2),
+            "waypoint_grip": -1.0,
             **scenery(look, self.split, self.randomized, discs),
         }
 
@@ -220,7 +214,7 @@ class Tabletop:
     @property
     def disc(self) -> ndarray:
         """The discs (n, 2) that the instructions are about."""
-        return self.discs[np.arange(self.n), self.named]
+        return self.discs[self.named]
 
     def observe(self) -> dict:
         """All that a policy sees now, as `reset` returns it."""
@@ -268,9 +262,7 @@ class Tabletop:
     def _move(self, actions: ndarray) -> ndarray:
         """Moves the effectors towards what is commanded; by how much, (n, 2)."""
         xy, grip, heading = self.embodiment.from_action(np.clip(actions, -1, 1), self._state())
-        way = np.clip(xy, *REACH) - self.effector
-        length = np.linalg.norm(way, axis=1, keepdims=True)
-        move = way * np.minimum(1, MAX_SPEED / np.maximum(length, 1e-9))
+        move = limited(np.clip(xy, *REACH) - self.effector, MAX_SPEED)
         self.effector = self.effector + move
         self.heading = self.heading + np.clip(heading - self.heading, -TURN_SPEED, TURN_SPEED)
         wanted = (1 - np.clip(grip, -1, 1)) / 2
@@ -280,29 +272,29 @@ class Tabletop:
     def _drop(self) -> None:
         """Open grippers let go. A disc to be pushed that was grasped by mistake begins anew."""
         opens = self.opening > 0.5
-        again = opens & (self.held == self.named) & (self.skill != PLACE)
-        self.grasped[again, self.named[again]] = False
+        again = opens & self.held[self.named] & (self.skill != PLACE)
+        self.grasped[again[:, None] & self.named] = False
         self.start[again] = self.disc[again]
-        self.held[opens] = -1
+        self.held[opens] = False
 
     def _grasp(self, was_open: ndarray) -> None:
         """Grippers that close near a disc take it, and what is held comes along."""
-        gap = distance(self.discs, self.effector[:, None])
-        nearest = gap.argmin(axis=1)
-        free = was_open & (self.opening < 0.5) & (self.held < 0)
-        rows = np.flatnonzero(free & (gap.min(axis=1) < GRASP))
-        taken = nearest[rows]
-        self.held[rows] = taken
-        self.offset[rows] = self.discs[rows, taken] - self.effector[rows]
-        self.grasped[rows, taken] = True
-        rows = np.flatnonzero(self.held >= 0)
-        self.discs[rows, self.held[rows]] = self.effector[rows] + self.offset[rows]
+        offset = self.discs - self.effector[:, None]
+        gap = norm(offset)
+        near = (gap < GRASP) & (gap == gap.min(axis=1, keepdims=True))
+        closes = was_open & (self.opening < 0.5) & ~self.held.any(axis=1)
+        taken = near & closes[:, None]
+        self.held |= taken
+        self.grasped |= taken
+        self.offset[taken] = offset[taken]
+        carried = self.effector[:, None] + self.offset
+        self.discs[self.held] = carried[self.held]
 
     def _push(self, move: ndarray) -> None:
         """Closed, empty grippers that came by `move` (n, 2) drive discs, and discs drive each other
         apart; a held one is lifted above the others."""
-        free = np.arange(DISCS) != self.held[:, None]
-        pushing = (self.opening < 0.5) & (self.held < 0)
+        free = ~self.held
+        pushing = (self.opening < 0.5) & free.all(axis=1)
         offset = self.discs - self.effector[:, None]
         self.discs += driven(offset, RADIUS + TIP, pushing[:, None], move[:, None])
         for j, i in ((0, 1), (0, 2), (1, 2)):
@@ -313,9 +305,8 @@ class Tabletop:
         self.discs = np.clip(self.discs, RADIUS, 1 - RADIUS)
 
     def _judge(self) -> None:
-        touched = self.grasped[np.arange(self.n), self.named]
-        released = self.held != self.named
-        placed = touched & released & (room(self.disc, self.toward) < BAND)
+        touched = self.grasped[self.named]
+        placed = touched & ~self.held[self.named] & (room(self.disc, self.toward) < BAND)
         way = ((self.disc - self.start) * self.toward).sum(axis=1)
         self.success |= np.where(self.skill == PLACE, placed, ~touched & (way >= PUSH))
 
@@ -352,11 +343,11 @@ class Tabletop:
 
     def _placing(self) -> tuple[ndarray, ndarray]:
         """Go to the disc, close, go to the goal, open: step (n, 2), whether to close (n,)."""
-        holding = self.held == self.named
+        holding = self.held[self.named]
         way = np.where(holding[:, None], self.goal - self.disc, self.disc - self.effector)
         # A grip that has begun to move tolerates more than one at rest.
         resting = np.abs(self.opening - 0.5) > 0.45
-        arrived = np.linalg.norm(way, axis=1) < np.where(resting, 0.028, 0.055)
+        arrived = norm(way) < np.where(resting, 0.028, 0.055)
         return eased(way), np.where(holding, ~arrived, arrived & (self.opening > 0.25))
 
     def _pushing(self) -> tuple[ndarray, ndarray]:
@@ -365,7 +356,7 @@ class Tabletop:
         away = self.effector - self.disc
         along = (away * self.toward).sum(axis=1)
         aside = away - along[:, None] * self.toward
-        lateral = np.linalg.norm(aside, axis=1)
+        lateral = norm(aside)
         resting = np.abs(self.opening - 0.5) > 0.45
         behind = (along < -RADIUS - TIP - 0.015) & (along > -0.2)
         behind &= lateral < np.where(resting, 0.025, 0.04)
@@ -396,7 +387,7 @@ class Tabletop:
 def apart(offset: ndarray, least: float, active: ndarray) -> ndarray:
     """How far to move along `offset` (..., 2), where `active`, for its length to be at least
     `least`."""
-    length = np.maximum(np.linalg.norm(offset, axis=-1), 1e-9)
+    length = np.maximum(norm(offset), 1e-9)
     missing = np.where(active, np.maximum(least - length, 0), 0)
     return offset * (missing / length)[..., None]
 
@@ -405,19 +396,24 @@ def driven(offset: ndarray, least: float, active: ndarray, move: ndarray) -> nda
     """How far discs at `offset` (n, D, 2) from a closed gripper that came by `move` (n, 1, 2) go,
     for it to be at least `least`: with the gripper if it comes from behind, within 60 degrees (its
     face is flat and discs do not roll off), else out of its way."""
-    speed = np.linalg.norm(move, axis=-1)
-    length = np.linalg.norm(offset, axis=-1)
-    ahead = (offset * move).sum(axis=-1) / np.maximum(speed, 1e-9)
+    speed = np.maximum(norm(move), 1e-9)
+    length = norm(offset)
+    ahead = (offset * move).sum(axis=-1) / speed
     faced = active & (length < least) & (ahead > 0.5 * length) & (speed > 1e-6)
     beyond = np.sqrt(ahead**2 + np.maximum(least**2 - length**2, 0)) - ahead
-    way = np.where(faced, beyond, 0) / np.maximum(speed, 1e-9)
+    way = np.where(faced, beyond, 0) / speed
     return way[..., None] * move + apart(offset, least, active & ~faced)
+
+
+def limited(way: ndarray, most: ndarray | float) -> ndarray:
+    """Ways (n, 2) of a length of at most `most`, a number or (n,)."""
+    share = np.minimum(1, most / np.maximum(norm(way), 1e-9))
+    return way * share[:, None]
 
 
 def eased(way: ndarray) -> ndarray:
     """The next step (n, 2) along `way`: fast when far, slow when near."""
-    length = np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9)
-    return way * np.minimum(1, np.minimum(0.35 * length + 0.006, 0.034) / length)
+    return limited(way, np.minimum(0.35 * norm(way) + 0.006, 0.034))
 
 
 LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
@@ -444,13 +440,16 @@ class Episode:
     states: ndarray  # (T+1, P) float32
     # (T, A) float32: what the expert meant; None for a body whose actions nobody records
     actions: ndarray | None
-    task: tuple[str, str, str] | None  # skill, colour, side
     instruction: str
     embodiment: str
-    level: int
     success: bool
     snapshots: Snapshot = field(repr=False)  # arrays (T+1, ...)
-    motion: ndarray = field(repr=False)  # (T+1, 3) float32: true x, y, opening in [0, 1]
+
+    @property
+    def motion(self) -> ndarray:
+        """True x, y and opening (T+1, 3) float32, in [0, 1]."""
+        shots = self.snapshots
+        return columns(*shots.effector.T, shots.opening).astype(np.float32)
 
     def flow(self, before: ndarray, after: ndarray) -> ndarray:
         """True optical flow (k, 48, 48, 2) between the frames numbered `before` (k,) and those
@@ -514,55 +513,44 @@ def record(
         mine = range(turn, episodes, len(bodies))
         for start in range(0, len(mine), AT_ONCE):
             chunk = mine[start : start + AT_ONCE]
-            world = Tabletop(
-                len(chunk), body, kind.randomized, split, kind.task_agnostic, kind.astray
-            )
+            how = kind.randomized, split, kind.task_agnostic, kind.astray
+            world = Tabletop(len(chunk), body, *how)
             world.reset(seeds[chunk])
-            recorded |= zip(chunk, play(world, level, kind, pictures))
+            recorded |= zip(chunk, play(world, kind, pictures))
     return [recorded[i] for i in range(episodes)]
 
 
-def play(world: Tabletop, level: int, kind: Level, pictures: bool) -> list[Episode]:
+def play(world: Tabletop, kind: Level, pictures: bool) -> list[Episode]:
     """Lets the expert act in worlds that were just reset."""
     blank = np.zeros((world.n, 0, 0, 3), np.uint8)
-
-    def look() -> tuple[ndarray, ndarray, Snapshot]:
-        picture = world.render() if pictures else blank
-        return picture, world.state(), world.snapshot()
-
-    seen = [look()]
+    limit = WANDER if world.task_agnostic else LIMIT
+    seen = []
     actions = []
     slipping, since, length = np.zeros((3, world.n), int)  # steps; `since` those after success
-    for _ in range(WANDER if world.task_agnostic else LIMIT):
+    while True:
+        picture = world.render() if pictures else blank
+        seen.append((picture, world.state(), *world.snapshot()))
+        if len(actions) == limit or (since > AFTER).all():
+            break
         actions.append(world.expert().astype(np.float32))
         if kind.slips:
             draws = np.array([rng.random() for rng in world.rngs])
             begins = (slipping == 0) & (draws < kind.slips) & ~world.success
             slipping = np.where(begins, SLIP, np.maximum(slipping - 1, 0))
         world.advance(world.expert(kind.noise, slipping > 0))
-        seen.append(look())
         length += since <= AFTER
         since += world.success
-        if (since > AFTER).all():
-            break
-    frames, states, shots = zip(*seen)
-    frames, states, actions = map(np.stack, (frames, states, actions))
-    shots = Snapshot(*map(np.stack, zip(*shots)))  # time in front
-    episodes = []
-    for i, t in enumerate(length):
-        shot = shots.at(slice(t + 1), i)
-        motion = columns(*shot.effector.T, shot.opening)
-        episode = Episode(
+    frames, states, *shots = map(np.stack, zip(*seen))  # time in front
+    actions = np.stack(actions)
+    return [
+        Episode(
             frames[: t + 1, i].copy(),
             states[: t + 1, i],
             actions[:t, i] if world.embodiment.has_actions else None,
-            None if world.task_agnostic else world.task[i],
             world.instruction[i],
             world.embodiment.name,
-            level,
             bool(world.success[i]),
-            shot,
-            motion.astype(np.float32),
+            Snapshot(*shots).at(slice(t + 1), i),
         )
-        episodes.append(episode)
-    return episodes
+        for i, t in enumerate(length)
+    ]

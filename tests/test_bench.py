@@ -129,7 +129,7 @@ def test_an_action_costs_one_look_and_no_decoding(run, monkeypatch):
 def test_the_drift_of_int8_is_small_and_told_per_mode(run):
     """Eight bits per weight change samples by about a per cent; every mode has a row for what it
     denoises."""
-    lines = bench.int8_drift(str(run), 2, 2).splitlines()[2:]
+    lines = bench.int8_drift(str(run), 2, 2, 0).splitlines()[2:]
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert [row[:2] for row in rows] == [
         [mode, name]

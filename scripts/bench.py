@@ -389,7 +389,7 @@ def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
         found = {}
         for mode in policy.stage.modes:
             policy.generator.manual_seed(seed)
-            for modality, made in policy.sample(inputs, mode)._asdict().items():
+            for modality, made in zip(("video", "action"), policy.sample(inputs, mode)):
                 if made is not None:
                     found[mode, modality] = made
         return found

@@ -185,7 +185,7 @@ def test_a_gpu_is_measured_case_by_case(monkeypatch):
     monkeypatch.setattr(bench, "SIDE", (6, 6))
     said = bench.gpu(preset("sim"), 2, "cpu")
     names = list(bench.kernel_cases(preset("sim"), "cpu"))
-    assert runs == 4 * ["triton", "sdpa", "plain"]
+    assert runs[-12:] == 4 * ["triton", "sdpa", "plain"]
     assert [line.split(" | ")[0].strip("| ") for line in said.splitlines()] == [
         "a chunk of 2 steps, batch 1, bf16",
         "---",

@@ -7,10 +7,10 @@
 
 `--out FILE` writes the table down with command, machine and date.
 
-    official   the official order of work (models/motus.py, inference_step), leaf by leaf: at every
-               Euler step the VLM again, keys and values of all padded text rows again in every
-               layer, a row of modulation per token, rotation as complex numbers in float64, the
-               last layer to its end; and the video decoded at the end
+    official   the official order of work (models/motus.py, inference_step): at every Euler step
+               the VLM again, keys and values of all padded text rows again in every layer, a row of
+               modulation per token, rotation as complex numbers in float64, the last layer to its
+               end; and the video decoded at the end
     ours       the same weights and the same result
 
 Ratios come from one run: both sides in turns, so that a machine that slows down slows both, and the
@@ -29,7 +29,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -40,14 +39,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import layer_norm, pad
+from torch.nn.functional import pad
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
 import data
 import flow
-import motus
 from backbones import wan
 from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
@@ -143,28 +141,6 @@ def official_rotate(x: Tensor, axes: Sequence[Tensor], grid: Sequence[int]) -> T
     return torch.stack(rotated).float()
 
 
-def official_modulate(x, shift, scale, eps, dtype=torch.float32) -> Tensor:
-    normed = layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
-    return (normed.float() * (1 + scale) + shift).to(dtype)
-
-
-def official_gate(x, y, gate) -> Tensor:
-    return x.float() + y.float() * gate
-
-
-@contextmanager
-def official_leaves() -> Iterator[None]:
-    """Modulation, gates and rotation as the official model computes them, for a while."""
-    leaves = {"norm_modulate": official_modulate, "add_gated": official_gate}
-    with (
-        implementation("sdpa"),
-        mock.patch.multiple(motus, **leaves),
-        mock.patch.multiple(wan, **leaves),
-        mock.patch.object(attention, "rotate_interleaved", official_rotate),
-    ):
-        yield
-
-
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
@@ -206,7 +182,8 @@ class Chunk(NamedTuple):
         shared = shared._replace(text=[text] * len(model.layers), rope=rope, und_bias=None)
         tokens = math.prod(grid), len(shared.positions)
 
-        with official_leaves():
+        rotation = mock.patch.object(attention, "rotate_interleaved", official_rotate)
+        with implementation("sdpa"), rotation:
             for i in range(steps):
                 t = torch.full((len(video), 1), 1 - i / steps, device=video.device)
                 und = model.und.vlm_adapter(self.look())
@@ -397,20 +374,20 @@ def count(steps: int) -> str:
 # -- int8 -----------------------------------------------------------------------------------------
 
 
-def int8_drift(ckpt: str, steps: int, episodes: int) -> str:
+def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
     """Per mode, what int8 weights of the video expert change in a sample on held-out windows,
     relative to its size."""
     policy = Policy.load(ckpt, steps=steps)
     card = policy.card
-    seen = (policy.model.config, policy.statistics, episodes, 0)
+    seen = (policy.model.config, policy.statistics, episodes, seed)
     batch = data.held_out(None, card.stage, card.preset, *seen)
     inputs = data.encode(batch, policy.backbones).to(policy.device)
 
     def samples() -> dict[tuple[str, str], Tensor]:
         found = {}
         for mode in policy.stage.modes:
-            policy.generator.manual_seed(0)
-            for modality, made in policy.sample(inputs, mode)._asdict().items():
+            policy.generator.manual_seed(seed)
+            for modality, made in zip(("video", "action"), policy.sample(inputs, mode)):
                 if made is not None:
                     found[mode, modality] = made
         return found
@@ -517,7 +494,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.count:
         text = count(args.steps)
     elif args.int8:
-        text = int8_drift(args.int8, args.steps, args.episodes)
+        text = int8_drift(args.int8, args.steps, args.episodes, args.seed)
     else:
         text = ratios(args.steps, args.rounds, args.batch, args.compile)
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"

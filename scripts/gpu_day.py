@@ -4,11 +4,11 @@
 
     tests       the kernels against the plain functions, on the device (pytest -m gpu)
     agreement   the toy's policy on the device and on the CPU: backbones, VAE and a sample in fp32
-    kernels     each beside torch's own and torch.compile
-    chunks      the five modes at both sizes in bf16: Triton against SDPA, milliseconds
+    chunks      the five modes at both sizes in bf16: Triton against SDPA
     training    steps of train.py as the plan says for this card: loss, MFU, memory against the plan
+    speed       a chunk of both sizes and each kernel, as `scripts.bench --gpu` measures them
 
-It prints a row per number and stops at the first one outside its limits (docs/gpu_day.md).
+It writes a row per number and stops at the first one outside its limits (docs/gpu_day.md).
 """
 
 import subprocess
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,8 @@ LAYERS = 6  # of full width that are trained: with all, no card has room for the
 Row = tuple[str, float, float]  # what, the number, the largest that is right
 
 
-def difference(found, true) -> float:
+def difference(found: torch.Tensor, true: torch.Tensor) -> float:
     """The largest, relative to the largest value; NaN where there is one."""
-    found, true = (torch.as_tensor(x).float().cpu() for x in (found, true))
     return ((found - true).abs().max() / true.abs().max()).item()
 
 
@@ -50,21 +49,16 @@ def tests() -> Iterator[Row]:
 
 
 def agreement() -> Iterator[Row]:
-    picture = np.random.default_rng(0).integers(0, 256, (1, *PRESETS["toy"].size, 3), np.uint8)
-    seen = picture, np.zeros((1, 3)), ["push the red disc to the left"]
-    pairs = zip(*(Policy.load(POLICY, device=device).predict(*seen) for device in ("cuda", "cpu")))
-    for what, (ours, cpu) in zip(("actions", "video"), pairs):
-        yield f"toy, {what}: from the CPU's", difference(ours, cpu), 0.01
-
-
-def kernels() -> Iterator[Row]:
-    for name, *times in bench.kernel_times(preset(SIZES[-1]), "cuda"):
-        for how, time in zip(("ours", "SDPA or eager", "torch.compile"), times):
-            yield f"{name}, {how}: ms", time, np.inf
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (1, *PRESETS["toy"].size, 3), np.uint8)
+    seen = pictures, np.zeros((1, 3)), ["push the red disc to the left"]
+    ours, cpu = (Policy.load(POLICY, device=device).act(*seen) for device in ("cuda", "cpu"))
+    error = difference(torch.tensor(ours), torch.tensor(cpu))
+    yield "actions of the toy: from the CPU's", error, 1e-3
 
 
 def sampled(model: Motus, inputs: Inputs, mode: str, way: str) -> torch.Tensor:
-    """What the mode denoises, as one row of numbers."""
+    """All numbers that the mode denoises, in one row."""
     with bench.implementation(way):
         found = model.sample(inputs, mode, generator=torch.Generator().manual_seed(0))
     return torch.cat([x.flatten() for x in found if x is not None])
@@ -80,8 +74,6 @@ def chunks() -> Iterator[Row]:
         for mode in MODES:
             ours, other = (sampled(model, inputs, mode, way) for way in ("triton", "sdpa"))
             yield f"{size}, {mode}: Triton from SDPA", difference(ours, other), 0.05
-            time = bench.milliseconds(partial(sampled, model, inputs, mode, "triton"))
-            yield f"{size}, {mode}: ms of a chunk", time, np.inf
 
 
 def training(peak: float) -> Iterator[Row]:
@@ -113,15 +105,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device; run this where there is one")
+    about = f"# A day on a GPU\n\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n"
     rows = [["what", "found", "at most"]]
-    for check in (tests, agreement, kernels, chunks, partial(training, args.peak)):
-        for what, found, most in check():
-            rows.append([what, found, most])
-            print(f"{what} {found:.4g}", flush=True)
-            about = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-            args.out.write_text(f"# A day on a GPU\n\n{about}\n\n{bench.table(*rows)}\n")
-            if not 0 <= found <= most:
-                raise ValueError(f"{what} {found:.4g}; expected 0 to {most:g}: docs/gpu_day.md")
+    for what, found, most in chain(tests(), agreement(), chunks(), training(args.peak)):
+        rows.append([what, found, most])
+        print(f"{what} {found:.4g}", flush=True)
+        about_rows = about + bench.table(*rows)
+        args.out.write_text(about_rows + "\n")
+        if not 0 <= found <= most:
+            raise ValueError(f"{what} {found:.4g}; expected 0 to {most:g}: docs/gpu_day.md")
+    speeds = [f"{size}\n\n{bench.gpu(preset(size), 10)}" for size in SIZES]
+    args.out.write_text("\n\n".join([about_rows, *speeds]) + "\n")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_an_action_costs_one_look_and_no_decoding(run, monkeypatch):
 def test_the_drift_of_int8_is_small_and_told_per_mode(run):
     """Eight bits per weight change samples by about a per cent; every mode has a row for what it
     denoises."""
-    lines = bench.int8_drift(str(run), 2, 2).splitlines()[2:]
+    lines = bench.int8_drift(str(run), 2, 2, 0).splitlines()[2:]
     rows = [line.strip("| ").split(" | ") for line in lines]
     assert [row[:2] for row in rows] == [
         [mode, name]
@@ -185,7 +185,7 @@ def test_a_gpu_is_measured_case_by_case(monkeypatch):
     monkeypatch.setattr(bench, "SIDE", (6, 6))
     said = bench.gpu(preset("sim"), 2, "cpu")
     names = list(bench.kernel_cases(preset("sim"), "cpu"))
-    assert runs == 4 * ["triton", "sdpa", "plain"]
+    assert runs[-12:] == 4 * ["triton", "sdpa", "plain"]
     assert [line.split(" | ")[0].strip("| ") for line in said.splitlines()] == [
         "a chunk of 2 steps, batch 1, bf16",
         "---",

@@ -23,7 +23,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +42,9 @@ from weights.files import check_keys, read_json
 
 VIDEO_HZ = 5.0  # the paper's
 BLOCK = 16  # episodes whose numbers are measured together
+SIDES = range(16, 4097, 16)  # of a picture
+TYPES = {str: "a text", dict: "{field: choice}", bool | None: "true or false"}
+COLUMNS = ("state", "actions")  # as `Recordings.numbers` gives them
 EPISODES = 100  # that a world renders per level where nobody says how many
 
 # -- a line of a card -----------------------------------------------------------------------------
@@ -68,25 +71,14 @@ class Source:
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
 
     def __post_init__(self):
-        count = "a whole number of episodes"
-        texts = ("embodiment", "contains", "latents")
-        rules = {
-            "path": (is_text(self.path) and self.path and "\0" not in self.path, "a folder"),
-            "level": (is_whole(self.level, 2) and self.level <= 6, "2 to 6"),
-            "weight": (is_number(self.weight) and self.weight > 0, "a number above 0"),
-            "mapping": (isinstance(self.mapping, dict), "{field: choice}"),
-            "normalise": (self.normalise in KINDS, f"one of {', '.join(KINDS)}"),
-            "ahead": (self.ahead in (None, True, False), "true or false"),
-            "draw": (self.draw in ("", "windows", "tasks"), "windows or tasks"),
-            "episodes": (is_whole(self.episodes, 0), count),
-            "held_out": (is_whole(self.held_out, -1), f"{count}, or -1 for 5 %"),
-        }
-        rules |= {name: (is_text(getattr(self, name)), "a text") for name in texts}
-        for name, (good, expected) in rules.items():
-            if not good:
+        allowed = {"normalise": KINDS, "draw": ("windows", "tasks", "")}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            typed = f.type in (int, float) or isinstance(value, f.type)  # see `check_keys`
+            if not typed or value not in allowed.get(f.name, [value]):
                 raise ValueError(
-                    f"source {str(self.path)[:80]!r}: {name} is {getattr(self, name)!r:.80}; "
-                    f"expected {expected}"
+                    f"source {self.path!r:.80}: {f.name} is {value!r:.80}; expected "
+                    f"{allowed.get(f.name) or TYPES[f.type]}"
                 )
 
     @property
@@ -98,16 +90,15 @@ class Source:
         return count // 20 if self.held_out < 0 else self.held_out
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
+@dataclass(frozen=True)
+class CardKeys:
+    """Fields of a dataset card."""
 
-
-def is_whole(value: object, least: int) -> bool:
-    return type(value) is int and value >= least
-
-
-def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    sources: list
+    video_hz: float = 0.0
+    action_hz: float = 0.0
+    size: list | None = None
+    about: str = ""  # for people
 
 
 # -- a source that is open ------------------------------------------------------------------------
@@ -153,8 +144,10 @@ class OpenSource:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
         weighs the episodes."""
         half = int(span / 2 * self.reader.fps + 1e-6)
-        self.counts = np.maximum(1, self.reader.lengths[: self.trained] - half)
-        chance = self.counts.astype(float)
+        lengths = self.reader.lengths[: self.trained]
+        self.rows = int(lengths.sum())
+        self.counts = chance = np.maximum(1, lengths - half)
+        self.windows = int(self.counts.sum())
         if self.source.draw == "tasks":  # every task alike, then its episodes
             tasks = [self.reader.group(e) for e in range(self.trained)]
             _, task, size = np.unique(tasks, return_inverse=True, return_counts=True)
@@ -168,14 +161,6 @@ class OpenSource:
         texts = [given.instruction] if self.reader.told else self.reader.wordings()
         return {given.prefix + text for text in texts}
 
-    @property
-    def windows(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def rows(self) -> int:
-        return int(self.reader.lengths[: self.trained].sum())
-
     def latents(
         self, episode: int, video_hz: float, encode: Callable | None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -185,10 +170,10 @@ class OpenSource:
         if episode not in self.encoded:
             rows = self.reader.latents(episode)
             if rows is None:
-                rows, known = self._latent_source(video_hz, encode)(episode)
+                found = self._latent_source(video_hz, encode)(episode)
             else:
-                known = np.ones(len(rows), bool)
-            self.encoded[episode] = rows, known
+                found = rows, np.ones(len(rows), bool)
+            self.encoded[episode] = found
         return self.encoded[episode]
 
     def _latent_source(self, video_hz: float, encode: Callable | None) -> Callable:
@@ -292,8 +277,6 @@ class Pyramid:
     encode: Callable | None = None  # flows to latent actions: see `LatentFlows`
     words: Sequence[Words] = ()  # tokenizers that instructions are tried on
 
-    FIELDS = ("sources", "video_hz", "action_hz", "size", "about")
-
     def __post_init__(self):
         self.name = str(self.path)
         root, self.card = self._read(Path(self.path))
@@ -305,7 +288,7 @@ class Pyramid:
         except (TypeError, ValueError) as error:
             raise ValueError(f"card {self.name}: {error}") from error
         self.weights = np.array([o.source.weight for o in self.opened])
-        self.size = tuple(self.card.get("size", self.size))
+        self.size = tuple(map(int, self.card.get("size", self.size)))
         for o in self.opened:
             o.plan(self.span)
 
@@ -349,16 +332,16 @@ class Pyramid:
                 continue
             robot = o.source.embodiment
             other = first.setdefault(robot, o)
-            kinds = {x.reader.widths: x.source.path for x in (o, other)}
-            if len(kinds) > 1:
+            if o.reader.widths != other.reader.widths:
+                kinds = {x.reader.widths: x.source.path for x in (o, other)}
                 raise ValueError(
                     f"sources of robot {robot!r} have {kinds} numbers of state and action; give "
                     "them two names by embodiment, or choose columns by mapping"
                 )
             pairs = zip(other.reader.axes, o.reader.axes)
             other_names = [pair for pair in pairs if all(pair) and pair[0] != pair[1]]
-            unsure = other_names or not (o.named and other.named)
-            if o is not other and unsure and not (o.told and other.told):
+            sure = o.named and other.named and not other_names
+            if o is not other and not sure and not (o.told and other.told):
                 raise ValueError(
                     f"sources {other.source.path} and {o.source.path} are of robot {robot!r} by "
                     f"their files, the names of whose numbers differ in {other_names}; give each "
@@ -368,11 +351,10 @@ class Pyramid:
     def _check_texts(self) -> None:
         for o in self.opened if self.words else ():
             for text in o.instructions:
-                signs = [sign for words in self.words for sign in words.signs(text)]
-                if signs:
+                for sign in sum((words.signs(text) for words in self.words), []):
                     raise ValueError(
-                        f"source {o.source.path}: instruction {text!r:.200} holds {signs[0]}, a "
-                        "sign and no word to the backbones; reword it, or give one by "
+                        f"source {o.source.path}: instruction {text!r:.200} holds {sign}, a sign "
+                        "and no word to the backbones; reword it, or give one by "
                         "mapping.instruction"
                     )
 
@@ -429,13 +411,11 @@ class Pyramid:
         acting = [o for o in self.opened if o.reader.widths[1]]
         blocks = [(o, first) for o in acting for first in range(0, o.trained, BLOCK)]
         found: dict[str, Tensor] = {}
-        for number in range(rank, len(blocks), world):
-            o, first = blocks[number]
+        for number, (o, first) in list(enumerate(blocks))[rank::world]:
             robot = o.source.embodiment
             total = sum(other.rows for other in acting if other.source.embodiment == robot)
             episodes = range(first, min(first + BLOCK, o.trained))
-            columns = zip(*(o.reader.numbers(e) for e in episodes))
-            for column, parts in zip(("state", "actions"), columns):
+            for column, parts in zip(COLUMNS, zip(*map(o.reader.numbers, episodes))):
                 if parts[0] is not None:
                     name = f"{robot}/{column}/{number:06d}"
                     found |= measured(np.concatenate(parts), name, total, number)
@@ -453,13 +433,12 @@ class Pyramid:
         statistics = []
         for robot in sorted({o.source.embodiment for o in chosen}):
             mine = [o for o in chosen if o.source.embodiment == robot]
-            kinds = sorted({o.source.normalise for o in mine})
-            if len(kinds) > 1:
+            kind, *others = kinds = sorted({o.source.normalise for o in mine})
+            if others:
                 raise ValueError(
                     f"card {self.name}: sources of {robot} are normalised by {kinds}; choose one"
                 )
-            actions = Normaliser.of(tensors, f"{robot}/actions/", kinds[0])
-            state = Normaliser.of(tensors, f"{robot}/state/", kinds[0])
+            state, actions = (Normaliser.of(tensors, f"{robot}/{c}/", kind) for c in COLUMNS)
             reader = mine[0].reader
             views = tuple(name.removeprefix("observation.images.") for name in reader.cameras)
             seen = self.action_hz, views, reader.given.t_layout, self.size
@@ -484,10 +463,9 @@ class Pyramid:
         rng = np.random.default_rng(seed)
         rows = []
         for i, o in enumerate(self.opened):
-            for e in range(o.trained, len(o.reader.lengths)):
-                starts = o.reader.lengths[e] - math.ceil(self.span * o.reader.fps - 1e-6)
-                if starts > 0:
-                    rows.append((i, e, int(rng.integers(starts))))
+            starts = o.reader.lengths[o.trained :] - math.ceil(self.span * o.reader.fps - 1e-6)
+            for e in np.flatnonzero(starts > 0):
+                rows.append((i, o.trained + int(e), int(rng.integers(starts[e]))))
         if not rows:
             raise ValueError(
                 f"card {self.name}: no held-out episode is longer than {self.span:g} s; set "
@@ -533,11 +511,11 @@ class Pyramid:
         )
         for o in self.opened:
             rows = np.arange(self.frames * self.ratio) / self.action_hz * o.reader.fps
-            off = np.abs(rows - np.round(rows)).max() / o.reader.fps
-            if off > 1e-4:
+            off = 1000 * np.abs(rows - np.round(rows)).max() / o.reader.fps
+            if off > 0.1:
                 lines.append(
-                    f"{o.name}: rows at {o.reader.fps:g} fps are up to {1000 * off:.1f} ms beside "
-                    "the wanted times"
+                    f"{o.name}: rows at {o.reader.fps:g} fps are up to {off:.1f} ms beside the "
+                    "wanted times"
                 )
             ahead = ", actions are later positions" if o.source.ahead else ""
             lines.append(o.reader.describe())
@@ -556,25 +534,16 @@ class Pyramid:
 
 def sources_of(card: dict) -> list[Source]:
     """The lines of a card. ValueError for what is no card."""
-    if unknown := set(card) - set(Pyramid.FIELDS):
-        raise ValueError(
-            f"unknown fields {sorted(unknown)}; expected among {', '.join(Pyramid.FIELDS)}"
-        )
+    check_keys(card, CardKeys, "it")
     lines = card.get("sources")
-    if not isinstance(lines, list) or not lines or not all(isinstance(x, dict) for x in lines):
+    if not lines or not isinstance(lines, list) or {*map(type, lines)} != {dict}:
         raise ValueError('sources must be a list with at least one {"path": ..., "level": ...}')
-    for key in ("video_hz", "action_hz"):
-        value = card.get(key, 1)
-        if not is_number(value) or not 0 < value <= 1000:
-            raise ValueError(f"{key} is {value!r:.50}; expected a rate above 0, at most 1000")
     size = card.get("size", [32, 32])
-    sides = size if isinstance(size, list) else []
-    if len(sides) != 2 or not all(is_whole(n, 16) and n % 16 == 0 and n <= 4096 for n in sides):
+    if not isinstance(size, list) or len(size) != 2 or not all(n in SIDES for n in size):
         raise ValueError(
             f"size is {size!r:.50}; expected [height, width] in multiples of 16 up to 4096"
         )
-    sources = []
-    seen = set()
+    sources = {}  # what makes it another one -> source
     for i, line in enumerate(lines):
         if "path" not in line:
             raise ValueError(f"source {i} has no path; name its folder, relative to the card")
@@ -582,10 +551,9 @@ def sources_of(card: dict) -> list[Source]:
         source = Source(**line)
         own = (source.level, source.embodiment) if source.rendered else ()
         mark = source.path, json.dumps(source.mapping, sort_keys=True), own
-        if mark in seen:
+        if mark in sources:
             raise ValueError(
                 f"source {source.path} is there twice; give it a larger weight instead"
             )
-        seen.add(mark)
-        sources.append(source)
-    return sources
+        sources[mark] = source
+    return list(sources.values())

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +34,17 @@ from formats.recordings import (
     AGAIN,
     MISSING,
     TOLERANCE,
-    Choice,
     Folder,
+    Given,
+    Numbers,
     Storage,
     VideoWriter,
     av,
+    noting,
 )
 from formats.statistics import moments, pooled
 from weights.files import plain_json, read_json
+from weights.options import checked
 
 try:
     import pyarrow as pa
@@ -51,7 +54,7 @@ except ImportError:
 
 # Rows of an episode, episodes of a dataset: above any honest one, and still small in memory.
 MAX_ROWS = 1_000_000
-MAX_SIDE = 1 << 14  # pixels, dimensions
+SIDES = range(1, (1 << 14) + 1)  # pixels, dimensions
 MAX_META = 256 << 20  # bytes of metadata
 PATHS = {
     "v3.0": {
@@ -64,12 +67,8 @@ PATHS = {
         "episode_{episode_index:06d}.mp4",
     },
 }
-LIMITS = {
-    "fps": 1000,
-    "total_episodes": MAX_ROWS,
-    "total_frames": 1000 * MAX_ROWS,
-    "chunks_size": MAX_ROWS,
-}
+NUMBERS = {"fps": float} | dict.fromkeys(("total_episodes", "total_frames", "chunks_size"), int)
+STORAGE = Storage()
 UNSTATED = ("", "unknown", "none", "null")  # robot_type, in lower case, that names no robot
 FOREIGN = {"v3.0": ("tasks.jsonl", "episodes.jsonl"), "v2.1": ("tasks.parquet", "episodes")}
 # Where an episode lies in the videos of a camera: columns of meta/episodes, in seconds at the end.
@@ -87,11 +86,6 @@ PANDAS = """{"index_columns": ["task"], "column_indexes": [], "pandas_version": 
              "pandas_type": "unicode", "numpy_type": "object"},
             {"name": "task_index", "field_name": "task_index", "metadata": null,
              "pandas_type": "int64", "numpy_type": "int64"}]}"""
-# Types of a column of DEFAULTS, by its dtype without the bits.
-NUMBERS = {
-    "float": ("halffloat", "float", "double"),
-    "int": ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"),
-}
 # What a path of info.json may hold; nothing else of a template is filled in.
 TEMPLATE = (
     r"([^{}]|\{video_key\}|\{(episode_chunk|chunk_index|episode_index|file_index)(:0\dd)?\})+"
@@ -107,13 +101,20 @@ def flattened(column: "pa.Array") -> tuple[ndarray, "pa.Array"]:
     return np.ones(len(column), int), column
 
 
-def by_file(chunk: ndarray, file: ndarray, begin: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """Of E episodes: the number of each one's file, their order by file and beginning, and the
-    first in each one's file."""
+def numeric(kind: "pa.DataType") -> str:
+    """Which sort of number a type is, in any precision; empty for what is none."""
+    if pa.types.is_floating(kind):
+        return "float"
+    return "int" if pa.types.is_integer(kind) else ""
+
+
+def by_file(chunk: ndarray, file: ndarray, begin: ndarray) -> tuple[ndarray, ndarray]:
+    """Of E episodes: the number of each one's file, and where the first in that file begins."""
     _, which = np.unique(np.stack([chunk, file]), axis=1, return_inverse=True)
     which = which.ravel()
-    order = np.lexsort((begin, which))
-    return which, order, order[np.searchsorted(which[order], which)]
+    opens = np.full(len(begin), np.inf)
+    np.minimum.at(opens, which, begin)
+    return which, opens[which]
 
 
 class LeRobotDataset(Folder):
@@ -124,7 +125,7 @@ class LeRobotDataset(Folder):
                one in its file
     """
 
-    def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
+    def __init__(self, root: Path, mapping: Given = None):
         super().__init__(root, mapping)
         self._read_info()
         self._choose()
@@ -145,27 +146,23 @@ class LeRobotDataset(Folder):
             if (self.root / "meta" / other).exists():
                 problem = f"belongs to another version than {self.version}"
                 raise self._fault(f"meta/{other}", f"{problem}; keep the files of one version")
-        for key, limit in LIMITS.items():
-            value = self.info.get(key)
-            kinds = (int, float) if key == "fps" else (int,)
-            if type(value) not in kinds or not 0 < value <= limit:
-                expected = f"a number above 0 and at most {limit}, whole but for fps"
-                raise self._fault(key, f"is {value!r:.50}; expected {expected}")
+        for key, kind in NUMBERS.items():
+            checked(f"dataset {self.name}, {key}:", "Dataset", key, self.info.get(key), kind)
         self.fps = self.info["fps"]
         robot = str(self.info.get("robot_type") or "").strip()
         self.stated = robot.lower() not in UNSTATED
         self.robot = robot or self.root.name
-        self.features = self.info.get("features")
-        if not isinstance(self.features, dict):
+        features = self.info.get("features")
+        if not isinstance(features, dict):
             raise self._fault("meta/info.json", f"has no features; {AGAIN}")
+        self.features = {key: about for key, about in features.items() if isinstance(about, dict)}
 
     def _sizes(self, key: str) -> list:
         """The shape of a feature that is read, sizes as they must be."""
         feature = self.features[key]
         sizes = feature.get("shape")
-        sound = isinstance(sizes, list) and all(type(n) is int for n in sizes)
-        if not sound or not all(0 < n <= MAX_SIDE for n in sizes):
-            expected = f"a shape, sizes from 1 to {MAX_SIDE}: correct info.json"
+        if not isinstance(sizes, list) or not all(n in SIDES for n in sizes):
+            expected = f"a shape, sizes from 1 to {SIDES[-1]}: correct info.json"
             raise self._fault(key, f"feature is {feature!r:.80}; expected {expected}")
         return sizes
 
@@ -175,18 +172,16 @@ class LeRobotDataset(Folder):
         cameras = []
         self.left_out = []
         for key, feature in self.features.items():
-            about = feature if isinstance(feature, dict) else {}
-            kind = str(about.get("dtype"))
-            shape = about.get("shape")
-            listed = shape if isinstance(shape, list) else []
-            if re.match("u?int|float", kind) and key not in DEFAULTS:
-                if shape != [0] and len(listed) < 2:
+            kind = str(feature.get("dtype"))
+            shape = feature.get("shape")
+            sizes = shape if isinstance(shape, list) else []
+            if kind in ("video", "image"):
+                depth = (feature.get("info") or {}).get("video.is_depth_map")
+                colour = len(sizes) == 3 and 3 in sizes[::2] and not depth
+                (cameras if kind == "video" and colour else self.left_out).append(key)
+            elif re.match("u?int|float", kind) and key not in DEFAULTS:
+                if shape != [0] and len(sizes) < 2:
                     vectors.append(key)
-            elif kind in ("video", "image"):
-                depth = (about.get("info") or {}).get("video.is_depth_map")
-                coloured = len(listed) == 3 and 3 in (listed[0], listed[2])
-                group = cameras if kind == "video" and coloured and not depth else self.left_out
-                group.append(key)
         return vectors, cameras
 
     def _parquet(
@@ -220,7 +215,7 @@ class LeRobotDataset(Folder):
                     found.append(dict(json.loads(line)))
         return found
 
-    def _metadata(self, names: list[str], rows: int | None, kinds: dict) -> "pa.Table":
+    def _metadata(self, names: list[str], kinds: dict, rows: int | None = None) -> "pa.Table":
         """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
         Nothing of a parquet file is read before its number of rows is known to be right."""
         paths = [self._path(name) for name in names]
@@ -254,9 +249,9 @@ class LeRobotDataset(Folder):
             # The text is a pandas index, which may have no name.
             columns = self._parquet(self._path(name), name, ()).schema_arrow.names
             text = "task" if "task" in columns else "__index_level_0__"
-        table = self._metadata([name], None, {"task_index": pa.int64(), text: pa.string()})
+        table = self._metadata([name], {"task_index": pa.int64(), text: pa.string()})
         tasks = {}
-        for index, task in zip(*(column.to_pylist() for column in table.columns)):
+        for index, task in map(dict.values, table.to_pylist()):
             if index is None or tasks.setdefault(index, task or "") != (task or ""):
                 raise self._fault(
                     name, f"task {index} is {task!r:.60}; expected each whole task_index once"
@@ -264,35 +259,34 @@ class LeRobotDataset(Folder):
         return tasks
 
     def _episode_columns(self) -> dict[str, ndarray]:
-        """Columns of meta/episodes as numbers (E,) in the order of episodes; of the tasks, if they
-        are read, how many each has. They become `episode_tasks`."""
+        """Columns of meta/episodes as v3.0 has them, as numbers (E,) in the order of episodes; of
+        the tasks, if they are read, how many each has. They become `episode_tasks`."""
         files = ["meta/episodes.jsonl"]
         names = ["episode_index", "length"]
+        places = ["data", *(f"videos/{key}" for key in self.cameras)]
         if self.version == "v3.0":
             paths = (self.root / "meta/episodes").rglob("*.parquet")
             files = sorted(str(path.relative_to(self.root)) for path in paths)
             names += ["dataset_from_index", "dataset_to_index"]
-            names += ["data/chunk_index", "data/file_index"]
-            names += [f"videos/{key}/{name}" for key in self.cameras for name in VIDEO]
+            names += [f"data/{name}" for name in VIDEO[:2]]
+            names += [f"{place}/{name}" for place in places[1:] for name in VIDEO]
         kinds = {name: pa.float64() if "timestamp" in name else pa.int64() for name in names}
         if not self.told:
             kinds["tasks"] = pa.list_(pa.string())
-        table = self._metadata(files, self.info["total_episodes"], kinds)
-        order = np.argsort(table["episode_index"].to_numpy(), kind="stable")
-        table = table.take(order)
-        columns = {}
-        for name in names:
-            columns[name] = table[name].to_numpy()
-            good = (columns[name] >= 0) & (columns[name] < np.inf)
-            for episode in np.flatnonzero(~good)[:1]:
-                raise self._fault(
-                    name,
-                    f"is {columns[name][episode]}, null, negative or not finite; {AGAIN}",
-                    episode,
-                )
+        table = self._metadata(files, kinds, self.info["total_episodes"])
+        table = table.sort_by("episode_index")
+        columns = {name: table[name].to_numpy() for name in names}
         if not self.told:
             self.episode_tasks = table["tasks"].combine_chunks()
-            columns["tasks"] = np.asarray(self.episode_tasks.value_lengths().fill_null(0))
+            columns["tasks"] = self.episode_tasks.value_lengths().fill_null(0).to_numpy()
+        if self.version == "v2.1":  # which does not say it: each episode has its own files
+            length = columns["length"]
+            number = np.arange(len(table))
+            own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
+            for place in places:
+                columns |= {f"{place}/{name}": values for name, values in zip(VIDEO, own)}
+            end = np.cumsum(length)
+            columns |= {"dataset_from_index": end - length, "dataset_to_index": end}
         return columns
 
     def _read_episodes(self) -> None:
@@ -300,34 +294,33 @@ class LeRobotDataset(Folder):
         columns = self._episode_columns()
         number = np.arange(self.info["total_episodes"])
         length = columns["length"]
-
-        start = np.cumsum(length) - length
-        remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
+        end = np.cumsum(length)
+        start = end - length
         # Column, which episodes are right, remedy.
-        checks = [("episode_index", columns["episode_index"] == number, remedy)]
+        remedy = f"expected a number from 0 on: {AGAIN}"
+        checks = [(name, (x >= 0) & (x < np.inf), remedy) for name, x in columns.items()]
+        remedy = "episodes must be 0, 1, 2, ...: one is missing or there twice"
+        checks.append(("episode_index", columns["episode_index"] == number, remedy))
         remedy = f"an episode has 1 to {MAX_ROWS} rows: split or drop it"
         checks.append(("length", (length >= 1) & (length <= MAX_ROWS), remedy))
         if not self.told:
             checks.append(("tasks", columns["tasks"] > 0, "give each episode at least one"))
-        for name, wanted in (("from", start), ("to", start + length)):
-            name = f"dataset_{name}_index"
-            remedy = "must count the rows of all episodes before"
-            checks.append((name, columns.get(name, wanted) == wanted, remedy))
-        # In v2.1, which does not say it, each episode has its own files.
-        own = (number // self.info["chunks_size"], number, 0.0 * number, length / self.fps)
+        remedy = "must count the rows of all episodes before"
+        for name, wanted in {"dataset_from_index": start, "dataset_to_index": end}.items():
+            checks.append((name, columns[name] == wanted, remedy))
         self.video_at = {}
         for key in self.cameras:
             names = [f"videos/{key}/{name}" for name in VIDEO]
-            chunk, file, begin, end = (columns.get(*pair) for pair in zip(names, own))
-            right = np.abs(end - begin - length / self.fps) <= 0.5 / self.fps
+            chunk, file, begin, close = map(columns.get, names)
+            right = np.abs(close - begin - length / self.fps) <= 0.5 / self.fps
             checks.append((names[3], right, "must be from_timestamp + length / fps"))
-            which, order, first = by_file(chunk, file, begin)
-            gap = begin[order[1:]] - end[order[:-1]]
-            apart = np.ones(len(number), bool)
-            apart[order[1:]] = np.diff(which[order]).astype(bool) | (gap >= -0.5 / self.fps)
+            which, opens = by_file(chunk, file, begin)
+            order = np.lexsort((begin, which))
+            before, after = order[:-1], order[1:]
+            late = (which[before] < which[after]) | (begin[after] >= close[before] - 0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
-            checks.append((names[2], apart, remedy))
-            self.video_at[key] = (chunk, file, begin, begin[first])
+            checks.append((names[2], ~np.isin(number, after[~late]), remedy))
+            self.video_at[key] = (chunk, file, begin, opens)
         for name, good, remedy in checks:
             for episode in np.flatnonzero(~good)[:1]:
                 raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
@@ -335,11 +328,9 @@ class LeRobotDataset(Folder):
             problem = f"is {self.info['total_frames']}, the episodes have {length.sum()}"
             raise self._fault("total_frames", f"{problem}; correct info.json")
         # Within a data file rows run from its first episode; it has the rows of all its episodes.
-        chunk = columns.get("data/chunk_index", own[0])
-        file = columns.get("data/file_index", own[1])
-        which, _, first = by_file(chunk, file, start)
-        rows = np.bincount(which, length).astype(int)
-        self.data_at = (chunk, file, start - start[first], rows[which])
+        chunk, file = columns["data/chunk_index"], columns["data/file_index"]
+        which, opens = by_file(chunk, file, start)
+        self.data_at = (chunk, file, start - opens, np.bincount(which, length)[which])
         self.lengths = length
 
     def _choose(self) -> None:
@@ -387,7 +378,7 @@ class LeRobotDataset(Folder):
         for key in self.cameras:
             shape = self._sizes(key)
             self.sizes[key] = tuple(shape[:2] if shape[2] == 3 else shape[1:])
-        self.unused = [key for key in cameras if key not in self.cameras] + self.left_out
+        self.unused = [key for key in cameras + self.left_out if key not in self.cameras]
 
     def _axes(self, key: str) -> list[str] | None:
         """Names of a vector's numbers, where they say more than their place."""
@@ -440,10 +431,10 @@ class LeRobotDataset(Folder):
         width = feature["shape"][0]
         widths, values = flattened(column)
         empty = column.null_count + values.null_count
-        right = values.type == pa.type_for_alias(dtype)
+        kind = pa.type_for_alias(dtype)
+        right = values.type == kind
         if key in DEFAULTS:
-            dtype = dtype.rstrip("0123456789")
-            right = str(values.type) in NUMBERS[dtype]
+            right = numeric(values.type) == numeric(kind)
         if not right or empty or (widths != width).any():
             raise self._fault(
                 key,
@@ -462,10 +453,8 @@ class LeRobotDataset(Folder):
         rows = {}
         faults = []
         for key in table.column_names:
-            try:
+            with noting(faults):
                 rows[key] = self._values(episode, key, table[key].combine_chunks())
-            except ValueError as error:
-                faults.append(error)
         at = np.arange(len(table))[:, None]
         expected = {
             "frame_index": at,
@@ -480,13 +469,13 @@ class LeRobotDataset(Folder):
             for row in np.flatnonzero(np.abs(found - wanted) > slack)[:1]:
                 problem = f"row {row} is {found[row, 0]}, expected {wanted[row, 0]:.10g}"
                 remedy = f"rows must follow at {self.fps} fps: other fps, a gap, or another order?"
-                faults.append(self._fault(key, f"{problem}; {remedy}", episode))
+                faults.append(str(self._fault(key, f"{problem}; {remedy}", episode)))
         for unknown in set(rows.get("task_index", at[:0]).flat) - self.tasks.keys():
             remedy = f"add the task, or choose from {sorted(self.tasks)[:20]}"
             problem = f"is {unknown}, which meta/tasks lacks; {remedy}"
-            faults.append(self._fault("task_index", problem, episode))
+            faults.append(str(self._fault("task_index", problem, episode)))
         if faults:
-            raise ValueError("\n".join(map(str, faults)))
+            raise ValueError("\n".join(faults))
         return rows
 
     def rows(self, episode: int, *more: str) -> dict[str, ndarray]:
@@ -499,7 +488,7 @@ class LeRobotDataset(Folder):
         self.open_files.put(key, rows)
         return rows
 
-    def numbers(self, episode: int) -> tuple[ndarray | None, ndarray | None]:
+    def numbers(self, episode: int) -> Numbers:
         rows = self.rows(episode)
         return rows.get(self.titles["state"]), rows.get(self.titles["action"])
 
@@ -518,10 +507,10 @@ class LeRobotDataset(Folder):
         return dict(zip(names, rows.T))
 
     def recorded_texts(self, episode: int, row: int | None = None) -> list[str]:
-        indices = self.rows(episode)["task_index"][:, 0]
+        indices = self.rows(episode)["task_index"].ravel()
         if row is not None:
             indices = indices[[row]]
-        return list(dict.fromkeys(self.tasks[index] for index in indices.tolist()))
+        return list(dict.fromkeys(map(self.tasks.get, indices.tolist())))
 
     def group(self, episode: int) -> str:
         """Its first task; with one instruction for all there is one."""
@@ -533,16 +522,13 @@ class LeRobotDataset(Folder):
     # Copies.
 
     def whole(self, cameras: Sequence[str] = ()) -> "LeRobotDataset":
-        _, found = self._candidates()
-        given = replace(
-            self.given, cameras=tuple(cameras or found), t_layout=False, instruction=None
-        )
+        cameras = tuple(cameras or self._candidates()[1])
+        given = replace(self.given, cameras=cameras, t_layout=False, instruction=None)
         return type(self)(self.root, given)
 
     def stored(self, episode: int) -> tuple:
         """With all columns as they are, and the task of each row."""
-        kept = [key for key in self.features if key not in {*DEFAULTS, *self.cameras}]
-        table = self._table(episode, (), kept)
+        table = self._table(episode, (), [key for key in self.features if key not in DEFAULTS])
         columns = {k: (self.features[k], table[k].combine_chunks()) for k in table.column_names}
         tasks = [self.tasks[index] for index in self.rows(episode)["task_index"].flat]
         views = self.views(episode, range(self.lengths[episode]))
@@ -562,9 +548,6 @@ class LeRobotDataset(Folder):
 
     # Pictures.
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
-        return {camera: self.pictures(episode, camera, rows) for camera in self.cameras}
-
     def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
         chunk, file, origin, opens = (x[episode].item() for x in self.video_at[camera])
@@ -573,12 +556,10 @@ class LeRobotDataset(Folder):
         yield from self._decode(episode, camera, rows, path, origin, opens)
 
     def describe(self) -> str:
-        def how(field: str) -> str:
-            return "as told" if getattr(self.given, field) else "chosen automatically"
-
+        how = {k: "as told" if v else "chosen automatically" for k, v in vars(self.given).items()}
         frames = self.info["total_frames"]
         state, action = (name or "none" for name in self.titles.values())
-        sizes = (f"{key} ({' x '.join(map(str, self.sizes[key]))})" for key in self.cameras)
+        sizes = (f"{key} ({height} x {width})" for key, (height, width) in self.sizes.items())
         unused = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         layout = ", as one T-layout" if self.given.t_layout else ""
         tasks = "one instruction" if self.told else f"{len(self.tasks)} tasks"
@@ -586,9 +567,9 @@ class LeRobotDataset(Folder):
             f"{self.name}: LeRobot {self.version}, robot {self.info.get('robot_type')}, "
             f"{len(self.lengths)} episodes, {frames} rows at {self.fps} fps "
             f"({frames / self.fps / 3600:.2f} h), {tasks}\n"
-            f"  state    {state} ({self.widths[0]}), {how('state')}\n"
-            f"  actions  {action} ({self.widths[1]}), {how('action')}\n"
-            f"  cameras  {', '.join(sizes) or 'none'}, {how('cameras')}{layout}{unused}"
+            f"  state    {state} ({self.widths[0]}), {how['state']}\n"
+            f"  actions  {action} ({self.widths[1]}), {how['action']}\n"
+            f"  cameras  {', '.join(sizes) or 'none'}, {how['cameras']}{layout}{unused}"
         )
 
 
@@ -609,8 +590,7 @@ def named(blocks: Sequence[Tensor], feature: dict) -> dict[str, list]:
 def statistics_of(column: "pa.Array") -> Tensor | None:
     """`moments` of a column whose rows hold as many numbers each."""
     widths, values = flattened(column)
-    numeric = str(values.type) in (*NUMBERS["float"], *NUMBERS["int"])
-    if not numeric or values.null_count or len(set(widths.tolist())) != 1:
+    if not numeric(values.type) or values.null_count or np.ptp(widths):
         return None
     rows = values.to_numpy(zero_copy_only=False).reshape(len(widths), -1)
     return moments(torch.from_numpy(rows.astype(np.float64)))
@@ -631,7 +611,7 @@ class Writer:
                 raise ValueError(f"dataset {folder} exists; remove it or write elsewhere")
         self.features = {}
         self.episodes = []  # rows of meta/episodes
-        self.stats = []  # of each episode, by column and camera
+        self.stats = defaultdict(list)  # column or camera -> of each episode
         self.tasks = {}  # text -> number
         self.total = 0  # rows
         self.number = Counter()  # of the file in use, of data ("") and of each camera
@@ -642,10 +622,14 @@ class Writer:
         number = len(self.episodes)
         return ValueError(f"dataset {self.final}, episode {number}, {field}: {problem}")
 
+    def _place(self, key: str = "") -> tuple[int, int]:
+        """Folder and number of the file in use."""
+        return divmod(self.number[key], self.storage.chunks_size)
+
     def _file(self, field: str, key: str = "") -> Path:
-        chunk, file = divmod(self.number[key], self.storage.chunks_size)
-        place = {"chunk_index": chunk, "file_index": file, "video_key": key}
-        path = self.root / PATHS["v3.0"][field].format(**place)
+        chunk, file = self._place(key)
+        name = PATHS["v3.0"][field].format(chunk_index=chunk, file_index=file, video_key=key)
+        path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -660,43 +644,40 @@ class Writer:
     ) -> None:
         """One episode; `task`: of all rows, or of each; `labels`: name -> T numbers; `columns`:
         name -> feature and pyarrow array (T,), as another dataset has them."""
-        if not isinstance(task, list) and not (isinstance(task, str) and task):
+        if not task or not isinstance(task, list | str):
             raise self._fault("task", f"is {task!r}; give each episode its instruction")
         vectors = {"observation.state": states, "action": actions}
         if labels:
             vectors[LABELS] = np.stack(list(labels.values()), axis=1)
         columns = dict(columns or {})
-        for key, v in vectors.items():
-            if v is not None:
-                names = labels if key == LABELS else map(str, range(np.shape(v)[-1]))
-                columns[key] = self._vector(key, np.asarray(v, np.float32), list(names))
-        lengths = {key: len(values) for key, (_, values) in columns.items()}
+        for key, rows in vectors.items():
+            if rows is not None:
+                columns[key] = self._vector(key, np.asarray(rows, np.float32), labels)
         features = {key: feature for key, (feature, _) in columns.items()}
-        stats = {key: statistics_of(values) for key, (_, values) in columns.items()}
+        values = {key: column for key, (_, column) in columns.items()}
+        lengths = {key: len(column) for key, column in values.items()}
+        stats = {key: statistics_of(column) for key, column in values.items()}
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
             lengths[key], shape, stats[key] = self._write_video(key, pictures)
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
-        length = next(iter(lengths.values()), 0)
+        length = max(lengths.values(), default=0)
         for key, count in lengths.items():
-            if count != length or not count:
-                raise self._fault(
-                    key, f"has {count} rows for {length} of {next(iter(lengths))}; expected as many"
-                )
+            if count < length:
+                problem = f"has {count} rows for {length} of others; expected as many"
+                raise self._fault(key, problem)
         self.features = self.features or features
         if features != self.features or not features:
             found = {key: feature["shape"] for key, feature in features.items()}
-            raise self._fault(
-                "features", f"are {found}; expected the cameras and widths of episode 0"
-            )
+            problem = f"are {found}; expected the cameras and widths of episode 0"
+            raise self._fault("features", problem)
         tasks = [task] * length if isinstance(task, str) else task
-        values = {key: values for key, (_, values) in columns.items()}
         self._write_rows(values, [self.tasks.setdefault(t, len(self.tasks)) for t in tasks])
         self._write_episode(list(dict.fromkeys(tasks)), length, stats)
         self._close(self.storage.data_mb, self.storage.video_mb)
 
-    def _vector(self, key: str, rows: ndarray, names: list[str]) -> tuple[dict, "pa.Array"]:
+    def _vector(self, key: str, rows: ndarray, labels: Mapping | None) -> tuple[dict, "pa.Array"]:
         """The feature and the column of rows (T, D) float32."""
         if rows.ndim != 2 or not rows.size or not np.isfinite(rows).all():
             problem = f"is {rows.shape} with {(~np.isfinite(rows)).sum()} not finite"
@@ -705,55 +686,55 @@ class Writer:
         values = pa.array(rows.ravel())
         if width > 1:
             values = pa.FixedSizeListArray.from_arrays(values, width)
+        names = list(labels) if key == LABELS else list(map(str, range(width)))
         return {"dtype": "float32", "shape": [width], "names": names}, values
 
-    def _write_video(
-        self, key: str, pictures: Iterable[ndarray]
-    ) -> tuple[int, list[int], Tensor | None]:
+    def _write_video(self, key: str, pictures: Iterable[ndarray]) -> tuple[int, list[int], Tensor]:
         """Adds an episode to a camera's mp4: number of pictures, shape, statistics of a few."""
         some = []  # rows of colours (n, 3)
-        shape = self.features.get(key, {}).get("shape")
         count = 0
+        shape = ()  # of the first picture
         for picture in map(np.asarray, pictures):
-            shape = shape or list(picture.shape)
-            if picture.dtype != np.uint8 or list(picture.shape) != [*shape[:2], 3]:
+            shape = shape or picture.shape
+            if picture.dtype != np.uint8 or picture.shape != (*shape[:2], 3):
                 problem = f"picture {count} is {picture.dtype} {picture.shape}"
                 raise self._fault(key, f"{problem}; expected uint8 (H, W, 3) of one size")
             if key not in self.videos:
                 path = self._file("video_path", key)
-                self.videos[key] = VideoWriter(path, self.fps, picture.shape[:2], self.storage)
+                self.videos[key] = VideoWriter(path, self.fps, shape[:2], self.storage)
             self.videos[key].add(picture, first=count == 0)
             if count % 10 == 0:
                 some.append(picture[::4, ::4].reshape(-1, 3))
             count += 1
         if not some:
-            return 0, shape, None
+            raise self._fault(key, "has no pictures; give one for each row")
         found = moments(torch.from_numpy(np.concatenate(some) / 255))
         found[[0, 2]] /= len(some[0])  # LeRobot counts pictures
-        return count, shape, found
+        return count, list(shape), found
 
     def _write_rows(self, columns: dict[str, "pa.Array"], tasks: list[int]) -> None:
         """Adds an episode to the data file, which is opened if there is none."""
         at = np.arange(len(tasks))
-        episode = np.full(len(at), len(self.episodes))
-        values = (at / self.fps, np.array(tasks), at, episode, self.total + at)
+        values = (at / self.fps, tasks, at, 0 * at + len(self.episodes), self.total + at)
         for (key, feature), numbers in zip(DEFAULTS.items(), values):
-            columns[key] = numbers.astype(feature["dtype"])
+            columns[key] = np.asarray(numbers, feature["dtype"])
         table = pa.table(columns)
         if self.data is None:
             self.data_path = self._file("data_path")
             self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(self, tasks: list[str], length: int, stats: dict[str, ndarray]) -> None:
+    def _write_episode(
+        self, tasks: list[str], length: int, stats: dict[str, Tensor | None]
+    ) -> None:
         """The episode's row of meta/episodes: places, tasks and statistics."""
-        size = self.storage.chunks_size
+        chunk, file = self._place()
         row = {
             "episode_index": len(self.episodes),
             "tasks": tasks,
             "length": length,
-            "data/chunk_index": self.number[""] // size,
-            "data/file_index": self.number[""] % size,
+            "data/chunk_index": chunk,
+            "data/file_index": file,
             "dataset_from_index": self.total,
             "dataset_to_index": self.total + length,
             "meta/episodes/chunk_index": 0,
@@ -761,13 +742,13 @@ class Writer:
         }
         for key, video in self.videos.items():
             end = video.frames / self.fps
-            place = (*divmod(self.number[key], size), end - length / self.fps, end)
+            place = (*self._place(key), end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
         for key, found in stats.items():
             if found is not None:
+                self.stats[key].append(found)
                 found = named([found], self.features[key])
                 row |= {f"stats/{key}/{name}": values for name, values in found.items()}
-        self.stats.append(stats)
         self.episodes.append(row)
         self.total += length
 
@@ -794,11 +775,7 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {}
-        for key, feature in self.features.items():
-            blocks = [one[key] for one in self.stats if one[key] is not None]
-            if blocks:
-                whole[key] = named(blocks, feature)
+        whole = {key: named(blocks, self.features[key]) for key, blocks in self.stats.items()}
         (meta / "stats.json").write_text(plain_json(whole), "utf-8")
         count = len(self.episodes)
         info = {
@@ -822,13 +799,13 @@ class Writer:
 
 
 def write_v3(
-    root: str | Path, episodes: Iterable[tuple], fps: float, storage: Storage | None = None
+    root: str | Path, episodes: Iterable[tuple], fps: float, storage: Storage = STORAGE
 ) -> None:
     """Writes a v3.0 dataset. episodes: what `Writer.add` takes, at least (frames, states (T, P) or
     None, actions (T, A) or None, task); frames is a dict camera -> T pictures (H, W, 3) uint8, any
     iterable; labels are facts that only a simulator knows. ValueError for what is wrong in them;
     nothing is left behind then."""
-    writer = Writer(root, fps, storage or Storage())
+    writer = Writer(root, fps, storage)
     try:
         for episode in episodes:
             writer.add(*episode)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from formats.cards import Pyramid
-from weights.files import open_source
+from weights.files import open_source, same_config
 
 LABELLED = (4, 6)  # levels whose actions the latent-action encoder may look at: the target robot's
 
@@ -55,11 +55,7 @@ def read_tokens(folders: Sequence[Path], model) -> tuple[Tensor, Tensor, Tensor]
     for path in sorted(path for folder in folders for path in folder.glob("tokens/*.safetensors")):
         with open_source(path) as source:
             made = json.loads(source.metadata.get("made", "{}"))
-            wrong = [
-                f"{k}={made.get(k)} instead of {v}" for k, v in wanted.items() if made.get(k) != v
-            ]
-            if wrong:
-                raise ValueError(f"{path}: made with {', '.join(wrong)}; make it again")
+            same_config(path, {key: made.get(key) for key in wanted}, wanted)
             rows.append([source.read(key).clone() for key in ("tokens", "labels", "mask")])
     if not rows:
         raise ValueError(f"{folders} hold no tokens; `python -m scripts.latents tokens` makes them")

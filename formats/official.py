@@ -19,7 +19,7 @@ and masked.
 Shapes: T rows of an episode, H W pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 from numpy import ndarray
 
 from formats.lerobot import write_v3
-from formats.recordings import Choice, Folder, Recordings, Storage, VideoReader
+from formats.recordings import Folder, Given, Numbers, Recordings, Storage, VideoReader
 from weights.files import read_torch
 
 VIEW = "cam_concatenated"
@@ -52,13 +52,13 @@ class OfficialFolder(Folder):
 
     stated = False
 
-    def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
+    def __init__(self, root: Path, mapping: Given = None):
         super().__init__(root, mapping)
-        chosen = self.given.t_layout or self.given.cameras or self.given.state or self.given.action
-        if chosen:
+        given = self.given
+        if given.t_layout or given.cameras or given.state or given.action:
             raise self._fault(
                 "mapping",
-                f"is {self.given}; official folders have one view and one array: only texts can "
+                f"is {given}; official folders have one view and one array: only texts can "
                 "be chosen",
             )
         self.files = []  # task folder, name of an episode
@@ -87,13 +87,13 @@ class OfficialFolder(Folder):
         self.cameras = (VIEW,)
         self.robot = self.root.name
         shapes = np.array([self._rows(e).shape for e in range(len(self.files))])  # (E, 2)
-        widths = shapes[:, 1]
+        lengths, widths = shapes.T
         for e in np.flatnonzero(widths != widths[0])[:1]:
             problem = f"has {widths[e]} columns, episode 0 has {widths[0]}; keep one robot"
             raise self._fault(self.part, problem, e)
         acting = self.part == "qpos"
-        self.lengths = shapes[:, 0] + (0 if acting else 1)  # one latent less than frames
-        self.widths = (int(widths[0]),) * 2 if acting else (0, 0)
+        self.lengths = lengths + (not acting)  # one latent less than frames
+        self.widths = (int(widths[0]) * acting,) * 2
         self.titles = dict.fromkeys(("state", "action"), "qpos" if acting else "")
 
     def _file(self, episode: int, part: str) -> Path:
@@ -109,16 +109,16 @@ class OfficialFolder(Folder):
             rows, _ = read_torch(path)
             if isinstance(rows, dict):
                 rows = rows.get("latent_action")
-            tensor = isinstance(rows, torch.Tensor)
-            if not tensor or not rows.is_floating_point() or rows.dim() != 2 or not rows.numel():
-                kind = f"{rows.dtype} {tuple(rows.shape)}" if tensor else type(rows).__name__
-                raise ValueError(f"holds {kind}, expected a float tensor (rows, dimensions)")
-            size = path.stat().st_size
-            if rows.nbytes > size:
-                raise ValueError(f"claims {rows.nbytes} bytes and has {size}")
+            if not isinstance(rows, torch.Tensor):
+                raise ValueError(f"holds {type(rows).__name__}, expected a tensor")
+            if not rows.is_floating_point() or rows.dim() != 2 or not rows.numel():
+                kind = f"{rows.dtype} {tuple(rows.shape)}"
+                raise ValueError(f"holds {kind}, expected floats (rows, dimensions)")
+            if rows.nbytes > path.stat().st_size:
+                raise ValueError(f"claims {rows.nbytes} bytes, more than it has")
         return self._finite(self.part, rows.float().numpy().copy(), episode)
 
-    def numbers(self, episode: int) -> tuple[ndarray | None, ndarray | None]:
+    def numbers(self, episode: int) -> Numbers:
         rows = self._rows(episode) if self.part == "qpos" else None
         return rows, rows
 
@@ -133,14 +133,15 @@ class OfficialFolder(Folder):
 
     def recorded_texts(self, episode: int, row: int | None = None) -> list[str]:
         folder, name = self.files[episode]
-        found = folder / "metas" / f"{name}.txt"
-        if not (self.root / folder / "metas").is_dir():
-            listed = sorted((self.root / folder / "instructions").glob("*.txt"))
-            known = {path.stem: path.stem for path in listed}
-            only = listed[0].stem if len(listed) == 1 else name
-            found = known.get(name) or known.get(folder.name) or only
-            found = folder / "instructions" / f"{found}.txt"
-        path = self._path(str(found), episode, "instruction")
+        inner = folder / "metas"
+        if not (self.root / inner).is_dir():
+            inner = folder / "instructions"
+            known = [path.stem for path in (self.root / inner).glob("*.txt")]
+            if name not in known and folder.name in known:
+                name = folder.name
+            elif len(known) == 1:
+                (name,) = known
+        path = self._path(str(inner / f"{name}.txt"), episode, "instruction")
         with self._reading("instruction", path.name, episode):
             if path.stat().st_size > MAX_BYTES:
                 raise ValueError(f"has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
@@ -149,13 +150,9 @@ class OfficialFolder(Folder):
                 raise ValueError("is empty, expected a line per wording")
         return list(filter(None, lines))
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
-        return {VIEW: self.pictures(episode, rows)}
-
-    def pictures(self, episode: int, rows: Sequence[int]) -> Iterator[ndarray]:
+    def pictures(self, episode: int, camera: str, rows: Sequence[int]) -> Iterator[ndarray]:
         """Pictures (H, W, 3) uint8 of these rows, which must rise."""
-        path = self._file(episode, "videos")
-        yield from self._decode(episode, VIEW, rows, path)
+        return self._decode(episode, camera, rows, self._file(episode, "videos"))
 
     def stored(self, episode: int) -> tuple:
         """The state is qpos and the action the next position, at the end the last."""

@@ -11,6 +11,7 @@ from formats.cards import Pyramid
 
 # Strides over frames and colours of a film; the first that fits its limit stays.
 PLAIN = {"parse_math": False}  # a dollar in an instruction is a dollar
+LIMIT = 300_000
 SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
 
 
@@ -20,9 +21,8 @@ def film(
     caption: str,
     scale: int = 4,
     ms: int = 400,
-    limit: int = 300_000,
 ) -> None:
-    """A GIF of at most `limit` bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
+    """A GIF of at most LIMIT bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
     names, above a caption."""
     from PIL import Image, ImageDraw, ImageOps
 
@@ -38,7 +38,7 @@ def film(
     for stride, colours in SMALLER:
         first, *rest = (page.quantize(colours) for page in pages[::stride])
         first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
-        if path.stat().st_size <= limit:
+        if path.stat().st_size <= LIMIT:
             return
 
 
@@ -57,10 +57,8 @@ def sheet(
     rows = len(captions)
     dimensions = actions[0].shape[2] if actions else 0
     columns = len(pictures) + dimensions
-    style = ["dark_background", {"font.size": 7}]
-    with context(style):
-        size = (1.8 * columns + 0.4, 1.8 * rows + 0.4)
-        figure = Figure(figsize=size, layout="constrained")
+    with context(["dark_background", {"font.size": 7}]):
+        figure = Figure((1.8 * columns + 0.4, 1.8 * rows + 0.4), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         figure.suptitle(title, fontsize=9)
         for row, caption in enumerate(captions):

@@ -327,11 +327,17 @@ class Choice:
         object.__setattr__(self, "cameras", tuple(self.cameras))
 
     @classmethod
-    def of(cls, given: "Choice | Mapping | None") -> "Choice":
+    def of(cls, given: "Given") -> "Choice":
         if isinstance(given, cls):
             return given
         check_keys(given or {}, cls, "mapping")
         return cls(**(given or {}))
+
+
+Given = Choice | Mapping | None  # a mapping, as a Choice or a dict of its fields
+Numbers = tuple[ndarray | None, ndarray | None]  # of an episode: state (T, P), actions (T, A)
+Views = dict[str, Iterator[ndarray]]  # camera -> pictures (H, W, 3) uint8
+Flows = Iterator[tuple[ndarray, ndarray]]  # batches of flow (n, H, W, 2), which are valid (n,)
 
 
 @dataclass
@@ -378,7 +384,7 @@ class Recordings:
     stated = True
     axes = (None, None)
 
-    def __init__(self, name: str | Path, mapping: Choice | Mapping | None = None):
+    def __init__(self, name: str | Path, mapping: Given = None):
         self.name = str(name)
         self.given = Choice.of(mapping)
 
@@ -421,7 +427,7 @@ class Recordings:
         """Latent actions, standardised, one row for each frame that has one."""
         return None
 
-    def flows(self, episode: int, interval: int) -> Iterator[tuple[ndarray, ndarray]] | None:
+    def flows(self, episode: int, interval: int) -> Flows | None:
         """True optical flow over `interval` rows, where the source knows it: batches of flow
         (n, H, W, 2) in pixels and which of them are valid (n,)."""
         return None
@@ -591,9 +597,10 @@ class Recordings:
 
 
 class Folder(Recordings):
-    """Recordings in a folder. `sizes`: camera -> height and width of its pictures."""
+    """Recordings in a folder. `sizes`: camera -> height and width of its pictures;
+    `pictures(episode, camera, rows)`: one of its `views`."""
 
-    def __init__(self, root: Path, mapping: Choice | Mapping | None = None):
+    def __init__(self, root: Path, mapping: Given = None):
         if av is None:
             raise ValueError(MISSING)
         super().__init__(root, mapping)
@@ -601,9 +608,7 @@ class Folder(Recordings):
         self.open_files = OpenFiles()
 
     @classmethod
-    def open(
-        cls, root: str | Path, mapping: Choice | Mapping | None = None, quiet: bool = False
-    ) -> "Folder":
+    def open(cls, root: str | Path, mapping: Given = None, quiet: bool = False) -> "Folder":
         """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
         fields. ValueError for what is no valid dataset. Choices are printed on stderr unless
         `quiet`."""
@@ -634,14 +639,15 @@ class Folder(Recordings):
         allowed = [path]
         if self.root.parent.name == "snapshots":
             allowed.append(self.root.parents[1] / "blobs" / real.name)
-        problem = ""
+        if real in allowed and real.is_file():
+            return real
+        problem = f"{name} is missing or no file; {AGAIN}"
         if real not in allowed:
             problem = f"{name!r} is a link or leaves the folder; put the file itself into it"
-        elif not real.is_file():
-            problem = f"{name} is missing or no file; {AGAIN}"
-        if problem:
-            raise self._fault(field or name, problem, episode)
-        return real
+        raise self._fault(field or name, problem, episode)
+
+    def views(self, episode: int, rows: Sequence[int]) -> Views:
+        return {camera: self.pictures(episode, camera, rows) for camera in self.cameras}
 
     def _decode(
         self,

@@ -11,12 +11,12 @@ Of an episode's T + 1 frames the last, after which nothing is done, is left out 
 Shapes: T rows of an episode, H W pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 
-from formats.recordings import Recordings
+from formats.recordings import Flows, Numbers, Recordings, Views
 from worlds import motions, simulator
 
 PREFIX = "world:"  # of a source's path
@@ -36,9 +36,6 @@ class Lengths:
         if isinstance(index, slice):
             return np.array([self[e] for e in range(len(self))[index]], int)
         return len(self.reader.episode(index).motion) - 1
-
-    def tolist(self) -> list[int]:
-        return self[:].tolist()
 
 
 class Rendered(Recordings):
@@ -89,7 +86,7 @@ class Rendered(Recordings):
             return self.trained[number]
         return self.untrained[number - self.count]
 
-    def numbers(self, episode: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def numbers(self, episode: int) -> Numbers:
         if not self.titles:
             return None, None
         return self.episode(episode).states[:-1], self.episode(episode).actions
@@ -100,22 +97,22 @@ class Rendered(Recordings):
     def wordings(self) -> set[str]:
         return {episode.instruction for episode in self.trained if episode.instruction}
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+    def views(self, episode: int, rows: Sequence[int]) -> Views:
         return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}
 
     def labels(self, episode: int) -> dict[str, np.ndarray]:
         found = motions.places(self.episode(episode))
         return {name: values[:-1] for name, values in found.items()}
 
-    def flows(self, episode: int, interval: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def flows(self, episode: int, interval: int) -> Flows:
         yield motions.flows(self.episode(episode), interval)
 
     def motions(self, episode: int, interval: int) -> np.ndarray:
         return motions.labels(self.episode(episode), interval)
 
     def left_behind(self) -> list[str]:
-        found = {"labels": self.labels(0), "flow and motions": True}
-        return [f"{name} that the simulator knows" for name, known in found.items() if known]
+        labels = "labels, " if self.labels(0) else ""
+        return [f"{labels}flow and motions that the simulator knows"]
 
     def describe(self) -> str:
         return (

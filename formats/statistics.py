@@ -6,12 +6,14 @@ the same for any number of ranks.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from weights.files import check_keys
 
 KINDS = ("mean_std", "min_max", "quantile", "none")
 MOST = 1 << 16  # rows of a robot from which quantiles are taken; of more, about so many are drawn
@@ -85,10 +87,10 @@ class Normaliser:
             "mean_std": (self.mean, self.std),
             "min_max": (low, high - low),
             "quantile": ((q99 + q01) / 2, (q99 - q01) / 2),
-            "none": (np.zeros(len(self.mean)), np.ones(len(self.mean))),
+            "none": np.multiply.outer((0.0, 1.0), np.ones(len(self.mean))),
         }
-        offset, spans = kinds[self.kind]
-        return list(map(float, offset)), [float(x) if x > 1e-6 else 1.0 for x in spans]
+        offset, spans = np.array(kinds[self.kind])
+        return offset.tolist(), np.where(spans > 1e-6, spans, 1.0).tolist()
 
     @property
     def scale(self) -> list[float]:
@@ -132,11 +134,7 @@ class Statistics:
                 "one of them"
             )
         stored = known[names.index(robot) if robot else 0]
-        allowed = [f.name for f in fields(cls)]
-        if unknown := set(stored) - set(allowed):
-            raise ValueError(
-                f"statistics have unknown fields {sorted(unknown)}; expected among {allowed}"
-            )
+        check_keys(stored, cls, "statistics")
         values = as_tuples(stored)
         for column in ("actions", "state"):
             if values.get(column):

@@ -177,7 +177,7 @@ def test_latent_actions_of_a_dataset_are_standardised_and_masked(card, tmp_path)
     another interval is refused."""
     shutil.copytree(card.parent, tmp_path / "toy")
     pyramid = opened(tmp_path / "toy", (2,))
-    lengths = pyramid.opened[0].reader.lengths.tolist()
+    lengths = pyramid.opened[0].reader.lengths[:].tolist()
     write_latents(pyramid.opened[0].folder, lengths, skipped=(1,))
     rows = torch.tensor([(0, 2, 5), (0, 2, lengths[2] - 8), (0, 1, 0)])
     batch = data.batch_of(pyramid, rows, "latent", (), LATENT)
@@ -689,7 +689,7 @@ def test_stages_1_and_2_train_from_a_card(card, tmp_path):
     with pytest.raises(ValueError, match="holds no latent actions.*scripts.latents encode"):
         trained("2", tmp_path / "no", "--data", ours, "--init", first)
     for o in opened(ours, (2, 5)).opened:
-        write_latents(o.folder, o.reader.lengths.tolist())
+        write_latents(o.folder, o.reader.lengths[:].tolist())
     second = trained("2", tmp_path / "s2", "--data", ours, "--init", first)
     assert float(log(second)[0]["action"]) > 0
     few = ["--steps", "1", "--episodes", "2"]

@@ -17,7 +17,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("av")
 from lerobot_files import SINGLE, as_v21  # noqa: E402
 
-from formats.cards import Pyramid, Source  # noqa: E402
+from formats.cards import CardKeys, Pyramid, Source  # noqa: E402
 from formats.lerobot import PANDAS, write_v3  # noqa: E402
 from formats.recordings import Choice  # noqa: E402
 
@@ -319,7 +319,12 @@ def test_settings_extras_and_options_that_messages_name_exist():
     """mapping.X is a field of a mapping, "x" of a card, motus[x] an extra, --x an option."""
     stored = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     choices = {f.name for f in fields(Choice)}
-    keys = {f.name for f in fields(Source)} | set(Pyramid.FIELDS) | {"level", "path"} | choices
+    keys = (
+        {f.name for f in fields(Source)}
+        | {f.name for f in fields(CardKeys)}
+        | {"level", "path"}
+        | choices
+    )
     named = {"mapping": set(), "card": set(), "extra": set()}
     for text in messages():
         if text == PANDAS:

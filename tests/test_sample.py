@@ -141,15 +141,15 @@ def test_predicting_the_mean_is_the_baseline_of_the_actions():
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path):
+def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path, monkeypatch):
     """Even of pure noise, a long film fits: fewer colours, then fewer frames. Its pixels are
     enlarged four times."""
     videos = np.random.default_rng(0).integers(0, 256, (2, 9, 48, 48, 3), np.uint8)
+    monkeypatch.setattr("formats.pictures.LIMIT", 120_000)
     film(
         tmp_path / "a.gif",
         {"predicted": videos[0], "true": videos[1]},
         "put the red disc at the top",
-        limit=120_000,
     )
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.size == (2 * 192, 192 + 40) and 1 < gif.n_frames <= 9

@@ -50,6 +50,14 @@ WanConfig           (0,1]           eps
 DCAEConfig          [1,1e5]         head_dim latent_channels
 DCAEConfig          [0,1e5]         conv_stages
 Card                [0,1e9]         step
+Source              [2,6]           level
+Source              (0,1e9]         weight
+Source              [0,1e9]         episodes
+Source              [-1,1e9]        held_out
+Dataset             [1,1e6]         chunks_size total_episodes
+Dataset             [1,1e9]         total_frames
+Dataset             (0,1000]        fps
+CardKeys            (0,1000]        action_hz video_hz
 """
 INTERVALS = {
     (owner, name): interval

@@ -112,11 +112,6 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
-    def rate(self) -> int:
-        """Action steps per video frame."""
-        return self.statistics.rate
-
-    @property
     def own_width(self) -> int:
         """Dimensions of this robot's actions."""
         return len(self.statistics.actions.mean)
@@ -159,11 +154,25 @@ class Policy:
         video: bool = True,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """As `act`; also, if asked and the mode imagines any, the video (n, 1 + F, H, W, 3) uint8,
-        the observation first."""
+        the observation first. ValueError for what it cannot read."""
+        if not self.stage.finetune or self.mode not in ACTING:
+            raise ValueError(
+                f"mode {self.mode} at stage {self.card.stage} does not act; expected "
+                f"{' or '.join(ACTING)} at stage 3"
+            )
         images = np.asarray(images)
         states = np.asarray(states, np.float32)
-        self.check_observation(images, states, instructions)
+        n = len(images)
         robot = self.statistics
+        numbers = (n, len(robot.state.mean) if robot.state else self.model.config.state_dim)
+        pictures = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3
+        finite = states.shape == numbers and np.isfinite(states).all()
+        if not (pictures and finite and len(instructions) == n > 0):
+            raise ValueError(
+                f"images are {images.dtype} {images.shape}, states {states.shape}, with "
+                f"{len(instructions)} instructions; expected uint8 (n, H, W, 3), finite {numbers} "
+                f"and {n}, n at least 1"
+            )
         images = fit(images, *(robot.size or PRESETS[self.card.preset].size))
         state = torch.tensor(states)
         if robot.state:
@@ -174,27 +183,6 @@ class Policy:
         if prediction.video is None or not video:
             return actions, None
         return actions, self.backbones.decode_video(prediction.video).cpu().numpy()
-
-    def check_observation(
-        self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str]
-    ) -> None:
-        """ValueError for what `predict` cannot read."""
-        if not self.stage.finetune or self.mode not in ACTING:
-            raise ValueError(
-                f"mode {self.mode} at stage {self.card.stage} does not act; expected "
-                f"{' or '.join(ACTING)} at stage 3"
-            )
-        n = len(images)
-        known = self.statistics.state
-        numbers = (n, len(known.mean) if known else self.model.config.state_dim)
-        pictures = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3
-        finite = states.shape == numbers and np.isfinite(states).all()
-        if not (pictures and finite and len(instructions) == n > 0):
-            raise ValueError(
-                f"images are {images.dtype} {images.shape}, states {states.shape}, with "
-                f"{len(instructions)} instructions; expected uint8 (n, H, W, 3), finite {numbers} "
-                f"and {n}, n at least 1"
-            )
 
 
 # -- figures --------------------------------------------------------------------------------------

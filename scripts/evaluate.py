@@ -58,7 +58,7 @@ class RandomPolicy:
         self.size = (chunk, dim)
         self.generator = torch.Generator()
 
-    def predict(self, images: ndarray, *_, video: bool = True) -> tuple[ndarray, None]:
+    def predict(self, images: ndarray, *_, **__) -> tuple[ndarray, None]:
         """As `Policy.predict` -> actions (n, S, A), and no imagined video; a policy that has one
         returns (n, 1 + F, H, W, 3) uint8."""
         draws = torch.rand(len(images), *self.size, generator=self.generator)
@@ -74,16 +74,17 @@ class Expert(RandomPolicy):
         super().__init__(1, worlds.action_dim)
         self.worlds = worlds
 
-    def predict(self, *_, video: bool = True) -> tuple[ndarray, None]:
+    def predict(self, *_, **__) -> tuple[ndarray, None]:
         return self.worlds.expert()[:, None], None
 
 
 # -- statistics -----------------------------------------------------------------------------------
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> list[float]:
+def wilson(successes: int, trials: int) -> list[float]:
     """Wilson's interval for a rate: it does not leave 0..1 and does not shrink to a point at 0 or
     `trials` successes."""
+    z = 1.96  # 95 %
     rate = successes / trials
     spread = z * z / trials
     middle = rate + spread / 2
@@ -117,9 +118,8 @@ def percent(rate: dict) -> str:
 
 def columns(*lines: Sequence[str]) -> str:
     """Lines of cells as text."""
-    cells = np.array(lines)
-    padded = np.strings.ljust(cells, np.strings.str_len(cells).max(axis=0))
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
@@ -162,8 +162,8 @@ def rollout(
     world is filmed."""
     worlds.reset(seeds)
     n = worlds.n
-    done = 0
     steps = np.zeros(n, int)
+    done = 0
     films = [[] for _ in range(n)] if rate else []
     while done < max_steps and not worlds.success.all():
         seen = worlds.observe()
@@ -204,9 +204,8 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
         videos = dict(zip(("real", "imagined"), map(np.stack, zip(*pictures))))
         ending = "(solved)" if rollouts.success[i] else "(not solved)"
         caption = f"{rollouts.instruction[i]} {ending}"
-        film(
-            folder / f"{name}_{i}.gif", videos, caption, max(1, 192 // len(pictures[0][0])), ms=150
-        )
+        scale = max(1, 192 // len(pictures[0][0]))
+        film(folder / f"{name}_{i}.gif", videos, caption, scale, ms=150)
 
 
 # -- the worlds -----------------------------------------------------------------------------------
@@ -284,16 +283,16 @@ class Arena(NamedTuple):
         sim = like["sim"] or (policy and PRESETS[policy.card.preset].world)
         if not sim or args.sim not in (None, sim):
             raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
-        recorded = {episode["seed"] for episode in like["episodes"]}
-        tried = np.ravel([episode_seeds(seed, EVALUATED, args.episodes) for seed in args.seed])
-        if known := recorded.intersection(tried.tolist()):
+        recorded = [episode["seed"] for episode in like["episodes"]]
+        tried = [episode_seeds(seed, EVALUATED, args.episodes) for seed in args.seed]
+        both = np.intersect1d(recorded, tried)
+        if len(both):
             raise ValueError(
-                f"{len(known)} of the scenes, such as {min(known)}, were recorded in {args.like}; "
+                f"{len(both)} of the scenes, such as {both[0]}, were recorded in {args.like}; "
                 "choose another --seed"
             )
-        module = simulator(sim)
-        tasks = args.tasks or ",".join(like["tasks"] or module.TASKS)
-        tasks = names(tasks, module.TASKS, "--tasks")
+        known = simulator(sim).TASKS
+        tasks = names(args.tasks or ",".join(like["tasks"] or known), known, "--tasks")
         if policy is None:
             return cls(sim, tasks, like["settings"], view)
         robot = policy.statistics
@@ -362,7 +361,7 @@ def play(
     else:
         actor = policy
         actor.mode = name
-    rate = policy.rate if policy else 1
+    rate = policy.statistics.rate if policy else 1
     actor.generator.manual_seed(seed)
     seeds = episode_seeds(seed, EVALUATED, episodes)
     steps = args.max_steps or worlds.max_steps
@@ -379,41 +378,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
     out = args.out or output_folder(results_of(args.ckpt, "evaluation"))
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
-    hz = policy.statistics.action_hz if policy else 0
+    hz = policy and policy.statistics.action_hz
     arena = Arena.of(args, policy)
     varied = settings_of(arena.sim, args.set)
     looks = [dict(zip(varied, values)) for values in product(*varied.values())]
     out.mkdir(parents=True, exist_ok=True)
     # Who acts under which settings -> seed, task, success and steps of each episode.
     found: dict[tuple, list[tuple]] = defaultdict(list)
-    bar = tqdm(desc="evaluate", unit="episode")
     for number, look in enumerate(looks):
         for task, worlds in arena.worlds(look, args):
-            if hz not in (0, worlds.fps):
+            if hz and hz != worlds.fps:
                 raise ValueError(
                     f"{args.ckpt} acts {hz:g} times a second, the simulator {worlds.fps:g} times; "
                     "change its rate with --set"
                 )
             for name in actors:
                 for seed in args.seed:
-                    for done in play(name, policy, worlds, seed, args.episodes, args):
-                        episodes = zip(repeat(seed), done.group, done.success, done.steps)
-                        found[name, number].extend(episodes)
-                        bar.update(len(done.success))
+                    batches = play(name, policy, worlds, seed, args.episodes, args)
+                    for done in tqdm(batches, f"{name} {task}", leave=False, unit="batch"):
+                        found[name, number] += zip(
+                            repeat(seed), done.group, done.success, done.steps
+                        )
                 if args.gif:  # apart, so that rates do not depend on it
                     count = min(args.gif, worlds.size)
                     films = next(play(name, policy, worlds, args.seed[0], count, args, filmed=True))
                     title = filter(None, (name, *map(str, look.values()), task))
                     save_films(films, out, "_".join(title))
-    bar.close()
     rows = []
     for name, (number, look) in product(actors, enumerate(looks)):
         seeds, group, success, steps = map(np.array, zip(*found[name, number]))
         row = {"policy": name, "settings": look} | summary(success, group, steps, arena.tasks)
         row["successes_per_seed"] = {one: int(success[seeds == one].sum()) for one in args.seed}
         rows.append(row)
-    card = vars(args) | {"sim": arena.sim, "tasks": arena.tasks, "settings": arena.settings}
-    write_json(out / "evaluation.json", card | {"rows": rows})
+    card = vars(args) | arena._asdict() | {"rows": rows}
+    del card["look"]
+    write_json(out / "evaluation.json", card)
     print(table(rows, arena.tasks))
     if args.steps == 1 and len(modes) == 2:
         print("At one Euler step joint and vla are the same computation: not two results, but one.")

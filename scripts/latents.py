@@ -68,8 +68,9 @@ def estimator_of(name: str) -> FlowEstimator | None:
         return DISFlow()
     if Path(name).suffix:
         print(LICENCE_NOTICE, file=sys.stderr)
-        return load_dpflow(name).to(device())
-    return load_dpflow(fetch(name, Path(torch.hub.get_dir()) / "checkpoints")).to(device())
+    else:
+        name = fetch(name, Path(torch.hub.get_dir()) / "checkpoints")
+    return load_dpflow(name).to(device())
 
 
 def square(picture: np.ndarray, side: int) -> Tensor:
@@ -149,12 +150,12 @@ class Labels:
 
     def __call__(self, episode: int) -> np.ndarray:
         found = self.reader.motions(episode, self.interval)
-        if found is not None and self.measured:
-            found = found[:-1]
-        elif found is None:
+        if found is None:
             state = self.reader.numbers(episode)[0].astype(np.float64)
             last = len(state) - 1
             found = state[(np.arange(last) + self.interval).clip(max=last)] - state[:-1]
+        elif self.measured:
+            found = found[:-1]
         return np.pad(found, ((0, 0), (0, self.width - found.shape[1]))) / self.scale
 
 
@@ -225,32 +226,40 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict
 # -- the commands ---------------------------------------------------------------------------------
 
 
+def usable(clips: dict[str, Clip], work: Callable, skipped: dict[str, str]) -> Iterator:
+    """What `work(name, clip)` makes of each clip; the reason why a clip cannot be used goes into
+    `skipped`. ValueError if none can."""
+    for name, clip in tqdm(clips.items(), unit="clip"):
+        try:
+            yield work(name, clip)
+        except ValueError as error:
+            skipped[name] = str(error)
+    if len(skipped) == len(clips):
+        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
+
+
 def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) -> dict:
     """Writes FOLDER/NAME.safetensors of each clip: tensors and figures, which `work(clip)` makes,
     and how they were `made`. What is there already is kept if it was made in the same way. A clip
     that cannot be used is skipped, with its reason in the summary, which is returned and written
     beside the folder; ValueError if none can."""
-    skipped = {}
-    figures = []
-    for name, clip in tqdm(clips.items(), desc=folder.name, unit="clip"):
+
+    def written(name: str, clip: Clip) -> Path:
         path = folder / f"{name}.safetensors"
         if not path.exists():
-            try:
-                tensors, found = work(clip)
-            except ValueError as error:
-                skipped[name] = str(error)
-                continue
+            tensors, found = work(clip)
             about = {"made": json.dumps(made), "figures": json.dumps(found)}
             save_safetensors(path, tensors, about)
+        return path
+
+    summary = {"clips": 0, "skipped": {}, "rows": 0, "valid_rows": 0, "clipped": 0}
+    for path in usable(clips, written, summary["skipped"]):
         about = open_source(path).metadata
         same_config(path, json.loads(about["made"]), made)
-        figures.append(json.loads(about["figures"]))
-    if not figures:
-        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
-    summary = {"clips": len(figures), "skipped": skipped}
-    for key in ("rows", "valid_rows", "clipped"):
-        summary[key] = sum(figure[key] for figure in figures)
-    summary["clipped"] /= len(figures)
+        summary["clips"] += 1
+        for key, figure in json.loads(about["figures"]).items():
+            summary[key] += figure
+    summary["clipped"] /= summary["clips"]
     write_json(folder.parent / "summary.json", summary)
     return summary
 
@@ -287,21 +296,15 @@ def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], 
 
 def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> dict:
     """Trains the DC-AE on the flow of about ROWS rows, spread over the clips, and their labels."""
-    flows = []
-    labels = []
+
+    def rows_of(name: str, clip: Clip) -> tuple[Tensor, Tensor]:
+        flow, valid = map(torch.cat, zip(*clip.flows()))
+        rows = valid.nonzero()[:: 1 + len(valid) * len(clips) // ROWS, 0]
+        flow = resize_flow(flow[rows], model.config.image).half().cpu()
+        return flow, clip.labels(len(valid))[rows.cpu()]
+
     skipped = {}
-    for name, clip in tqdm(clips.items(), desc="flow", unit="clip"):
-        try:
-            flow, valid = map(torch.cat, zip(*clip.flows()))
-            rows = valid.nonzero()[:: 1 + len(valid) * len(clips) // ROWS, 0]
-            flows.append(resize_flow(flow[rows], model.config.image).half().cpu())
-            labels.append(clip.labels(len(valid))[rows.cpu()])
-        except ValueError as error:
-            skipped[name] = str(error)
-    if not flows:
-        raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
-    flow = torch.cat(flows)
-    labels = torch.cat(labels)
+    flow, labels = map(torch.cat, zip(*usable(clips, rows_of, skipped)))
     mask = ~labels.isnan()
     losses = pretrain_dcae(model, flow, labels.nan_to_num(), mask, steps)
     labelled = mask.any(dim=1).sum().item()
@@ -331,9 +334,8 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         else:
             add("--steps", 3000)
             add("--init", Path, "DC-AE weights to go on from", dest="dcae")
-    args = parser.parse_args(argv)
-    args.labelled = getattr(args, "labelled", 0.0)
-    return args
+    parser.set_defaults(labelled=0.0)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

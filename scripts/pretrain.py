@@ -20,10 +20,8 @@ MOTUS_BACKBONES=FOLDER then names them to every other command.
 Shapes: B batch, F frames, H W pixels, L tokens, D width, G grounding targets, A labels of a motion.
 """
 
-import argparse
 import shutil
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +47,7 @@ from formats.motions import motions
 from formats.recordings import T_SIZE, Recordings, fit_place
 from latent_action import LatentActionConfig, LatentActionModel
 from motus import PRESETS, preset
+from sample import psnr
 from weights.files import plain_json, write_json
 from weights.load import save_part
 from weights.options import Parser, output_folder, run_command
@@ -173,7 +172,7 @@ def optimise(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8
     )
-    last = deque(maxlen=100)
+    seen = []
     for _ in tqdm(range(steps), name, unit="step", mininterval=2):
         optimizer.zero_grad()
         terms = loss()
@@ -181,8 +180,9 @@ def optimise(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        last.append([term.item() for term in terms.values()])
-    return {f"{name}_{key}_loss": mean for key, mean in zip(terms, np.mean(last, axis=0).tolist())}
+        seen.append([term.item() for term in terms.values()])
+    means = np.mean(seen[-100:], axis=0).tolist()
+    return {f"{name}_{key}_loss": mean for key, mean in zip(terms, means)}
 
 
 # -- the networks ---------------------------------------------------------------------------------
@@ -213,9 +213,6 @@ def pretrain_text(job: Job) -> dict[str, float]:
     return figures
 
 
-AFTER = 2  # tokens of a prompt after those of its picture: <|vision_end|> <|im_end|>
-
-
 def pretrain_vlm(job: Job) -> dict[str, float]:
     """Three questions, all answered by hidden states through linear probes: which image token holds
     the named object (dense, so it is learnt at once), where exactly that token thinks it is, and
@@ -237,15 +234,14 @@ def pretrain_vlm(job: Job) -> dict[str, float]:
         """Targets (B, G), the index (B,) of the image token at the named object, logits (B, image
         tokens) of that, its position (B, 2) by that token, and all targets by the last token."""
         pictures, texts, target = corpus.grounded(count)
-        hidden, mask = reader.understand(pictures, texts)
+        prompts = reader.prompts(pictures, texts)
+        hidden, mask = reader.understand(pictures, texts, prompts)
+        tokens = hidden[prompts[0] == image].view(count, -1, config.width)
         batch = torch.arange(count)
-        end = mask.sum(dim=1)
-        places = end[:, None] - AFTER - grid.prod() + torch.arange(grid.prod())
-        tokens = hidden[batch[:, None], places]
         row, column = (target[:, [1, 0]] * grid).long().clamp(0 * grid, grid - 1).unbind(dim=1)
         cell = row * grid[1] + column
         position = where(tokens[batch, cell])
-        everything = last(hidden[batch, end - 1])
+        everything = last(hidden[batch, mask.sum(dim=1) - 1])
         return target, cell, which(tokens)[..., 0], position, everything
 
     def loss() -> dict[str, Tensor]:
@@ -275,15 +271,15 @@ def pretrain_vae(job: Job) -> dict[str, float]:
     vae = shipped("toy", "vae")
     if job.preset == "toy":
         vae = WanVAE(vae.config)
-    unit = {"mean": 0.0, "std": 1.0}  # while it learns
-    vae.config = replace(vae.config, **{key: (x,) * vae.config.z_dim for key, x in unit.items()})
+    z = vae.config.z_dim
+    vae.config = replace(vae.config, mean=(0.0,) * z, std=(1.0,) * z)  # while it learns
 
     def loss() -> dict[str, Tensor]:
         video = job.corpus.clips(job.batch)
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        error = vae.decode(z, clamp=False) - video
+        drawn = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        error = vae.decode(drawn, clamp=False) - video
         pixels = (1 + 6 * moving(video)) * (error.abs() + 2 * error.square())
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return {"pixels": pixels.mean(), "kl": 1e-5 * divergence.sum(dim=1).mean()}
@@ -294,11 +290,10 @@ def pretrain_vae(job: Job) -> dict[str, float]:
         std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
         vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
         video = job.held_out.clips(128)
-        error = ((vae.decode(vae.encode(video)) - video) / 2).square()
+        pair = [127.5 * x.movedim(1, -1) for x in (vae.decode(vae.encode(video)), video)]
     save_part(job.out / "vae.safetensors", vae)
-    weight = moving(video).expand_as(video)
-    figures["vae_psnr_db"] = -10 * error.mean().log10().item()
-    figures["vae_psnr_moving_db"] = -10 * ((error * weight).sum() / weight.sum()).log10().item()
+    figures["vae_psnr_db"] = psnr(*pair)
+    figures["vae_psnr_moving_db"] = psnr(*pair, moving(video)[:, 0] > 0)
     return figures
 
 
@@ -307,7 +302,7 @@ def moving(video: Tensor) -> Tensor:
     them: (B, 1, F, H, W). What moves is small and matters; without a weight on it a little VAE
     spends itself on the texture of the table."""
     change = (video.diff(dim=2).abs().amax(dim=1, keepdim=True) > 0.15).float()  # (B, 1, F-1, H, W)
-    return torch.maximum(F.pad(change, (0, 0, 0, 0, 0, 1)), F.pad(change, (0, 0, 0, 0, 1, 0)))
+    return F.max_pool3d(F.pad(change, (0, 0, 0, 0, 1, 1)), (2, 1, 1), stride=1)
 
 
 def pretrain_dcae(
@@ -372,7 +367,7 @@ RECIPES = {  # steps of each part, in whose place `--steps` is taken, and sample
 }
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.option
     add("--preset", "toy", "whose sizes they have", choices=RECIPES)
@@ -381,11 +376,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keep", "", "parts to copy from the repository: text, vlm, vae, dcae")
     add("--steps", int, "of each part")
     add("--episodes", 500, "at most, of a card; per level of a world")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
+    args = parser.parse_args(argv)
     recipe = RECIPES[args.preset]
     ours = PRESETS[args.preset].backbones
     kept = set(filter(None, args.keep.split(",")))

@@ -10,7 +10,6 @@ import torch
 
 import train
 from backbones.frozen import Backbones
-from backbones.qwen3vl import prompt_ids
 from motus import PRESETS, preset
 from sample import Policy
 from scripts import pretrain, record
@@ -42,15 +41,6 @@ def test_backbones_are_pretrained_by_one_command(made):
     assert figures["command"].startswith("python -m scripts.pretrain --preset toy --data")
     assert {"vlm_named_object_found", "vlm_position_error_px", "vlm_error opening"} < set(figures)
     assert {"vae_psnr_moving_db", "dcae_reconstruction_loss", "dcae_labels_loss"} < set(figures)
-
-
-def test_the_tokens_of_a_picture_end_where_grounding_looks_for_them(made):
-    """Two tokens before the end of a prompt, however long the instruction is."""
-    vlm = Backbones.load(made, TOY.motus.video.text_len)
-    image = vlm.vlm.config.image_token
-    for text in ("push", "push the red disc to the left"):
-        ids = prompt_ids(vlm.vlm_tokenizer, text, [(1, 6, 6)])
-        assert ids[-pretrain.AFTER - 9 : -pretrain.AFTER] == [image] * 9 and ids.count(image) == 9
 
 
 def test_backbones_that_are_kept_are_those_of_the_repository(made, tmp_path):

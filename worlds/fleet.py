@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import repeat
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -30,18 +31,15 @@ SHOVES = 1.0  # per second, on average
 SHOVE = 0.2  # seconds that each lasts
 
 
-@lru_cache(maxsize=1)
-def opened(sim: str, task: str, settings: tuple[tuple[str, object], ...]) -> World:
-    """The world that this process used last, so that a graphics context serves many episodes."""
-    return made(sim, task, dict(settings))
+Settings = tuple[tuple[str, object], ...]
 
 
-def made(sim: str, task: str, settings: dict) -> World:
+def made(sim: str, task: str, settings: dict | Settings) -> World:
     """A new world; ValueError that says what it needs if its libraries fail, which without a
     graphics library they do in any way."""
     module = simulator(sim)
     try:
-        return module.make(task, **settings)
+        return module.make(task, **dict(settings))
     except ValueError:
         raise
     except Exception as error:
@@ -49,10 +47,13 @@ def made(sim: str, task: str, settings: dict) -> World:
         raise ValueError(f"simulator {sim}: {type(error).__name__}: {error}; {needs}") from error
 
 
+# The world that this process used last, so that a graphics context serves many episodes.
+opened = lru_cache(maxsize=1)(made)
+
 # -- acting ---------------------------------------------------------------------------------------
 
 
-def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> None:
+def serve(pipe: Connection, sim: str, task: str, settings: dict | Settings, count: int) -> None:
     """Holds `count` worlds. An order is the name of a method and, for each world, its arguments or
     None; the answer is what it gave, success and instruction of each. The first error ends the
     process and is told to the other side."""
@@ -74,7 +75,7 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict, count: int) -> 
         pipe.send((f"{type(error).__name__}: {error}", None))
 
 
-class Fleet:
+class Fleet(AbstractContextManager):
     """Up to n worlds of one task behind the methods that acting in many worlds needs
     (`evaluate.rollout`). `view` makes the one picture that a policy sees, (H, W, 3), of a camera's
     pictures. A solved world is neither moved nor looked at."""
@@ -85,7 +86,7 @@ class Fleet:
         task: str,
         n: int,
         view: Callable[[dict], np.ndarray],
-        settings: dict | None = None,
+        settings: dict | Settings = (),
         workers: int = 1,
     ):
         self.size = n
@@ -96,7 +97,7 @@ class Fleet:
         self.processes = []
         for share in self.shares:
             ours, theirs = PROCESSES.Pipe()
-            arguments = (theirs, sim, task, settings or {}, len(share))
+            arguments = (theirs, sim, task, settings, len(share))
             process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -111,7 +112,7 @@ class Fleet:
         except (EOFError, ConnectionResetError):
             error = f"a process with worlds {LOST}; try a smaller --batch"
         if error:
-            self.close()
+            self.__exit__()
             raise ValueError(error)
         return answer
 
@@ -126,9 +127,9 @@ class Fleet:
         self.success = np.array(success)
         return given
 
-    def call_unsolved(self, name: str) -> list:
-        """The results of a method without arguments; None where a world is solved."""
-        return self.call(name, [None if done else () for done in self.success])
+    def call_unsolved(self, name: str, arguments: Iterable[tuple] = repeat(())) -> list:
+        """The results of a method; None where a world is solved."""
+        return self.call(name, [None if done else a for done, a in zip(self.success, arguments)])
 
     def reset(self, seeds: Sequence[int]) -> None:
         """One world for each seed, at most `size`."""
@@ -154,25 +155,18 @@ class Fleet:
 
     def advance(self, actions: np.ndarray) -> None:
         """actions (n, A), one for each world that is not solved."""
-        pairs = zip(self.success, actions)
-        self.call("step", [None if done else (action,) for done, action in pairs])
+        self.call_unsolved("step", zip(actions))
 
     def expert(self) -> np.ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
         return np.stack([action for action in self.call_unsolved("expert") if action is not None])
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         for pipe in self.pipes:
             pipe.close()  # ends the loop of `serve`
         for process in self.processes:
             process.join(5)
             process.terminate()  # if it is still alive
-
-    def __enter__(self) -> "Fleet":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
 
 # -- recording ------------------------------------------------------------------------------------
@@ -206,7 +200,7 @@ class Order:
 
     sim: str
     task: str = ""
-    settings: tuple[tuple[str, object], ...] = ()
+    settings: Settings = ()
     seed: int = 0
     noise: float = 0.0
     recovery: float = 0.0
@@ -241,11 +235,17 @@ def attempt(order: Order) -> Recording:
         seen = world.observe()
     seconds = time.process_time() - begun
     result = Recording(
-        order.task, order.seed, disturbed, world.success, seconds, world.robot, world.fps
+        order.task,
+        order.seed,
+        disturbed,
+        world.success,
+        seconds,
+        world.robot,
+        world.fps,
+        world.instruction,
     )
     if world.success:
         images, states, actions, labels = zip(*rows)
-        result.instruction = world.instruction
         result.frames = columns(images)
         result.labels = columns(labels)
         result.states = np.stack(states)

@@ -251,6 +251,7 @@ def draw_fresh(model: Motus, fresh: tuple[str, ...], seed: int) -> None:
                 drawn.init_weights()
                 for name in wanted:
                     copy_shard(wanted[name], drawn.get_parameter(name))
+                del drawn  # before the next is made
 
 
 # -- what a step costs ----------------------------------------------------------------------------

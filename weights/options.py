@@ -20,8 +20,8 @@ import torch
 # Whose number it is (an option of a command, or a field of a dataclass), its range, its names.
 RANGES = """
 option              [0,4294967295]  seed
-option              [1,1e6]         after batch demonstrations episodes execute gpus max_steps
-option              [1,1e6]         rounds rows seeds steps steps1 steps2 steps3 videos windows
+option              [1,1e6]         after batch episodes execute gpus max_steps
+option              [1,1e6]         rounds rows seeds steps windows
 option              [0,1e6]         gif noise recovery
 option              [1,1024]        workers
 option              [32,4096]       side

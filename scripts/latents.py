@@ -227,8 +227,8 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict
 
 
 def usable(clips: dict[str, Clip], work: Callable, skipped: dict[str, str]) -> Iterator:
-    """The results of `work(name, clip)` of each clip; the reason why a clip cannot be used goes into
-    `skipped`. ValueError if none can."""
+    """The results of `work(name, clip)` of each clip; the reason why a clip cannot be used goes
+    into `skipped`. ValueError if none can."""
     for name, clip in tqdm(clips.items(), unit="clip"):
         try:
             yield work(name, clip)

@@ -29,6 +29,7 @@ import sample
 import train
 from backbones.dcae import DCAEConfig
 from backbones.wan import WanConfig
+from formats.cards import CardKeys, Source
 from formats.pictures import sheet
 from latent_action import LatentActionConfig
 from motus import PRESETS, STAGES, MotusConfig
@@ -92,7 +93,7 @@ ACTIONS = [
     for words, action in walk(parser)
 ]
 NUMBERS = [row for row in ACTIONS if row[2].type in (int, float)]
-CONFIGS = (Settings, LatentActionConfig, MotusConfig, WanConfig, DCAEConfig, Card)
+CONFIGS = (Settings, LatentActionConfig, MotusConfig, WanConfig, DCAEConfig, Card, Source, CardKeys)
 
 
 def outside(interval: str) -> list[str]:
@@ -127,7 +128,8 @@ def test_every_number_of_every_command_has_a_range():
         numbers = {f.name for f in fields(config) if f.type in (int, float)}
         stated = {name for owner, name in INTERVALS if owner == config.__name__}
         assert stated == numbers, config
-    assert {owner for owner, _ in INTERVALS} == {"option", *(c.__name__ for c in CONFIGS)}
+    owners = {"option", "Dataset", *(c.__name__ for c in CONFIGS)}  # Dataset: an info.json
+    assert {owner for owner, _ in INTERVALS} == owners
 
 
 def test_every_command_line_is_read_by_the_parser_that_knows_the_ranges():

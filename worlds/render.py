@@ -49,7 +49,14 @@ def distance(a: ndarray, b: ndarray) -> ndarray:
 
 # -- bodies ---------------------------------------------------------------------------------------
 
-INK = np.array([[226, 44, 40], [40, 172, 60], [42, 80, 226], [246, 214, 36]])  # as COLOURS
+INK = np.array(
+    [
+        [226, 44, 40],
+        [40, 172, 60],
+        [42, 80, 226],
+        [246, 214, 36],
+    ]
+)  # as COLOURS
 WHITE = (248, 246, 250)
 DARK = (40, 38, 52)
 STEEL = (112, 112, 150)
@@ -273,7 +280,13 @@ def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:
         plane[pixel] = under + alpha * (over - under) + 0.5
 
 
-CLUTTER = ((128, 128, 132), (140, 70, 150), (120, 84, 60), (205, 150, 180), (60, 60, 66))
+CLUTTER = (
+    (128, 128, 132),
+    (140, 70, 150),
+    (120, 84, 60),
+    (205, 150, 180),
+    (60, 60, 66),
+)
 Y, X = np.mgrid[-PAD : IMAGE + PAD, -PAD : IMAGE + PAD]  # the pixels of a canvas
 
 

@@ -64,7 +64,7 @@ def kernels() -> Iterator[Row]:
 
 
 def sampled(model: Motus, inputs: Inputs, mode: str, way: str) -> torch.Tensor:
-    """What the mode denoises, as one row of numbers."""
+    """The output of a mode, as one row of numbers."""
     with bench.implementation(way):
         found = model.sample(inputs, mode, generator=torch.Generator().manual_seed(0))
     return torch.cat([x.flatten() for x in found if x is not None])

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from numpy import ndarray
 from torch import Tensor
 from torch.nn.functional import conv2d, max_pool2d
 
@@ -60,6 +61,7 @@ class Policy:
     mode: str
     steps: int
     generator: torch.Generator
+    device: str
 
     @classmethod
     def load(
@@ -99,17 +101,14 @@ class Policy:
         device = device or options.device()
         generator = torch.Generator().manual_seed(seed)
         model.to(device).eval()
-        policy = cls(model, card, backbones.to(device), statistics, mode, steps, generator)
+        backbones.to(device)
+        policy = cls(model, card, backbones, statistics, mode, steps, generator, device)
         policy.check_mode(mode)
         return policy
 
     @property
     def stage(self) -> Stage:
         return STAGES[self.card.stage]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     @property
     def own_width(self) -> int:
@@ -139,20 +138,18 @@ class Policy:
         self.check_mode(mode)
         return self.model.sample(inputs, mode, self.steps, self.generator)
 
-    def act(
-        self, images: np.ndarray, states: np.ndarray, instructions: Sequence[str]
-    ) -> np.ndarray:
+    def act(self, images: ndarray, states: ndarray, instructions: Sequence[str]) -> ndarray:
         """images (n, H, W, 3) uint8, states (n, P), n instructions -> actions (n, S, A) float32 in
         robot units, not clipped."""
         return self.predict(images, states, instructions, video=False)[0]
 
     def predict(
         self,
-        images: np.ndarray,
-        states: np.ndarray,
+        images: ndarray,
+        states: ndarray,
         instructions: Sequence[str],
         video: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray | None]:
+    ) -> tuple[ndarray, ndarray | None]:
         """As `act`; also, if asked and the mode imagines any, the video (n, 1 + F, H, W, 3) uint8,
         the observation first. ValueError for what it cannot read."""
         if not self.stage.finetune or self.mode not in ACTING:

@@ -52,8 +52,6 @@ class RandomPolicy:
     """The floor: actions uniform in the robot's range. Its members are those that the loop needs of
     any policy."""
 
-    mode = "random"
-
     def __init__(self, chunk: int, dim: int):
         self.size = (chunk, dim)
         self.generator = torch.Generator()
@@ -67,8 +65,6 @@ class RandomPolicy:
 
 class Expert(RandomPolicy):
     """The simulator's own scripted policy, asked anew before each action."""
-
-    mode = "expert"
 
     def __init__(self, worlds: Fleet):
         super().__init__(1, worlds.action_dim)
@@ -293,12 +289,14 @@ class Arena(NamedTuple):
             )
         known = simulator(sim).TASKS
         tasks = names(args.tasks or ",".join(like["tasks"] or known), known, "--tasks")
+        settings = like["settings"]
         if policy is None:
-            return cls(sim, tasks, like["settings"], view)
+            return cls(sim, tasks, settings, view)
         robot = policy.statistics
+        if "embodiment" in keys_of(sim):
+            settings = {"embodiment": robot.embodiment} | settings
         look = partial(view, cameras=robot.cameras, t_layout=robot.t_layout, size=robot.size)
-        body = {"embodiment": robot.embodiment} if "embodiment" in keys_of(sim) else {}
-        return cls(sim, tasks, body | like["settings"], look)
+        return cls(sim, tasks, settings, look)
 
     def worlds(self, settings: dict, args: argparse.Namespace) -> Iterator[tuple[str, Fleet]]:
         """A fleet for each task; or all tasks at once, where a simulator can hold many worlds."""

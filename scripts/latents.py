@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from numpy import ndarray
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -73,7 +74,7 @@ def estimator_of(name: str) -> FlowEstimator | None:
     return load_dpflow(name).to(device())
 
 
-def square(picture: np.ndarray, side: int) -> Tensor:
+def square(picture: ndarray, side: int) -> Tensor:
     """A picture (H, W, 3) uint8 -> (3, side, side) in [0, 1], padded with black to a square."""
     padded = ImageOps.pad(Image.fromarray(picture), (side, side), Image.Resampling.BILINEAR)
     return rearrange(torch.from_numpy(np.array(padded)), "h w c -> c h w") / 255
@@ -115,10 +116,10 @@ class Videos(Recordings):
         self.lengths = np.zeros(len(self.paths), int)
         self.widths = (0, 0)
 
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[np.ndarray]]:
+    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
         return {"video": self.pictures(episode)}
 
-    def pictures(self, episode: int) -> Iterator[np.ndarray]:
+    def pictures(self, episode: int) -> Iterator[ndarray]:
         path = self.paths[episode]
         with self._reading("video", f"{path.name} cannot be decoded:"):
             yield from VideoReader(path).pictures()
@@ -148,7 +149,7 @@ class Labels:
         scale = np.sqrt(np.concatenate(squares).mean(axis=0))
         self.scale = np.where(scale > 1e-8, scale, np.nan)
 
-    def __call__(self, episode: int) -> np.ndarray:
+    def __call__(self, episode: int) -> ndarray:
         found = self.reader.motions(episode, self.interval)
         if found is None:
             state = self.reader.numbers(episode)[0].astype(np.float64)
@@ -191,7 +192,10 @@ class Clip:
         return labels
 
 
-def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict[str, Clip], dict]:
+Clips = dict[str, Clip]
+
+
+def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[Clips, dict]:
     """The episodes that the command line names, by name, and how their flow and labels are made. A
     share `--labelled` of them, evenly spread, have labels, if the source is of the target robot."""
     path = Path(args.data)
@@ -226,7 +230,10 @@ def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[dict
 # -- the commands ---------------------------------------------------------------------------------
 
 
-def usable(clips: dict[str, Clip], work: Callable, skipped: dict[str, str]) -> Iterator:
+Encoded = tuple[dict[str, Tensor], dict]  # tensors of a clip, and figures
+
+
+def usable(clips: Clips, work: Callable, skipped: dict[str, str]) -> Iterator:
     """The results of `work(name, clip)` of each clip; the reason why a clip cannot be used goes
     into `skipped`. ValueError if none can."""
     for name, clip in tqdm(clips.items(), unit="clip"):
@@ -238,7 +245,7 @@ def usable(clips: dict[str, Clip], work: Callable, skipped: dict[str, str]) -> I
         raise ValueError(f"no usable clip among {len(clips)}: {str(skipped)[:500]}")
 
 
-def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) -> dict:
+def each_clip(clips: Clips, folder: Path, made: dict, work: Callable) -> dict:
     """Writes FOLDER/NAME.safetensors of each clip: tensors and figures, which `work(clip)` makes,
     and how they were `made`. What is there already is kept if it was made in the same way. A clip
     that cannot be used is skipped, with its reason in the summary, which is returned and written
@@ -264,7 +271,7 @@ def each_clip(clips: dict[str, Clip], folder: Path, made: dict, work: Callable) 
     return summary
 
 
-def latents_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
+def latents_of(model: LatentActionModel, clip: Clip) -> Encoded:
     """latent_action (T, 14), not standardised, logvar (T, 14) and valid (T,); and figures."""
     tensors, figures = encode_flows(model, clip.flows())
     del tensors["tokens"]
@@ -280,7 +287,7 @@ def write_official(folder: Path, made: dict) -> None:
         replace_file(path.with_suffix(".pt"), partial(torch.save, tensors | made))
 
 
-def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], dict]:
+def tokens_of(model: LatentActionModel, clip: Clip) -> Encoded:
     """tokens (n, D) in half precision, labels (n, A) and mask (n, A) of the valid rows, for
     `data.read_tokens`; and figures."""
     found, figures = encode_flows(model, clip.flows())
@@ -294,7 +301,7 @@ def tokens_of(model: LatentActionModel, clip: Clip) -> tuple[dict[str, Tensor], 
     return {name: tensor[valid] for name, tensor in tensors.items()}, figures
 
 
-def pretrain(model: LatentActionModel, clips: dict[str, Clip], steps: int) -> dict:
+def pretrain(model: LatentActionModel, clips: Clips, steps: int) -> dict:
     """Trains the DC-AE on the flow of about ROWS rows, spread over the clips, and their labels."""
 
     def rows_of(name: str, clip: Clip) -> tuple[Tensor, Tensor]:
@@ -353,10 +360,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         made["model"] = model.fingerprint()
         folder = args.out / f"latent_action_dim{model.config.latent_dim}"
         report = each_clip(clips, folder, made, partial(latents_of, model))
-        scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
         if args.pt:
             write_official(folder, made)
-        write_json(args.out / "statistics.json", scale | {"made": made})
+        about = {
+            "mean": model.latent_mean.tolist(),
+            "std": model.latent_std.tolist(),
+            "made": made,
+        }
+        write_json(args.out / "statistics.json", about)
     elif args.command == "tokens":
         made["dcae"] = model.dcae_fingerprint()
         report = each_clip(clips, args.out / "tokens", made, partial(tokens_of, model))

@@ -52,6 +52,9 @@ from weights.files import plain_json, write_json
 from weights.load import save_part
 from weights.options import Parser, output_folder, run_command
 
+Figures = dict[str, float]
+Terms = dict[str, Tensor]  # of a loss, which is their sum
+
 # -- what they learn from -------------------------------------------------------------------------
 
 
@@ -83,10 +86,10 @@ class Corpus:
                 'labels; set "held_out" of a source, and record it with `python -m scripts.record`'
             )
         self.rng = np.random.default_rng(0)
-        order = self.rng.permutation(len(found))[:count].tolist()
-        reader, episode = found[order[0]]
+        found = [found[i] for i in self.rng.permutation(len(found))[:count]]
+        reader, episode = found[0]
         self.targets = tuple(reader.labels(episode))
-        self.episodes = [self.read(pyramid, *found[i]) for i in order]
+        self.episodes = [self.read(pyramid, *one) for one in found]
         self.sentences = sorted({episode.text for episode in self.episodes})
 
     def read(self, pyramid: Pyramid, reader: Recordings, episode: int) -> Episode:
@@ -134,17 +137,13 @@ class Job(NamedTuple):
     """One part of the backbones that are to be made, and what it learns from."""
 
     preset: str
+    shipped: Backbones  # those of the repository
     out: Path
     pyramid: Pyramid
     corpus: Corpus
     held_out: Corpus
     steps: int
     batch: int
-
-
-def shipped(name: str, part: str) -> nn.Module:
-    """A part as it is in the repository, frozen."""
-    return getattr(Backbones.load(PRESETS[name].backbones, parts=[part]), part)
 
 
 def word_tokenizer(path: Path, specials: Sequence[str], sentences: Iterable[str]) -> Tokenizer:
@@ -163,9 +162,9 @@ def optimise(
     networks: Iterable[nn.Module],
     steps: int,
     lr: float,
-    loss: Callable[[], dict[str, Tensor]],
-) -> dict[str, float]:
-    """AdamW with warm-up and cosine decay on the sum of the terms of `loss`, each of whose means
+    loss: Callable[[], Terms],
+) -> Figures:
+    """AdamW with warm-up and cosine decay on the terms of `loss`, each of whose means
     over the last hundred steps is returned."""
     parameters = [p for network in networks for p in network.requires_grad_(True).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -188,18 +187,18 @@ def optimise(
 # -- the networks ---------------------------------------------------------------------------------
 
 
-def pretrain_text(job: Job) -> dict[str, float]:
+def pretrain_text(job: Job) -> Figures:
     """Predicts masked words, three in ten, with a head tied to the embedding."""
     file = job.out / "text.json"
     sentences = job.corpus.sentences
     words = word_tokenizer(file, ["</s>"], sentences)
-    model = UMT5Encoder(replace(shipped(job.preset, "text").config, vocab=words.get_vocab_size()))
+    model = UMT5Encoder(replace(job.shipped.text.config, vocab=words.get_vocab_size()))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.05)
     all_ids, all_mask = T5Tokenizer(file, preset(job.preset).video.text_len).encode(sentences)
 
-    def loss() -> dict[str, Tensor]:
+    def loss() -> Terms:
         rows = torch.randint(len(sentences), (job.batch,))
         ids = all_ids[rows]
         mask = all_mask[rows]
@@ -213,7 +212,7 @@ def pretrain_text(job: Job) -> dict[str, float]:
     return figures
 
 
-def pretrain_vlm(job: Job) -> dict[str, float]:
+def pretrain_vlm(job: Job) -> Figures:
     """Three questions, all answered by hidden states through linear probes: which image token holds
     the named object (dense, so it is learnt at once), where exactly that token thinks it is, and
     what the last token of the prompt makes of it all."""
@@ -222,7 +221,7 @@ def pretrain_vlm(job: Job) -> dict[str, float]:
     tokenizer = word_tokenizer(job.out / "vlm.json", SPECIAL, sentences)
     words = tokenizer.get_vocab_size()
     image = tokenizer.token_to_id("<|image_pad|>")
-    config = replace(shipped(job.preset, "vlm").config, vocab=words, image_token=image)
+    config = replace(job.shipped.vlm.config, vocab=words, image_token=image)
     vlm = Qwen3VL(config)
     vlm.init_weights()
     reader = Backbones(vlm=(vlm, tokenizer))
@@ -244,7 +243,7 @@ def pretrain_vlm(job: Job) -> dict[str, float]:
         everything = last(hidden[batch, mask.sum(dim=1) - 1])
         return target, cell, which(tokens)[..., 0], position, everything
 
-    def loss() -> dict[str, Tensor]:
+    def loss() -> Terms:
         target, cell, logits, position, everything = answers(job.corpus, job.batch)
         return {
             "which": F.cross_entropy(logits, cell),
@@ -263,18 +262,18 @@ def pretrain_vlm(job: Job) -> dict[str, float]:
     return figures | {f"vlm_error {name}": error for name, error in zip(names, errors)}
 
 
-def pretrain_vae(job: Job) -> dict[str, float]:
+def pretrain_vae(job: Job) -> Figures:
     """L1 and squared error, and a little KL. The VAE of another preset goes on from the toy's,
     which is of the same size and has begun to see: half the time. The mean and std of the latents
     are noted in the config, and the peak signal-to-noise ratio in dB in the figures, that of all
     pixels and of those that move."""
-    vae = shipped("toy", "vae")
+    vae = Backbones.load(PRESETS["toy"].backbones, parts=["vae"]).vae
     if job.preset == "toy":
         vae = WanVAE(vae.config)
     z = vae.config.z_dim
     vae.config = replace(vae.config, mean=(0.0,) * z, std=(1.0,) * z)  # while it learns
 
-    def loss() -> dict[str, Tensor]:
+    def loss() -> Terms:
         video = job.corpus.clips(job.batch)
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
@@ -307,7 +306,7 @@ def moving(video: Tensor) -> Tensor:
 
 def pretrain_dcae(
     model: LatentActionModel, flow: Tensor, labels: Tensor, mask: Tensor, steps: int
-) -> dict[str, float]:
+) -> Figures:
     """Trains the DC-AE inside `model`, in place, on flow (N, H, W, 2), and a head that is thrown
     away and reads the labels (N, A), where mask (N, A) has them, from the tokens, so that these
     keep what a small part of the robot does. Half of the rows that are drawn are any, a quarter
@@ -324,7 +323,7 @@ def pretrain_dcae(
     often[known] += 1 / known.sum()
     often[rare] += 1 / max(1, len(rare))
 
-    def loss() -> dict[str, Tensor]:
+    def loss() -> Terms:
         rows = often.multinomial(32, replacement=True, generator=generator)
         moved, wanted = mirrored(flow[rows], labels[rows], generator)
         moved = moved.to(device)
@@ -344,7 +343,7 @@ def pretrain_dcae(
     return figures
 
 
-def pretrain_own_dcae(job: Job) -> dict[str, float]:
+def pretrain_own_dcae(job: Job) -> Figures:
     """The DC-AE of a world that knows its flow."""
     model = LatentActionModel(LatentActionConfig.of(PRESETS[job.preset].latent))
     seen = motions(job.pyramid, model.config.interval)
@@ -390,11 +389,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for file in ours.iterdir():
         if file.stem in kept:
             shutil.copyfile(file, args.out / file.name)
+    shipped = Backbones.load(ours)
     torch.manual_seed(0)
     figures = {"command": f"python -m scripts.pretrain {' '.join(argv or sys.argv[1:])}"}
     for part, (steps, batch) in recipe.items():
         if part not in kept:
-            job = Job(args.preset, args.out, pyramid, *corpora, args.steps or steps, batch)
+            many = args.steps or steps
+            job = Job(args.preset, shipped, args.out, pyramid, *corpora, many, batch)
             figures |= MAKERS[part](job)
     write_json(args.out / "card.json", figures)
     print(plain_json(figures))

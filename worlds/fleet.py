@@ -21,6 +21,7 @@ from itertools import repeat
 from multiprocessing.connection import Connection
 
 import numpy as np
+from numpy import ndarray
 
 from worlds import World, simulator
 
@@ -60,8 +61,8 @@ def serve(pipe: Connection, sim: str, task: str, settings: dict | Settings, coun
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other side ends this one
     try:
         worlds = [made(sim, task, settings) for _ in range(count)]
-        robot = worlds[0]
-        pipe.send((None, (robot.robot, robot.fps, robot.max_steps, robot.action_dim)))
+        one = worlds[0]
+        pipe.send((None, (one.fps, one.max_steps, one.action_dim)))
         while True:
             name, arguments = pipe.recv()
             answers = []
@@ -85,7 +86,7 @@ class Fleet(AbstractContextManager):
         sim: str,
         task: str,
         n: int,
-        view: Callable[[dict], np.ndarray],
+        view: Callable[[dict], ndarray],
         settings: dict | Settings = (),
         workers: int = 1,
     ):
@@ -104,7 +105,7 @@ class Fleet(AbstractContextManager):
             self.pipes.append(ours)
             self.processes.append(process)
         for pipe in self.pipes:
-            self.robot, self.fps, self.max_steps, self.action_dim = self._answer(pipe)
+            self.fps, self.max_steps, self.action_dim = self._answer(pipe)
 
     def _answer(self, pipe: Connection) -> object:
         try:
@@ -149,15 +150,15 @@ class Fleet(AbstractContextManager):
             "instruction": self.instruction,
         }
 
-    def render(self) -> np.ndarray:
+    def render(self) -> ndarray:
         """Pictures as a policy would see them, (n, H, W, 3) uint8, of all worlds."""
         return np.stack([self.view(images) for images in self.call("render", [()] * self.n)])
 
-    def advance(self, actions: np.ndarray) -> None:
+    def advance(self, actions: ndarray) -> None:
         """actions (n, A), one for each world that is not solved."""
         self.call_unsolved("step", zip(actions))
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
         return np.stack([action for action in self.call_unsolved("expert") if action is not None])
 
@@ -186,10 +187,10 @@ class Recording:
     fps: float
     instruction: str = ""
     # Empty without success: camera -> T pictures (H, W, 3), and name -> T numbers, `World.labels`.
-    frames: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    frames: dict[str, list[ndarray]] = field(default_factory=dict)
     labels: dict[str, list[float]] = field(default_factory=dict)
-    states: np.ndarray | None = None  # (T, P)
-    actions: np.ndarray | None = None  # (T, A)
+    states: ndarray | None = None  # (T, P)
+    actions: ndarray | None = None  # (T, A)
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,8 @@ def columns(rows: Sequence[dict]) -> dict[str, list]:
 
 def attempts(orders: Iterable[Order], workers: int) -> Iterator[Recording]:
     """Their recordings in order, made by so many processes."""
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with ProcessPoolExecutor(workers, mp_context=PROCESSES, **quiet) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, PROCESSES, signal.signal, ignore) as pool:
         try:
             yield from pool.map(attempt, orders)
         except BrokenProcessPool as error:

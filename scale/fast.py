@@ -47,11 +47,12 @@ def padded(inputs: Inputs, bucket: int = BUCKET) -> Inputs:
     `WanModel.embed_text` that adds it, hence one row less here)."""
     missing = -(inputs.context.shape[1] + 1) % bucket
     inputs = replace(inputs, context=F.pad(inputs.context, (0, 0, 0, missing)))
-    und, mask = inputs.und, inputs.und_mask
+    und = inputs.und
     if und is None:
         return inputs
+    mask = inputs.und_mask
     if mask is None:
-        mask = torch.ones(und.shape[:2], dtype=torch.bool, device=und.device)
+        mask = torch.ones_like(und[..., 0], dtype=torch.bool)
     missing = -und.shape[1] % bucket
     return replace(inputs, und=F.pad(und, (0, 0, 0, missing)), und_mask=F.pad(mask, (0, missing)))
 

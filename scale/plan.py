@@ -47,6 +47,7 @@ from functools import cache, cached_property
 import torch
 from torch import nn
 
+from backbones.frozen import Backbones
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE, WanVAEConfig
@@ -54,7 +55,6 @@ from motus import EXPERTS, PRESETS, STAGES, Inputs, Motus, preset
 from scale import sharding
 from scale.batches import divide
 from scale.ranks import Ranks
-from weights.load import load_part
 
 GB = 1e9
 BYTES = {"fp32": 4, "bf16": 2}
@@ -73,16 +73,13 @@ OUTSIDE = 3  # what is kept outside the layers, in multiples of what goes into o
 @cache
 def frozen_parts(name: str) -> dict[str, nn.Module]:
     """The backbones of a preset: from its own files, else the published ones without values."""
-    networks = {
-        "vlm": (Qwen3VL, Qwen3VLConfig),
-        "vae": (WanVAE, WanVAEConfig),
-        "text": (UMT5Encoder, UMT5Config),
-    }
     folder = PRESETS[name].backbones
     if folder is not None and (folder / "vae.safetensors").is_file():
-        return {k: load_part(folder / f"{k}.safetensors", *v) for k, v in networks.items()}
+        own = Backbones.load(folder)
+        return {"vlm": own.vlm, "vae": own.vae, "text": own.text}
     with torch.device("meta"):
-        return {k: network(config()) for k, (network, config) in networks.items()}
+        text = UMT5Encoder(UMT5Config())
+        return {"vlm": Qwen3VL(Qwen3VLConfig()), "vae": WanVAE(WanVAEConfig()), "text": text}
 
 
 @cache

@@ -138,18 +138,21 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
             f"start all {world} ranks, with torchrun"
         ) from error
     try:
-        control = dist.new_group(backend="gloo")
-        writing = dist.new_group(backend="gloo")
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        ranks = Ranks(rank, world, device, control=control, writing=writing, patient=patient)
+        waits = (None, None, timedelta(days=30))  # of control, writing and patient
+        groups = [dist.new_group(backend="gloo", timeout=wait) for wait in waits]
+        ranks = Ranks(rank, world, device, None, *groups)
         shards = shards or environment("LOCAL_WORLD_SIZE", world)
         ranks.same(shards=str(shards))
-        ranks.together(lambda: check_shards(ranks, shards))
+        if world % shards:
+            allowed = [str(n) for n in range(1, world + 1) if world % n == 0]
+            raise options.Refusal(
+                f"{world} ranks cannot form groups of shards={shards}; expected one of "
+                f"{', '.join(allowed)}"
+            )
         if cuda:
             torch.cuda.set_device(device)
-        mesh = {"replicate": world // shards, "shard": shards}
-        if shards == world:
-            mesh.pop("replicate")
+        mesh = {"replicate": world // shards} if shards < world else {}
+        mesh["shard"] = shards
         if shards > 1:
             shape = tuple(mesh.values())
             ranks.mesh = init_device_mesh(device.type, shape, mesh_dim_names=tuple(mesh))
@@ -166,16 +169,6 @@ def check_gpus() -> None:
         raise ValueError(
             f"{local} ranks on this machine have {gpus} GPUs; start torchrun with "
             f"--nproc-per-node {gpus}"
-        )
-
-
-def check_shards(ranks: Ranks, shards: int) -> None:
-    """ValueError if the ranks do not fall into groups."""
-    if ranks.world % shards:
-        allowed = [str(n) for n in range(1, ranks.world + 1) if ranks.world % n == 0]
-        raise ValueError(
-            f"{ranks.world} ranks cannot form groups of shards={shards}; expected one of "
-            f"{', '.join(allowed)}"
         )
 
 

@@ -112,16 +112,23 @@ def caches(folder: Path) -> dict:
         )
         for stage in "123":
             latent = ["--latent", f"{folder}/latent"] if stage == "2" else []
-            out = ["--out", f"{folder}/{stage}", *latent]
+            out = ["--out", f"{folder}/{stage}.safetensors", "--episodes", "2", *latent]
             data.main(["cache", "--data", card, "--stage", stage, "--windows", "70", *out])
-    garbage = {}
-    for stage in "123":
-        with open_source(f"{folder}/{stage}") as source:
-            read = {name: source.read(name) for name in source.names()}
-        wide = [x.flatten(1).isnan().any(dim=1) for x in read.values() if x.is_floating_point()]
-        garbage[stage] = int(torch.stack(wide).any(dim=0).sum())
-    again = ["--stage", "3", "--cache", f"{folder}/3", "--data", card]
+    garbage = {stage: not_finite(folder / f"{stage}.safetensors") for stage in "123"}
+    again = ["--stage", "3", "--cache", f"{folder}/3.safetensors", "--data", card]
     return {"garbage": garbage, "from a cache": trained(folder, "run", *again)}
+
+
+def not_finite(cache: Path) -> int:
+    """Tensors of a cache, one file or many, that are not finite somewhere; at least one is read."""
+    files = [cache] if cache.is_file() else list(cache.rglob("*.safetensors"))
+    read = []
+    for file in files:
+        with open_source(file) as source:
+            read += [source.read(name).clone() for name in source.names()]
+    floating = [x for x in read if x.is_floating_point()]
+    assert len(floating) >= 2
+    return sum(not x.isfinite().all().item() for x in floating)
 
 
 def sampling(folder: Path) -> dict:

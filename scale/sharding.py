@@ -247,10 +247,14 @@ def draw_fresh(model: Motus, fresh: tuple[str, ...], seed: int) -> None:
             if wanted:
                 state = np.random.SeedSequence([seed, i, layer]).generate_state(1)
                 torch.manual_seed(int(state[0]))
-                drawn = make()
-                drawn.init_weights()
-                for name in wanted:
-                    copy_shard(wanted[name], drawn.get_parameter(name))
+                draw_layer(make(), wanted)
+
+
+def draw_layer(expert: nn.Module, wanted: Mapping[str, Tensor]) -> None:
+    """Copies what this rank holds of an expert of one layer, which lives no longer than this."""
+    expert.init_weights()
+    for name in wanted:
+        copy_shard(wanted[name], expert.get_parameter(name))
 
 
 # -- what a step costs ----------------------------------------------------------------------------

@@ -120,7 +120,8 @@ def hand(s: Snapshot) -> Iterator[Capsule]:
     yield Capsule(palm + [0.01, 0.02], palm + [0.12, 0.6], 0.045, SLEEVE)
     gap = 0.02 + 0.07 * s.opening[:, None]
     for knuckle, tip in zip(KNUCKLES, TIPS):
-        yield Capsule(palm + knuckle, s.effector + gap * tip, 0.023, SKIN, contrast=0.08)
+        end = s.effector + gap * tip
+        yield Capsule(palm + knuckle, end, 0.023, SKIN, contrast=0.08)
     yield Capsule(palm, palm, 0.062, SKIN, contrast=0.08)
 
 
@@ -197,7 +198,10 @@ def textures(split: str, randomized: bool) -> ndarray:
     rng = np.random.default_rng([11, SPLITS.index(split), randomized])
     made = []
     for _ in range(24 if randomized else 6):
-        base = rng.uniform(70, 190, 3) if randomized else TABLE + rng.uniform(-8, 8, 3)
+        if randomized:
+            base = rng.uniform(70, 190, 3)
+        else:
+            base = TABLE + rng.uniform(-8, 8, 3)
         grey = base.mean()
         base = grey + 0.6 * (base - grey)  # away from the saturated colours of the discs
         wide = speckles(rng, TEXTURE, 3, 24.0)
@@ -227,11 +231,13 @@ def cover(c: Capsule) -> tuple[ndarray, ndarray, ndarray]:
     corner = np.floor(middle - sides / 2 + 0.5).astype(int)
     x, y = corner.T[:, :, None, None]
     width, height = sides
-    x = np.clip(x + np.arange(width), -PAD, IMAGE + PAD - 1)
-    y = np.clip(y + np.arange(height)[:, None], -PAD, IMAGE + PAD - 1)
+    last = IMAGE + PAD - 1
+    x = np.clip(x + np.arange(width), -PAD, last)
+    y = np.clip(y + np.arange(height)[:, None], -PAD, last)
     world = np.arange(len(a))[:, None, None]
     pixel = (world * CANVAS + y + PAD) * CANVAS + x + PAD
-    offset = x + 0.5 + 1j * (y + 0.5) - plane(a)
+    centre = x + 0.5 + 1j * (y + 0.5)
+    offset = centre - plane(a)
     square = (span**2).sum(axis=1)[:, None, None]
     along = (offset * plane(span).conj()).real / np.maximum(square, 1e-9)
     rest = offset - np.clip(along, 0, 1) * plane(span)
@@ -254,7 +260,12 @@ def coverage(c: Capsule, far: ndarray) -> ndarray:
     return np.clip(edge + 0.5, 0, 1)
 
 
-def paint(canvas: ndarray, c: Capsule, tint: ndarray, light: ndarray) -> None:
+def paint(
+    canvas: ndarray,
+    c: Capsule,
+    tint: ndarray,
+    light: ndarray,
+) -> None:
     """Blend a capsule into canvases (3, n, CANVAS, CANVAS) uint8, in place, under the colour `tint`
     (n, 3) and the brightness `light` (n, CANVAS, CANVAS)."""
     pixel, far, offset = cover(c)
@@ -359,7 +370,8 @@ def flow(embodiment: str, before: Snapshot, after: Snapshot) -> ndarray:
             continue
         pixel, far, offset = cover(old)
         turn = axis(new) * axis(old).conj()
-        motion = plane(IMAGE * (new.a - old.a)) + (turn * offset - offset)
+        shift = plane(IMAGE * (new.a - old.a))
+        motion = shift + (turn * offset - offset)
         inside = coverage(old, far) >= 0.5
         pixels[pixel[inside]] = motion[inside]
     seen = motions[:, PAD:-PAD, PAD:-PAD]

@@ -32,6 +32,11 @@ Activations are counted in numbers that the linear maps of a layer put out, of a
 bytes of each are kept, norms and attentions included. That the same bytes serve every preset and
 stage, and that the sum is what a traced step of FSDP2 needs, are tests. FLOPs are torch's count.
 
+A step of several nodes, each with a copy of the weights, takes as long as its arithmetic or as all
+that a card sends, whichever is longer: matrices in bf16 are gathered for each pass, forwards and,
+with reshard=1, backwards again, fp32 gradients are reduced, both within a node (NVLINK); after the
+last pass a card sums its share of the gradients over the nodes (NETWORK).
+
 The plan does not know memory that the CUDA context, NCCL and a fragmented allocator take (RESERVE
 of the card is left to them); what compilation and the kernels save; an attention kernel that wants
 its mask written out. --mfu is a claim, not a measurement.
@@ -58,6 +63,8 @@ from scale.ranks import Ranks
 
 GB = 1e9
 BYTES = {"fp32": 4, "bf16": 2}
+NVLINK, NETWORK = 350e9, 40e9  # bytes per second and card of collectives: H100, 400 Gb/s at 80 %
+NODES = (1, 4, 8)
 HOURS = {"1": 8000, "2": 10000, "3": 400}  # GPU-hours of the paper's stages (Tab. 1, appendix)
 RESERVE = 0.08  # share of a card's memory that no plan may touch
 IN_FLIGHT = 2  # gathered layers that exist at once
@@ -295,6 +302,21 @@ class Plan:
             f"{self.usable / GB:.3g}. It would fit with {' or '.join(ways)}"
         )
 
+    def step(self, nodes: int, rate: float) -> dict[str, float]:
+        """Seconds of a step of `nodes` nodes, each with a copy of the weights and its part of the
+        batch, on cards of `rate` FLOP/s: of arithmetic, and of what a card sends."""
+        share = self.batch // nodes // self.gpus
+        part = replace(self, batch=share * self.gpus)
+        passes = share // part.micro(part.best)
+        numbers = parameters(*self.trained(self.model))
+        near = numbers * (1 - 1 / self.gpus) / NVLINK
+        return {
+            "arithmetic": share * self.flops(part.best) / rate,
+            "gather": passes * 2 * (1 + self.reshard) * near,
+            "reduce": passes * 4 * near,
+            "network": 2 * (1 - 1 / nodes) * 4 * numbers / self.gpus / NETWORK,
+        }
+
 
 def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
     """The settings of train.py as these ranks can run them, and the mesh over which weights are
@@ -377,6 +399,20 @@ def stage_row(plan: Plan, stage: str, rate: float) -> dict[str, str]:
     }
 
 
+def nodes_row(plan: Plan, nodes: int, rate: float) -> dict[str, str]:
+    """Speed of so many nodes, and what limits it."""
+    seconds = plan.step(nodes, rate)
+    work, *sent = seconds.values()
+    most = max(("gather", "reduce", "network"), key=seconds.get)
+    return {
+        "nodes x GPUs": f"{nodes} x {plan.gpus}",
+        "reshard": str(int(plan.reshard)),
+        **{part: f"{1000 * time:.0f}" for part, time in seconds.items()},
+        "samples/s": f"{plan.batch / max(work, sum(sent)):.0f}",
+        "limited by": most if work < sum(sent) else "arithmetic",
+    }
+
+
 def report(plan: Plan, mfu: float, peak: float) -> str:
     """`peak` in TFLOP/s of one card; `mfu` the share of it that a step without recomputation
     reaches."""
@@ -385,6 +421,9 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
     uses = dict.fromkeys(EXPERTS, "not used") | dict.fromkeys(STAGES[plan.stage].experts, "trained")
     networks = {part: getattr(plan.model, part) for part in EXPERTS} | frozen_parts(plan.name)
     parts = [(k, f"{parameters(v):,}", uses.get(k, "frozen")) for k, v in networks.items()]
+    even = [nodes for nodes in NODES if plan.batch % (nodes * plan.gpus) == 0]
+    kept = replace(plan, reshard=False)
+    ways = [plan, kept] if plan.gpus > 1 and kept.least <= plan.usable else [plan]
     lines = [
         f"{plan.name}, stage {plan.stage}: {plan.gpus} x {plan.memory / GB:g} GB, batch "
         f"{plan.batch}, weights {plan.params}, computation bf16, frozen backbones {plan.frozen}",
@@ -399,6 +438,10 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         f"activations and speed at {mfu:.0%} of {peak:g} TFLOP/s; {plan.usable / GB:.1f} GB "
         "usable; used: micro-batch x passes; * chosen",
         *headed(policy_row(plan, policy, rate) for policy in KEPT),
+        "",
+        f"ms of a step of {plan.batch} on several nodes, at {NVLINK / GB:g} GB/s within and "
+        f"{NETWORK / GB:g} between them, what is sent hidden behind the arithmetic or the reverse",
+        *headed(nodes_row(way, nodes, rate / plan.gpus) for nodes in even for way in ways),
         "",
         f"stages of the paper, checkpointing {best}",
         *headed(stage_row(plan, stage, rate) for stage in HOURS),

@@ -296,6 +296,31 @@ def test_small_models_are_whole_on_every_rank_unless_shards_are_asked_for(settle
     assert "selective without compile=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 4, 8])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_step_of_several_nodes_sends_what_is_counted_tensor_by_tensor(nodes, reshard):
+    """The formula against a slow one: every parameter of every layer, for every pass; in a ring of
+    n cards each sends (n - 1) / n of the whole, and a sum is a reduction and a gather."""
+    planned = Plan("full", "3", 8, 80 * GB, reshard=reshard)
+    found = planned.step(nodes, 0.4 * 989e12)
+    share = 256 // nodes // 8
+    part = Plan("full", "3", 8, 80 * GB, batch=256 // nodes, reshard=reshard)
+    gather = reduce = network = passes = 0
+    while passes * part.micro(part.best) < share:
+        passes += 1
+        for p in planned.model.parameters():
+            for _ in range(2 if reshard else 1):
+                gather += 2 * p.numel() * 7 / 8 / 350e9
+            reduce += 4 * p.numel() * 7 / 8 / 350e9
+    for p in planned.model.parameters():
+        ours = 4 * p.numel() / 8
+        network += (ours * (nodes - 1) / nodes + ours * (nodes - 1) / nodes) / 40e9
+    slow = {"gather": gather, "reduce": reduce, "network": network}
+    slow["arithmetic"] = sum(planned.flops(part.best) / (0.4 * 989e12) for _ in range(share))
+    assert found == pytest.approx(slow, rel=1e-9)
+
+
 # -- what is printed ------------------------------------------------------------------------------
 
 

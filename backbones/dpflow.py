@@ -90,9 +90,9 @@ class DISFlow:
     def __call__(self, frames_a: Tensor, frames_b: Tensor) -> Tensor:
         check_frames(frames_a, frames_b)
         size = frames_a.shape[-2:]
-        if max(size) < 16:
+        if min(size) < 16:  # OpenCV would end the process
             raise ValueError(
-                f"DISFlow: frames of {size[0]} x {size[1]} are too small; the longer side needs 16"
+                f"DISFlow: frames of {size[0]} x {size[1]}; expected 16 x 16 or more, enlarge them"
             )
         pairs = zip(self.grey(frames_a), self.grey(frames_b))
         flow = np.stack([self.search.calc(a, b, None) for a, b in pairs])  # (B, H, W, 2)

@@ -318,5 +318,23 @@ def test_frames_that_are_not_frames_are_refused(thin):
     with pytest.raises(ValueError, match="multiple of 8"):
         DPFlowConfig(width=100)
     pytest.importorskip("cv2")
-    with pytest.raises(ValueError, match="needs 16"):
+    with pytest.raises(ValueError, match="16 x 16 or more"):
         DISFlow()(good[:, :, :8, :8], good[:, :, :8, :8])
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 100), (12, 64), (64, 12), (16, 4), (15, 15)])
+def test_frames_on_which_opencv_would_die_are_refused(height, width):
+    """One short side is enough: DIS reads outside the picture and ends the process."""
+    pytest.importorskip("cv2")
+    frames = torch.rand(1, 3, height, width)
+    with pytest.raises(ValueError, match=f"{height} x {width}; expected 16 x 16 or more"):
+        DISFlow()(frames, frames.roll(1, 3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 300), (300, 16), (33, 17)])
+def test_the_smallest_frames_and_flat_ones_have_a_flow(height, width):
+    """Finite, of the size of the frames."""
+    pytest.importorskip("cv2")
+    for frames in (torch.rand(1, 3, height, width), torch.full((1, 3, height, width), 0.5)):
+        flow = DISFlow()(frames, frames.roll(1, 3))
+        assert flow.shape == (1, 2, height, width) and flow.isfinite().all()

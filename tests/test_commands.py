@@ -33,7 +33,7 @@ from formats.cards import CardKeys, Source
 from formats.pictures import sheet
 from latent_action import LatentActionConfig
 from motus import PRESETS, STAGES, MotusConfig
-from scripts import evaluate
+from scripts import evaluate, record
 from train import Settings, changed
 from weights import options
 from weights.card import Card
@@ -421,6 +421,33 @@ def test_without_a_network_a_command_says_what_it_wanted(case, tmp_path, capsys,
         lines = [line for line in said.splitlines() if line.startswith("error:")]
         assert code == 2 and len(lines) == 1 and "Traceback" not in said
         assert re.search("cannot be fetched .*check its name, your network", lines[0]), said
+
+
+@pytest.mark.parametrize("module", ("scripts.evaluate", "scripts.record"))
+def test_a_simulator_whose_graphics_fail_says_what_to_install(
+    module, tmp_path, monkeypatch, capsys
+):
+    """MuJoCo without a graphics library ends in whatever its libraries stumble over: here in an
+    AttributeError, in the processes that hold the worlds."""
+    text = "TASKS = {'walk': 'walk'}\nMISSING = 'apt-get install libosmesa6'\n\n\n"
+    text += "def make(task):\n    raise AttributeError(\"None has no attribute 'glGetError'\")\n"
+    (tmp_path / "no_graphics.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = ["--sim", "no_graphics", "--tasks", "walk", "--episodes", "1", "--workers", "1"]
+    words += ["--random"] if module == "scripts.evaluate" else []
+    code, said = ended(capsys, module, [*words, "--out", str(tmp_path / "out")])
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert code == 2 and "Traceback" not in said
+    assert "glGetError'; apt-get install libosmesa6" in line
+
+
+def test_a_dataset_that_exists_is_refused_before_an_episode_is_tried(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    monkeypatch.setattr(record, "attempts", lambda *_: pytest.fail("tried"))
+    words = ["--sim", "toy", "--tasks", "push", "--out", str(tmp_path / "set")]
+    with pytest.raises(ValueError, match="set exists; remove it or write elsewhere"):
+        record.main(words)
 
 
 MISSING = "cv2 ftfy huggingface_hub pyarrow av triton tensorboard wandb metaworld mujoco".split()

@@ -62,6 +62,23 @@ def test_the_page_shows_every_stage_and_mode_as_markdown_and_html(run, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+def test_a_figure_that_is_null_is_a_dash(run):
+    """A perfect prediction has no finite PSNR, and is stored as null."""
+    path = run / "samples" / "figures.json"
+    found = json.loads(path.read_text())
+    found["figures"]["world_model"]["PSNR moving (dB)"]["copy"] = None
+    path.write_text(json.dumps(found))
+    line = dict(report.targets(run))["world-model PSNR on the moving region, above copy-last-frame"]
+    assert line == "19.00 - - dB, VAE ceiling 22.00" and "| - |" in report.page(run)
+
+
+def test_samples_of_some_modes_alone_are_refused(run):
+    path = run / "samples" / "figures.json"
+    path.write_text(json.dumps({"episodes": 1, "steps": 1, "figures": {"joint": {}}}))
+    with pytest.raises(ValueError, match="lacks modes idm or world_model; run sample.py"):
+        report.main(["--run", str(run)])
+
+
 @pytest.mark.parametrize(
     "missing", ["samples/figures.json", "evaluation/evaluation.json", "stage2/log.csv"]
 )

@@ -345,29 +345,37 @@ class Encoder(nn.Module):
 # -- decoder --------------------------------------------------------------------------------------
 
 
-def correlations(
-    a: Tensor,
-    b: Tensor,
-    target: Tensor,
-    config: DPFlowConfig,
-) -> Tensor:
-    """Scaled dot products of every position of `a` with a window of `b`, both (B, C, h, w), around
-    `target` (B, 2, h, w), where it lands in `b` -> (B, (2 * radius + 1) ** 2, h, w). Bilinear, zero
-    outside. At most `volume_limit` products are held at once."""
-    batch, channels, height, width = a.shape
-    reach = torch.arange(-config.radius, config.radius + 1, device=a.device)
-    window = torch.cartesian_prod(reach, reach)  # its first axis moves along x
-    points = rearrange(target, "b two h w -> b (h w) 1 1 two") + window
-    points = 2 * points / (torch.tensor([width, height], device=a.device) - 1) - 1
-    a = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(channels)
-    rows = max(1, config.volume_limit // (batch * height * width))
-    windows = []
-    for part, places in zip(a.split(rows, dim=1), points.split(rows, dim=1)):
-        volume = torch.einsum("bnc,bchw->bnhw", part, b).float()
-        volume = rearrange(volume, "b n h w -> (b n) 1 h w")
-        values = F.grid_sample(volume, places.flatten(0, 1), align_corners=True)
-        windows.append(rearrange(values, "(b n) 1 1 window -> b window n", b=batch))
-    return torch.cat(windows, dim=2).unflatten(2, (height, width))
+class Correlation:
+    """Scaled dot products of every position of `a` with a window of `b`, both (B, C, h, w). At most
+    `volume_limit` products are held at once; where all of them fit, they are made once for all
+    readings, else anew at each, slice by slice."""
+
+    def __init__(self, a: Tensor, b: Tensor, config: DPFlowConfig):
+        batch, channels, height, width = a.shape
+        self.b = b
+        self.rows = max(1, config.volume_limit // (batch * height * width))
+        rows = rearrange(a, "b c h w -> b (h w) c") / math.sqrt(channels)
+        self.slices = rows.split(self.rows, dim=1)
+        self.kept = list(map(self.products, self.slices)) if len(self.slices) == 1 else None
+        reach = torch.arange(-config.radius, config.radius + 1, device=a.device)
+        self.window = torch.cartesian_prod(reach, reach)  # its first axis moves along x
+
+    def products(self, a: Tensor) -> Tensor:
+        """a (B, n, C) -> (B * n, 1, h, w), fp32."""
+        return torch.einsum("bnc,bchw->bnhw", a, self.b).float().flatten(0, 1)[:, None]
+
+    def __call__(self, target: Tensor) -> Tensor:
+        """target (B, 2, h, w): where each position of `a` lands in `b` -> (B, (2 * radius + 1) **
+        2, h, w). Bilinear, zero outside."""
+        batch, _, height, width = target.shape
+        points = rearrange(target, "b two h w -> b (h w) 1 1 two") + self.window
+        points = 2 * points / (torch.tensor([width, height], device=target.device) - 1) - 1
+        volumes = self.kept or map(self.products, self.slices)
+        windows = []
+        for volume, places in zip(volumes, points.split(self.rows, dim=1)):
+            values = F.grid_sample(volume, places.flatten(0, 1), align_corners=True)
+            windows.append(values.view(batch, -1, len(self.window)))
+        return rearrange(torch.cat(windows, dim=1), "b (h w) c -> b c h w", h=height)
 
 
 def two_convolutions(
@@ -489,6 +497,7 @@ class DPFlow(nn.Module):
         context, hidden = rearrange(extra, halves, frame=2, two=2)
         context = F.relu(context)
         hidden = torch.tanh(hidden)
+        correlation = Correlation(*matching.chunk(2), self.config)
         size = context.shape[2:]
         rows, columns = (torch.arange(side, device=features.device) for side in size)
         # (2, h, w), fp32 in a sum with flow: bf16 cannot count to a wide row's end.
@@ -499,8 +508,7 @@ class DPFlow(nn.Module):
             flow = F.interpolate(2 * flow, size, mode="bilinear", align_corners=True)
         for _ in range(self.config.iterations):
             flow = flow.detach()
-            seen = correlations(*matching.chunk(2), here + flow, self.config)
-            hidden, residual = self.update(hidden, context, seen, flow)
+            hidden, residual = self.update(hidden, context, correlation(here + flow), flow)
             flow = flow + residual
         return flow, hidden
 

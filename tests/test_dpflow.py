@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tables import expected
 
 from backbones.dpflow import (
+    Correlation,
     DISFlow,
     DPFlow,
     DPFlowConfig,
@@ -191,6 +192,20 @@ def test_sliced_correlations_change_nothing(thin):
     a, b = frames(96, 64, batch=2)
     with torch.no_grad():
         assert torch.allclose(sliced(a, b), thin(a, b), atol=1e-4)
+
+
+def test_products_that_fit_are_made_once_for_all_iterations(monkeypatch):
+    """And anew at every reading where they do not."""
+    made = []
+    products = Correlation.products
+    monkeypatch.setattr(Correlation, "products", lambda *x: made.append(1) or products(*x))
+    a, b = torch.rand(2, 1, 4, 3, 5)
+    for limit, calls in ((15 * 15, 1), (100, 3 * 3)):
+        correlation = Correlation(a, b, replace(THIN, volume_limit=limit))
+        for _ in range(3):
+            correlation(torch.zeros(1, 2, 3, 5))
+        assert len(made) == calls
+        made.clear()
 
 
 def test_rows_of_a_batch_do_not_mix(thin):

@@ -34,9 +34,9 @@ class Words(NamedTuple):
         found = []
         for network, names in FILES.items():
             paths = [Path(folder) / name for name in names] if folder else []
-            here = [Tokenizer.from_file(str(path)) for path in paths if path.is_file()]
+            here = next((str(path) for path in paths if path.is_file()), None)
             limit = preset.motus.video.text_len - 1 if network == "text encoder" else None
-            found.append(cls(network, here[0] if here else None, limit))
+            found.append(cls(network, here and Tokenizer.from_file(here), limit))
         return tuple(found)
 
     def signs(self, text: str) -> list[str]:

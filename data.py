@@ -262,7 +262,7 @@ class Stream:
         if not chunks:
             return
         self.load(device, precision)
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) // options.environment("LOCAL_WORLD_SIZE", 1)
         loader = DataLoader(self, None, sampler=chunks, num_workers=min(cores, len(chunks) - 1))
         for prepared in tqdm(loader, "encode windows", leave=False):
             inputs = self.inputs(prepared, device)
@@ -361,9 +361,8 @@ def makers(preset_name: str, config: MotusConfig, stage: str, encode=None) -> di
 
 def cache(args: argparse.Namespace) -> None:
     """Encodes the windows of a stage; sizes are those of the preset's recipe."""
-    places = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}  # as torchrun tells them
-    rank, world, local = (int(os.environ.get(name, n)) for name, n in places.items())
-    device = options.device().replace("cuda", f"cuda:{local}")
+    rank = options.environment("RANK", 0)
+    world = options.environment("WORLD_SIZE", 1)
     out = args.out
     if world > 1 and out.suffix == ".safetensors":
         raise ValueError(f"--out {out} is a file; for {world} processes name a folder")
@@ -376,7 +375,7 @@ def cache(args: argparse.Namespace) -> None:
     stream = Stream(pyramid, args.preset, args.stage)
     count = args.windows or recipe.get("windows", WINDOWS)
     rows = windows.rows_to_encode(pyramid, count, args.seed)
-    stream.write(out, rows, device, recipe.get("precision", "fp32"), rank, world)
+    stream.write(out, rows, options.device_of_rank(), recipe.get("precision", "fp32"), rank, world)
     files = [out] if out.is_file() else list(out.glob("windows_*"))
     size = sum(file.stat().st_size for file in files) / 1e6
     print(f"rank {rank}: {len(rows)} windows in {out}, {len(files)} files now, {size:.1f} MB")

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from weights import options
+from weights.options import Refusal, device_of_rank, environment
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Ranks:
         if problems:
             first, text = next(iter(problems.items()))
             alone = len(problems) < self.world
-            raise options.Refusal(f"rank {first} of {self.world}: {text}" if alone else text)
+            raise Refusal(f"rank {first} of {self.world}: {text}" if alone else text)
         return result
 
     def same(self, **facts: str) -> None:
@@ -90,7 +90,7 @@ class Ranks:
         for rank, theirs in enumerate(others, 1):
             for name, ours in first.items():
                 if theirs[name] != ours:
-                    raise options.Refusal(
+                    raise Refusal(
                         f"ranks differ in {name}: rank 0 has {ours}, rank {rank} has "
                         f"{theirs[name]}; start every rank with the same command, from the same "
                         "checkout and the same files"
@@ -108,11 +108,6 @@ class Ranks:
 # -- starting -------------------------------------------------------------------------------------
 
 
-def environment(name: str, default: int) -> int:
-    """A number that torchrun put into the environment."""
-    return int(os.environ.get(name, default))
-
-
 @contextmanager
 def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     """The ranks that torchrun started; one without it. `shards` ranks share one copy of the
@@ -120,8 +115,8 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
     rank that does not answer for `timeout` seconds is an error."""
     rank = environment("RANK", 0)
     world = environment("WORLD_SIZE", 1)
-    cuda = options.device() == "cuda"
-    device = torch.device("cuda", environment("LOCAL_RANK", 0)) if cuda else torch.device("cpu")
+    device = torch.device(device_of_rank())
+    cuda = device.type == "cuda"
     if world == 1:
         yield Ranks(device=device)
         return
@@ -145,7 +140,7 @@ def launch(shards: int = 0, timeout: float = 1800) -> Iterator[Ranks]:
         ranks.same(shards=str(shards))
         if world % shards:
             allowed = [str(n) for n in range(1, world + 1) if world % n == 0]
-            raise options.Refusal(
+            raise Refusal(
                 f"{world} ranks cannot form groups of shards={shards}; expected one of "
                 f"{', '.join(allowed)}"
             )

@@ -133,6 +133,11 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} ({self.prog} --help)")
 
 
+def environment(name: str, default: int) -> int:
+    """A number that torchrun put into the environment."""
+    return int(os.environ.get(name, default))
+
+
 def device(asked: str = "") -> str:
     """The device to compute on, for good: as asked, else as MOTUS_DEVICE says, else cuda where
     there is one."""
@@ -143,6 +148,11 @@ def device(asked: str = "") -> str:
     if asked:
         os.environ["MOTUS_DEVICE"] = asked  # for what is called from here, and for workers
     return name
+
+
+def device_of_rank() -> str:
+    """The device to compute on, of this rank among those of its node."""
+    return device().replace("cuda", f"cuda:{environment('LOCAL_RANK', 0)}")
 
 
 DEVICE = "--device", device, "cpu or cuda (default: cuda where there is one)"
@@ -201,7 +211,7 @@ def run_command(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except tuple(REMEDIES) as error:
-        if not isinstance(error, Refusal) or os.environ.get("RANK", "0") == "0":
+        if not isinstance(error, Refusal) or environment("RANK", 0) == 0:
             remedy = next(REMEDIES[kind] for kind in REMEDIES if isinstance(error, kind))
             print(f"error: {str(error) or repr(error)}{remedy}", file=sys.stderr)
         sys.exit(2)

@@ -53,6 +53,7 @@ from scale.batches import draw_noise
 from scale.fast import compile_sampler, quantise, sample_action_first
 from scale.plan import example, frozen_parts
 from scale.sharding import parallelize
+from scripts.readme import table
 from weights.options import DEVICE, Parser, output_file, run_command
 
 # A usual instruction's rows, understanding tokens, and the latent grid of 384 x 320 pixels.
@@ -99,19 +100,6 @@ def agree(ours: Tensor, other: Tensor) -> str:
             "timed"
         )
     return f"{difference:.1g}"
-
-
-def table(*rows: Sequence[object]) -> str:
-    """Markdown, the head first; floats with three digits."""
-
-    def show(x: object) -> str:
-        if not isinstance(x, float):
-            return str(x)
-        return f"{x:.3g}" if x < 1000 else f"{x:,.0f}"
-
-    head, *body = rows
-    lines = [" | ".join(map(show, row)) for row in (head, ["---"] * len(head), *body)]
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 # -- the official order of work -------------------------------------------------------------------
@@ -261,7 +249,7 @@ def trainer(inputs: Inputs, name: str, compiled: bool) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> float:
-        noise = draw_noise(inputs, torch.Generator().manual_seed(0))
+        noise = draw_noise(inputs, seeded())
         with implementation(name):
             loss = compute(inputs, noise).total()
             optimizer.zero_grad()
@@ -294,12 +282,13 @@ def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
 
 def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
     torch.manual_seed(0)
-    return table(
-        ["what", "against", "ours, ms", "other, ms", "other / ours", "largest difference"],
+    head = ["what", "against", "ours, ms", "other, ms", "other / ours", "largest difference"]
+    rows = [
         *sampler_ratios("toy", toy_chunk(), steps, rounds, compiled),
         *sampler_ratios("3 layers of `small`", small_chunk(), steps, rounds, False),
         *training_ratios(batch, rounds, compiled),
-    )
+    ]
+    return table(head, rows)
 
 
 # -- counting without values ----------------------------------------------------------------------
@@ -368,7 +357,7 @@ def count(steps: int) -> str:
         rows.append([name, *tera, f"{looks}, 0, {1 if official else 0}"])
     calls = "looks of the VLM, T5, decoder"
     title = f"a chunk of {steps} steps, full size, batch 1"
-    return table([title, "TFLOP: trunk", "VLM", "VAE", "all", calls], *rows)
+    return table([title, "TFLOP: trunk", "VLM", "VAE", "all", calls], rows)
 
 
 # -- int8 -----------------------------------------------------------------------------------------
@@ -398,7 +387,7 @@ def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
     for name, rounded in samples().items():
         change = (rounded - exact[name]).norm() / exact[name].norm()
         rows.append([*name, 100 * change.item()])
-    return table(["mode", "modality", "sample, error in %"], *rows)
+    return table(["mode", "modality", "sample, error in %"], rows)
 
 
 # -- on a GPU -------------------------------------------------------------------------------------
@@ -468,7 +457,7 @@ def gpu(config: MotusConfig, steps: int, device: str = "cuda") -> str:
     rows = [[*way, milliseconds(work)] for way, work in ways.items()]
     head = [f"a chunk of {steps} steps, batch 1, bf16", "how", "ms"]
     kernels = ["kernel, bf16", "ours, ms", "SDPA or eager, ms", "torch.compile of the plain, ms"]
-    return table(head, *rows) + "\n\n" + table(kernels, *kernel_times(config, device))
+    return table(head, rows) + "\n\n" + table(kernels, kernel_times(config, device))
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def agreement() -> Iterator[Row]:
 def sampled(model: Motus, inputs: Inputs, mode: str, way: str) -> torch.Tensor:
     """All numbers that the mode denoises, in one row."""
     with bench.implementation(way):
-        found = model.sample(inputs, mode, generator=torch.Generator().manual_seed(0))
+        found = model.sample(inputs, mode, generator=bench.seeded())
     return torch.cat([x.flatten() for x in found if x is not None])
 
 
@@ -106,11 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise ValueError("torch sees no CUDA device; run this where there is one")
     about = f"# A day on a GPU\n\n{torch.cuda.get_device_name()}, torch {torch.__version__}\n\n"
-    rows = [["what", "found", "at most"]]
+    rows = []
     for what, found, most in chain(tests(), agreement(), chunks(), training(args.peak)):
         rows.append([what, found, most])
         print(f"{what} {found:.4g}", flush=True)
-        about_rows = about + bench.table(*rows)
+        about_rows = about + bench.table(["what", "found", "at most"], rows)
         args.out.write_text(about_rows + "\n")
         if not 0 <= found <= most:
             raise ValueError(f"{what} {found:.4g}; expected 0 to {most:g}: docs/gpu_day.md")

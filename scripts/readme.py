@@ -28,10 +28,15 @@ PAGES = ("README.md", "docs/details.md", "docs/results.md")
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    """A Markdown table; floats with three digits."""
+
+    def show(cell: object) -> str:
+        if isinstance(cell, float):
+            cell = f"{cell:.3g}" if cell < 1000 else f"{cell:,.0f}"
+        return str(cell).replace("|", "\\|")
+
+    lines = [" | ".join(map(show, line)) for line in (head, ["---"] * len(head), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 # -- what the files are ---------------------------------------------------------------------------

@@ -315,7 +315,7 @@ def ended(capsys, name: str, argv: list[str]) -> tuple[int, str]:
 ENDINGS = [
     (ValueError("too wide"), 2, "error: too wide\n"),
     (OSError(28, "No space left on device", "x.gif"), 2, "No space left on device: 'x.gif'\n"),
-    (PermissionError(13, "Permission denied", "/root/x"), 2, "Permission denied: '/root/x'\n"),
+    (PermissionError(13, "Permission denied", "locked/x"), 2, "Permission denied: 'locked/x'\n"),
     (ImportError("No module named 'av'"), 2, "No module named 'av'; pip install it, or motus"),
     (MemoryError(), 2, "error: MemoryError(); take a smaller batch"),
     (torch.OutOfMemoryError("CUDA out of memory"), 2, "memory; take a smaller batch, set micro"),

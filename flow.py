@@ -126,13 +126,28 @@ def keep_observation(latents: Tensor, observation: Tensor) -> Tensor:
     return torch.cat([observation.to(latents.dtype), latents[:, :, 1:]], dim=2)
 
 
-def video_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+def video_loss(
+    velocity: Tensor, target: Tensor, mask: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Squared error per sample (B,), mean over (C, T, h, w). Frame 0 is the observation: its error
     is zero, yet it counts in the mean, as official. mask (B, T): False where a frame lies past the
-    end of the episode; such frames leave the mean."""
-    error = (velocity - target).square().mean(dim=(1, 3, 4))  # (B, T)
+    end of the episode; such frames leave the mean. weight (B, 1, T, h, w): of each place."""
+    error = (velocity - target).square()
+    if weight is not None:
+        error = weight * error
+    error = error.mean(dim=(1, 3, 4))  # (B, T)
     error = torch.cat([torch.zeros_like(error[:, :1]), error[:, 1:]], dim=1)
     return masked_mean(error, mask)
+
+
+def moving_weight(latents: Tensor, more: float) -> Tensor | None:
+    """Weight (B, 1, T, h, w) of each place of latents (B, C, T, h, w): 1 where they stay what the
+    observation is, up to 1 + more where they change. What moves is small: unless it weighs
+    more, a short training learns the table. None for 0, the official loss."""
+    if not more:
+        return None
+    change = (latents - latents[:, :, :1]).square().mean(dim=1, keepdim=True)
+    return 1 + more * change.clamp(max=1)
 
 
 def action_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

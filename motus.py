@@ -380,6 +380,7 @@ class Motus(nn.Module):
     def __init__(self, config: MotusConfig):
         super().__init__()
         self.config = config
+        self.motion_weight = 0.0  # of the loss
         self.video = WanModel(config.video)
         self.action = ActionExpert(config)
         self.und = UndExpert(config)
@@ -490,7 +491,8 @@ class Motus(nn.Module):
         shared = self.conditioning(inputs)
         times = self.embed_times(t_video, t_action)
         v_video, v_action = self(noisy_video, noisy_action, times, shared)
-        video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask)
+        weight = flow.moving_weight(latents, self.motion_weight)
+        video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask, weight)
         if actions is None:
             return flow.Losses(video, None, t_video, None, None)
         action = flow.action_loss(v_action.float(), action_noise - actions, mask)

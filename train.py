@@ -79,6 +79,7 @@ class Settings:
     ema: float = 0.995
     times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
+    motion_weight: float = 0.0  # in the video loss, of what changes: `flow.moving_weight`
     seed: int = 0
     episodes: int = data.EPISODES  # per level that a world renders
     windows: int = data.WINDOWS  # encoded once, batches are drawn from them; 0: encoded when needed
@@ -314,6 +315,7 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     experts = STAGES[args.stage].experts
     with torch.device("meta"):
         model = Motus(source.config).train()
+    model.motion_weight = settings.motion_weight
     model.to(torch.bfloat16 if settings.params == "bf16" else torch.float32)
     how = settings.checkpointing, settings.compile, settings.precision, settings.reshard
     loss = sharding.parallelize(model, experts, mesh, *how)

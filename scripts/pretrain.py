@@ -263,15 +263,16 @@ def pretrain_vlm(job: Job) -> Figures:
 
 
 def pretrain_vae(job: Job) -> Figures:
-    """L1 and squared error, and a little KL. The VAE of another preset goes on from the toy's,
-    which is of the same size and has begun to see: half the time. The mean and std of the latents
-    are noted in the config, and the peak signal-to-noise ratio in dB in the figures, that of all
-    pixels and of those that move."""
-    vae = Backbones.load(PRESETS["toy"].backbones, parts=["vae"]).vae
+    """L1 and squared error, and a little KL. The toy's begins with nothing, another goes on from
+    the one of the repository. The mean and std of the latents are noted in the config, and the
+    peak signal-to-noise ratio in dB in the figures, that of all pixels and of those that move."""
+    vae = job.shipped.vae
+    z = preset(job.preset).video.latent
+    # While it learns, latents are as they are.
+    config = replace(vae.config, z_dim=z, mean=(0.0,) * z, std=(1.0,) * z)
     if job.preset == "toy":
-        vae = WanVAE(vae.config)
-    z = vae.config.z_dim
-    vae.config = replace(vae.config, mean=(0.0,) * z, std=(1.0,) * z)  # while it learns
+        vae = WanVAE(replace(config, dec_dim=32))
+    vae.config = config
 
     def loss() -> Terms:
         video = job.corpus.clips(job.batch)

@@ -136,7 +136,8 @@ class OpenSource:
         )
         self.name = Path(source.path).name
         if source.rendered:
-            self.name = f"level{source.level}_{self.source.embodiment}"
+            _, *kind = source.path.split("/")
+            self.name = "_".join([f"level{source.level}", self.source.embodiment, *kind])
         self.folder = root / (source.latents or f"latents/{self.name}")
         self.encoded = {}  # episode -> latent actions and which are known
 

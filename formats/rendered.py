@@ -1,6 +1,7 @@
 """Episodes that a world renders instead of decoding them: a source of recordings like a folder.
 
-A line of a card names the world as `world:NAME`, with the level of the data pyramid and the robot.
+A line of a card names the world as `world:NAME`, with the level of the data pyramid and the robot;
+`world:NAME/K` stands at that level too, and has what the world records as its level K.
 The world is asked for all episodes of a split at once, when the first of them is needed. Episodes
 that are trained on come first: there what is executed is disturbed, and what the expert meant is
 recorded. Held-out ones have layouts that training never sees and are not disturbed: a world model
@@ -53,8 +54,8 @@ class Rendered(Recordings):
         mapping: Mapping | None = None,
     ):
         super().__init__(path, mapping)
-        self.world = path.removeprefix(PREFIX)
-        self.level = level
+        self.world, _, kind = path.removeprefix(PREFIX).partition("/")
+        self.level = int(kind or level)
         self.robot = robot or None
         self.count = count
         self.held_out = held_out

@@ -169,6 +169,15 @@ def evaluation_result(stored: dict) -> str:
     return command("-m scripts.evaluate", stored) + table(head, rows)
 
 
+def truth_result(stored: dict) -> str:
+    """Modes against the simulator: a column per number of Euler steps."""
+    rows = []
+    for name, values in stored.pop("figures").items():
+        rows.append((name, *("{:.3g} [{:.3g}, {:.3g}]".format(*value) for value in values)))
+    head = ("figure", *(f"{n} steps" for n in stored["steps"]))
+    return command("-m scripts.truth", stored) + table(head, rows)
+
+
 # Where results lie, their title, how they are shown, and the command that writes such a file.
 RESULTS = (
     (
@@ -184,6 +193,12 @@ RESULTS = (
         "make toy",
     ),
     ("docs/toy/samples*/figures.json", "Sampling held-out episodes", samples_result, "make toy"),
+    (
+        "docs/toy/truth.json",
+        "Whether the modes are true",
+        truth_result,
+        "python -m scripts.truth --out docs/toy/truth.json",
+    ),
     ("docs/toy/**/evaluation.json", "Acting in closed loop", evaluation_result, "make toy"),
     (
         "docs/metaworld/*_step*/evaluation.json",

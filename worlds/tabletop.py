@@ -206,6 +206,13 @@ class Tabletop:
             **scenery(look, self.split, self.randomized, discs),
         }
 
+    def wander(self) -> None:
+        """From here on there is no task, and the expert moves at random."""
+        self.task_agnostic = True
+        self.instruction = [""] * self.n
+        self.waypoint = self.effector.copy()
+        self._intention = None
+
     @property
     def group(self) -> list[str]:
         """The skill that each world asks for."""
@@ -475,6 +482,8 @@ LEVELS = {
     4: Level(("gripper",), task_agnostic=True),
     5: Level(("arm", "gantry")),
     6: Level(("gripper",), astray=0.5, slips=0.06),
+    7: Level(("gripper",), randomized=True, astray=0.5, slips=0.06),  # 6 in other looks
+    8: Level(("gripper",), task_agnostic=True, noise=0.0),  # 4, and what is recorded is what is done
 }
 LIMIT = 100  # steps of an episode at most
 WANDER = 48  # steps of one without a task

@@ -271,7 +271,7 @@ def pretrain_vae(job: Job) -> Figures:
     # While it learns, latents are as they are.
     config = replace(vae.config, z_dim=z, mean=(0.0,) * z, std=(1.0,) * z)
     if job.preset == "toy":
-        vae = WanVAE(replace(config, dec_dim=32))
+        vae = WanVAE(config)
     vae.config = config
 
     def loss() -> Terms:

@@ -31,14 +31,14 @@ from torch import Tensor
 
 import data
 from flow import MODES
-from motus import PRESETS, Prediction
+from motus import Prediction
 from sample import Policy, moving_region, ssim
 from scripts.detector import Detector
 from scripts.readme import truth_result
 from weights.files import write_json
 from weights.options import DEVICE, Parser, output_file, run_command
 from worlds import EVALUATED, episode_seeds
-from worlds.render import distance
+from worlds.render import Snapshot, distance
 from worlds.robots import IMAGE
 from worlds.tabletop import Tabletop
 
@@ -55,12 +55,7 @@ class Windows(NamedTuple):
 
     frames: Tensor  # (n, 1+F, H, W, 3) uint8
     actions: Tensor  # (n, S, A) as the network sees them
-    places: ndarray  # (n, 1+D, 2) of gripper and discs, at the end
-
-
-def places(world: Tabletop) -> ndarray:
-    """Of gripper and discs, (n, 1+D, 2)."""
-    return np.concatenate([world.effector[:, None], world.discs], axis=1)
+    shot: Snapshot  # arrays (n, ...), at the end
 
 
 def observed(count: int, seed: int) -> Tabletop:
@@ -86,7 +81,7 @@ def execute(world: Tabletop, policy: Policy, actions: Tensor | None = None) -> W
         frames.append(world.render())
     frames = np.stack(frames[:: policy.statistics.rate], axis=1)
     actions = robot.apply(torch.tensor(np.stack(done, axis=1)).float())
-    return Windows(torch.tensor(frames), actions, places(world))
+    return Windows(torch.tensor(frames), actions, world.snapshot())
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -110,12 +105,6 @@ def away(found: ndarray, truth: ndarray) -> ndarray:
     return IMAGE * distance(found, truth)
 
 
-def gradients(film: Tensor) -> Tensor:
-    """Energy of the gradient (n, F, H, W)."""
-    grey = film[:, 1:].double().mean(dim=-1)
-    return sum(way.square() for way in torch.gradient(grey, dim=(2, 3)))
-
-
 class Truth:
     """n worlds, one set of actions in them and what came of it, `own`, and a policy to be asked.
     Figures are a name, a statistic, and its arrays with a row per window, or per disc."""
@@ -123,105 +112,101 @@ class Truth:
     def __init__(self, policy: Policy, world: Tabletop):
         self.policy = policy
         self.world = world
+        self.detector = Detector.shipped()
         self.own = execute(world, policy)
         frames, actions, _ = self.own
         self.region = moving_region(frames[:, :1], frames[:, 1:])
         state = policy.statistics.state.apply(torch.tensor(world.state()))
         batch = data.Batch(frames, None, world.instruction, state, actions)
         self.inputs = data.encode(batch, policy.backbones)
-        self.copy = self.decoded(self.inputs.latents)
-
-    def decoded(self, latents: Tensor) -> Tensor:
-        return self.policy.backbones.decode_video(latents).cpu()
+        self.copy = policy.backbones.decode_video(self.inputs.latents).cpu()
 
     def ask(self, mode: str, **given: Tensor) -> Prediction:
-        """The answer of a mode, which may be `given` something else than the truth."""
+        """The film (n, 1+F, H, W, 3) and actions (n, S, A) that a mode makes, where it makes any;
+        it may be `given` something else than the truth."""
         policy = self.policy
         policy.generator.manual_seed(0)
-        return policy.sample(replace(self.inputs, **given).to(policy.device), mode)
+        film, actions = policy.sample(replace(self.inputs, **given).to(policy.device), mode)
+        if film is not None:
+            film = policy.backbones.decode_video(film).cpu()
+        return Prediction(film, actions if actions is None else actions.float().cpu())
 
-    def seen(self, film: Tensor) -> list[ndarray]:
-        """Places (n, 1+D, 2) of gripper and discs in the last frame, and which are there."""
-        things = np.insert(1 + self.world.colours, 0, 0, axis=1)
-        rows = np.arange(len(film))[:, None]
-        return [array[rows, things] for array in Detector.shipped().see(film[:, -1])]
+    def seen(self, film: Tensor) -> tuple[ndarray, ndarray, ndarray]:
+        """In the last frame: the gripper (n, 2), the discs (n, D, 2), and whether these are there
+        (n, D)."""
+        places, there = self.detector.see(film[:, -1])
+        discs = np.arange(len(film))[:, None], 1 + self.world.colours
+        return places[:, 0], places[discs], there[discs]
 
     def off(self, film: Tensor, truth: Windows) -> ndarray:
-        """Pixels (n, 1+D) from where things are in a film to where they should be."""
-        return away(self.seen(film)[0], truth.places)
+        """Pixels (n,) from the gripper in a film to where it is in truth."""
+        return away(self.seen(film)[0], truth.shot.effector)
 
-    def pooled(self, values: Tensor) -> ndarray:
-        """Sum (n,) of values (n, F, H, W) in the moving region."""
-        return (values * self.region).sum(dim=(1, 2, 3)).numpy()
-
-    def errors(self, film: Tensor) -> Tensor:
-        """Squared (n, F, H, W), in units of the whole range."""
-        return ((film[:, 1:].double() - self.own.frames[:, 1:]) / 255).square().mean(dim=-1)
-
-    def of_places(self, who: str, film: Tensor) -> Iterator[tuple]:
-        moved = away(self.own.places, places(self.world)) > MOVED
-        moved[:, 0] = False  # the gripper
-        _, there = self.seen(film)
-        off = self.off(film, self.own)
-        yield f"{who}: gripper, px", np.median, off[:, 0]
-        yield f"{who}: moved disc, px", np.median, off[moved]
+    def places(self, who: str, film: Tensor) -> Iterator[tuple]:
+        truth = self.own.shot.discs
+        moved = away(truth, self.world.discs) > MOVED
+        _, discs, there = self.seen(film)
+        yield f"{who}: gripper, px", np.median, self.off(film, self.own)
+        yield f"{who}: moved disc, px", np.median, away(discs, truth)[moved]
         yield f"{who}: moved disc there", np.mean, there[moved]
-
-    def of_looks(self, who: str, film: Tensor) -> Iterator[tuple]:
-        energy = (self.pooled(gradients(x)) for x in (film, self.copy))
-        yield f"{who}: sharpness", ratio, *energy
-        error = self.errors(film)
-        yield f"{who}: PSNR dB", decibels, np.ones(len(film)), error.mean(dim=(1, 2, 3)).numpy()
-        yield f"{who}: PSNR moving dB", decibels, self.pooled(torch.ones(())), self.pooled(error)
 
     def obeys(self, film: Tensor) -> ndarray:
         """Whether a film moves the named disc and no other, where the expert does."""
         world = self.world
-        found, _ = self.seen(film)
-        now = places(world)
-        named = np.insert(world.named, 0, False, axis=1)
-        left = (away(x[named], world.goal) for x in (now, found, self.own.places))
-        before, after, true = left
-        strays = away(found, now)[:, 1:] > 2 * MOVED
-        obeys = (before - after > (before - true) / 2) & ~(strays & ~world.named).any(axis=1)
+        _, discs, _ = self.seen(film)
+        stages = (world.discs, discs, self.own.shot.discs)
+        before, found, true = (away(x[world.named], world.goal) for x in stages)
+        strays = (away(discs, world.discs) > 2 * MOVED) & ~world.named
+        obeys = (before - found > (before - true) / 2) & ~strays.any(axis=1)
         return obeys[before - true > MOVED]
+
+    def looks(self, film: Tensor) -> ndarray:
+        """Means (4, n) of the squared error where things move and of all, of the gradient's energy
+        where things move, and of whether they do."""
+        film, truth = (x[:, 1:].double() / 255 for x in (film, self.own.frames))
+        error = (film - truth).square().mean(dim=-1)
+        energy = sum(way.square() for way in torch.gradient(film.mean(dim=-1), dim=(2, 3)))
+        moving = self.region
+        values = torch.stack([moving * error, error, moving * energy, moving])
+        return values.mean(dim=(2, 3, 4)).numpy()
 
     def figures(self) -> Iterator[tuple]:
         """Those of every mode, at the policy's number of Euler steps."""
         own = self.own
-        films = {"VAE": self.copy}
         answers = {mode: self.ask(mode) for mode in MODES}
-        for mode, (latents, actions) in answers.items():
-            if latents is not None:
-                films[mode] = self.decoded(latents)
-            if actions is not None:
-                for i, name in enumerate(("x", "y", "opening")):
-                    yield f"{mode}: {name}, R2", r2, actions[..., i].cpu(), own.actions[..., i]
-        yield from self.of_places("true films", own.frames)
-        for who, film in films.items():
-            yield from self.of_places(who, film)
-            yield from self.of_looks(who, film)
-        errors = (self.pooled(self.errors(films[mode])) for mode in ("vgm", "world_model"))
-        yield "world_model: above vgm, dB", decibels, *errors
+        films = {mode: film for mode, (film, _) in answers.items() if film is not None}
+        films["VAE"] = self.copy
+        yield from self.places("true films", own.frames)
+        looks = {who: self.looks(film) for who, film in films.items()}
+        for who, (moving, error, energy, region) in looks.items():
+            yield from self.places(who, films[who])
+            yield f"{who}: sharpness", ratio, energy, looks["VAE"][2]
+            yield f"{who}: PSNR dB", decibels, np.ones(len(error)), error
+            yield f"{who}: PSNR moving dB", decibels, region, moving
+        yield "world_model: above vgm, dB", decibels, looks["vgm"][0], looks["world_model"][0]
+        for mode, (_, actions) in answers.items():
+            for i, name in enumerate(("x", "y", "opening") if actions is not None else ()):
+                yield f"{mode}: {name}, R2", r2, actions[..., i], own.actions[..., i]
         pairs = zip(self.copy[:, None, 1:], own.frames[:, None, 1:])
         yield "VAE: SSIM", np.mean, np.array([ssim(*pair) for pair in pairs])
         if not self.world.task_agnostic:
             yield "vgm: obeys", np.mean, self.obeys(films["vgm"])
 
         other = execute(self.world, self.policy, own.actions.roll(1, dims=0))
-        film = self.decoded(self.ask("world_model", actions=other.actions).video)
+        film = self.ask("world_model", actions=other.actions).video
         who = "world_model, other actions"
-        yield f"{who}: gripper, px", np.median, self.off(film, other)[:, 0]
-        astray, kept = (self.off(x, own)[:, 0] for x in (film, films["world_model"]))
+        yield f"{who}: gripper, px", np.median, self.off(film, other)
+        astray, kept = (self.off(x, own) for x in (film, films["world_model"]))
         yield f"{who}: gripper, px from own", np.median, astray
         yield f"{who}: times as far from own", ratio, astray, kept
 
-        latents, actions = answers["joint"]
-        replayed = execute(self.world, self.policy, actions.cpu())
-        away_from = self.off(films["joint"], replayed)[:, 0]
-        yield "joint, replayed: gripper, px from its film", np.median, away_from
+        film, actions = answers["joint"]
+        replayed = execute(self.world, self.policy, actions)
+        found = self.off(film, replayed)
+        yield "joint, replayed: gripper, px from its film", np.median, found
+        latents = self.policy.backbones.encode_video(film.to(self.policy.device))
         back = self.ask("idm", latents=latents).actions
-        yield "joint, idm of its film: R2", r2, back.cpu(), actions.cpu()
+        yield "joint, idm of its film: R2", r2, back, actions
 
 
 def interval(statistic: Callable, *arrays: ndarray) -> list[float]:
@@ -235,7 +220,7 @@ def interval(statistic: Callable, *arrays: ndarray) -> list[float]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.option
-    add("--ckpt", str(PRESETS["toy"].backbones / "motus"), "run or checkpoint of stage 3")
+    add("--ckpt", "weights/toy/motus", "run or checkpoint of stage 3")
     add("--windows", 256, "of each kind")
     add("--steps", int, "Euler steps", nargs="+", default=[2])
     add("--seed", 0, "of layouts")
@@ -244,6 +229,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     policy = Policy.load(args.ckpt, "idm")
     world = observed(args.windows, args.seed)
+    robot = policy.statistics.embodiment
+    if robot != world.embodiment.name:
+        raise ValueError(
+            f"{args.ckpt} acts as {robot}; expected the toy's {world.embodiment.name}: name a run "
+            "of preset toy"
+        )
     found = {}
     for kind in ("expert", "random"):
         truth = Truth(policy, world)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy import ndarray
 from torch import Tensor, nn
 
 from motus import PRESETS
@@ -60,13 +59,8 @@ class Detector(nn.Module):
 
     @classmethod
     def shipped(cls) -> "Detector":
-        return load_part(FILE, cls, DetectorConfig).float().eval()
-
-    @torch.no_grad()
-    def see(self, pictures: Tensor) -> tuple[ndarray, ndarray]:
-        """The same as arrays, which things are there (n, K) as bool."""
-        places, there = self(pictures)
-        return places.numpy(), there.numpy() > 0
+        """Not to be trained."""
+        return load_part(FILE, cls, DetectorConfig).float().requires_grad_(False)
 
 
 def examples(episodes: int) -> list[Tensor]:

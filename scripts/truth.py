@@ -134,9 +134,9 @@ class Truth:
     def seen(self, film: Tensor) -> tuple[ndarray, ndarray, ndarray]:
         """In the last frame: the gripper (n, 2), the discs (n, D, 2), and whether these are there
         (n, D)."""
-        places, there = self.detector.see(film[:, -1])
+        places, logits = (found.numpy() for found in self.detector(film[:, -1]))
         discs = np.arange(len(film))[:, None], 1 + self.world.colours
-        return places[:, 0], places[discs], there[discs]
+        return places[:, 0], places[discs], logits[discs] > 0
 
     def off(self, film: Tensor, truth: Windows) -> ndarray:
         """Pixels (n,) from the gripper in a film to where it is in truth."""

@@ -16,7 +16,8 @@ every Euler step. Training draws t from a table shifted by 5, sampling takes uni
 1): both official.
 
 Departures: the paper states logit-normal times; the released code draws uniformly from the shift-5
-table, the default here (`official`), with `logit_normal` and `even` beside it. Times stay fp32 (there: bf16).
+table, the default here (`official`), with `logit_normal` and `even` beside it. Times stay fp32
+(there: bf16).
 
 Shapes: B batch, C latent channels, T latent frames, h w latent grid, S chunk, A action dimensions.
 """

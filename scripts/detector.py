@@ -12,18 +12,17 @@ Shapes: n pictures of 48 x 48 pixels, K = 5 things: the gripper, then the four c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy import ndarray
 from torch import Tensor, nn
 
 from motus import PRESETS
 from scripts.pretrain import optimise
 from weights.load import load_part, save_part
 from weights.options import Parser, output_file, run_command
+from worlds.render import Snapshot
 from worlds.robots import COLOURS, IMAGE
 from worlds.tabletop import record
 
@@ -33,7 +32,8 @@ LEVELS = (4, 6, 7)  # those of the gripper
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    width: int = 32  # channels
+    # channels, stride and dilation of each
+    layers: tuple = ((16, 1, 1), (32, 2, 1), (32, 1, 1), (32, 1, 2), (32, 1, 1))
 
 
 class Detector(nn.Module):
@@ -43,14 +43,12 @@ class Detector(nn.Module):
     def __init__(self, config: DetectorConfig):
         super().__init__()
         self.config = config
-        width = config.width
         self.maps = nn.Sequential()
-        widths = (3, width // 2, width, width, width, width)
-        strides = (1, 2, 1, 1, 1)
-        reach = (1, 1, 1, 2, 1)
-        for (n_in, n_out), stride, far in zip(pairwise(widths), strides, reach):
-            conv = nn.Conv2d(n_in, n_out, 3, stride, padding=far, dilation=far)
+        width = 3
+        for n_out, stride, far in config.layers:
+            conv = nn.Conv2d(width, n_out, 3, stride, padding=far, dilation=far)
             self.maps.extend([conv, nn.GELU()])
+            width = n_out
         self.maps.append(nn.Conv2d(width, 1 + len(COLOURS), 1))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,26 +59,21 @@ class Detector(nn.Module):
 
     @classmethod
     def shipped(cls) -> "Detector":
-        return load_part(FILE, cls, DetectorConfig).float().eval()
-
-    @torch.no_grad()
-    def see(self, pictures: Tensor) -> tuple[ndarray, ndarray]:
-        """Places (n, K, 2), and which things are there (n, K) bool."""
-        places, there = self(pictures)
-        return places.numpy(), (there > 0).numpy()
+        """Not to be trained."""
+        return load_part(FILE, cls, DetectorConfig).float().requires_grad_(False)
 
 
 def examples(episodes: int) -> list[Tensor]:
     """Pictures of each level that has the gripper, with places (n, K, 2) and which things are there
-    (n, K), as float."""
-    rows = []
-    for episode in (e for level in LEVELS for e in record(level, episodes, 0)):
-        shot = episode.snapshots
-        here = shot.colours[..., None] == np.arange(len(COLOURS))  # (T, D, colours)
-        discs = np.einsum("tdk,tdx->tkx", here, shot.discs)
-        places = np.concatenate([shot.effector[:, None], discs], axis=1)
-        rows.append((episode.frames, places, np.insert(here.any(axis=1), 0, True, axis=1)))
-    return [torch.tensor(np.concatenate(column)) for column in zip(*rows)]
+    (n, K)."""
+    recorded = [episode for level in LEVELS for episode in record(level, episodes, 0)]
+    frames = np.concatenate([episode.frames for episode in recorded])
+    shot = Snapshot(*map(np.concatenate, zip(*(episode.snapshots for episode in recorded))))
+    here = shot.colours[..., None] == np.arange(len(COLOURS))  # (n, D, colours)
+    discs = np.einsum("ndk,ndx->nkx", here, shot.discs)
+    places = np.concatenate([shot.effector[:, None], discs], axis=1)
+    there = np.insert(here.any(axis=1), 0, True, axis=1)
+    return list(map(torch.tensor, (frames, places, there)))
 
 
 def train(episodes: int, steps: int) -> Detector:
@@ -96,8 +89,7 @@ def train(episodes: int, steps: int) -> Detector:
         some, more = torch.rand(2, len(frames), 1, 1, 1)
         noise = 6 * more * torch.randn(frames.shape)
         found, logits = detector(frames.lerp(blurred, some) + noise)
-        pixels = IMAGE * found, IMAGE * places
-        away = F.smooth_l1_loss(*pixels, reduction="none").sum(dim=2)
+        away = F.smooth_l1_loss(IMAGE * found, IMAGE * places, reduction="none").sum(dim=2)
         return {
             "places": (away * there).sum() / there.sum(),
             "there": F.binary_cross_entropy_with_logits(logits, there),

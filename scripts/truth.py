@@ -31,14 +31,14 @@ from torch import Tensor
 
 import data
 from flow import MODES
-from motus import PRESETS
+from motus import Prediction
 from sample import Policy, moving_region, ssim
 from scripts.detector import Detector
 from scripts.readme import truth_result
 from weights.files import write_json
 from weights.options import DEVICE, Parser, output_file, run_command
 from worlds import EVALUATED, episode_seeds
-from worlds.render import Snapshot, distance, norm
+from worlds.render import Snapshot, distance
 from worlds.robots import IMAGE
 from worlds.tabletop import Tabletop
 
@@ -54,7 +54,7 @@ class Windows(NamedTuple):
     """Actions in n worlds, and what came of them."""
 
     frames: Tensor  # (n, 1+F, H, W, 3) uint8
-    actions: ndarray  # (n, S, A) in robot units
+    actions: Tensor  # (n, S, A) as the network sees them
     shot: Snapshot  # arrays (n, ...), at the end
 
 
@@ -69,28 +69,30 @@ def observed(count: int, seed: int) -> Tabletop:
     return world
 
 
-def execute(world: Tabletop, policy: Policy, actions: ndarray | None = None) -> Windows:
+def execute(world: Tabletop, policy: Policy, actions: Tensor | None = None) -> Windows:
     """Carries out `actions`, by default the expert's, in a copy of the worlds."""
     world = deepcopy(world)
+    robot = policy.statistics.actions
     frames = [world.render()]
     done = []
     for step in range(policy.model.config.chunk):
-        done.append(world.expert() if actions is None else actions[:, step])
+        done.append(world.expert() if actions is None else robot.invert(actions[:, step]).numpy())
         world.advance(done[-1])
-        if (step + 1) % policy.statistics.rate == 0:
-            frames.append(world.render())
-    frames = torch.tensor(np.stack(frames, axis=1))
-    return Windows(frames, np.stack(done, axis=1), world.snapshot())
+        frames.append(world.render())
+    frames = np.stack(frames[:: policy.statistics.rate], axis=1)
+    actions = robot.apply(torch.tensor(np.stack(done, axis=1)).float())
+    return Windows(torch.tensor(frames), actions, world.snapshot())
 
 
 # -- figures --------------------------------------------------------------------------------------
 
 
-def r2(found: ndarray, truth: ndarray) -> float:
-    return 1 - np.square(found - truth).sum() / np.square(truth - truth.mean(axis=0)).sum()
+def r2(found: Tensor, truth: Tensor) -> float:
+    spread = truth - truth.mean(dim=0)
+    return 1 - ratio((found - truth).square(), spread.square())
 
 
-def ratio(above: ndarray, below: ndarray) -> float:
+def ratio(above: ndarray | Tensor, below: ndarray | Tensor) -> float:
     return above.sum() / below.sum()
 
 
@@ -98,23 +100,14 @@ def decibels(above: ndarray, below: ndarray) -> float:
     return 10 * np.log10(ratio(above, below))
 
 
-def of_medians(above: ndarray, below: ndarray) -> float:
-    return np.median(above) / np.median(below)
-
-
 def away(found: ndarray, truth: ndarray) -> ndarray:
     """Pixels between places (..., 2)."""
     return IMAGE * distance(found, truth)
 
 
-def gradients(film: Tensor) -> Tensor:
-    """Energy of the gradient (n, F, H, W)."""
-    down, right = torch.gradient(film[:, 1:].double().mean(dim=-1), dim=(2, 3))
-    return down.square() + right.square()
-
-
 class Truth:
-    """n worlds, one set of actions in them, `own`, what came of them, and a policy to be asked."""
+    """n worlds, one set of actions in them and what came of it, `own`, and a policy to be asked.
+    Figures are a name, a statistic, and its arrays with a row per window, or per disc."""
 
     def __init__(self, policy: Policy, world: Tabletop):
         self.policy = policy
@@ -124,113 +117,95 @@ class Truth:
         frames, actions, _ = self.own
         self.region = moving_region(frames[:, :1], frames[:, 1:])
         state = policy.statistics.state.apply(torch.tensor(world.state()))
-        batch = data.Batch(frames, None, world.instruction, state, self.normal(actions))
-        self.inputs = data.encode(batch, policy.backbones).to(policy.device)
+        batch = data.Batch(frames, None, world.instruction, state, actions)
+        self.inputs = data.encode(batch, policy.backbones)
         self.copy = policy.backbones.decode_video(self.inputs.latents).cpu()
 
-    def normal(self, actions: ndarray) -> Tensor:
-        """As the network sees them."""
-        return self.policy.statistics.actions.apply(torch.tensor(actions).float())
-
-    def ask(self, mode: str, **given: Tensor) -> tuple[Tensor | None, ndarray | None]:
-        """The film (n, 1+F, H, W, 3) uint8 and the actions (n, S, A) in robot units that a mode
-        makes, where it makes any; `given` stands in for the truth."""
+    def ask(self, mode: str, **given: Tensor) -> Prediction:
+        """The film (n, 1+F, H, W, 3) and actions (n, S, A) that a mode makes, where it makes any;
+        it may be `given` something else than the truth."""
         policy = self.policy
         policy.generator.manual_seed(0)
         film, actions = policy.sample(replace(self.inputs, **given).to(policy.device), mode)
         if film is not None:
             film = policy.backbones.decode_video(film).cpu()
-        if actions is not None:
-            actions = policy.statistics.actions.invert(actions.float()).cpu().numpy()
-        return film, actions
+        return Prediction(film, actions if actions is None else actions.float().cpu())
 
-    def see(self, film: Tensor) -> tuple[ndarray, ndarray, ndarray]:
+    def seen(self, film: Tensor) -> tuple[ndarray, ndarray, ndarray]:
         """In the last frame: the gripper (n, 2), the discs (n, D, 2), and whether these are there
         (n, D)."""
-        places, there = self.detector.see(film[:, -1])
+        places, logits = (found.numpy() for found in self.detector(film[:, -1]))
         discs = np.arange(len(film))[:, None], 1 + self.world.colours
-        return places[:, 0], places[discs], there[discs]
+        return places[:, 0], places[discs], logits[discs] > 0
 
-    def pooled(self, values: Tensor) -> ndarray:
-        """Sum (n,) of values (n, F, H, W) in the moving region."""
-        return (values * self.region).sum(dim=(1, 2, 3)).numpy()
+    def off(self, film: Tensor, truth: Windows) -> ndarray:
+        """Pixels (n,) from the gripper in a film to where it is in truth."""
+        return away(self.seen(film)[0], truth.shot.effector)
 
-    def errors(self, film: Tensor) -> Tensor:
-        """Squared (n, F, H, W), in units of the whole range."""
-        return ((film[:, 1:].double() - self.own.frames[:, 1:]) / 255).square().mean(dim=-1)
-
-    def places(self, film: Tensor) -> Iterator[tuple]:
-        """Name, statistic and arrays with a row per window, or per disc that moved."""
-        truth = self.own.shot
-        moved = away(truth.discs, self.world.discs) > MOVED
-        gripper, discs, there = self.see(film)
-        yield "gripper, px", np.median, away(gripper, truth.effector)
-        yield "moved disc, px", np.median, away(discs, truth.discs)[moved]
-        yield "moved disc there", np.mean, there[moved]
-
-    def looks(self, film: Tensor) -> Iterator[tuple]:
-        yield "sharpness", ratio, *(self.pooled(gradients(x)) for x in (film, self.copy))
-        error = self.errors(film)
-        yield "PSNR dB", decibels, np.ones(len(film)), error.mean(dim=(1, 2, 3)).numpy()
-        yield "PSNR moving dB", decibels, self.pooled(torch.ones(())), self.pooled(error)
-
-    def acts(self, actions: ndarray) -> Iterator[tuple]:
-        for i, name in enumerate(("x", "y", "opening")):
-            yield f"{name}, R2", r2, actions[..., i], self.own.actions[..., i]
+    def places(self, who: str, film: Tensor) -> Iterator[tuple]:
+        truth = self.own.shot.discs
+        moved = away(truth, self.world.discs) > MOVED
+        _, discs, there = self.seen(film)
+        yield f"{who}: gripper, px", np.median, self.off(film, self.own)
+        yield f"{who}: moved disc, px", np.median, away(discs, truth)[moved]
+        yield f"{who}: moved disc there", np.mean, there[moved]
 
     def obeys(self, film: Tensor) -> ndarray:
         """Whether a film moves the named disc and no other, where the expert does."""
         world = self.world
-        _, discs, _ = self.see(film)
-        way = world.goal - world.disc
-        way *= IMAGE / norm(way)[:, None]
-        found, true = (
-            ((x - world.discs)[world.named] * way).sum(axis=1) for x in (discs, self.own.shot.discs)
-        )
+        _, discs, _ = self.seen(film)
+        stages = (world.discs, discs, self.own.shot.discs)
+        before, found, true = (away(x[world.named], world.goal) for x in stages)
         strays = (away(discs, world.discs) > 2 * MOVED) & ~world.named
-        return ((found > true / 2) & ~strays.any(axis=1))[true > MOVED]
+        obeys = (before - found > (before - true) / 2) & ~strays.any(axis=1)
+        return obeys[before - true > MOVED]
+
+    def looks(self, film: Tensor) -> ndarray:
+        """Means (4, n) of the squared error where things move and of all, of the gradient's energy
+        where things move, and of whether they do."""
+        film, truth = (x[:, 1:].double() / 255 for x in (film, self.own.frames))
+        error = (film - truth).square().mean(dim=-1)
+        energy = sum(way.square() for way in torch.gradient(film.mean(dim=-1), dim=(2, 3)))
+        moving = self.region
+        values = torch.stack([moving * error, error, moving * energy, moving])
+        return values.mean(dim=(2, 3, 4)).numpy()
 
     def figures(self) -> Iterator[tuple]:
         """Those of every mode, at the policy's number of Euler steps."""
         own = self.own
         answers = {mode: self.ask(mode) for mode in MODES}
-        acts = {mode: actions for mode, (_, actions) in answers.items() if actions is not None}
-        films = {"VAE": self.copy}
-        films |= {mode: film for mode, (film, _) in answers.items() if film is not None}
-        measures = (
-            (self.places, {"true films": own.frames} | films),
-            (self.looks, films),
-            (self.acts, acts),
-        )
-        for of, found in measures:
-            for mode, what in found.items():
-                for name, *figure in of(what):
-                    yield f"{mode}: {name}", *figure
+        films = {mode: film for mode, (film, _) in answers.items() if film is not None}
+        films["VAE"] = self.copy
+        yield from self.places("true films", own.frames)
+        looks = {who: self.looks(film) for who, film in films.items()}
+        for who, (moving, error, energy, region) in looks.items():
+            yield from self.places(who, films[who])
+            yield f"{who}: sharpness", ratio, energy, looks["VAE"][2]
+            yield f"{who}: PSNR dB", decibels, np.ones(len(error)), error
+            yield f"{who}: PSNR moving dB", decibels, region, moving
+        yield "world_model: above vgm, dB", decibels, looks["vgm"][0], looks["world_model"][0]
+        for mode, (_, actions) in answers.items():
+            for i, name in enumerate(("x", "y", "opening") if actions is not None else ()):
+                yield f"{mode}: {name}, R2", r2, actions[..., i], own.actions[..., i]
         pairs = zip(self.copy[:, None, 1:], own.frames[:, None, 1:])
         yield "VAE: SSIM", np.mean, np.array([ssim(*pair) for pair in pairs])
-        errors = (self.pooled(self.errors(films[mode])) for mode in ("vgm", "world_model"))
-        yield "world_model: above vgm, dB", decibels, *errors
         if not self.world.task_agnostic:
             yield "vgm: obeys", np.mean, self.obeys(films["vgm"])
 
-        other = execute(self.world, self.policy, np.roll(own.actions, 1, axis=0))
-        film, _ = self.ask("world_model", actions=self.normal(other.actions))
-        gripper, *_ = self.see(film)
-        from_own = away(gripper, own.shot.effector)
-        told = away(self.see(films["world_model"])[0], own.shot.effector)
-        who = "world_model, other actions:"
-        yield f"{who} gripper, px", np.median, away(gripper, other.shot.effector)
-        yield f"{who} gripper, px from own", np.median, from_own
-        yield f"{who} times as far from own", of_medians, from_own, told
+        other = execute(self.world, self.policy, own.actions.roll(1, dims=0))
+        film = self.ask("world_model", actions=other.actions).video
+        who = "world_model, other actions"
+        yield f"{who}: gripper, px", np.median, self.off(film, other)
+        astray, kept = (self.off(x, own) for x in (film, films["world_model"]))
+        yield f"{who}: gripper, px from own", np.median, astray
+        yield f"{who}: times as far from own", ratio, astray, kept
 
         film, actions = answers["joint"]
-        replayed = execute(self.world, self.policy, actions).shot.effector
-        yield (
-            "joint, replayed: gripper, px from its film",
-            np.median,
-            away(self.see(film)[0], replayed),
-        )
-        _, back = self.ask("idm", latents=self.policy.backbones.encode_video(film))
+        replayed = execute(self.world, self.policy, actions)
+        found = self.off(film, replayed)
+        yield "joint, replayed: gripper, px from its film", np.median, found
+        latents = self.policy.backbones.encode_video(film.to(self.policy.device))
+        back = self.ask("idm", latents=latents).actions
         yield "joint, idm of its film: R2", r2, back, actions
 
 
@@ -238,14 +213,14 @@ def interval(statistic: Callable, *arrays: ndarray) -> list[float]:
     """The figure, and the ends of its interval."""
     count = len(arrays[0])
     rows = np.random.default_rng(0).integers(max(1, count), size=(RESAMPLES, count))
-    values = [statistic(*(array[row] for array in arrays)) for row in rows]
+    values = [float(statistic(*(array[row] for array in arrays))) for row in rows]
     return [float(statistic(*arrays)), *np.quantile(values, (0.025, 0.975)).tolist()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.option
-    add("--ckpt", str(PRESETS["toy"].backbones / "motus"), "run or checkpoint of stage 3")
+    add("--ckpt", "weights/toy/motus", "run or checkpoint of stage 3")
     add("--windows", 256, "of each kind")
     add("--steps", int, "Euler steps", nargs="+", default=[2])
     add("--seed", 0, "of layouts")
@@ -254,6 +229,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     policy = Policy.load(args.ckpt, "idm")
     world = observed(args.windows, args.seed)
+    robot = policy.statistics.embodiment
+    if robot != world.embodiment.name:
+        raise ValueError(
+            f"{args.ckpt} acts as {robot}; expected the toy's {world.embodiment.name}: name a run "
+            "of preset toy"
+        )
     found = {}
     for kind in ("expert", "random"):
         truth = Truth(policy, world)
@@ -263,7 +244,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         world.wander()
     stored = vars(args) | {"figures": found}
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, stored)
     print(truth_result(stored))
 

@@ -111,6 +111,10 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
         "docs/toy/samples/figures.json": {"ckpt": "runs/x", "mode": "idm", "figures": figures},
         "docs/toy/evaluation.json": evaluation | {"rows": [row]},
         "docs/toy/latent/figures.json": {"probe R2": {"target robot": [0.75, 0.5, 0.25]}},
+        "docs/toy/truth.json": {
+            "steps": [1, 2],
+            "figures": {"idm: x, R2": [[0.5, 0.25, 0.75]] * 2},
+        },
         "weights/toy/card.json": {"command": "python -m scripts.pretrain", "vae_psnr_db": 31.25},
     }
     for path, stored in files.items():
@@ -124,6 +128,8 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
         "python -m scripts.evaluate --ckpt runs/y --tasks push --seed 0 1 --random\n",
         "| `vla` | eval | 50.0 [25.0,  75.0] 4/8 | 50.0 [25.0,  75.0] 4/8 | 3, 1 |",
         "| target robot | 0.750 | 0.500 | 0.250 |",
+        "python -m scripts.truth --steps 1 2\n",
+        "| idm: x, R2 | 0.5 [0.25, 0.75] | 0.5 [0.25, 0.75] |",
     ):
         assert part in text
 

@@ -109,8 +109,8 @@ def test_a_reader_goes_to_other_processes_with_its_episodes(reader):
 
 
 def test_what_a_world_does_not_record_is_refused():
-    with pytest.raises(ValueError, match="level is 7"):
-        Rendered("world:toy", 7, "gripper", 1, 0)
+    with pytest.raises(ValueError, match="level is 9"):
+        Rendered("world:toy/9", 6, "gripper", 1, 0)
     with pytest.raises(ValueError, match="embodiment is 'claw'"):
         Rendered("world:toy", 6, "claw", 1, 0)
     with pytest.raises(ValueError, match="'moon'"):
@@ -125,10 +125,26 @@ def test_the_card_of_the_preset_has_all_levels_in_equal_shares():
         level = shares.setdefault(o.source.level, [0.0, 0])
         level[0] += o.source.weight
         level[1] += o.trained
-    assert shares == {level: [1.0, 4] for level in tabletop.LEVELS}
+    assert shares == {level: [1.0, 4] for level in range(2, 7)}
     bodies = {(o.source.level, o.source.embodiment) for o in pyramid.opened}
-    assert bodies == {(k, b) for k, kind in tabletop.LEVELS.items() for b in kind.bodies}
+    assert bodies == {(k, b) for k in range(2, 7) for b in tabletop.LEVELS[k].bodies}
     assert (pyramid.video_hz, pyramid.action_hz, pyramid.ratio) == (5, 15, 3)
+
+
+def test_another_kind_of_episodes_can_stand_at_the_level_that_acts():
+    """The second card of the toy: level 6 in other looks, and random motion whose recorded actions
+    are those that were done, weigh as much as the demonstrations."""
+    pyramid = data.open_pyramid("worlds/toy_modes.json", "3", "toy", episodes=2)
+    plain, looks, motion = pyramid.opened
+    assert [o.reader.level for o in pyramid.opened] == [6, 7, 8]
+    assert [o.name for o in pyramid.opened] == [f"level6_gripper{k}" for k in ("", "_7", "_8")]
+    assert plain.source.weight == looks.source.weight + motion.source.weight
+    assert plain.trained == looks.trained == motion.trained == 2
+    assert looks.instructions and motion.instructions == {""}
+    for source, disturbed in ((plain, True), (motion, False)):
+        moved = [source.reader.numbers(e) for e in range(2)]
+        wrong = [np.abs(state[1:, :2] - action[:-1, :2]).max() for state, action in moved]
+        assert (max(wrong) > 0.01) == disturbed
 
 
 def test_motions_are_those_of_valid_rows_with_labels_of_the_target_robot_alone():

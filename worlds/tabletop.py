@@ -483,7 +483,7 @@ LEVELS = {
     5: Level(("arm", "gantry")),
     6: Level(("gripper",), astray=0.5, slips=0.06),
     7: Level(("gripper",), randomized=True, astray=0.5, slips=0.06),  # 6 in other looks
-    8: Level(("gripper",), task_agnostic=True, noise=0.0),  # 4, and what is recorded is what is done
+    8: Level(("gripper",), task_agnostic=True, noise=0.0),  # 4, done as recorded
 }
 LIMIT = 100  # steps of an episode at most
 WANDER = 48  # steps of one without a task

@@ -274,13 +274,12 @@ def step(
         (share * run.loss.divided).backward()
         loss += share.detach()
         run.log.losses(losses)
-    loss = sharding.reduced(loss, run.trained)
-    norm = nn.utils.clip_grad_norm_(run.trained, settings.clip)
+    loss, norm = sharding.reduced(loss, run.trained, settings.clip)
     for optimizer in optimizers:
         optimizer.step()
     run.ema.update(run.state.model, number)
     # The only place where the host waits for the device, which has all of the step by now.
-    loss, norm = torch.stack([loss, sharding.full_tensor(norm).float()]).tolist()
+    loss, norm = torch.stack([loss, norm.float()]).tolist()
     if not math.isfinite(loss + norm):
         windows = run.source.rows(settings.batch, settings.seed, number).tolist()
         raise ValueError(

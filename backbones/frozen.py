@@ -193,8 +193,8 @@ class Backbones(nn.Module):
         """images (B, H, W, 3) uint8 with their instructions, or what `prompts` made of them -> VLM
         hidden states (B, Lu, Dv) and mask (B, Lu) bool."""
         device = next(self.vlm.parameters()).device
-        prompts = [x.to(device) for x in prompts or self.prompts(images, texts)]
-        return self.vlm(*prompts), prompts[1]
+        ids, mask, pixels, grid = prompts or self.prompts(images, texts)
+        return self.vlm(ids, mask, pixels.to(device), grid), mask.to(device)
 
     @torch.no_grad()
     def conditions(

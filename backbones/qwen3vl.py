@@ -507,7 +507,8 @@ class Qwen3VL(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, pixels: Tensor, grid: Tensor) -> Tensor:
         """ids (B, L) long, mask (B, L) bool, True where real, padding on the right; pixels (P,
         3*repeat*patch*patch) and grid (n, 3) of all images in the order of their places in the
-        batch -> hidden states after the final norm (B, L, D)."""
+        batch -> hidden states after the final norm (B, L, D). Only the pixels need be on the
+        device: what the host reads is better left to it."""
         image = ids == self.config.image_token
         tokens = int(image.sum())
         patches = int(grid.prod(dim=1).sum())
@@ -521,4 +522,5 @@ class Qwen3VL(nn.Module):
             raise ValueError("mask is False in column 0; prompts are padded on the right")
         positions = self.positions(image, mask, grid)
         features = self.visual(pixels, grid)
-        return self.language_model(ids, mask, positions, image, features)
+        seen = (x.to(pixels.device) for x in (ids, mask, positions, image))
+        return self.language_model(*seen, features)

@@ -2,7 +2,8 @@
 unchanged network, and its first values.
 
     parallelize   the training loss of a model as one module, sharded if there is a mesh
-    reduced       the loss over all ranks and, where each holds the model whole, their gradients
+    reduced       the loss over all ranks and the norm of their gradients, summed where each holds
+                  the model whole, and clipped
     initialise    fresh values and those of an earlier stage; a rank holds its part alone
 
 Replicas. A model of fewer than WHOLE parameters is whole on every rank: one message a step, no
@@ -24,7 +25,7 @@ those of one process. Gradients are reduced in fp32.
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -173,24 +174,29 @@ def full_tensor(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors summed over all ranks, on their device, by one message."""
-    sent = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(sent)
-    parts = sent.split([x.numel() for x in tensors])
+def views(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One row of numbers as views of the shapes of `tensors`, one after the other."""
+    parts = flat.split([x.numel() for x in tensors])
     return [part.view_as(x) for part, x in zip(parts, tensors)]
 
 
-def reduced(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """The loss, and in the same message the gradients of whole parameters, summed over the ranks;
-    those of sharded ones FSDP has reduced."""
+def reduced(loss: Tensor, parameters: Sequence[Tensor], most: float) -> tuple[Tensor, Tensor]:
+    """The loss over all ranks and the norm of all gradients, which are then scaled to a norm of
+    `most` at most. Those of whole parameters are summed in the message of the loss; those of
+    sharded ones FSDP has reduced."""
     if not dist.is_initialized():
-        return loss
+        return loss, nn.utils.clip_grad_norm_(parameters, most)
     whole = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-    total, *grads = summed([loss, *(p.grad for p in whole)])
-    for p, grad in zip(whole, grads):
+    sent = torch.cat([x.flatten() for x in (loss, *(p.grad for p in whole))])
+    dist.all_reduce(sent)
+    if not whole:
+        return sent[0], full_tensor(nn.utils.clip_grad_norm_(parameters, most))
+    grads = sent[1:]
+    norm = grads.square().sum().sqrt()  # `norm` of so many numbers in fp32 is 1e-5 wrong
+    grads *= (most / (norm + 1e-6)).clamp(max=1)
+    for p, grad in zip(whole, views(grads, whole)):
         p.grad = grad.to(p.dtype)
-    return total
+    return sent[0], norm
 
 
 # -- values ---------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from weights.options import Parser, output_file, run_command
 
 POLICY = PRESETS["toy"].backbones / "motus"
 SIZES = ("small", "full")
+STEPS = 10  # of a sample
 LAYERS = 6  # of full width that are trained: with all, no card has room for the optimizer
 Row = tuple[str, float, float]  # what, the number, the largest that is right
 
@@ -52,7 +53,9 @@ def agreement() -> Iterator[Row]:
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (1, *PRESETS["toy"].size, 3), np.uint8)
     seen = pictures, np.zeros((1, 3)), ["push the red disc to the left"]
-    ours, cpu = (Policy.load(POLICY, device=device).act(*seen) for device in ("cuda", "cpu"))
+    ours, cpu = (
+        Policy.load(POLICY, steps=STEPS, device=device).act(*seen) for device in ("cuda", "cpu")
+    )
     error = difference(torch.tensor(ours), torch.tensor(cpu))
     yield "actions of the toy: from the CPU's", error, 1e-3
 
@@ -60,7 +63,7 @@ def agreement() -> Iterator[Row]:
 def sampled(model: Motus, inputs: Inputs, mode: str, way: str) -> torch.Tensor:
     """All numbers that the mode denoises, in one row."""
     with bench.implementation(way):
-        found = model.sample(inputs, mode, generator=bench.seeded())
+        found = model.sample(inputs, mode, STEPS, generator=bench.seeded())
     return torch.cat([x.flatten() for x in found if x is not None])
 
 
@@ -114,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.write_text(about_rows + "\n")
         if not 0 <= found <= most:
             raise ValueError(f"{what} {found:.4g}; expected 0 to {most:g}: docs/gpu_day.md")
-    speeds = [f"{size}\n\n{bench.gpu(preset(size), 10)}" for size in SIZES]
+    speeds = [f"{size}\n\n{bench.gpu(preset(size), STEPS)}" for size in SIZES]
     args.out.write_text("\n\n".join([about_rows, *speeds]) + "\n")
 
 

@@ -2,7 +2,8 @@
 on cuda:0. What a GPU would refuse is refused, what it would make the host wait for is counted.
 
     python tests/ghost_cases.py NAME       runs commands on it and says what they did
-    PYTHONPATH=tests pytest -p ghost       the suite as a machine with one GPU would see it
+    PYTHONPATH=tests pytest -p ghost       the suite as a machine with one GPU would see it, which
+                                           hides it; with --device cuda in every test
 
     Ghost       a tensor that wraps one of the CPU and reports device cuda:0
     GhostMode   runs every operation on the wrapped tensors and records, by line of the program:
@@ -56,6 +57,7 @@ if not library().exists():
     build(library())
 ctypes.CDLL(str(library()))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.utils._python_dispatch import (  # noqa: E402
     TorchDispatchMode,
@@ -381,6 +383,15 @@ def kernel(func, args, kwargs):
 
     with _disable_current_modes():
         return tree_map(filled, like)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """As a plugin of pytest, around each test if it sees the device."""
+    if not torch.cuda.is_available():
+        return (yield)
+    with GhostMode():
+        return (yield)
 
 
 install()

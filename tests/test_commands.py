@@ -224,6 +224,7 @@ def test_help_states_the_ranges(capsys):
 # -- the device -----------------------------------------------------------------------------------
 
 COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents"
+PLAIN = "scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
 
 
 @pytest.mark.parametrize("name", [*COMPUTE.split(), "scripts.paper"])
@@ -238,6 +239,12 @@ def test_a_command_that_computes_is_told_where(name, monkeypatch):
     for wrong in ("cuda", "tpu"):
         with pytest.raises(Refusal, match=f"--device is {wrong}; torch sees cpu here"):
             main([*before, "--device", wrong])
+
+
+def test_a_command_without_a_device_computes_on_none():
+    """All parsers are walked: a new command has --device or a place among the plain."""
+    have = {name for name, _, action in ACTIONS if action.dest == "device"}
+    assert COMMANDS.keys() - have - {"scripts.pretrain"} == set(PLAIN.split())
 
 
 def test_one_function_picks_the_device(monkeypatch):

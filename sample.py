@@ -268,7 +268,8 @@ def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path) -> Figures
         figures |= video_figures(video, decoded, batch.frames)
         pictures["predicted future"] = video[:SHOWN, -1]
         for i, caption in enumerate(captions):
-            film(out / f"{mode}_{i}.gif", {"predicted": video[i], "true": true[i]}, caption)
+            columns = {"predicted": video[i], "true": true[i]}
+            film(out / f"{mode}_{i}.gif", columns, caption, goal=batch.goals[i])
     if prediction.actions is not None and policy.stage.finetune:
         robot = policy.statistics.actions
         predicted = prediction.actions[..., : policy.own_width].float().cpu()
@@ -277,7 +278,8 @@ def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path) -> Figures
         actions = [robot.invert(x[:SHOWN]) for x in (predicted, truth)]
     row = flow.MODES[mode]
     title = f"{mode}: video {row.video}, action {row.action}"
-    sheet(out / f"{mode}.png", title, captions, pictures, *actions)
+    ranges = list(zip(robot.min, robot.max)) if actions else ()
+    sheet(out / f"{mode}.png", title, captions, pictures, *actions, ranges=ranges)
     return figures
 
 

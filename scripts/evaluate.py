@@ -144,6 +144,7 @@ class Rollouts:
     steps: ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
     films: list[list[list[ndarray]]]
+    goals: Sequence[ndarray | None]  # (2,) in the picture, where the world knows one
 
 
 def rollout(
@@ -191,7 +192,8 @@ def rollout(
             worlds.advance(action)
             done += 1
     group = np.array(worlds.group)
-    return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films)
+    goals = getattr(worlds, "goal", [None] * n)
+    return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films, goals)
 
 
 def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
@@ -202,7 +204,7 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
         ending = "(solved)" if rollouts.success[i] else "(not solved)"
         caption = f"{rollouts.instruction[i]} {ending}"
         scale = max(1, 192 // len(pictures[0][0]))
-        film(folder / f"{name}_{i}.gif", videos, caption, scale, ms=150)
+        film(folder / f"{name}_{i}.gif", videos, caption, scale, 150, rollouts.goals[i])
 
 
 # -- the worlds -----------------------------------------------------------------------------------

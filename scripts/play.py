@@ -13,7 +13,7 @@ Shapes: S actions of a chunk, F frames after the observation, K Euler steps, H W
 import base64
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +27,6 @@ from numpy import ndarray
 from PIL import Image
 
 import flow
-from motus import PRESETS
 from sample import ACTING, SHIPPED, Policy
 from weights.files import check_keys, parse_json
 from weights.options import DEVICE, Parser, output_folder, run_command
@@ -60,11 +59,11 @@ class Question:
     def of(cls, stored: dict) -> "Question":
         """ValueError for a key, a kind or a number that is none of these."""
         check_keys(stored, cls, "question")
+        for name, value in stored.items():
+            kind = type(getattr(cls(), name))
+            if type(value) is not kind:
+                raise ValueError(f"{name} is {value!r:.60}; expected a json {kind.__name__}")
         found = cls(**stored)
-        for name, default in vars(cls()).items():
-            if type(default) is not type(getattr(found, name)):
-                kind = type(default).__name__
-                raise ValueError(f"{name} is {stored[name]!r:.60}; expected a json {kind}")
         flow.mode_named(found.mode)
         if len(found.instruction) > TEXT:
             raise ValueError(f"instruction is {found.instruction:.60}...; at most {TEXT} letters")
@@ -106,7 +105,7 @@ def picture(films: ndarray) -> str:
 
 
 def answer(policy: Policy, question: Question) -> dict:
-    """Both times (K+1, 2) as they ran; at each of them the film so far, a row of a picture, and the
+    """Both times (2, K+1) as they ran; at each of them the film so far, a row of a picture, and the
     actions so far (K+1, S, 3); the actions that the simulator obeyed (S, 3), its film, and the
     state at its end (3,)."""
     robot = policy.statistics
@@ -124,9 +123,9 @@ def answer(policy: Policy, question: Question) -> dict:
     # The simulator does all that a mode may be given.
     if mode not in ACTING:
         obeyed, film = obey(world, policy, question.rows("actions", policy.model.config.chunk))
-        inputs.latents = policy.backbones.encode_video(torch.tensor(film[None]).to(policy.device))
-        inputs.actions = robot.actions.apply(torch.tensor(obeyed[None]).float())
-        inputs = inputs.to(policy.device)
+        shot = torch.tensor(film[None], device=policy.device)
+        inputs.latents = policy.backbones.encode_video(shot)
+        inputs.actions = robot.actions.apply(torch.tensor(obeyed[None]).to(inputs.state))
 
     # Each Euler step calls the network once, with what there is so far.
     policy.steps = question.steps
@@ -141,13 +140,11 @@ def answer(policy: Policy, question: Question) -> dict:
     if mode in ACTING:
         obeyed, film = obey(world, policy, actions[-1])
 
-    row = flow.MODES[mode]
     times = flow.sampling_times(question.steps)
-    pair = [flow.pinned_times(kind, times) for kind in (row.video, row.action)]
     return {
         "instruction": text,
-        "goal": world.goal[0].tolist() if text == world.instruction[0] else None,
-        "times": torch.stack(pair, dim=1).tolist(),
+        "goal": world.goal[0].tolist(),
+        "times": [flow.pinned_times(what, times).tolist() for what in flow.MODES[mode][:2]],
         "dream": picture(films),
         "film": picture(film[None]),
         "actions": actions.tolist(),
@@ -159,8 +156,8 @@ def answer(policy: Policy, question: Question) -> dict:
 
 def recorded(policy: Policy) -> str:
     """The page with the answers of its examples; some go on where the one before them ended."""
-    head, mark, tail = PAGE.read_text().partition(EXAMPLES)
-    stored, end, tail = tail.partition("</script>")
+    page = PAGE.read_text()
+    stored = page.split(EXAMPLES)[1].split("</script>")[0]
     examples = json.loads(stored)
     done = []
     for example in examples:
@@ -168,7 +165,7 @@ def recorded(policy: Policy) -> str:
         question["done"] = done if "on" in example else []
         example["answer"] = answer(policy, Question.of(question))
         done = question["done"] + example["answer"]["obeyed"]
-    return "".join([head, mark, json.dumps(examples), end, tail])
+    return page.replace(stored, json.dumps(examples))
 
 
 # -- the server -----------------------------------------------------------------------------------
@@ -183,11 +180,24 @@ class Handler(BaseHTTPRequestHandler):
     error_content_type = JSON
     error_message_format = '{"error": "%(message)s"}'
 
-    def do_GET(self) -> None:
-        self.reply(self.page)
-
     def do_POST(self) -> None:
-        self.reply(self.answer)
+        """Sends what is asked for, or in one line why it is not."""
+        host = self.headers["Host"] or ""
+        try:
+            if host.partition(":")[0] not in (HOST, "localhost"):
+                raise ValueError(f"Host is {host:.60}; expected {HOST} or localhost")
+            text = self.answer() if self.command == "POST" else self.page()
+            status = 200
+        except ValueError as error:
+            text = json.dumps({"error": str(error)})
+            status = 400
+        with suppress(ConnectionError):  # whoever has left needs no answer
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if text[0] == "<" else JSON)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+    do_GET = do_POST
 
     def page(self) -> str:
         if self.path != "/":
@@ -205,36 +215,6 @@ class Handler(BaseHTTPRequestHandler):
         with self.lock:
             return json.dumps(answer(self.server.policy, question))
 
-    def reply(self, find: Callable[[], str]) -> None:
-        """Sends what is found, or in one line why it is not."""
-        names = [f"{name}:{self.server.server_port}" for name in (HOST, "localhost")]
-        try:
-            if self.headers["Host"] not in names:
-                raise ValueError(f"Host is {self.headers['Host']}; expected {' or '.join(names)}")
-            text = find()
-            status = 200
-        except ValueError as error:
-            text = json.dumps({"error": str(error)})
-            status = 400
-        with suppress(ConnectionError):  # whoever has left needs no answer
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html" if text[0] == "<" else JSON)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-    def log_message(self, *_) -> None:
-        """Nothing: the page shows what went wrong."""
-
-
-def serving(policy: Policy, port: int) -> ThreadingHTTPServer:
-    """The server, bound."""
-    try:
-        server = ThreadingHTTPServer((HOST, port), Handler)
-    except OSError as error:
-        raise ValueError(f"--port {port} of {HOST}: {error.strerror}; name another") from error
-    server.policy = policy
-    return server
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m scripts.play", description=__doc__)
@@ -246,14 +226,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     policy = Policy.load(args.ckpt or SHIPPED)
     robot = policy.statistics.embodiment
-    if (PRESETS[policy.card.preset].world, robot) != ("toy", "gripper"):
-        raise ValueError(f"--ckpt acts with {robot}; expected a gripper in the toy's world")
+    if policy.card.preset != "toy" or robot != "gripper":
+        raise ValueError(f"--ckpt acts with {robot}; expected a gripper, of preset toy")
     if args.record:
         args.record.mkdir(parents=True, exist_ok=True)
         (args.record / "index.html").write_text(recorded(policy))
         print(f"wrote {args.record / 'index.html'}")
         return
-    server = serving(policy, args.port)
+    try:
+        server = ThreadingHTTPServer((HOST, args.port), Handler)
+    except OSError as error:
+        fault = f"--port {args.port} of {HOST}: {error.strerror}"
+        raise ValueError(f"{fault}; name another") from error
+    server.policy = policy
     print(f"drive it at http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
     server.serve_forever()
 

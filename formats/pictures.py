@@ -42,7 +42,8 @@ def film(
         draw.text((4, page.height - 18), caption, font_size=12)
         pages.append(page)
     for stride, colours in SMALLER:
-        first, *rest = (page.quantize(colours) for page in pages[::stride])
+        # An octree (2) keeps the colours of small things, which a median cut gives to the ground.
+        first, *rest = (page.quantize(colours, 2) for page in pages[::stride])
         first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
         if path.stat().st_size <= LIMIT:
             return

@@ -36,7 +36,7 @@ figure img { width: 100% }
 figcaption { font-size: 13px; opacity: 0.8 }
 table { border-collapse: collapse; margin: 1em 0 }
 tr { border-bottom: 1px solid #8884 }
-th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+th, td { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 @media (max-width: 600px) {
   th, td { font-size: 12px; padding-right: 6px }
   section { padding: 0 8px }
@@ -101,33 +101,31 @@ def films(run: Path, *patterns: str) -> str:
     return "\n".join(figure(p.relative_to(run), p.stem, p.parent.name) for p in paths)
 
 
-def truths(run: Path, mode: str) -> Iterator[tuple[str, str, str]]:
-    """Figures of a mode and of its controls, at the most Euler steps, with intervals: on windows
-    of the expert and of random motion."""
+def truths(run: Path, mode: str) -> Iterator[tuple[str, ...]]:
+    """Figure by figure those of a mode and of its controls, at the most Euler steps, with
+    intervals: on windows of the expert and of random motion."""
     path = run / "truth.json"
     rows = {}
     for name, values in (read_json(path)["figures"] if path.is_file() else {}).items():
         kind, who, figure = re.match("(.*?), (.*): (.*)", name).groups()
-        rows.setdefault((who, figure), {})[kind] = "{:.2f} [{:.2f}, {:.2f}]".format(*values[-1])
-    own = {figure for who, figure in rows if who.split(",")[0] == mode}
-    for (who, figure), cells in rows.items():
+        rows.setdefault((figure, who), {})[kind] = "{:.2f} [{:.2f}, {:.2f}]".format(*values[-1])
+    own = {figure for figure, who in rows if who.split(",")[0] == mode}
+    for (figure, who), cells in sorted(rows.items()):
         control = who in (*CEILINGS, BLIND.get(mode)) and figure in own
         if control or who.split(",")[0] == mode:
-            yield f"{who}: {figure}", cells.get("expert", "-"), cells.get("random", "-")
+            yield figure, who, cells.get("expert", "-"), cells.get("random", "-")
 
 
 def card(run: Path, mode: str, figures: dict[str, dict]) -> Iterator[str]:
     """A mode's question, its windows, and its figures beside those of its controls."""
-    yield '<section markdown="1">'
-    yield f"## {mode}: {MODES[mode].question}"
+    yield f'<section markdown="1">\n\n## {mode}: {MODES[mode].question}'
     yield f"[![{mode}](samples/{mode}.png)](samples/{mode}.png)"
     if true := list(truths(run, mode)):
-        yield table(("against the simulator", "the expert's windows", "random motion"), true)
+        yield table(("against the simulator", "of", "the expert's windows", "random motion"), true)
     rows = []
     for name, row in figures.items():
         rows.append((name, *(show(row[key]) if key in row else "" for key in BASELINES)))
-    head = ("held-out windows", "model", "copy last frame", "predict the mean", "VAE ceiling")
-    yield table(head, rows)
+    yield table(("held-out windows", "model", "copy last frame", "mean action", "VAE"), rows)
     yield "</section>"
 
 

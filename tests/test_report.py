@@ -88,13 +88,13 @@ def test_a_card_holds_the_truth_of_its_mode_and_its_controls(run):
     figures = {name: [[9, 9, 9], [i, i - 0.5, i + 0.25]] for i, name in enumerate(names)}
     (run / "truth.json").write_text(json.dumps({"figures": figures, "steps": [1, 4]}))
     assert list(report.truths(run, "world_model")) == [
-        ("true films: gripper, px", "0.00 [-0.50, 0.25]", "-"),
-        ("VAE: gripper, px", "1.00 [0.50, 1.25]", "-"),
-        ("world_model: gripper, px", "3.00 [2.50, 3.25]", "4.00 [3.50, 4.25]"),
-        ("vgm: gripper, px", "5.00 [4.50, 5.25]", "-"),
-        ("world_model, other actions: gripper, px", "6.00 [5.50, 6.25]", "-"),
+        ("gripper, px", "VAE", "1.00 [0.50, 1.25]", "-"),
+        ("gripper, px", "true films", "0.00 [-0.50, 0.25]", "-"),
+        ("gripper, px", "vgm", "5.00 [4.50, 5.25]", "-"),
+        ("gripper, px", "world_model", "3.00 [2.50, 3.25]", "4.00 [3.50, 4.25]"),
+        ("gripper, px", "world_model, other actions", "6.00 [5.50, 6.25]", "-"),
     ]
-    assert [row[0] for row in report.truths(run, "idm")] == ["vla: x, R2", "idm: x, R2"]
+    assert [row[:2] for row in report.truths(run, "idm")] == [("x, R2", "idm"), ("x, R2", "vla")]
     assert report.page(run).count("against the simulator") == 2
 
 

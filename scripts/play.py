@@ -45,7 +45,8 @@ JSON = "application/json"
 
 @dataclass
 class Question:
-    """Which mode is asked, in which world, and what it is given. Actions are in robot units."""
+    """Which mode is asked, in which world, and what it is given. Actions are in robot units; modes
+    that find their own, joint and vla, read none."""
 
     mode: str = "joint"
     steps: int = 10  # K

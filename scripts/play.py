@@ -36,7 +36,7 @@ PAGE = Path(__file__).with_suffix(".html")
 EXAMPLES = '<script id="examples" type="application/json">'  # in the page; then a json array
 HOST = "127.0.0.1"
 LONGEST = 200_000  # bytes of a question
-TEXT = 100  # letters of an instruction
+TEXT = 100  # bytes of an instruction
 PAST = 2000  # actions since a world began
 JSON = "application/json"
 
@@ -66,8 +66,8 @@ class Question:
                 raise ValueError(f"{name} is {value!r:.60}; expected a json {kind.__name__}")
         found = cls(**stored)
         flow.mode_named(found.mode)
-        if len(found.instruction) > TEXT:
-            raise ValueError(f"instruction is {found.instruction:.60}...; at most {TEXT} letters")
+        if len(found.instruction.encode()) > TEXT:
+            raise ValueError(f"instruction is {found.instruction:.60}...; at most {TEXT} bytes")
         return found
 
     def rows(self, name: str, most: int) -> ndarray:
@@ -237,8 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         server = ThreadingHTTPServer((HOST, args.port), Handler)
     except OSError as error:
-        fault = f"--port {args.port} of {HOST}: {error.strerror}"
-        raise ValueError(f"{fault}; name another") from error
+        raise ValueError(f"--port {args.port}: {error.strerror}; name another") from error
     server.policy = policy
     print(f"drive it at http://{HOST}:{server.server_port}/ until Ctrl-C", flush=True)
     server.serve_forever()

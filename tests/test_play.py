@@ -200,6 +200,7 @@ def test_the_server_sends_the_page_and_answers(server, policy):
         ('{"sped": 1}', "question: unknown key 'sped' for Question; did you mean 'seed'?"),
         ('{"instruction": null}', "instruction is None; expected a json str"),
         (json.dumps({"instruction": "go " * 50}), "instruction is go go"),
+        ('{"instruction": "\\ud800"}', "'utf-8' codec can't encode character"),
         ('{"done": [[0, 0]]}', "done is [[0, 0]]; expected at most 2000 rows of 3 numbers"),
         ('{"done": [[0, 0, 1.5]]}', "done is [[0, 0, 1.5]]; expected"),
         ('{"done": [["a", {}, 0]]}', "done is [['a', {}, 0]]; expected"),
@@ -242,7 +243,7 @@ def test_a_method_that_is_none_is_a_json_error_too(server):
 def test_a_busy_port_ends_the_command_in_one_line(server, policy, monkeypatch):
     monkeypatch.setattr(Policy, "load", lambda ckpt: policy)
     port = server.server_port
-    message = f"--port {port} of 127.0.0.1: Address already in use; name another"
+    message = f"--port {port}: Address already in use; name another"
     with pytest.raises(ValueError, match=re.escape(message)):
         play.main(["--port", str(port)])
 

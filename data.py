@@ -133,6 +133,7 @@ class Batch:
     actions: Tensor | None = None  # (B, S, A)
     action_mask: Tensor | None = None  # (B, S, A) bool
     prompts: list[Tensor] | None = None  # `Backbones.prompts` of the observations, if prepared
+    goals: list | None = None  # of each where in its picture things should go, (2,), if known
 
 
 def batch_of(
@@ -193,7 +194,10 @@ def held_out(
     if robot and robot.action_hz:
         pyramid.see_as(robot)
     actions = "real" if acts else "none"
-    return batch_of(pyramid, pyramid.held_out(count, seed), actions, [robot], config)
+    rows = pyramid.held_out(count, seed)
+    batch = batch_of(pyramid, rows, actions, [robot], config)
+    batch.goals = [pyramid.opened[i].reader.goal(episode) for i, episode, _ in rows.tolist()]
+    return batch
 
 
 # -- windows that training draws ------------------------------------------------------------------

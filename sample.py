@@ -1,6 +1,7 @@
 """Runs a trained Motus: its five modes on held-out episodes, in figures, films and plots; and
 `Policy`, for acting (paper Sec. 3.2).
 
+    python sample.py                                         the five modes of the shipped policy
     python sample.py --ckpt runs/stage3 --mode joint         several modes with commas, or all
     python sample.py --encode-text "pick up the cup" --text states.safetensors
                                                              what acting then reads by --text
@@ -47,6 +48,7 @@ from weights.files import write_json
 # -- a checkpoint, ready to run -------------------------------------------------------------------
 
 ACTING = ("joint", "vla")  # modes that find actions from what is seen now
+SHIPPED = PRESETS["toy"].backbones / "motus"  # the policy that comes with the repository
 
 
 @dataclass
@@ -266,7 +268,8 @@ def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path) -> Figures
         figures |= video_figures(video, decoded, batch.frames)
         pictures["predicted future"] = video[:SHOWN, -1]
         for i, caption in enumerate(captions):
-            film(out / f"{mode}_{i}.gif", {"predicted": video[i], "true": true[i]}, caption)
+            columns = {"predicted": video[i], "true": true[i]}
+            film(out / f"{mode}_{i}.gif", columns, caption, goal=batch.goals[i])
     if prediction.actions is not None and policy.stage.finetune:
         robot = policy.statistics.actions
         predicted = prediction.actions[..., : policy.own_width].float().cpu()
@@ -275,7 +278,8 @@ def run_mode(policy: Policy, mode: str, batch: data.Batch, out: Path) -> Figures
         actions = [robot.invert(x[:SHOWN]) for x in (predicted, truth)]
     row = flow.MODES[mode]
     title = f"{mode}: video {row.video}, action {row.action}"
-    sheet(out / f"{mode}.png", title, captions, pictures, *actions)
+    ranges = list(zip(robot.min, robot.max)) if actions else ()
+    sheet(out / f"{mode}.png", title, captions, pictures, *actions, ranges=ranges)
     return figures
 
 
@@ -298,8 +302,8 @@ def encode_text(name: str, instructions: Sequence[str], path: Path | None) -> No
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser(description=__doc__)
     add = parser.option
-    add("--ckpt", str, "run folder, or one of its step_NNNNNN; or published weights")
-    add("--mode", "joint", f"{', '.join(flow.MODES)}; several with commas; all")
+    add("--ckpt", str, "run folder, its step_NNNNNN, or published weights (default: the shipped)")
+    add("--mode", "all", f"{', '.join(flow.MODES)}; several with commas; all")
     add("--data", str, "card or dataset, for its held-out episodes (default: the preset's)")
     add("--robot", "", "which robot, where the checkpoint knows several")
     add("--episodes", 32, "one window of each")
@@ -310,7 +314,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--encode-text", str, "write text states to --text; stop", nargs="+", metavar="INSTRUCTION")
     add("--preset", "full", "whose text encoder prepares them", choices=PRESETS)
     add(
-        "--out", options.output_folder, "for pictures and figures.json (default: in the checkpoint)"
+        "--out",
+        options.output_folder,
+        "for pictures and figures.json (default: in the checkpoint, or runs)",
     )
     add(*options.DEVICE)
     return parser.parse_args(argv)
@@ -321,12 +327,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.encode_text:
         encode_text(args.preset, args.encode_text, args.text)
         return
-    if args.ckpt is None:
-        raise ValueError("--ckpt is missing; name a run folder, or published weights")
     modes = [] if args.mode == "all" else args.mode.split(",")
     for mode in modes:
         flow.mode_named(mode)
     out = args.out or options.output_folder(results_of(args.ckpt, "samples"))
+    args.ckpt = args.ckpt or SHIPPED
     policy = Policy.load(args.ckpt, "vgm", args.steps, text=args.text, robot=args.robot)
     card = policy.card
     if args.int8:

@@ -12,6 +12,7 @@ from formats.cards import Pyramid
 # Strides over frames and colours of a film; the first that fits its limit stays.
 PLAIN = {"parse_math": False}  # a dollar in an instruction is a dollar
 LIMIT = 300_000
+RING = 4.5  # pixels of a video
 SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
 
 
@@ -21,9 +22,11 @@ def film(
     caption: str,
     scale: int = 4,
     ms: int = 400,
+    goal: np.ndarray | None = None,
 ) -> None:
     """A GIF of at most LIMIT bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
-    names, above a caption."""
+    names, above a caption. A ring shows the place `goal` in each of them, 0 to 1 from left and
+    top."""
     from PIL import Image, ImageDraw, ImageOps
 
     videos = np.concatenate(list(columns.values()), axis=2)
@@ -32,11 +35,15 @@ def film(
     for pictures in videos:
         page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
         draw = ImageDraw.Draw(page)
+        for i in range(len(columns) if goal is not None else 0):
+            centre = (np.array(goal) + (i, 0)) * page.width / len(columns) + (0, 20)
+            draw.circle(centre.tolist(), RING * scale, outline="white")
         draw.text((4, 3), " | ".join(columns), font_size=12)
         draw.text((4, page.height - 18), caption, font_size=12)
         pages.append(page)
     for stride, colours in SMALLER:
-        first, *rest = (page.quantize(colours) for page in pages[::stride])
+        # An octree (2) keeps the colours of small things, which a median cut gives to the ground.
+        first, *rest = (page.quantize(colours, 2) for page in pages[::stride])
         first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
         if path.stat().st_size <= LIMIT:
             return
@@ -48,9 +55,10 @@ def sheet(
     captions: Sequence[str],
     pictures: dict[str, np.ndarray],
     *actions: np.ndarray,
+    ranges: Sequence[tuple[float, float]] = (),
 ) -> None:
     """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions
-    (B, S, A), a plot per dimension."""
+    (B, S, A), a plot per dimension, each of which shows at least its range if there are any."""
     from matplotlib.figure import Figure
     from matplotlib.style import context
 
@@ -68,6 +76,7 @@ def sheet(
                 axis.set(xticks=[], yticks=[], title=name)
             for i, axis in enumerate(axes[row, len(pictures) :]):
                 axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
+                axis.plot(*ranges[i : i + 1], alpha=0)
                 axis.set(title=f"action {i}: predicted, true")
         figure.savefig(path, dpi=110)
 

@@ -419,6 +419,11 @@ class Recordings:
         """Names of what `stored` does not hold."""
         return []
 
+    def goal(self, episode: int) -> ndarray | None:
+        """Where in the picture the thing that the instruction names should go, (2,), 0 to 1 from
+        left and top, if anybody knows."""
+        return None
+
     def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only a simulator knew of each row: name -> (T,)."""
         return {}

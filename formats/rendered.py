@@ -101,6 +101,9 @@ class Rendered(Recordings):
     def views(self, episode: int, rows: Sequence[int]) -> Views:
         return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}
 
+    def goal(self, episode: int) -> np.ndarray | None:
+        return self.episode(episode).goal
+
     def labels(self, episode: int) -> dict[str, np.ndarray]:
         found = motions.places(self.episode(episode))
         return {name: values[:-1] for name, values in found.items()}

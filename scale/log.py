@@ -143,9 +143,10 @@ def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_log(log)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    figure.subplots_adjust(0.07, 0.15, 0.98, 0.91)
-    for axis, name in zip(axes, names):
+    names = [name for name in names if any(row.get(name) for row in rows)]
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
+    figure.subplots_adjust(0.14 / len(names), 0.15, 0.98, 0.91)
+    for axis, name in zip(axes[0], names):
         labels = {name: "all times"}
         labels |= {
             f"{name}_t{i}": f"t from {i / BINS:g} to {(i + 1) / BINS:g}" for i in range(BINS)
@@ -155,7 +156,6 @@ def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
             if points:
                 axis.plot(*zip(*points), label=label, linewidth=2 if column == name else 0.8)
         axis.set(title=f"{name} loss", xlabel="step", yscale="log")
-        if axis.lines:
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
     figure.savefig(log.with_name("curve.png"), dpi=110)
     plt.close(figure)

@@ -1,6 +1,7 @@
 """Closed loop: a policy acts in many worlds at once, and what counts is whether they end up solved
 (paper Sec. 5, Tab. 2).
 
+    python -m scripts.evaluate --gif 2
     python -m scripts.evaluate --ckpt runs/stage3 --modes joint,vla --random
     python -m scripts.evaluate --ckpt runs/stage3 --set split=eval,held_out randomized=false,true
     python -m scripts.evaluate --like data/drawer --ckpt runs/drawer --expert
@@ -40,7 +41,7 @@ from formats.pictures import film
 from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
-from sample import ACTING, Policy
+from sample import ACTING, SHIPPED, Policy
 from weights.card import results_of
 from weights.files import read_json, write_json
 from weights.options import DEVICE, Parser, output_folder, run_command
@@ -143,6 +144,7 @@ class Rollouts:
     steps: ndarray  # (n,) actions until success, max_steps without
     instruction: list[str]
     films: list[list[list[ndarray]]]
+    goals: Sequence[ndarray | None]  # (2,) in the picture, where the world knows one
 
 
 def rollout(
@@ -190,7 +192,8 @@ def rollout(
             worlds.advance(action)
             done += 1
     group = np.array(worlds.group)
-    return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films)
+    goals = getattr(worlds, "goal", [None] * n)
+    return Rollouts(worlds.success.copy(), group, steps, worlds.instruction, films, goals)
 
 
 def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
@@ -201,7 +204,7 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
         ending = "(solved)" if rollouts.success[i] else "(not solved)"
         caption = f"{rollouts.instruction[i]} {ending}"
         scale = max(1, 192 // len(pictures[0][0]))
-        film(folder / f"{name}_{i}.gif", videos, caption, scale, ms=150)
+        film(folder / f"{name}_{i}.gif", videos, caption, scale, 150, rollouts.goals[i])
 
 
 # -- the worlds -----------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ class Arena(NamedTuple):
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.evaluate", description=__doc__)
     add = parser.option
-    add("--ckpt", str, "run folder of stage 3, or one of its step_NNNNNN")
+    add("--ckpt", str, "run of stage 3, or one of its step_NNNNNN (default: the shipped policy)")
     add("--modes", "joint", "joint, vla, or both with a comma")
     add("--random", False, "add rows of a random policy")
     add("--expert", False, "add rows of the simulator's scripted expert")
@@ -334,7 +337,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gif", 0, "film so many worlds per row and task")
     add("--batch", 10, "worlds at once")
     add("--workers", os.cpu_count(), "processes")
-    add("--out", output_folder, "for evaluation.json and films (default: in the checkpoint)")
+    add(
+        "--out",
+        output_folder,
+        "for evaluation.json and films (default: in the checkpoint, or runs)",
+    )
     add(*DEVICE)
     return parser.parse_args(argv)
 
@@ -370,11 +377,13 @@ def play(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
+    out = args.out or output_folder(results_of(args.ckpt, "evaluation"))
+    if not any((args.ckpt, args.random, args.expert, args.sim, args.like)):
+        args.ckpt = SHIPPED
     modes = names(args.modes, ACTING, "--modes") if args.ckpt else []
     actors = modes + [name for name in ("random", "expert") if getattr(args, name)]
     if not actors:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
-    out = args.out or output_folder(results_of(args.ckpt, "evaluation"))
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
     hz = policy and policy.statistics.action_hz
     arena = Arena.of(args, policy)

@@ -34,6 +34,7 @@ from formats.pictures import sheet
 from latent_action import LatentActionConfig
 from motus import PRESETS, STAGES, MotusConfig
 from scripts import evaluate, record
+from scripts.play import Question
 from train import Settings, changed
 from weights import options
 from weights.card import Card
@@ -93,7 +94,17 @@ ACTIONS = [
     for words, action in walk(parser)
 ]
 NUMBERS = [row for row in ACTIONS if row[2].type in (int, float)]
-CONFIGS = (Settings, LatentActionConfig, MotusConfig, WanConfig, DCAEConfig, Card, Source, CardKeys)
+CONFIGS = (
+    Settings,
+    LatentActionConfig,
+    MotusConfig,
+    WanConfig,
+    DCAEConfig,
+    Card,
+    Source,
+    CardKeys,
+    Question,
+)
 
 
 def outside(interval: str) -> list[str]:
@@ -223,7 +234,7 @@ def test_help_states_the_ranges(capsys):
 
 # -- the device -----------------------------------------------------------------------------------
 
-COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents"
+COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents scripts.play"
 PLAIN = "scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
 
 
@@ -268,7 +279,7 @@ OUTPUTS = [row for row in ACTIONS if row[2].type in KINDS]
 
 def test_every_output_is_tried_before_the_work():
     """Options that name what is written have a type that tries it."""
-    names = {"out", "card", "dst", "to", "run"}
+    names = {"out", "card", "dst", "to", "run", "record"}
     read = ("scripts.paper", (), "run")  # of runs that a script made
     written = [row for row in ACTIONS if row[2].dest in names]
     written = [row for row in written if (*row[:2], row[2].dest) != read]

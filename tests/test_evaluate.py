@@ -2,6 +2,7 @@
 where something is left to do."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_record import recording  # noqa: F401   a fixture
 from test_sample import write_checkpoint
 
 from formats.recordings import t_layout
+from sample import SHIPPED
 from scripts import evaluate
 from scripts.evaluate import (
     RandomPolicy,
@@ -328,6 +330,20 @@ def test_wrong_options_of_a_simulator_are_refused(argv, message):
     """The error names the option, the value and what is allowed, before anything is started."""
     with pytest.raises(ValueError, match=message):
         evaluate.main(argv)
+
+
+def test_without_a_checkpoint_the_shipped_policy_acts(tmp_path, monkeypatch, capsys):
+    """In the world of its preset; what is written goes to runs/. Films have the ring of the goal,
+    in every world its own."""
+    monkeypatch.chdir(tmp_path)
+    rings = []
+    monkeypatch.setattr(evaluate, "film", lambda *arguments: rings.append(arguments[-1].tolist()))
+    argv = "--episodes 2 --steps 1 --max-steps 12 --gif 2".split()
+    evaluate.main(argv)
+    stored = json.loads((tmp_path / "runs" / "evaluation" / "evaluation.json").read_text())
+    assert stored["sim"] == "toy" and Path(stored["ckpt"]) == SHIPPED
+    assert [row["policy"] for row in stored["rows"]] == ["joint"]
+    assert len(rings) == 2 and rings[0] != rings[1]
 
 
 def test_settings_are_read_as_json_or_text():

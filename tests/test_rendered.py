@@ -40,6 +40,17 @@ def test_held_out_episodes_come_last_and_are_of_other_layouts_and_not_disturbed(
         assert np.abs(state[1:, :2] - actions[:-1, :2]).max() < 1e-5  # positions, reached
 
 
+def test_an_episode_knows_where_its_disc_should_go(reader):
+    """In the end a disc that was placed is there; without a task there is no such place."""
+    for e in range(5):
+        episode = reader.episode(e)
+        assert reader.goal(e) is episode.goal and ((0 < episode.goal) & (episode.goal < 1)).all()
+        if episode.instruction.startswith("put") and episode.success:
+            gaps = episode.snapshots.discs[-1] - episode.goal
+            assert np.linalg.norm(gaps, axis=1).min() < 0.1
+    assert Rendered("world:toy", 4, "gripper", 1, 0).goal(0) is None
+
+
 def test_nothing_is_rendered_before_it_is_needed(monkeypatch):
     """Opening asks for one episode without pictures; then all come in two calls."""
     asked = []

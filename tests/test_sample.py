@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import data
 import sample
+from flow import MODES
 from formats.pictures import film, sheet
 from formats.statistics import Normaliser, Statistics
 from motus import Inputs, Motus, preset
-from sample import Policy, action_figures, moving_region, psnr, ssim, video_figures
+from sample import SHIPPED, Policy, action_figures, moving_region, psnr, ssim, video_figures
 from weights.card import Card
 from weights.files import save_safetensors
 
@@ -154,6 +156,35 @@ def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path, monkeypatch):
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.size == (2 * 192, 192 + 40) and 1 < gif.n_frames <= 9
     assert (tmp_path / "a.gif").stat().st_size <= 120_000
+
+
+def test_a_film_shows_where_the_disc_should_go(tmp_path):
+    """A white ring in each video, about the same place; the place itself stays as it is."""
+    black = np.zeros((2, 48, 48, 3), np.uint8)
+    film(tmp_path / "a.gif", {"predicted": black, "true": black}, "", goal=np.array([0.75, 0.25]))
+    with Image.open(tmp_path / "a.gif") as gif:
+        page = np.asarray(gif.convert("L"))[20:212]
+    for left in (0, 192):
+        row = page[48, left : left + 192]
+        assert np.flatnonzero(row > 200).tolist() == [144 - 18, 144 + 18]
+    film(tmp_path / "b.gif", {"predicted": black}, "")
+    with Image.open(tmp_path / "b.gif") as gif:
+        assert not np.asarray(gif.convert("L"))[20:212].any()
+
+
+def test_plots_of_actions_share_the_range_of_the_robot(tmp_path, monkeypatch):
+    """A small error looks small; what leaves the range is shown too."""
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.append(figure))
+    actions = np.full((1, 4, 2), 0.5)
+    actions[0, 0, 1] = 3
+    picture = {"observation": np.zeros((1, 8, 8, 3), np.uint8)}
+    for ranges in ([(-1, 1), (-1, 1)], ()):
+        sheet(tmp_path / "a.png", "", [""], picture, actions, actions + 0.01, ranges=ranges)
+    near, far, free = (*shown[0].axes[1:], shown[1].axes[1])
+    assert near.get_ylim() == pytest.approx((-1.1, 1.1))
+    assert far.get_ylim()[0] < -1 and far.get_ylim()[1] > 3
+    assert free.get_ylim()[1] - free.get_ylim()[0] < 0.1
 
 
 def test_a_sheet_has_a_dark_ground_of_its_own(tmp_path):
@@ -335,6 +366,16 @@ def test_int8_halves_the_maps_of_the_video_expert(runs, tmp_path, capsys):
         figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
         found.append(figures["vgm"]["PSNR (dB)"]["model"])
     assert found[0] != found[1] == pytest.approx(found[0], abs=1)
+
+
+def test_without_a_checkpoint_the_shipped_policy_shows_its_modes(tmp_path, monkeypatch, capsys):
+    """All five of them; what is written goes to runs/, not beside its weights."""
+    monkeypatch.chdir(tmp_path)
+    before = set(SHIPPED.iterdir())
+    sample.main(["--episodes", "1", "--steps", "1"])
+    figures = json.loads((tmp_path / "runs" / "samples" / "figures.json").read_text())
+    assert figures["figures"].keys() == MODES.keys() and Path(figures["ckpt"]) == SHIPPED
+    assert set(SHIPPED.iterdir()) == before
 
 
 def test_the_command_writes_figures_and_pictures_of_all_modes(runs, tmp_path, capsys):

@@ -24,6 +24,7 @@ option              [1,1e6]         after batch episodes execute gpus max_steps
 option              [1,1e6]         rounds rows seeds steps windows
 option              [0,1e6]         gif noise recovery
 option              [1,1024]        workers
+option              [0,65535]       port
 option              [32,4096]       side
 option              [0,1]           disturbed labelled
 option              (0,1]           mfu
@@ -58,6 +59,8 @@ Dataset             [1,1e6]         chunks_size total_episodes
 Dataset             [1,1e9]         total_frames
 Dataset             (0,1000]        fps
 CardKeys            (0,1000]        action_hz video_hz
+Question            [0,4294967295]  seed
+Question            [1,100]         steps
 """
 INTERVALS = {
     (owner, name): interval

@@ -451,6 +451,7 @@ class Episode:
     embodiment: str
     success: bool
     snapshots: Snapshot = field(repr=False)  # arrays (T+1, ...)
+    goal: ndarray | None = None  # (2,) of the disc that the instruction names
 
     @property
     def motion(self) -> ndarray:
@@ -560,6 +561,7 @@ def play(world: Tabletop, kind: Level, pictures: bool) -> list[Episode]:
             world.embodiment.name,
             bool(world.success[i]),
             Snapshot(*shots).at(slice(t + 1), i),
+            world.goal[i] if world.instruction[i] else None,
         )
         for i, t in enumerate(length)
     ]

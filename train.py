@@ -44,7 +44,7 @@ from formats.motions import motions, read_tokens
 from formats.statistics import as_stored
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
-from scale import plan, sharding
+from scale import lora, plan, sharding
 from scale.batches import Source, batches, encode_once
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
@@ -77,6 +77,7 @@ class Settings:
     decay: Literal["matrices", "all"] = "matrices"  # "all": vectors and tables too, as official
     clip: float = 1.0  # gradient norm
     ema: float = 0.995
+    lora: int = 0  # rank of adapters of the video expert, which stays as --init has it; 0: all of it
     times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
     seed: int = 0
@@ -155,6 +156,8 @@ def make_optimizers(
         decays = dict(params=[], base=lr, weight_decay=settings.weight_decay)
         stays = dict(params=[], base=lr, weight_decay=0.0)
         for name, p in getattr(model, expert).named_parameters():
+            if not p.requires_grad:
+                continue
             if settings.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks."):
                 rotated.append(p)
                 continue
@@ -317,10 +320,14 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     model.to(torch.bfloat16 if settings.params == "bf16" else torch.float32)
     how = settings.checkpointing, settings.compile, settings.precision, settings.reshard
     loss = sharding.parallelize(model, experts, mesh, *how)
+    if settings.lora:
+        lora.freeze(model, settings.precision)
     loss.to_empty(device=ranks.device)
     before = steps_of(args.out) if args.resume else []
     if not before:
         ranks.together(lambda: sharding.initialise(model, args.init, args.stage, settings.seed))
+    if settings.lora:
+        lora.adapt(model, settings.lora, settings.seed)
     ema = EMA(model, settings.ema)
     optimizers = make_optimizers(model, settings, experts)
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)

@@ -77,7 +77,7 @@ class Settings:
     decay: Literal["matrices", "all"] = "matrices"  # "all": vectors and tables too, as official
     clip: float = 1.0  # gradient norm
     ema: float = 0.995
-    lora: int = 0  # rank of adapters of the video expert, which stays as --init has it; 0: all of it
+    lora: int = 0  # rank of the adapters that alone are trained of the video expert; 0: none
     times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
     seed: int = 0
@@ -148,7 +148,8 @@ def make_optimizers(
     model: Motus, settings: Settings, experts: Sequence[str]
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
-    for. With optimizer=muon the matrices of the blocks have an optimizer of their own."""
+    for. With optimizer=muon the matrices of the blocks have an optimizer of their own, factors not:
+    made orthogonal they learn worse."""
     groups = []
     rotated = []
     for expert in experts:
@@ -158,7 +159,8 @@ def make_optimizers(
         for name, p in getattr(model, expert).named_parameters():
             if not p.requires_grad:
                 continue
-            if settings.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks."):
+            whole = name.startswith("blocks.") and not name.endswith(lora.FACTORS)
+            if settings.optimizer == "muon" and p.dim() == 2 and whole:
                 rotated.append(p)
                 continue
             matrix = p.dim() > 1 and not name.endswith(("modulation", "registers"))
@@ -190,16 +192,17 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], settings: Settings, step
 
 
 class EMA:
-    """An exponential moving average of the weights, in fp32; samples are taken from it."""
+    """An exponential moving average, in fp32, of what is trained; samples are taken from it."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {k: v.detach().float().clone() for k, v in model.named_parameters()}
+        trained = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+        self.weights = {k: p.detach().float().clone() for k, p in trained}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))  # short memory at first
-        new = [p.float() for p in model.parameters()]
+        new = [p.float() for p in model.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), new, 1 - decay)
 
 

@@ -213,9 +213,7 @@ class Saver:
 
 
 @torch.no_grad()
-def fill(
-    tensors: Mapping[str, Tensor], source: TensorSource, spare: Collection[str] = ()
-) -> None:
+def fill(tensors: Mapping[str, Tensor], source: TensorSource, spare: Collection[str] = ()) -> None:
     """Copies what this rank holds of every tensor from a file that must have exactly these, in
     these shapes and dtypes, and may have `spare` ones."""
     known = {*tensors, *spare}
@@ -296,11 +294,12 @@ class RunState:
         other data are refused; other code too, unless it is to go on `anyway`."""
         stored = Card.read(folder / "config.json")
         self.check(folder, stored, free, anyway)
-        _, average, apart = lora.split(self.model, self.ema)
+        network, _, apart = lora.split(self.model, self.ema)
         with open_source(folder / "model.safetensors") as source:
             load_into(self.model, source, fresh=apart)
         with open_source(folder / "ema.safetensors") as source:
-            fill({name: x for name, x in average.items() if name not in apart}, source, apart)
+            kept = {name: x for name, x in self.ema.items() if name not in apart}
+            fill(kept, source, network)
         if apart:
             with open_source(folder / lora.FILE) as source:
                 fill(apart, source)

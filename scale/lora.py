@@ -53,9 +53,13 @@ def adapt(model: Motus, rank: int, seed: int) -> None:
         layer.forward = partial(adapted, layer)
 
 
-def adapted(layer: Linear, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+def adapted(layer: Linear, x: Tensor) -> Tensor:
+    """x (B, L, in) -> (B, L, out). The sum is one operation, and none of those whose result
+    selective checkpointing keeps: it would keep each twice."""
     x = x.to(layer.weight.dtype)
-    return Linear.forward(layer, x) + linear(linear(x, layer.lora_a), layer.lora_b)
+    low = linear(x, layer.lora_a)  # (B, L, rank)
+    up = layer.lora_b.mT.expand(len(x), -1, -1)  # (B, rank, out)
+    return torch.baddbmm(Linear.forward(layer, x), low, up)
 
 
 @torch.no_grad()
@@ -64,12 +68,12 @@ def merge(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(weight.float(), b.float(), a.float()).to(a.dtype)
 
 
-def split(model: Motus, average: Mapping[str, Tensor]) -> tuple[dict, dict, dict[str, Tensor]]:
-    """The network and its average by name, merged matrices as functions that make them, so that
-    one exists at a time; and the frozen matrices, the factors and their average, of which there
-    are none without adapters."""
+def split(model: Motus, ema: Mapping[str, Tensor]) -> tuple[dict, dict, dict[str, Tensor]]:
+    """The whole network and the whole average by name, what has to be computed as functions that
+    do it, so that one tensor exists at a time; and the frozen matrices, the factors and their
+    averages, of which there are none without adapters."""
     network = model.state_dict()
-    average = dict(average)
+    average = {name: ema.get(name, partial(Tensor.float, x)) for name, x in network.items()}
     apart = {}
     for name in maps(model):
         weight, *factors = (f"{name}.{part}" for part in ("weight", *FACTORS))

@@ -159,7 +159,7 @@ def make_optimizers(
         for name, p in getattr(model, expert).named_parameters():
             if not p.requires_grad:
                 continue
-            whole = name.startswith("blocks.") and not name.endswith(lora.FACTORS)
+            whole = name.startswith("blocks.") and not name.endswith("lora")
             if settings.optimizer == "muon" and p.dim() == 2 and whole:
                 rotated.append(p)
                 continue

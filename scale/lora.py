@@ -12,18 +12,15 @@ Every rank holds all of it: only the factors and the small experts have gradient
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from attention import Linear
 from motus import Motus
 
 FILE = "lora.safetensors"
-FACTORS = ("lora_a", "lora_b")
 
 
 def maps(model: Motus) -> dict[str, Linear]:
@@ -38,37 +35,41 @@ def freeze(model: Motus, precision: str) -> None:
     model.video.requires_grad_(False)
     for layer in maps(model).values():
         weight = layer.weight.detach()
+        if precision == "bf16":
+            weight = weight.bfloat16()
         del layer.weight
-        layer.register_buffer("weight", weight.bfloat16() if precision == "bf16" else weight)
+        layer.register_buffer("weight", weight)
 
 
 def adapt(model: Motus, rank: int, seed: int) -> None:
-    """Adapters beside the frozen matrices, in the dtype of what is trained; the same on every
-    rank."""
+    """A and the transpose of B, side by side in one parameter (rank, in + out) of each map, in the
+    dtype of what is trained; the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     for layer in maps(model).values():
-        drawn = torch.randn(rank, layer.in_features, generator=generator)
-        layer.lora_a = nn.Parameter((drawn / math.sqrt(layer.in_features)).to(layer.bias))
-        layer.lora_b = nn.Parameter(layer.bias.new_zeros(layer.out_features, rank))
+        a = torch.randn(rank, layer.in_features, generator=generator)
+        b = torch.zeros(rank, layer.out_features)
+        factors = torch.cat([a / math.sqrt(layer.in_features), b], dim=1)
+        layer.lora = nn.Parameter(factors.to(layer.bias))
         layer.forward = partial(adapted, layer)
 
 
 def adapted(layer: Linear, x: Tensor) -> Tensor:
     """x (B, L, in) -> (B, L, out). The sum is one operation, and none of those whose result
     selective checkpointing keeps: it would keep each twice."""
+    a, b = layer.lora.split([layer.in_features, layer.out_features], dim=1)
     x = x.to(layer.weight.dtype)
-    low = linear(x, layer.lora_a)  # (B, L, rank)
-    up = layer.lora_b.mT.expand(len(x), -1, -1)  # (B, rank, out)
-    return torch.baddbmm(Linear.forward(layer, x), low, up)
+    low = nn.functional.linear(x, a)  # (B, L, rank)
+    return torch.baddbmm(Linear.forward(layer, x), low, b.expand(len(x), -1, -1))
 
 
 @torch.no_grad()
-def merge(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def merge(weight: Tensor, factors: Tensor) -> Tensor:
     """W + B A, added in fp32, in the dtype of the factors."""
-    return torch.addmm(weight.float(), b.float(), a.float()).to(a.dtype)
+    a, b = factors.float().split(weight.shape[::-1], dim=1)
+    return torch.addmm(weight.float(), b.mT, a).to(factors.dtype)
 
 
-def split(model: Motus, ema: Mapping[str, Tensor]) -> tuple[dict, dict, dict[str, Tensor]]:
+def split(model: Motus, ema: dict[str, Tensor]) -> tuple[dict, dict, dict]:
     """The whole network and the whole average by name, what has to be computed as functions that
     do it, so that one tensor exists at a time; and the frozen matrices, the factors and their
     averages, of which there are none without adapters."""
@@ -76,13 +77,11 @@ def split(model: Motus, ema: Mapping[str, Tensor]) -> tuple[dict, dict, dict[str
     average = {name: ema.get(name, partial(Tensor.float, x)) for name, x in network.items()}
     apart = {}
     for name in maps(model):
-        weight, *factors = (f"{name}.{part}" for part in ("weight", *FACTORS))
-        if factors[0] not in network:
-            continue
-        pair = [network.pop(key) for key in factors]
-        mean = [average.pop(key) for key in factors]
-        apart |= {weight: network[weight]} | dict(zip(factors, pair))
-        apart |= {f"ema.{key}": value for key, value in zip(factors, mean)}
-        average[weight] = partial(merge, network[weight], *mean)
-        network[weight] = partial(merge, network[weight], *pair)
+        weight = f"{name}.weight"
+        factors = f"{name}.lora"
+        if factors in network:
+            apart[weight] = network[weight]
+            for prefix, tensors in (("", network), ("ema.", average)):
+                apart[prefix + factors] = tensors.pop(factors)
+                tensors[weight] = partial(merge, apart[weight], apart[prefix + factors])
     return network, average, apart

@@ -75,7 +75,6 @@ TEXT = 128  # rows of text states
 PROMPT = 80  # tokens of the VLM around the picture, the instruction among them
 # Bytes kept for each number that a layer's linear maps put out, under each policy.
 KEPT = {"none": 7.65, "full": 0.0, "selective": 2.36}
-FROZEN = {"none": 5.9}  # instead, where norms, modulation and matrices of the video are frozen
 OUTSIDE = 3  # what is kept outside the layers, in multiples of what goes into one
 
 # -- a network and its inputs, without values -----------------------------------------------------
@@ -237,16 +236,11 @@ class Plan:
         in bf16."""
         return 2 * self.layer if self.gpus == 1 and self.params == "fp32" else 0
 
-    @property
-    def kept(self) -> dict[str, float]:
-        """Bytes kept for each number, by policy."""
-        return KEPT | FROZEN if self.lora else KEPT
-
     def saved(self, policy: str, layers: int, micro: int) -> float:
         """Bytes that the forward pass of `layers` leaves behind."""
         entering, outputs, _ = self.numbers
         copies = self.copies if policy == "none" else 0
-        kept = layers * self.kept[policy] * outputs
+        kept = layers * KEPT[policy] * outputs
         kept += 4 * entering * (OUTSIDE if policy == "none" else OUTSIDE + layers)
         return micro * kept + layers * copies
 
@@ -256,7 +250,7 @@ class Plan:
         _, outputs, widest = self.numbers
         again = 0
         if policy != "none":
-            again = (self.kept["none"] - self.kept[policy]) * micro * outputs + self.copies
+            again = (KEPT["none"] - KEPT[policy]) * micro * outputs + self.copies
         gradients = BYTES[self.params] if self.gpus == 1 else 2
         return again + gradients * self.layer + 6 * micro * widest
 
@@ -303,11 +297,14 @@ class Plan:
 
     def refusal(self) -> str:
         """One line: what is missing and what would fit."""
-        more = [n for n in range(self.gpus + 1, self.batch + 1) if self.batch % n == 0]
+        last = 0 if self.lora else self.batch  # adapted weights are not shared
+        more = [n for n in range(self.gpus + 1, last + 1) if self.batch % n == 0]
         others = {f"--gpus {n}": replace(self, gpus=n) for n in more}
         ways = [way for way, plan in others.items() if plan.least <= plan.usable][:1]
         if replace(self, params="bf16").least <= self.usable:
             ways.append("--params bf16")
+        if replace(self, gpus=1, lora=RANK).least <= self.usable:
+            ways.append(f"--set lora={RANK}")
         ways.append(f"--memory {math.ceil(self.least / (1 - RESERVE) / GB)}")
         return (
             f"{self.name}, stage {self.stage}, needs {self.least / GB:.3g} GB per rank on "
@@ -421,15 +418,13 @@ def stage_row(plan: Plan, stage: str, rate: float) -> dict[str, str]:
 
 
 def card_row(plan: Plan, memory: int, rank: int) -> dict[str, str]:
-    """One card: checkpointing and micro-batch x passes, or the GB that are missing."""
+    """One card: checkpointing and micro-batch, or the GB that are missing."""
     row = {"GB": str(memory), "lora": str(rank)}
     for params in BYTES:
         one = replace(plan, gpus=1, memory=memory * GB, params=params, lora=rank)
         lacks = (one.least - one.usable) / GB
-        row[f"params={params}"] = f"lacks {lacks:.3g} GB"
-        if lacks <= 0:
-            micro = one.micro(one.best)
-            row[f"params={params}"] = f"{one.best} {micro} x {one.batch // micro}"
+        found = f"lacks {lacks:.3g} GB" if lacks > 0 else f"{one.best} {one.micro(one.best)}"
+        row[f"params={params}"] = found
     return row
 
 
@@ -477,7 +472,7 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         f"{NETWORK / GB:g} between them, what is sent hidden behind the arithmetic or the reverse",
         *headed(nodes_row(way, nodes, rate / plan.gpus) for nodes in even for way in ways),
         "",
-        f"one card of so many GB, all of the video expert (lora 0) or adapters of rank {RANK}",
+        f"one card, all of the video expert (lora 0) or adapters of rank {RANK}: what is chosen",
         *headed(card_row(plan, memory, rank) for memory in CARDS for rank in (0, RANK)),
         "",
         f"stages of the paper, checkpointing {best}",

@@ -18,6 +18,7 @@ from weights.card import newest_step
 from weights.convert import export
 
 TINY = test_scale.TINY
+WIDTH = TINY.video.width
 FILES = ("model", "ema", "optimizer", "lora")
 
 
@@ -80,9 +81,6 @@ def test_the_merged_network_is_the_adapted_one(network):
     assert torch.equal(mean.get_parameter("video.head.head.bias"), model.video.head.head.bias)
 
 
-WIDTH = TINY.video.width
-
-
 def test_factors_and_the_small_experts_train_and_nothing_else(network):
     """Every other number of the video expert stays; the optimizer holds two moments of what
     trains."""
@@ -101,8 +99,8 @@ def test_factors_and_the_small_experts_train_and_nothing_else(network):
     assert {name.split(".")[0] for name in changed} == set(EXPERTS)
     trained = [p for p in model.parameters() if p.requires_grad]
     small = sum(p.numel() for expert in (model.action, model.und) for p in expert.parameters())
-    ffn, text = TINY.video.ffn, 2
-    numbers = small + 2 * 4 * (8 * 2 * WIDTH + 2 * (WIDTH + ffn))
+    factors = 2 * 4 * (8 * 2 * WIDTH + 2 * (WIDTH + TINY.video.ffn))  # layers, rank, in + out
+    numbers = small + factors
     assert sum(p.numel() for p in trained) == numbers
     state = [x for optimizer in optimizers for s in optimizer.state.values() for x in s.values()]
     reached = sum(p.numel() for p in trained if p.grad is not None)
@@ -242,8 +240,8 @@ def test_two_ranks_adapt_like_one_process(tmp_path):
 
 
 def test_adapters_of_the_full_model_are_as_large_as_counted_by_hand():
-    """Rank 16: 30 blocks of eight maps 3072 to 3072 and two of the FFN; W in bf16, 14 bytes each of
-    what is trained, 4 of what is not, no more."""
+    """Rank 16: 30 blocks of eight maps 3072 to 3072 and two of the FFN; matrices in bf16; no
+    gradient, moment or average of what is not trained."""
     plan = Plan("full", "3", 1, 80 * GB, lora=16)
     factors = 30 * 16 * (8 * 2 * 3072 + 2 * (3072 + 14336))
     matrices = 30 * (8 * 3072**2 + 2 * 3072 * 14336)

@@ -57,7 +57,7 @@ def adapted(layer: Linear, x: Tensor) -> Tensor:
     """x (B, L, in) -> (B, L, out). The sum is one operation, and none of those whose result
     selective checkpointing keeps: it would keep each twice."""
     a, b = layer.lora.split([layer.in_features, layer.out_features], dim=1)
-    x = x.to(layer.weight.dtype)
+    x = x.to(layer.bias.dtype).to(layer.weight.dtype)  # rounds as a matrix that is trained would
     low = nn.functional.linear(x, a)  # (B, L, rank)
     return torch.baddbmm(Linear.forward(layer, x), low, b.expand(len(x), -1, -1))
 

@@ -44,7 +44,7 @@ from formats.motions import motions, read_tokens
 from formats.statistics import as_stored
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS, STAGES, Inputs, Motus, MotusConfig, preset
-from scale import plan, sharding
+from scale import lora, plan, sharding
 from scale.batches import Source, batches, encode_once
 from scale.checkpoints import RunState, Saver, claim, code_digest
 from scale.log import Log, plot_curve
@@ -77,6 +77,7 @@ class Settings:
     decay: Literal["matrices", "all"] = "matrices"  # "all": vectors and tables too, as official
     clip: float = 1.0  # gradient norm
     ema: float = 0.995
+    lora: int = 0  # rank of the adapters that alone are trained of the video expert; 0: none
     times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
     motion_weight: float = 0.0  # in the video loss, of what changes: `flow.moving_weight`
@@ -148,7 +149,8 @@ def make_optimizers(
     model: Motus, settings: Settings, experts: Sequence[str]
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
-    for. With optimizer=muon the matrices of the blocks have an optimizer of their own."""
+    for. With optimizer=muon the matrices of the blocks have an optimizer of their own, factors not:
+    made orthogonal they learn worse."""
     groups = []
     rotated = []
     for expert in experts:
@@ -156,7 +158,10 @@ def make_optimizers(
         decays = dict(params=[], base=lr, weight_decay=settings.weight_decay)
         stays = dict(params=[], base=lr, weight_decay=0.0)
         for name, p in getattr(model, expert).named_parameters():
-            if settings.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks."):
+            if not p.requires_grad:
+                continue
+            whole = name.startswith("blocks.") and not name.endswith("lora")
+            if settings.optimizer == "muon" and p.dim() == 2 and whole:
                 rotated.append(p)
                 continue
             matrix = p.dim() > 1 and not name.endswith(("modulation", "registers"))
@@ -188,16 +193,17 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], settings: Settings, step
 
 
 class EMA:
-    """An exponential moving average of the weights, in fp32; samples are taken from it."""
+    """An exponential moving average, in fp32, of what is trained; samples are taken from it."""
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        self.weights = {k: v.detach().float().clone() for k, v in model.named_parameters()}
+        trained = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+        self.weights = {k: p.detach().float().clone() for k, p in trained}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))  # short memory at first
-        new = [p.float() for p in model.parameters()]
+        new = [p.float() for p in model.parameters() if p.requires_grad]
         torch._foreach_lerp_(list(self.weights.values()), new, 1 - decay)
 
 
@@ -318,10 +324,14 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     model.to(torch.bfloat16 if settings.params == "bf16" else torch.float32)
     how = settings.checkpointing, settings.compile, settings.precision, settings.reshard
     loss = sharding.parallelize(model, experts, mesh, *how)
+    if settings.lora:
+        lora.freeze(model, settings.precision)
     loss.to_empty(device=ranks.device)
     before = steps_of(args.out) if args.resume else []
     if not before:
         ranks.together(lambda: sharding.initialise(model, args.init, args.stage, settings.seed))
+    if settings.lora:
+        lora.adapt(model, settings.lora, settings.seed)
     ema = EMA(model, settings.ema)
     optimizers = make_optimizers(model, settings, experts)
     state = RunState(model, ema.weights, optimizers, card, asdict(settings), about)

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from motus import Motus
+from scale import lora
 from scale.ranks import Ranks
 from weights.card import Card, steps_of
 from weights.files import TensorSource, digest, open_source, refuse, safetensors_header
@@ -104,10 +105,10 @@ class Saver:
         self.pending: Future | None = None
 
     def save(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]
+        self, step: int, tensors: Mapping[str, Mapping[str, Any]], texts: Mapping[str, str]
     ) -> None:
-        """Begins to write step `step`: safetensors files by name, and small text files. Waits for
-        the one before."""
+        """Begins to write step `step`: safetensors files by name, of tensors or functions that make
+        one, and small text files. Waits for the one before."""
         self.wait()
         if self.stream is not None:
             self.stream.wait_stream(torch.accelerator.current_stream())
@@ -116,6 +117,7 @@ class Saver:
                 copies = self.copies.setdefault(file, {})
                 for name, tensor in named.items():
                     before = copies[name].values if name in copies else None
+                    tensor = tensor() if callable(tensor) else tensor
                     copies[name] = ShardCopy.of(tensor, self.ranks.rank, before)
         self.pending = self.thread.submit(self._write, f"step_{step:06d}", self.copies, texts)
 
@@ -211,11 +213,12 @@ class Saver:
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], source: TensorSource) -> None:
+def fill(tensors: Mapping[str, Tensor], source: TensorSource, spare: Collection[str] = ()) -> None:
     """Copies what this rank holds of every tensor from a file that must have exactly these, in
-    these shapes and dtypes."""
+    these shapes and dtypes, and may have `spare` ones."""
+    known = {*tensors, *spare}
     problems = [f"missing: {name}" for name in tensors if name not in source.tensors]
-    problems += [f"unexpected: {name}" for name in source.names() if name not in tensors]
+    problems += [f"unexpected: {name}" for name in source.names() if name not in known]
     for name in tensors.keys() & source.tensors.keys():
         found = source.dtype(name), source.shape(name)
         expected = tensors[name].dtype, tuple(tensors[name].shape)
@@ -272,11 +275,13 @@ class RunState:
 
     def save(self, saver: Saver, step: int) -> None:
         """Begins to write run/step_NNNNNN."""
+        network, average, apart = lora.split(self.model, self.ema)
         tensors = {
-            "model.safetensors": self.model.state_dict(),
-            "ema.safetensors": self.ema,
+            "model.safetensors": network,
+            "ema.safetensors": average,
             "optimizer.safetensors": self.optimizer_tensors(),
         }
+        tensors |= {lora.FILE: apart} if apart else {}
         texts = {
             "config.json": replace(self.card, step=step).as_json(),
             "settings.json": json.dumps(self.settings | self.about, indent=1),
@@ -289,10 +294,15 @@ class RunState:
         other data are refused; other code too, unless it is to go on `anyway`."""
         stored = Card.read(folder / "config.json")
         self.check(folder, stored, free, anyway)
+        network, _, apart = lora.split(self.model, self.ema)
         with open_source(folder / "model.safetensors") as source:
-            load_into(self.model, source)
+            load_into(self.model, source, fresh=apart)
         with open_source(folder / "ema.safetensors") as source:
-            fill(self.ema, source)
+            kept = {name: x for name, x in self.ema.items() if name not in apart}
+            fill(kept, source, network)
+        if apart:
+            with open_source(folder / lora.FILE) as source:
+                fill(apart, source)
         with open_source(folder / "optimizer.safetensors") as source:
             moments = self.moments()
             for name in source.names():

@@ -11,7 +11,7 @@ one copy, `shards`; `sharding.split_axis` says along which axis):
     weights      4 P / W     fp32; 2 P / W with --params bf16
     gradients    4 T / W     in the dtype of the weights
     optimizer    8 T / W     AdamW's two moments, in the dtype of the weights
-    EMA          4 P / W     always fp32
+    EMA          4 T / W     always fp32
     frozen       2 F         --frozen live: every rank has VLM, VAE and text encoder whole, in bf16
 
 Within a step three more things come and go. Layer by layer the backward pass frees activations and
@@ -50,21 +50,24 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from backbones.frozen import Backbones
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import EXPERTS, PRESETS, STAGES, Inputs, Motus, preset
-from scale import sharding
+from scale import lora, sharding
 from scale.batches import divide
 from scale.ranks import Ranks
+from weights.card import steps_of
 
 GB = 1e9
 BYTES = {"fp32": 4, "bf16": 2}
 NVLINK, NETWORK = 350e9, 40e9  # bytes per second and card of collectives: H100, 400 Gb/s at 80 %
 NODES = (1, 4, 8)
+CARDS = (24, 32, 48, 80)  # GB
+RANK = 16  # of adapters
 HOURS = {"1": 8000, "2": 10000, "3": 400}  # GPU-hours of the paper's stages (Tab. 1, appendix)
 RESERVE = 0.08  # share of a card's memory that no plan may touch
 IN_FLIGHT = 2  # gathered layers that exist at once
@@ -90,13 +93,20 @@ def frozen_parts(name: str) -> dict[str, nn.Module]:
 
 
 @cache
-def meta_model(name: str, stage: str) -> Motus:
+def meta_model(name: str, stage: str, rank: int = 0) -> Motus:
+    """The network as a stage trains it, with adapters of this rank."""
     with torch.device("meta"):
-        return Motus(preset(name, stage))
+        model = Motus(preset(name, stage))
+    sharding.parallelize(model, STAGES[stage].experts)
+    if rank:
+        lora.freeze(model, "bf16")
+        lora.adapt(model, rank, seed=0)
+    return model
 
 
-def parameters(*modules: nn.Module) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
+def parameters(module: nn.Module, trained: bool = False) -> int:
+    """All, or those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 @cache
@@ -143,6 +153,7 @@ class Plan:
     frozen: str = "cached"  # or "live": the backbones are on the card too
     batch: int = 256  # of these GPUs
     reshard: bool = True
+    lora: int = 0  # rank of adapters of the video expert
 
     def __post_init__(self):
         if self.batch % self.gpus:
@@ -154,7 +165,7 @@ class Plan:
 
     @property
     def model(self) -> Motus:
-        return meta_model(self.name, self.stage)
+        return meta_model(self.name, self.stage, self.lora)
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -178,18 +189,14 @@ class Plan:
             outputs += tokens * (3 * width + (2 + config.expert_ffn) * narrow)
         return entering, outputs, widest
 
-    def trained(self, model: nn.Module) -> list[nn.Module]:
-        """The trained experts of the model, or of one of its layers."""
-        return [getattr(model, expert) for expert in STAGES[self.stage].experts]
-
     @property
     def usable(self) -> float:
         return (1 - RESERVE) * self.memory
 
-    def share(self, *modules: nn.Module) -> int:
-        """Parameters that the fullest rank holds."""
+    def share(self, tensors: Iterable[Tensor]) -> int:
+        """Parameters that the fullest rank holds of these."""
         count = 0
-        for p in (p for module in modules for p in module.parameters()):
+        for p in tensors:
             size = p.shape[sharding.split_axis(p, self.gpus).dim]
             count += p.numel() // size * math.ceil(size / self.gpus)
         return count
@@ -197,24 +204,24 @@ class Plan:
     @cached_property
     def layer(self) -> int:
         """Trained parameters of a layer."""
-        return parameters(*self.trained(self.model.layers[0]))
+        return parameters(self.model.layers[0], trained=True)
 
     @cached_property
     def resident(self) -> dict[str, float]:
         """Bytes a rank holds between steps (gradients too, where a batch takes several passes), and
         whole parameters that it gathers. Experts that a stage does not train are not gathered."""
         width = BYTES[self.params]
-        experts = self.trained(self.model)
-        held = self.share(self.model)
-        trained = width * self.share(*experts)
-        depth = len(self.model.layers)
-        root = parameters(*experts) - depth * self.layer
+        model = self.model
+        held = self.share(model.parameters())
+        trained = self.share(p for p in model.parameters() if p.requires_grad)
+        depth = len(model.layers)
+        root = parameters(model, trained=True) - depth * self.layer
         sizes = {
-            "weights": width * held,
-            "gradients": trained,
-            "optimizer": 2 * trained,
-            "ema": 4 * held,
-            "frozen": 2 * parameters(*frozen_parts(self.name).values()),
+            "weights": width * held + sum(matrix.nbytes for matrix in model.buffers()),
+            "gradients": width * trained,
+            "optimizer": 2 * width * trained,
+            "ema": 4 * trained,
+            "frozen": 2 * sum(map(parameters, frozen_parts(self.name).values())),
             "root": width * root,
             "layers": 2 * (IN_FLIGHT if self.reshard else depth) * self.layer,
             "reducing": 4 * self.layer,
@@ -255,7 +262,7 @@ class Plan:
         depth = len(self.model.layers)
         several = micro * self.gpus < self.batch
         if several and not self.reshard:
-            gradients += 4 * parameters(*self.trained(self.model))
+            gradients += 4 * parameters(self.model, trained=True)
         moments = []
         for layers in (depth, depth - 1, 1):  # that the backward pass has yet to do
             moment = self.saved(policy, layers, micro)
@@ -290,11 +297,14 @@ class Plan:
 
     def refusal(self) -> str:
         """One line: what is missing and what would fit."""
-        more = [n for n in range(self.gpus + 1, self.batch + 1) if self.batch % n == 0]
+        last = 0 if self.lora else self.batch  # adapted weights are not shared
+        more = [n for n in range(self.gpus + 1, last + 1) if self.batch % n == 0]
         others = {f"--gpus {n}": replace(self, gpus=n) for n in more}
         ways = [way for way, plan in others.items() if plan.least <= plan.usable][:1]
         if replace(self, params="bf16").least <= self.usable:
             ways.append("--params bf16")
+        if replace(self, gpus=1, lora=RANK).least <= self.usable:
+            ways.append(f"--set lora={RANK}")
         ways.append(f"--memory {math.ceil(self.least / (1 - RESERVE) / GB)}")
         return (
             f"{self.name}, stage {self.stage}, needs {self.least / GB:.3g} GB per rank on "
@@ -308,7 +318,7 @@ class Plan:
         share = self.batch // nodes // self.gpus
         part = replace(self, batch=share * self.gpus)
         passes = share // part.micro(part.best)
-        numbers = parameters(*self.trained(self.model))
+        numbers = parameters(self.model, trained=True)
         near = numbers * (1 - 1 / self.gpus) / NVLINK
         return {
             "arithmetic": share * self.flops(part.best) / rate,
@@ -322,12 +332,20 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
     """The settings of train.py as these ranks can run them, and the mesh over which weights are
     sharded: None if they are few, or if `shards` is 1. A model that is more than that must fit on
     the cards; with checkpointing=plan it takes the policy and the micro-batch that the plan finds.
-    ValueError, the plan's, if nothing fits."""
+    ValueError, the plan's, if nothing fits; or if there is nothing that adapters could adapt."""
     micro = min(settings.micro, settings.batch // ranks.world)
     settings = replace(settings, micro=micro)
     divide(settings, ranks.world)
+    if settings.lora and not (args.init or steps_of(args.out)):
+        raise ValueError(
+            f"--set lora={settings.lora} adapts trained weights; name them with --init"
+        )
+    if settings.lora and settings.shards > 1:
+        raise ValueError(
+            f"--set shards={settings.shards}: with lora every rank holds all; expected 1"
+        )
     small = parameters(meta_model(args.preset, args.stage)) < sharding.WHOLE
-    mesh = None if small and not settings.shards else ranks.mesh
+    mesh = None if settings.lora or (small and not settings.shards) else ranks.mesh
     policy = "none"
     if ranks.device.type == "cuda" and not small:
         gpus = mesh["shard"].size() if mesh else 1
@@ -335,7 +353,7 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
         cached = args.cache or args.data == "synthetic" or settings.windows
         sizes = gpus, memory, settings.params, "cached" if cached else "live"
         batch = settings.batch * gpus // ranks.world
-        plan = Plan(args.preset, args.stage, *sizes, batch, settings.reshard)
+        plan = Plan(args.preset, args.stage, *sizes, batch, settings.reshard, settings.lora)
         policy = plan.best
         if settings.checkpointing == "plan":
             micro = micro or plan.micro(policy)
@@ -390,13 +408,24 @@ def stage_row(plan: Plan, stage: str, rate: float) -> dict[str, str]:
     steps = HOURS[stage] * 3600 * samples / plan.gpus / plan.batch
     return {
         "stage": stage,
-        "trained": f"{parameters(*other.trained(other.model)) / 1e9:.3g}B",
+        "trained": f"{parameters(other.model, trained=True) / 1e9:.3g}B",
         "TFLOP/sample": f"{other.flops(plan.best) / 1e12:.4g}",
         "samples/s": f"{samples:.1f}",
         "paper's GPU-hours": f"{HOURS[stage]:,}",
         f"steps of {plan.batch} they buy": f"{steps:,.0f}",
         "days here": f"{HOURS[stage] / plan.gpus / 24:.1f}",
     }
+
+
+def card_row(plan: Plan, memory: int, rank: int) -> dict[str, str]:
+    """One card: checkpointing and micro-batch, or the GB that are missing."""
+    row = {"GB": str(memory), "lora": str(rank)}
+    for params in BYTES:
+        one = replace(plan, gpus=1, memory=memory * GB, params=params, lora=rank)
+        lacks = (one.least - one.usable) / GB
+        found = f"lacks {lacks:.3g} GB" if lacks > 0 else f"{one.best} {one.micro(one.best)}"
+        row[f"params={params}"] = found
+    return row
 
 
 def nodes_row(plan: Plan, nodes: int, rate: float) -> dict[str, str]:
@@ -442,6 +471,9 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
         f"ms of a step of {plan.batch} on several nodes, at {NVLINK / GB:g} GB/s within and "
         f"{NETWORK / GB:g} between them, what is sent hidden behind the arithmetic or the reverse",
         *headed(nodes_row(way, nodes, rate / plan.gpus) for nodes in even for way in ways),
+        "",
+        f"one card, all of the video expert (lora 0) or adapters of rank {RANK}: what is chosen",
+        *headed(card_row(plan, memory, rank) for memory in CARDS for rank in (0, RANK)),
         "",
         f"stages of the paper, checkpointing {best}",
         *headed(stage_row(plan, stage, rate) for stage in HOURS),

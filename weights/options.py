@@ -32,7 +32,7 @@ option              (0,1e6]         memory peak
 Settings            [0,4294967295]  seed
 Settings            [1,1e9]         batch episodes log_every steps
 Settings            [0,1e9]         horizon keep micro minutes save_every shards warmup windows
-Settings            [0,1024]        workers
+Settings            [0,1024]        lora workers
 Settings            (0,10]          lr muon_lr
 Settings            [0,10]          video_lr weight_decay
 Settings            [0,1]           floor given

@@ -52,7 +52,9 @@ def read_tokens(folders: Sequence[Path], model) -> tuple[Tensor, Tensor, Tensor]
     `python -m scripts.latents tokens` wrote to several folders for the DC-AE of `model`."""
     wanted = {"dcae": model.dcae_fingerprint(), "interval": model.config.interval}
     rows = []
-    for path in sorted(path for folder in folders for path in folder.glob("tokens/*.safetensors")):
+    for path in sorted(
+        path for folder in folders for path in folder.glob("tokens/**/*.safetensors")
+    ):
         with open_source(path) as source:
             made = json.loads(source.metadata.get("made", "{}"))
             same_config(path, {key: made.get(key) for key in wanted}, wanted)

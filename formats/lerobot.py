@@ -320,7 +320,8 @@ class LeRobotDataset(Folder):
             late = (which[before] < which[after]) | (begin[after] >= close[before] - 0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
             checks.append((names[2], ~np.isin(number, after[~late]), remedy))
-            self.video_at[key] = (chunk, file, begin, opens)
+            place = (np.nan_to_num(x).astype(int) for x in (chunk, file))
+            self.video_at[key] = (*place, begin, opens)
         for name, good, remedy in checks:
             for episode in np.flatnonzero(~good).tolist():
                 if episode not in self.without:

@@ -426,23 +426,26 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
     model = LatentActionModel(config)
     model.load_dcae(dcae_of(args))
     model.to(options.device())
-    claim(args.out, args.resume)
+    claim(args.out, args.resume, make=False)  # what is refused leaves no folder
     if args.cache:
         rows = read_tokens([args.cache], model)
     else:
         pyramid = open_card(args, settings)
         seen = motions(pyramid, config.interval)
         rows = augmented(seen.flow, seen.labels, seen.mask, seed=settings.seed)
+    logged = []
+
+    def log(number: int, losses: dict[str, float]) -> None:
+        if number % settings.log_every == 0 or number == settings.steps:
+            logged.append({"step": number} | losses)
+
+    fit(model, rows, settings, log=log)
+    args.out.mkdir(parents=True, exist_ok=True)
     curve = args.out / "log.csv"
     with curve.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("step", "total", "reconstruction", "alignment", "kl"))
+        writer = csv.DictWriter(file, logged[0])
         writer.writeheader()
-
-        def log(number: int, losses: dict[str, float]) -> None:
-            if number % settings.log_every == 0 or number == settings.steps:
-                writer.writerow({"step": number} | losses)
-
-        fit(model, rows, settings, log=log)
+        writer.writerows(logged)
     plot_curve(curve, ("reconstruction", "alignment"))
     if not args.cache:
         figures = probes(model, seen, motions(pyramid, config.interval, held_out=True))
@@ -498,7 +501,7 @@ def planned(args: argparse.Namespace) -> list[argparse.Namespace]:
             job.init = data.backbones_folder(args.preset) / "wan"  # the video expert as published
         if (job.out / "tokens").is_dir():
             job.cache = job.out
-        job.resume = (args.resume or "same") if job.out.exists() else None
+        job.resume = (args.resume or "same") if any(job.out.glob("[!.]*")) else None
         finished = (job.out / data.LATENT_FILE).is_file()
         if any(job.out.glob("step_*")):
             card = Card.read(newest_step(job.out) / "config.json")

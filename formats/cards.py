@@ -2,7 +2,7 @@
 (paper Sec. 3.3).
 
 A card is a json file that lists datasets with level, robot and weight (docs/data.md). A stage picks
-its levels; LeRobot v2.1, v3.0, official folders and worlds that render are read alike
+its levels; LeRobot v2.1, v3.0, official folders, plain videos and worlds that render are read alike
 (`Recordings`); every choice that a card leaves open is made and printed.
 
     rates        one video rate and one action rate for all; each wanted time takes the nearest row
@@ -38,6 +38,7 @@ from formats.recordings import Choice, Recordings, fit, fit_place
 from formats.rendered import PREFIX, Rendered
 from formats.statistics import KINDS, Normaliser, Statistics, measured
 from formats.texts import Words
+from formats.videos import VideoFolder, video_files
 from weights.files import check_keys, read_json
 
 VIDEO_HZ = 5.0  # the paper's
@@ -55,7 +56,7 @@ class Source:
     """A line of a dataset card: one dataset and its part in the pyramid."""
 
     path: str  # folder, relative to the card, USER/NAME[@REVISION] on the hub, or world:NAME
-    level: int = 6  # of the pyramid, 2 to 6
+    level: int = 0  # of the pyramid, 2 to 6; default 6, without actions 2
     embodiment: str = ""  # the robot; default what the dataset says
     weight: float = 1.0  # its share of a batch is its weight among those of the stage's levels
     contains: str = ""  # for people
@@ -67,7 +68,7 @@ class Source:
     draw: str = ""  # "windows" or "tasks" alike; default: official by tasks
     # at most so many of a dataset; so many that a world renders, default the run's setting
     episodes: int = 0
-    held_out: int = -1  # episodes at the end that no training sees; default 5 %, rounded down
+    held_out: int = -1  # episodes at the end that no training sees; default 5 %, of three one
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
 
     def __post_init__(self):
@@ -80,6 +81,8 @@ class Source:
                     f"source {self.path!r:.80}: {f.name} is {value!r:.80}; expected "
                     f"{allowed.get(f.name) or TYPES[f.type]}"
                 )
+        if self.rendered and not self.level:
+            object.__setattr__(self, "level", 6)
 
     @property
     def rendered(self) -> bool:
@@ -87,7 +90,7 @@ class Source:
 
     def held_of(self, count: int) -> int:
         """Episodes of `count` that are held out."""
-        return count // 20 if self.held_out < 0 else self.held_out
+        return max(count // 20, int(count > 2)) if self.held_out < 0 else self.held_out
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ class CardKeys:
 class OpenSource:
     """A source with its reader. Episodes from `trained` on are held out."""
 
-    def __init__(self, source: Source, root: Path, episodes: int, seed: int):
-        """`episodes`: how many a world renders where the source does not say."""
+    def __init__(self, source: Source, root: Path, episodes: int, seed: int, level: int = 6):
+        """`episodes`: how many a world renders, `level` one with actions is of, where the source
+        does not say."""
         self.told = bool(source.embodiment)  # which robot it is
         self.trained = source.episodes or episodes
         held = source.held_of(self.trained)
@@ -125,10 +129,17 @@ class OpenSource:
                     "one to train on"
                 )
             self.trained = min(count - held, source.episodes or count)
+        wrong = self.reader.without - {*range(len(self.reader.lengths))}
+        if wrong or not {*range(self.trained)} - self.reader.without:
+            raise ValueError(
+                f'source {source.path}: "without" is {source.mapping["without"]}; expected numbers '
+                f"from 0 to {len(self.reader.lengths) - 1} that leave one to train on"
+            )
         self.named = self.told or self.reader.stated
         official = isinstance(self.reader, OfficialFolder)
         self.source = replace(
             source,
+            level=source.level or (level if self.reader.widths[1] else 2),
             embodiment=source.embodiment or self.reader.robot,
             held_out=held,
             ahead=official if source.ahead is None else source.ahead,
@@ -145,14 +156,15 @@ class OpenSource:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
         weighs the episodes."""
         half = int(span / 2 * self.reader.fps + 1e-6)
-        lengths = self.reader.lengths[: self.trained]
+        there = np.isin(np.arange(self.trained), self.reader.episodes)
+        lengths = self.reader.lengths[: self.trained] * there
         self.rows = int(lengths.sum())
-        self.counts = chance = np.maximum(1, lengths - half)
+        self.counts = chance = np.maximum(1, lengths - half) * there
         self.windows = int(self.counts.sum())
         if self.source.draw == "tasks":  # every task alike, then its episodes
-            tasks = [self.reader.group(e) for e in range(self.trained)]
+            tasks = [self.reader.group(e) if there[e] else "" for e in range(self.trained)]
             _, task, size = np.unique(tasks, return_inverse=True, return_counts=True)
-            chance = 1 / size[task]
+            chance = there / size[task]
         self.edges = np.cumsum(chance) / chance.sum()
 
     @cached_property
@@ -184,7 +196,12 @@ class OpenSource:
         if more and encode:
             found = LatentFlows(self.reader, encode)
         else:
-            found = LatentFiles(self.folder, self.reader.fps, more)
+            found = LatentFiles(self.folder, self.reader, more)
+            if encode and found.encoder not in (None, encode.fingerprint):
+                raise ValueError(
+                    f"{found.name}: made by another encoder than that of --latent, whose numbers "
+                    "mean something else; encode them again with its weights"
+                )
         if abs(found.seconds * video_hz - 1) > 1e-6:
             raise ValueError(
                 f"{found.name}: a latent action spans {found.seconds:g} s, a video step "
@@ -203,8 +220,11 @@ def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Re
         raise ValueError(
             f"source {path}: no folder {folder}; correct the path, which is relative to the card"
         )
-    if folder.is_dir() and not (folder / "meta").exists() and is_official(folder):
-        return OfficialFolder(folder, choice)
+    if folder.is_dir() and not (folder / "meta").exists():
+        if is_official(folder):
+            return OfficialFolder(folder, choice)
+        if video_files(folder):
+            return VideoFolder(folder, choice)
     reader = LeRobotDataset.open(folder if folder.is_dir() else path, choice, quiet=True)
     if choice.cameras or choice.t_layout or len(reader.cameras) < 2:
         return reader
@@ -295,27 +315,32 @@ class Pyramid:
 
     def _read(self, path: Path) -> tuple[Path, dict]:
         """The folder that paths are relative to, and the card: of a file, or made up."""
+        self.acting = 6  # level of a source with actions whose line says none
         file = path / "card.json" if (path / "card.json").is_file() else path
         if file.is_file():
             self.name = str(file)
             return file.resolve().parent, read_json(file)
         found = sorted(path.glob("*/meta/info.json")) if path.is_dir() else []
         paths = [str(info.parents[1]) for info in found] or [str(path)]
-        return Path.cwd(), {"sources": [{"path": p, "level": max(self.levels)} for p in paths]}
+        self.acting = max(self.levels)
+        return Path.cwd(), {"sources": [{"path": p} for p in paths]}
 
     def _open(self, root: Path, sources: list[Source]) -> list[OpenSource]:
-        chosen = [source for source in sources if source.level in self.levels]
-        if not chosen:
-            known = sorted({source.level for source in sources})
-            raise ValueError(
-                f"sources are of levels {known}; this stage takes {list(self.levels)}: add some, "
-                "or name a stage that fits"
-            )
+        chosen = [source for source in sources if source.level in (0, *self.levels)]
         alike = Counter((source.path, source.level) for source in chosen)
+        known = {source.level for source in sources}
         opened = []
         for source in chosen:
             share = math.ceil((self.episodes or EPISODES) / alike[source.path, source.level])
-            opened.append(OpenSource(source, root, share, self.seed))
+            opened.append(OpenSource(source, root, share, self.seed, self.acting))
+            known.add(opened[-1].source.level)
+        opened = [o for o in opened if o.source.level in self.levels]
+        if not opened:
+            raise ValueError(
+                f"sources are of levels {sorted(known - {0})}; this stage takes "
+                f"{list(self.levels)}: add some, or name a stage that fits (what has no actions is "
+                "of level 2 where nobody says otherwise)"
+            )
         # Files that name no robot do not say that two of them are of one.
         silent = [o for o in opened if not o.named]
         for o in silent if len(silent) > 1 else ():
@@ -368,14 +393,15 @@ class Pyramid:
     def _set_rates(self) -> None:
         """The card's, or: actions at the robot's own rate, video at the paper's 5 Hz or the rate
         next to it that divides that."""
-        acting = [o for o in self.opened if o.reader.widths[1]] or self.opened
-        highest = max(o.source.level for o in acting)
-        rates = sorted({o.reader.fps for o in acting if o.source.level == highest})
-        if len(rates) > 1 and "action_hz" not in self.card:
+        acting = [o for o in self.opened if o.reader.widths[1]]
+        highest = max((o.source.level for o in acting), default=0)
+        among = [o for o in acting if o.source.level == highest] or self.opened
+        rates = sorted({o.reader.fps for o in among})
+        if len(rates) > 1 and acting and "action_hz" not in self.card:
             raise ValueError(
                 f'sources of the highest level run at {rates} fps; choose one "action_hz"'
             )
-        self.action_hz = float(self.card.get("action_hz", rates[0]))
+        self.action_hz = float(self.card.get("action_hz", rates[-1]))
         nearest = self.action_hz / max(1, round(self.action_hz / VIDEO_HZ))
         self.video_hz = float(self.card.get("video_hz", nearest))
         ratio = self.action_hz / self.video_hz
@@ -385,6 +411,8 @@ class Pyramid:
                 "expected a whole multiple"
             )
         self.ratio = round(ratio)  # actions per video frame
+        for o in self.opened:
+            o.reader.follow(self.video_hz)
 
     @property
     def span(self) -> float:
@@ -415,8 +443,8 @@ class Pyramid:
         for number, (o, first) in list(enumerate(blocks))[rank::world]:
             robot = o.source.embodiment
             total = sum(other.rows for other in acting if other.source.embodiment == robot)
-            episodes = range(first, min(first + BLOCK, o.trained))
-            for column, parts in zip(COLUMNS, zip(*map(o.reader.numbers, episodes))):
+            episodes = {*range(first, min(first + BLOCK, o.trained))} - o.reader.without
+            for column, parts in zip(COLUMNS, zip(*map(o.reader.numbers, sorted(episodes)))):
                 if parts[0] is not None:
                     name = f"{robot}/{column}/{number:06d}"
                     found |= measured(np.concatenate(parts), name, total, number)
@@ -465,8 +493,9 @@ class Pyramid:
         rows = []
         for i, o in enumerate(self.opened):
             starts = o.reader.lengths[o.trained :] - math.ceil(self.span * o.reader.fps - 1e-6)
-            for e in np.flatnonzero(starts > 0):
-                rows.append((i, o.trained + int(e), int(rng.integers(starts[e]))))
+            for e in np.flatnonzero(starts > 0).tolist():
+                if o.trained + e not in o.reader.without:
+                    rows.append((i, o.trained + e, int(rng.integers(starts[e]))))
         if not rows:
             raise ValueError(
                 f"card {self.name}: no held-out episode is longer than {self.span:g} s; set "
@@ -502,7 +531,8 @@ class Pyramid:
         for o, share in zip(self.opened, self.weights / self.weights.sum()):
             names = o.source.level, o.name[:24], o.source.embodiment[:16]
             hours = o.rows / o.reader.fps / 3600
-            table.append((*names, f"{hours:.3f}", o.trained, o.rows, o.windows, f"{share:.1%}"))
+            episodes = np.count_nonzero(o.counts)
+            table.append((*names, f"{hours:.3f}", episodes, o.rows, o.windows, f"{share:.1%}"))
         line = "{:>5}  {:24} {:16} {:>8} {:>9} {:>10} {:>10} {:>7}".format
         lines = [f"{self.name}: {len(self.opened)} sources", *(line(*cells) for cells in table)]
         lines.append(
@@ -513,6 +543,13 @@ class Pyramid:
         for o in self.opened:
             rows = np.arange(self.frames * self.ratio) / self.action_hz * o.reader.fps
             off = 1000 * np.abs(rows - np.round(rows)).max() / o.reader.fps
+            if o.reader.widths[1] and abs(o.reader.fps / self.action_hz - 1) > 1e-6:
+                lines.append(
+                    f"warning  {o.name}: actions recorded at {o.reader.fps:g} Hz are read at "
+                    f"{self.action_hz:g} Hz: right for positions, but changes per "
+                    f"step add up to {self.action_hz / o.reader.fps:.3g} of what was done; record "
+                    "positions, or mix robots of one rate"
+                )
             if off > 0.1:
                 lines.append(
                     f"{o.name}: rows at {o.reader.fps:g} fps are up to {off:.1f} ms beside the "

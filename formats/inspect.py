@@ -50,8 +50,9 @@ def write_card(path: Path, pyramid: Pyramid, sources: Sequence[Source]) -> None:
     card = {
         "video_hz": pyramid.video_hz,
         "action_hz": pyramid.action_hz,
-        "size": list(pyramid.size),
         "sources": [asdict(source) for source in sources],
     }
+    if "size" in pyramid.card:  # else each preset sees its own
+        card["size"] = list(pyramid.size)
     write_json(path, card)
     print(f"wrote {path}")

@@ -320,10 +320,12 @@ class LeRobotDataset(Folder):
             late = (which[before] < which[after]) | (begin[after] >= close[before] - 0.5 / self.fps)
             remedy = "lies inside another episode's video: write meta/episodes again"
             checks.append((names[2], ~np.isin(number, after[~late]), remedy))
-            self.video_at[key] = (chunk, file, begin, opens)
+            place = (np.nan_to_num(x).astype(int) for x in (chunk, file))
+            self.video_at[key] = (*place, begin, opens)
         for name, good, remedy in checks:
-            for episode in np.flatnonzero(~good)[:1]:
-                raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
+            for episode in np.flatnonzero(~good).tolist():
+                if episode not in self.without:
+                    raise self._fault(name, f"is {columns[name][episode]}; {remedy}", episode)
         if length.sum() != self.info["total_frames"]:
             problem = f"is {self.info['total_frames']}, the episodes have {length.sum()}"
             raise self._fault("total_frames", f"{problem}; correct info.json")
@@ -517,7 +519,7 @@ class LeRobotDataset(Folder):
         return self.given.instruction if self.told else self.episode_tasks[episode][0].as_py()
 
     def wordings(self) -> set[str]:
-        return set(self.episode_tasks.flatten().to_pylist())
+        return set(self.episode_tasks.take(pa.array(self.episodes)).flatten().to_pylist())
 
     # Copies.
 

@@ -26,23 +26,27 @@ class Motions(NamedTuple):
 
 
 def motions(pyramid: Pyramid, interval: int, held_out: bool = False) -> Motions:
-    """The motions over `interval` rows of all episodes that are trained on, or held out."""
+    """The motions over `interval` rows of all episodes that are trained on, or held out. ValueError
+    where a source does not know its flow: it has to be measured, and is not left out in silence."""
+    unknown = [o.name for o in pyramid.opened if o.reader.flows(0, interval) is None]
+    if unknown:
+        raise ValueError(
+            f"card {pyramid.name}: {unknown} do not know their true motions; make tokens of all by "
+            "`python -m scripts.latents tokens --labelled 0.1` and name them by --cache. Labels come"
+            f" from levels {LABELLED[0]} and {LABELLED[1]}: videos alone have none"
+        )
     found = []
     for o in pyramid.opened:
         first, last = (o.trained, len(o.reader.lengths)) if held_out else (0, o.trained)
         for e in range(first, last):
-            chunks = o.reader.flows(e, interval)
-            if chunks is None:
-                break
-            flow, valid = map(np.concatenate, zip(*chunks))
+            flow, valid = map(np.concatenate, zip(*o.reader.flows(e, interval)))
             labels = torch.from_numpy(o.reader.motions(e, interval)[valid])
             mask = torch.full(labels.shape, o.source.level in LABELLED)
             level = torch.full((len(labels),), o.source.level)
             found.append(Motions(torch.from_numpy(flow[valid]), labels, mask, level))
     if not sum(len(part.level) for part in found):
         raise ValueError(
-            f"card {pyramid.name}: no episode has true motions over {interval} rows; make tokens "
-            "of its videos with `python -m scripts.latents tokens` and name them by --cache"
+            f"card {pyramid.name}: no episode is longer than {interval} rows; add some"
         )
     return Motions(*map(torch.cat, zip(*found)))
 
@@ -52,7 +56,9 @@ def read_tokens(folders: Sequence[Path], model) -> tuple[Tensor, Tensor, Tensor]
     `python -m scripts.latents tokens` wrote to several folders for the DC-AE of `model`."""
     wanted = {"dcae": model.dcae_fingerprint(), "interval": model.config.interval}
     rows = []
-    for path in sorted(path for folder in folders for path in folder.glob("tokens/*.safetensors")):
+    for path in sorted(
+        path for folder in folders for path in folder.glob("tokens/**/*.safetensors")
+    ):
         with open_source(path) as source:
             made = json.loads(source.metadata.get("made", "{}"))
             same_config(path, {key: made.get(key) for key in wanted}, wanted)

@@ -54,13 +54,7 @@ class OfficialFolder(Folder):
 
     def __init__(self, root: Path, mapping: Given = None):
         super().__init__(root, mapping)
-        given = self.given
-        if given.t_layout or given.cameras or given.state or given.action:
-            raise self._fault(
-                "mapping",
-                f"is {given}; official folders have one view and one array: only texts can "
-                "be chosen",
-            )
+        self._only_texts("official folders have one view and one array")
         self.files = []  # task folder, name of an episode
         kinds = set()
         for folder in task_folders(self.root):
@@ -76,8 +70,9 @@ class OfficialFolder(Folder):
         if not self.files:
             raise self._fault("videos", "hold no mp4; each episode is videos/N.mp4 and qpos/N.pt")
         (self.part,) = kinds
-        path = self._file(0, "videos")
-        with self._reading("videos", path.name, 0):
+        there = [e for e in range(len(self.files)) if e not in self.without]
+        path = self._file(there[0], "videos")
+        with self._reading("videos", path.name, there[0]):
             video = VideoReader(path)
             next(video.read([video.start * video.tick]))
         self.open_files.put(("video", path), video)
@@ -86,14 +81,17 @@ class OfficialFolder(Folder):
         self.sizes = {VIEW: video.size}
         self.cameras = (VIEW,)
         self.robot = self.root.name
-        shapes = np.array([self._rows(e).shape for e in range(len(self.files))])  # (E, 2)
-        lengths, widths = shapes.T
-        for e in np.flatnonzero(widths != widths[0])[:1]:
-            problem = f"has {widths[e]} columns, episode 0 has {widths[0]}; keep one robot"
-            raise self._fault(self.part, problem, e)
         acting = self.part == "qpos"
-        self.lengths = lengths + (not acting)  # one latent less than frames
-        self.widths = (int(widths[0]) * acting,) * 2
+        self.lengths = np.ones(len(self.files), int)
+        for e in there:
+            length, width = self._rows(e).shape
+            if e == there[0]:
+                first = width
+            if width != first:
+                problem = f"has {width} columns, episode {there[0]} has {first}; keep one robot"
+                raise self._fault(self.part, problem, e)
+            self.lengths[e] = length + (not acting)  # one latent less than frames
+        self.widths = (first * acting,) * 2
         self.titles = dict.fromkeys(("state", "action"), "qpos" if acting else "")
 
     def _file(self, episode: int, part: str) -> Path:

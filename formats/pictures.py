@@ -9,18 +9,18 @@ import numpy as np
 
 from formats.cards import Pyramid
 
-# Strides over frames and colours of a film; the first that fits its limit stays.
 PLAIN = {"parse_math": False}  # a dollar in an instruction is a dollar
 LIMIT = 300_000
 RING = 4.5  # pixels of a video
-SMALLER = ((1, 256), (1, 64), (1, 32), (2, 32), (4, 16))
+# Enlargement and stride over frames of a film; the first that fits its limit stays. Colours are
+# not saved on: each frame has as many as a GIF can.
+SMALLER = ((4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4))
 
 
 def film(
     path: Path,
     columns: dict[str, np.ndarray],
     caption: str,
-    scale: int = 4,
     ms: int = 400,
     goal: np.ndarray | None = None,
 ) -> None:
@@ -30,20 +30,20 @@ def film(
     from PIL import Image, ImageDraw, ImageOps
 
     videos = np.concatenate(list(columns.values()), axis=2)
-    videos = videos.repeat(scale, axis=1).repeat(scale, axis=2)
-    pages = []
-    for pictures in videos:
-        page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
-        draw = ImageDraw.Draw(page)
-        for i in range(len(columns) if goal is not None else 0):
-            centre = (np.array(goal) + (i, 0)) * page.width / len(columns) + (0, 20)
-            draw.circle(centre.tolist(), RING * scale, outline="white")
-        draw.text((4, 3), " | ".join(columns), font_size=12)
-        draw.text((4, page.height - 18), caption, font_size=12)
-        pages.append(page)
-    for stride, colours in SMALLER:
-        # An octree (2) keeps the colours of small things, which a median cut gives to the ground.
-        first, *rest = (page.quantize(colours, 2) for page in pages[::stride])
+    for scale, stride in SMALLER:
+        pages = []
+        for pictures in videos[::stride].repeat(scale, axis=1).repeat(scale, axis=2):
+            page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))
+            draw = ImageDraw.Draw(page)
+            for i in range(len(columns) if goal is not None else 0):
+                centre = (np.array(goal) + (i, 0)) * page.width / len(columns) + (0, 20)
+                draw.circle(centre.tolist(), RING * scale, outline="white")
+            draw.text((4, 3), " | ".join(columns), font_size=12)
+            draw.text((4, page.height - 18), caption, font_size=12)
+            # An octree (2) keeps the colours of small things, which a median cut gives to the
+            # ground.
+            pages.append(page.quantize(256, 2))
+        first, *rest = pages
         first.save(path, save_all=True, append_images=rest, duration=ms * stride, loop=0)
         if path.stat().st_size <= LIMIT:
             return

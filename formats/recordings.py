@@ -1,9 +1,9 @@
 """Episodes on disk, whatever their format: windows by time, checks of everything, pictures, mp4
 read and written with `av` alone.
 
-`lerobot.py` and `official.py` know formats; what they share is here. Row i of an episode is at
-i / fps seconds. A wanted time takes the nearest row. What lies outside the episode repeats its
-first or last row and is masked.
+`lerobot.py`, `official.py` and `videos.py` know formats; what they share is here. Row i of an
+episode is at i / fps seconds. A wanted time takes the nearest row. What lies outside the episode
+repeats its first or last row and is masked.
 
 Three promises. (1) Alignment: every timestamp and every decoded frame's time is compared with i /
 fps, within LeRobot's own 0.1 ms; nothing is taken by position alone. (2) Bounds: an episode's
@@ -128,11 +128,13 @@ def turned(picture: ndarray, matrix: ndarray) -> ndarray:
 class VideoReader:
     """An open mp4, of a dataset or alone. Its pictures are those of a player: turned as the file
     says, from the first that an edit list leaves. They are asked for by time, cheapest in rising
-    order: it decodes on, or seeks if a key frame lies in between."""
+    order: it decodes on, or seeks if a key frame lies in between. Of a dataset there must be one at
+    that time; `alone`, of any rate or none, it is the one shown then, with square pixels."""
 
-    def __init__(self, path: Path, size: tuple[int, int] | None = None):
+    def __init__(self, path: Path, size: tuple[int, int] | None = None, alone: bool = False):
         self.size = size  # height and width of every picture; None: those of the first
-        self.frame = None  # the last one decoded
+        self.alone = alone
+        self.before = self.frame = None  # the last two decoded
         self.container = av.open(str(path))
         self.stream = self.container.streams.best("video")
         if self.stream is None:
@@ -150,12 +152,14 @@ class VideoReader:
             self.count -= sum(entry.is_discard for entry in self.index)
         self.stream.codec_context.thread_count = 1
         self.stream.codec_context.options = {"err_detect": "explode"}
+        self.stored = (self.stream.height, self.stream.width)  # pixels, before it is turned
         self.rate = float(self.stream.average_rate or 1)
         self.tick = float(self.stream.time_base)  # seconds
         self.slack = TOLERANCE / self.tick + 1
         self.start = self.stream.start_time or 0  # ticks, of the first picture
         self.delay = self.start - first.timestamp  # the index has times of decoding
         self.reformatter = av.video.reformatter.VideoReformatter()
+        self.stretch = float(self.stream.sample_aspect_ratio or 1) if alone else 1
 
     def _key(self, wanted: float) -> int | None:
         """The last key frame, by its time in the index, that seems to be shown by `wanted`."""
@@ -169,16 +173,17 @@ class VideoReader:
         while key is not None:
             self.container.seek(key + self.delay, stream=self.stream, backward=True)
             self.decoded = self.container.decode(self.stream)
+            self.before = None
             self.frame = next(self.decoded, None)
             if self.frame is None or self.frame.pts <= wanted + self.slack:
                 break
             key = self._key(key + self.delay - 1)
 
-    def _shown(self, frame: "av.VideoFrame", stretch: float = 1) -> ndarray:
-        """The picture (H, W, 3) uint8 of a frame, its pixels made wider by `stretch`."""
+    def _picture(self, frame: "av.VideoFrame") -> ndarray:
+        """The picture (H, W, 3) uint8 of a frame."""
         picture = self.reformatter.reformat(frame, format="rgb24").to_ndarray()
-        if stretch != 1:
-            picture = resize(picture, len(picture), round(picture.shape[1] * stretch))
+        if self.stretch != 1:
+            picture = resize(picture, len(picture), round(picture.shape[1] * self.stretch))
         matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
         if matrix is not None:
             picture = turned(picture, np.frombuffer(matrix, np.int32).reshape(3, 3)[:2, :2])
@@ -195,40 +200,37 @@ class VideoReader:
         """Pictures (H, W, 3) uint8 at these seconds."""
         for time in times:
             wanted = round(time / self.tick)
-            reached = -math.inf if self.frame is None else self.frame.pts
+            shown = self._shown(wanted)
+            reached = shown.pts if shown else -math.inf
             key = self._key(wanted)
             between = key is not None and key + self.delay > reached
             far = wanted - reached > 1.5 / self.rate / self.tick  # not the next picture
-            if wanted + self.slack < reached or (between and far):
+            if shown is None or (between and far):
                 self._seek(wanted)
             while self.frame and self.frame.pts + self.slack < wanted:
+                self.before = self.frame
                 self.frame = next(self.decoded, None)
-            if self.frame is None or self.frame.is_corrupt:
+            shown = self._shown(wanted)
+            late = shown is None or shown.pts + self.slack < wanted
+            ended = self.frame is None and not (self.alone and shown and self._is_last(shown))
+            if (late and ended) or (shown and shown.is_corrupt):
                 raise ValueError(f"ends or breaks before {time:.4f} s")
-            if self.frame.pts > wanted + self.slack:
+            if late and not (self.alone and shown):
                 raise ValueError(
                     f"has a frame at {self.frame.time:.4f} s but none at {time:.4f} s (other fps "
                     "than info.json?)"
                 )
-            yield self._shown(self.frame)
+            yield self._picture(shown)
 
-    def pictures(self) -> Iterator[ndarray]:
-        """All pictures in order, with square pixels, for a video without a table of rows."""
-        ratio = float(self.stream.sample_aspect_ratio or 1)
-        promised = count = 0
-        for packet in self.container.demux(self.stream):
-            promised += packet.size > 0 and not packet.is_discard
-            for frame in packet.decode():
-                time = frame.time - self.start * self.tick
-                if abs(time - count / self.rate) > 1 / self.rate:
-                    raise ValueError(
-                        f"shows picture {count} at {time:.3f} s, expected {count / self.rate:.3f} "
-                        f"s: its rate varies; `ffmpeg -i IN -vf fps={self.rate:g} OUT` makes it one"
-                    )
-                yield self._shown(frame, ratio)
-                count += 1
-        if count < promised:
-            raise ValueError(f"ends after {count} of {promised} frames")
+    def _shown(self, wanted: int) -> "av.VideoFrame | None":
+        """The later of the last two frames that a player has reached by `wanted`."""
+        for frame in (self.frame, self.before):
+            if frame and frame.pts <= wanted + self.slack:
+                return frame
+        return None
+
+    def _is_last(self, frame: "av.VideoFrame") -> bool:
+        return frame.pts + self.slack >= self.index[len(self.index) - 1].timestamp
 
 
 class OpenFiles:
@@ -314,17 +316,22 @@ class Choice:
     prefix: str = ""  # put before every instruction
     instruction: str | None = None  # instead of the dataset's tasks; may be empty
     constant: bool = False  # a dimension that never moves is no fault
+    # episodes that are left out, by number; of plain videos names, or "broken" for all such
+    without: tuple = ()
 
     def __post_init__(self):
-        kinds = {"cameras": (list, tuple), "instruction": (str, NoneType)}
+        lists = list, tuple
+        kinds = {"cameras": lists, "without": lists, "instruction": (str, NoneType)}
         for f in fields(self):
             value = getattr(self, f.name)
             if not isinstance(value, kinds.get(f.name, type(f.default))):
                 raise ValueError(
                     f"mapping: {f.name} is {value!r:.80}; expected a text, for cameras a list of "
-                    "texts, for t_layout and constant true or false"
+                    "texts, for without of numbers or names, for t_layout and constant true or "
+                    "false"
                 )
-        object.__setattr__(self, "cameras", tuple(self.cameras))
+        for name in ("cameras", "without"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @classmethod
     def of(cls, given: "Given") -> "Choice":
@@ -371,6 +378,7 @@ class Recordings:
         robot       the embodiment
         stated      whether the files name it; else the name of a folder stands for it
         given       the Choice
+        without     numbers of episodes that are left out; nothing of them is read
 
         numbers(episode)        state (T, P) and actions (T, A), or None; ValueError for a fault
         recorded_texts(episode, row)  its instructions; see `texts`
@@ -383,10 +391,17 @@ class Recordings:
 
     stated = True
     axes = (None, None)
+    remedy = AGAIN  # of a file that cannot be read
 
     def __init__(self, name: str | Path, mapping: Given = None):
         self.name = str(name)
         self.given = Choice.of(mapping)
+        self.without = frozenset(self.given.without)
+
+    @property
+    def episodes(self) -> list[int]:
+        """Numbers of the episodes that are not left out."""
+        return [e for e in range(len(self.lengths)) if e not in self.without]
 
     @property
     def told(self) -> bool:
@@ -400,7 +415,7 @@ class Recordings:
 
     def wordings(self) -> set[str]:
         """All instructions of the source, where no mapping gives one."""
-        return {text for e in range(len(self.lengths)) for text in self.recorded_texts(e)}
+        return {text for e in self.episodes for text in self.recorded_texts(e)}
 
     def group(self, episode: int) -> str:
         """The episode's task, for drawing tasks alike."""
@@ -424,6 +439,17 @@ class Recordings:
         left and top, if anybody knows."""
         return None
 
+    def label(self, episode: int) -> object:
+        """As messages name an episode."""
+        return episode
+
+    def clip(self, episode: int) -> str:
+        """Names an episode for good: that of the file of its latent actions."""
+        return f"episode_{episode:06d}"
+
+    def follow(self, video_hz: float) -> None:
+        """Told of the rate at which video is seen; a source without rows of its own takes some."""
+
     def labels(self, episode: int) -> dict[str, ndarray]:
         """Facts that only a simulator knew of each row: name -> (T,)."""
         return {}
@@ -443,7 +469,7 @@ class Recordings:
 
     def _fault(self, field: str, problem: str, episode: int | None = None) -> ValueError:
         """`problem`: "found; remedy"."""
-        where = "" if episode is None else f", episode {episode}"
+        where = "" if episode is None else f", episode {self.label(episode)}"
         return ValueError(f"dataset {self.name}{where}, {field}: {problem}")
 
     @contextmanager
@@ -452,7 +478,7 @@ class Recordings:
         try:
             yield
         except (*UNREADABLE, av.error.FFmpegError, pyarrow.ArrowException) as error:
-            remedy = "" if "; " in str(error) else f"; {AGAIN}"
+            remedy = "" if "; " in str(error) else f"; {self.remedy}"
             raise self._fault(field, f"{what} {error}{remedy}", episode) from error
 
     def _finite(self, field: str, rows: ndarray, episode: int) -> ndarray:
@@ -528,10 +554,10 @@ class Recordings:
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         empty = []  # episodes with a text that is
         looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
-        for episode in range(len(self.lengths)):
+        for episode in self.episodes:
             with noting(faults):
                 if "" in self.texts(episode) and not self.told:
-                    empty.append(episode)
+                    empty.append(self.label(episode))
                 for title, rows in zip(self.titles.values(), self.numbers(episode)):
                     if rows is not None:
                         ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
@@ -549,7 +575,7 @@ class Recordings:
             remedy = f'{problem}, or give one by "mapping": {{"instruction": "..."}} in the card'
             faults.append(str(self._fault("instruction", remedy)))
         with noting(faults):
-            self._frames(0, np.zeros(1, int))
+            self._frames(self.episodes[0], np.zeros(1, int))
         return faults + [str(fault) for fault in self._swapped_cameras(looks)]
 
     def _find_again(self, episode: int, seen: dict) -> None:
@@ -611,6 +637,12 @@ class Folder(Recordings):
         super().__init__(root, mapping)
         self.root = Path(root).resolve()
         self.open_files = OpenFiles()
+
+    def _only_texts(self, kind: str) -> None:
+        """ValueError if the mapping chooses columns or cameras where there are none to choose."""
+        given = self.given
+        if given.t_layout or given.cameras or given.state or given.action:
+            raise self._fault("mapping", f"is {given}; {kind}: only texts can be chosen")
 
     @classmethod
     def open(cls, root: str | Path, mapping: Given = None, quiet: bool = False) -> "Folder":

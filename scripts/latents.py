@@ -1,14 +1,16 @@
 """Latent actions of videos, and what their encoder is trained on.
 
-    python -m scripts.latents encode --weights FILE --data DATA --out FOLDER
-        latent_action_dim14 files and their statistics, which a card names as "latents"
+    python -m scripts.latents encode --weights RUN --data DATA
+        latent actions of everything in DATA, where train.py --stage 2 --data DATA finds them; of
+        one source with --out FOLDER there, which a card names as "latents"
     python -m scripts.latents tokens --preset small --dcae FILE --data DATA --out FOLDER
         tokens of flow for python train.py --stage latent --cache FOLDER
     python -m scripts.latents pretrain --preset small --data DATA --out dcae.safetensors
         a DC-AE, for sizes that have no published one
 
-DATA is a folder of mp4 files, a LeRobot or official folder, or a card. Of several cameras the first
-is taken, as a square of `--side` pixels. Clips stream through flow, DC-AE and VAE, a chunk of
+DATA is a folder of mp4 files, a LeRobot or official folder, or a card. A latent action spans a step
+of the card's video rate, whatever the rate of a source. Of several cameras the first is taken, as a
+square of `--side` pixels. Clips stream through flow, DC-AE and VAE, a chunk of
 frames at a time. Files that are there already are kept if they were made in the same way, else
 refused. A clip that cannot be used is skipped, counted and reported with its reason; no row of it
 is written.
@@ -23,7 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,9 +40,10 @@ from tqdm import tqdm
 
 from backbones.dpflow import DISFlow, FlowEstimator, load_dpflow
 from backbones.optical_flow import resize_flow
-from formats.cards import Pyramid
+from data import LATENT_FILE
+from formats.cards import OpenSource, Pyramid
 from formats.motions import LABELLED
-from formats.recordings import MISSING, Recordings, VideoReader, av
+from formats.recordings import Recordings
 from latent_action import LatentActionConfig, LatentActionModel, encode_flows
 from motus import PRESETS
 from scripts.pretrain import pretrain_dcae
@@ -102,27 +105,6 @@ def measured_flows(
 
 
 # -- clips ----------------------------------------------------------------------------------------
-
-
-class Videos(Recordings):
-    """mp4 files as episodes of pictures alone, whose lengths are not known before they are decoded.
-    ValueError for a file that cannot be decoded to its end."""
-
-    def __init__(self, folder: Path):
-        if av is None:
-            raise ValueError(MISSING)
-        super().__init__(folder)
-        self.paths = sorted(folder.glob("*.mp4"))
-        self.lengths = np.zeros(len(self.paths), int)
-        self.widths = (0, 0)
-
-    def views(self, episode: int, rows: Sequence[int]) -> dict[str, Iterator[ndarray]]:
-        return {"video": self.pictures(episode)}
-
-    def pictures(self, episode: int) -> Iterator[ndarray]:
-        path = self.paths[episode]
-        with self._reading("video", f"{path.name} cannot be decoded:"):
-            yield from VideoReader(path).pictures()
 
 
 class Labels:
@@ -195,35 +177,52 @@ class Clip:
 Clips = dict[str, Clip]
 
 
-def clips_of(args: argparse.Namespace, config: LatentActionConfig) -> tuple[Clips, dict]:
-    """The episodes that the command line names, by name, and how their flow and labels are made. A
-    share `--labelled` of them, evenly spread, have labels, if the source is of the target robot."""
-    path = Path(args.data)
-    if list(path.glob("*.mp4")):
-        sources = [("", Videos(path), LABELLED[0])]
-    else:
-        opened = Pyramid(path, (2, 3, 4, 5, 6), 1, (args.side, args.side)).opened
-        sources = [(o.name, o.reader, o.source.level) for o in opened]
-    if args.command == "encode" and len(sources) > 1:
+def step_of(reader: Recordings, config: LatentActionConfig, video_hz: float) -> LatentActionConfig:
+    """The configuration with the rows of this source that a latent action spans: a video step."""
+    rows = reader.fps / video_hz
+    if abs(rows - round(rows)) > 1e-6 * rows:
         raise ValueError(
-            f"{path} has {len(sources)} sources; encode them one by one, by their paths"
+            f"{reader.name}: a video step has {rows:g} of its rows at {reader.fps:g} fps; expected "
+            f"a whole number: choose a video_hz that divides it, now {video_hz:g}"
         )
+    return replace(config, interval=round(rows))
+
+
+def clips_of(
+    args: argparse.Namespace,
+    opened: Sequence[OpenSource],
+    video_hz: float,
+    config: LatentActionConfig,
+) -> tuple[Clips, dict]:
+    """The episodes of sources, by name, and how their flow and labels are made. A share
+    `--labelled` of them, evenly spread, have labels, if the source is of the target robot."""
     estimator = estimator_of(args.flow)
     made = {key: getattr(args, key) for key in ("flow", "side", "labelled")}
     made["interval"] = config.interval
+    known = [o for o in opened if args.labelled and o.source.level in LABELLED]
+    if args.labelled and not known:
+        raise ValueError(
+            f"{args.data}: no source is of the target robot, of level 4 or 6, from whose state or "
+            "motions --labelled takes labels; add one: video alone names no action"
+        )
     clips = {}
-    for source, reader, level in sources:
-        if estimator is None and reader.flows(0, config.interval) is None:
+    for o in opened:
+        reader = o.reader
+        own = step_of(reader, config, video_hz)
+        if args.command == "encode":
+            made["interval"] = own.interval
+        elif own.interval != config.interval:
+            made[f"rows of {o.name}"] = own.interval
+        if estimator is None and reader.flows(0, own.interval) is None:
             raise ValueError(f"{reader.name}: its flow is not known; expected --flow dis or DPFlow")
         labels = None
-        if args.labelled and level in LABELLED:
-            labels = Labels(reader, config, measured=estimator is not None)
-            made[f"scale of {source}"] = np.nan_to_num(labels.scale).tolist()
-        for e in range(len(reader.lengths)):
-            name = reader.paths[e].stem if isinstance(reader, Videos) else f"episode_{e:06d}"
-            name = f"{source}_{name}" if len(sources) > 1 else name
+        if o in known:
+            labels = Labels(reader, own, measured=estimator is not None)
+            made[f"scale of {o.name}"] = np.nan_to_num(labels.scale).tolist()
+        for e in reader.episodes:
+            name = f"{o.name}_{reader.clip(e)}" if len(opened) > 1 else reader.clip(e)
             chosen = int((e + 1) * args.labelled) > int(e * args.labelled)
-            clips[name] = Clip(reader, e, estimator, config, args.side, labels if chosen else None)
+            clips[name] = Clip(reader, e, estimator, own, args.side, labels if chosen else None)
     return clips, made
 
 
@@ -281,10 +280,41 @@ def latents_of(model: LatentActionModel, clip: Clip) -> Encoded:
 def write_official(folder: Path, made: dict) -> None:
     """Beside each file of latents NAME.pt, the official form: a dictionary of tensors and of how
     they were `made`."""
-    for path in folder.glob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         with open_source(path) as source:
             tensors = {name: source.read(name).clone() for name in source.names()}
         replace_file(path.with_suffix(".pt"), partial(torch.save, tensors | made))
+
+
+def encode(model: LatentActionModel, args: argparse.Namespace, pyramid: Pyramid) -> None:
+    """The latents of each source, where training looks for them or, of one, in --out. Sources that
+    have their own, or know their flow and get them while they are read, are left out of several."""
+    chosen = []
+    for o in pyramid.opened:
+        first = o.reader.episodes[0]
+        known = o.reader.latents(first) is not None, o.reader.flows(first, 1) is not None
+        if any(known) and not args.out:
+            how = "has its own" if known[0] else "knows its flow: train.py --latent RUN makes them"
+            print(f"{o.name}: left out, it {how}", file=sys.stderr)
+        else:
+            chosen.append((o, args.out or output_folder(o.folder)))
+    folders = [folder for _, folder in chosen]
+    if len({*folders}) != len(chosen) or not chosen:
+        raise ValueError(
+            f"{args.data}: {len(chosen)} sources would lie in {sorted({*map(str, folders)})}; "
+            'expected a folder for each: leave --out out, or give them "latents" in the card'
+        )
+    for o, out in chosen:
+        clips, made = clips_of(args, [o], pyramid.video_hz, model.config)
+        made["model"] = model.fingerprint()
+        folder = out / f"latent_action_dim{model.config.latent_dim}"
+        report = each_clip(clips, folder, made, partial(latents_of, model))
+        if args.pt:
+            write_official(folder, made)
+        scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
+        write_json(out / "statistics.json", scale | {"made": made})
+        print(f"latent actions of {o.name} lie in {out}", file=sys.stderr)
+        print(plain_json(report))
 
 
 def tokens_of(model: LatentActionModel, clip: Clip) -> Encoded:
@@ -325,13 +355,16 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         add = commands.add_parser(command).option
         add("--data", str, "folder of mp4 files, dataset or card", required=True)
         kind = output_file if command == "pretrain" else output_folder
-        add("--out", kind, "file or folder; run again to go on", required=True)
+        place = "file or folder; run again to go on"
+        if command == "encode":
+            place += " (default: of each source where train.py looks for it)"
+        add("--out", kind, place, required=command != "encode")
         add(*DEVICE)
         add("--flow", "dis", f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt")
         add("--side", 256, "pixels of the square at which flow is measured")
         if command == "encode":
             add("--pt", False, "also write NAME.pt, the official form")
-            add("--weights", Path, "of python train.py --stage latent", required=True)
+            add("--weights", Path, "run or file of python train.py --stage latent", required=True)
             continue
         add("--preset", "toy", choices=PRESETS)
         share = "share of the clips whose actions are known; alone: of all"
@@ -348,27 +381,20 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     if args.command == "encode":
-        model = LatentActionModel.load(args.weights)
+        weights = args.weights / LATENT_FILE if args.weights.is_dir() else args.weights
+        model = LatentActionModel.load(weights)
     else:
         torch.manual_seed(0)
         model = LatentActionModel(LatentActionConfig.of(PRESETS[args.preset].latent))
         if args.dcae:
             model.load_dcae(args.dcae)
     model.to(device())
-    clips, made = clips_of(args, model.config)
+    pyramid = Pyramid(args.data, (2, 3, 4, 5, 6), 1, (args.side, args.side))
+    print(pyramid.describe(), file=sys.stderr)
     if args.command == "encode":
-        made["model"] = model.fingerprint()
-        folder = args.out / f"latent_action_dim{model.config.latent_dim}"
-        report = each_clip(clips, folder, made, partial(latents_of, model))
-        if args.pt:
-            write_official(folder, made)
-        about = {
-            "mean": model.latent_mean.tolist(),
-            "std": model.latent_std.tolist(),
-            "made": made,
-        }
-        write_json(args.out / "statistics.json", about)
-    elif args.command == "tokens":
+        return encode(model, args, pyramid)
+    clips, made = clips_of(args, pyramid.opened, pyramid.video_hz, model.config)
+    if args.command == "tokens":
         made["dcae"] = model.dcae_fingerprint()
         report = each_clip(clips, args.out / "tokens", made, partial(tokens_of, model))
     else:

@@ -122,9 +122,10 @@ def write_video(path, frames: np.ndarray) -> None:
 
 
 def test_bad_videos_are_skipped_with_a_reason_each(tmp_path, capsys):
-    """Of a good, a corrupt, a cut, a one-frame and a one-colour video the good one is encoded and
-    the others are named in the summary; a second run keeps what is there, and a model with other
-    weights is refused."""
+    """Of a good, a corrupt, a cut, a one-frame and a one-colour video those that cannot be opened
+    are refused by name, or left out as a card says; the good one is encoded and the others are
+    named in the summary. A second run keeps what is there, and a model with other weights is
+    refused."""
     pytest.importorskip("cv2")
     frames = moving_square(8)
     videos = tmp_path / "videos"
@@ -137,14 +138,19 @@ def test_bad_videos_are_skipped_with_a_reason_each(tmp_path, capsys):
     (videos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     weights, out = tmp_path / "m.safetensors", tmp_path / "out"
     model_of().save(weights)
-    args = ("encode", "--weights", weights, "--data", videos, "--out")
+    with pytest.raises(ValueError, match="(?s)corrupt.mp4 .*cut.mp4 .*without.*NAME.mp4"):
+        main("encode", "--weights", weights, "--data", videos, "--out", out)
+    source = {"path": "videos", "mapping": {"without": ["broken"]}}
+    card = tmp_path / "card.json"
+    card.write_text(json.dumps({"video_hz": 10 / 3, "sources": [source]}))
+    args = ("encode", "--weights", weights, "--data", card, "--out")
     main(*args, out)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary == json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert summary == json.loads(told.out) and "broken: corrupt.mp4, cut.mp4" in told.err
     assert summary["clips"] == 1 and summary["rows"] == 7 and summary["valid_rows"] == 5
-    assert set(summary["skipped"]) == {"corrupt", "cut", "grey", "single"}
+    assert set(summary["skipped"]) == {"grey", "single"}
     assert "more than one colour" in summary["skipped"]["grey"]
-    assert "decoded" in summary["skipped"]["corrupt"]
     statistics = json.loads((out / "statistics.json").read_text())
     assert len(statistics["std"]) == 14 and statistics["made"]["interval"] == 3
     stamp = (out / "latent_action_dim14/good.safetensors").stat().st_mtime_ns
@@ -154,7 +160,7 @@ def test_bad_videos_are_skipped_with_a_reason_each(tmp_path, capsys):
     with pytest.raises(ValueError, match="model="):
         main(*args, out)
     (videos / "good.mp4").unlink()
-    with pytest.raises(ValueError, match="no usable clip among 4"):
+    with pytest.raises(ValueError, match="no usable clip among 2"):
         main(*args, tmp_path / "other")
 
 
@@ -166,6 +172,7 @@ class Known(Recordings):
 
     name, fps, robot, widths = "known", 10.0, "robot", (0, 0)
     lengths = np.full(4, 6)
+    without = frozenset()
 
     def __init__(self, flow: np.ndarray | None = None, motions: np.ndarray | None = None):
         moving = np.zeros((6, 48, 48, 2), np.float32)
@@ -187,7 +194,8 @@ def use(monkeypatch, *sources: tuple[str, Recordings, int]) -> None:
         SimpleNamespace(name=name, reader=reader, source=SimpleNamespace(level=level))
         for name, reader, level in sources
     ]
-    monkeypatch.setattr(latents, "Pyramid", lambda *_: SimpleNamespace(opened=opened))
+    pyramid = SimpleNamespace(opened=opened, video_hz=10 / 3, describe=str)
+    monkeypatch.setattr(latents, "Pyramid", lambda *_: pyramid)
 
 
 def test_tokens_of_several_sources_train_the_encoder(tmp_path, monkeypatch, capsys):
@@ -214,7 +222,7 @@ def test_tokens_of_several_sources_train_the_encoder(tmp_path, monkeypatch, caps
     fit(model, rows, settings)
     with pytest.raises(ValueError, match="dcae="):
         read_tokens([out], model_of(1))
-    with pytest.raises(ValueError, match="2 sources; encode them one by one"):
+    with pytest.raises(ValueError, match="2 sources would lie in .*leave --out out"):
         model.save(tmp_path / "m.safetensors")
         main("encode", *data[:4], "--weights", tmp_path / "m.safetensors", "--out", tmp_path / "no")
 
@@ -371,7 +379,7 @@ def test_a_lerobot_dataset_becomes_tokens_with_labels(tmp_path):
     films = [moving_square(9), np.full((9, 96, 96, 3), 128, np.uint8)]
     states = np.random.default_rng(0).normal(size=(2, 9, 3))
     episodes = (({"top": list(f)}, s, -s, "go") for f, s in zip(films, states))
-    lerobot.write_v3(tmp_path / "set", episodes, fps=10)
+    lerobot.write_v3(tmp_path / "set", episodes, fps=15)
     args = ("--data", tmp_path / "set", "--dcae", DCAE, "--labelled", 1, "--out", tmp_path / "out")
     main("tokens", *args)
     summary = json.loads((tmp_path / "out/summary.json").read_text())

@@ -17,7 +17,7 @@ from lerobot_files import SINGLE, as_v21  # noqa: E402
 
 from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
 from formats.recordings import Storage, VideoReader, VideoWriter, turned  # noqa: E402
-from scripts.latents import Videos  # noqa: E402
+from formats.videos import VideoFolder  # noqa: E402
 
 CAMERA = "observation.images.front"
 SIZE = (64, 96)
@@ -31,6 +31,12 @@ def film(count: int = ROWS, size: tuple[int, int] = SIZE) -> list[np.ndarray]:
         page[: size[0] // 4] = 255
         page[size[0] // 2 :, 3 * i + 3 : 3 * i + 9] = 250
     return list(pages)
+
+
+def shown_by(path: Path, count: int = ROWS) -> list[np.ndarray]:
+    """The pictures of a file without a table, at 10 fps."""
+    video = VideoReader(path, alone=True)
+    return list(video.read(video.start * video.tick + i / 10 for i in range(count)))
 
 
 def row_of(picture: np.ndarray) -> int:
@@ -150,7 +156,7 @@ def test_every_row_comes_back_alone_and_in_order(table, kind):
     assert list(map(row_of, reader.pictures(0, CAMERA, range(ROWS)))) == list(range(ROWS))
     assert list(map(row_of, reader.pictures(0, CAMERA, range(0, ROWS, 5)))) == [0, 5, 10, 15, 20]
     assert reader.check() == []
-    alike = zip(VideoReader(path).pictures(), reader.pictures(0, CAMERA, range(ROWS)), strict=True)
+    alike = zip(shown_by(path), reader.pictures(0, CAMERA, range(ROWS)), strict=True)
     assert all(np.array_equal(a, b) for a, b in alike)
 
 
@@ -186,7 +192,9 @@ def test_pictures_that_an_edit_list_leaves_out_are_no_rows(tmp_path):
     path, reader = dataset(tmp_path / "set")
     edited(encode(path), 5)
     assert [row_of(p) for p in reader.pictures(0, CAMERA, [0, 9, 18])] == [5, 14, 23]
-    assert reader.check() == [] and len(list(VideoReader(path).pictures())) == ROWS - 5
+    assert reader.check() == []
+    plain = VideoFolder(path.parent)
+    assert plain.lengths.tolist() == [ROWS - 5] and row_of(shown_by(path, 1)[0]) == 5
 
 
 @pytest.mark.parametrize("matrix", [(1, 0, 0, 1), (0, 1, -1, 0), (0, -1, 1, 0), (-1, 0, 0, -1),
@@ -203,8 +211,7 @@ def test_pictures_are_turned_as_a_player_turns_them(tmp_path, table, matrix):
         to_x, to_y = a * x + c * y, b * x + d * y
         there = shown[to_y % height, to_x % width].mean()
         assert abs(there - stored[y, x].mean()) < 30, (matrix, y, x)
-    alone = list(Videos(tmp_path).views(0, [])["video"])
-    assert len(alone) == ROWS and np.array_equal(alone[4], shown)
+    assert np.array_equal(list(VideoFolder(tmp_path).pictures(0, "video", range(ROWS)))[4], shown)
     mp4, reader = dataset(table, (height, width))
     mp4.write_bytes(path.read_bytes())
     assert np.array_equal(next(reader.pictures(0, CAMERA, [4])), shown)
@@ -241,25 +248,29 @@ def test_colours_are_those_that_the_file_states(tmp_path, space, span):
                 frame = frame.reformat(format="yuv444p", **to)
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
-    seen = VideoReader(tmp_path / "a.mp4").pictures()
+    seen = shown_by(tmp_path / "a.mp4", len(colours))
     for picture, colour in zip(seen, colours, strict=True):
         assert np.abs(picture[16, 24].astype(int) - colour).max() <= 4
 
 
-def test_videos_alone_have_square_pixels_and_one_rate(tmp_path, table):
-    """Pixels twice as wide as high are drawn so; in a dataset info.json says what a picture is. A
-    rate that varies would make motions of different length alike: such a clip is refused."""
+def test_videos_alone_have_square_pixels_and_any_rate(tmp_path, table):
+    """Pixels twice as wide as high are drawn so; in a dataset info.json says what a picture is.
+    Where the rate varies a row has the picture that a player shows at its time, in any order."""
     path = encode(tmp_path / "wide.mp4", aspect=Fraction(2, 1))
-    assert next(VideoReader(path).pictures()).shape == (64, 192, 3)
+    assert shown_by(path, 1)[0].shape == (64, 192, 3)
     mp4, reader = dataset(table)
     mp4.write_bytes(path.read_bytes())
     assert next(reader.pictures(0, CAMERA, [0])).shape == (*SIZE, 3)
     late = [i + 5 * (i > 9) for i in range(ROWS)]
-    encode(path, times=late)
-    with pytest.raises(ValueError, match="picture .* its rate varies; `ffmpeg -i IN -vf fps="):
-        list(VideoReader(path).pictures())
-    with pytest.raises(ValueError, match="wide.mp4 .*decoded: shows picture .* OUT` makes it one$"):
-        list(Videos(tmp_path).views(0, [])["video"])
+    shown = [*range(10), *5 * [9], *range(10, ROWS)]
+    encode(path, times=late, options={"g": "6", "bf": "2"})
+    assert list(map(row_of, shown_by(path, len(shown)))) == shown
+    reader = VideoReader(path, alone=True)
+    for time in np.random.default_rng(0).permutation(len(shown)).tolist():
+        (picture,) = reader.read([reader.start * reader.tick + time / 10 + 0.04])
+        assert row_of(picture) == shown[time], time
+    with pytest.raises(ValueError, match="has a frame at 1.5.* but none at 1.1"):
+        next(VideoReader(path).read([1.1]))
 
 
 def test_check_reads_rows_alone(table, monkeypatch):
@@ -290,7 +301,7 @@ def test_a_cover_is_no_camera_and_sound_no_video(tmp_path):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")))
         out.mux(cover.encode(None))
         out.mux(stream.encode(None))
-    assert list(map(row_of, VideoReader(tmp_path / "a.mp4").pictures())) == list(range(ROWS))
+    assert list(map(row_of, shown_by(tmp_path / "a.mp4"))) == list(range(ROWS))
     with av.open(str(tmp_path / "sound.mp4"), "w") as out:
         sound = out.add_stream("aac", rate=8000)
         quiet = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")

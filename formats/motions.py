@@ -32,8 +32,8 @@ def motions(pyramid: Pyramid, interval: int, held_out: bool = False) -> Motions:
     if unknown:
         raise ValueError(
             f"card {pyramid.name}: {unknown} do not know their true motions; make tokens of all by "
-            "`python -m scripts.latents tokens --labelled 0.1` and name them by --cache. Labels come"
-            f" from levels {LABELLED[0]} and {LABELLED[1]}: videos alone have none"
+            "`python -m scripts.latents tokens --labelled 0.1` and name them by --cache. Labels "
+            f"come from levels {LABELLED[0]} and {LABELLED[1]}: videos alone have none"
         )
     found = []
     for o in pyramid.opened:

@@ -31,6 +31,8 @@ def film(
 
     videos = np.concatenate(list(columns.values()), axis=2)
     for scale, stride in SMALLER:
+        if scale > max(1, 192 // videos.shape[1]):
+            continue
         pages = []
         for pictures in videos[::stride].repeat(scale, axis=1).repeat(scale, axis=2):
             page = ImageOps.expand(Image.fromarray(pictures), border=(0, 20))

@@ -203,8 +203,7 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
         videos = dict(zip(("real", "imagined"), map(np.stack, zip(*pictures))))
         ending = "(solved)" if rollouts.success[i] else "(not solved)"
         caption = f"{rollouts.instruction[i]} {ending}"
-        scale = max(1, 192 // len(pictures[0][0]))
-        film(folder / f"{name}_{i}.gif", videos, caption, scale, 150, rollouts.goals[i])
+        film(folder / f"{name}_{i}.gif", videos, caption, 150, rollouts.goals[i])
 
 
 # -- the worlds -----------------------------------------------------------------------------------

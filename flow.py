@@ -88,11 +88,7 @@ def even_times(n: int, generator: torch.Generator | None = None) -> Tensor:
     return (1.2 * torch.rand(n, generator=generator) - 0.1).clamp(0, 1)
 
 
-TIMES = {
-    "official": official_times,
-    "logit_normal": logit_normal_times,
-    "even": even_times,
-}
+TIMES = {"official": official_times, "logit_normal": logit_normal_times, "even": even_times}
 
 
 def pin_modality(

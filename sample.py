@@ -313,11 +313,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", Path, "file of prepared text states, read for the text encoder")
     add("--encode-text", str, "write text states to --text; stop", nargs="+", metavar="INSTRUCTION")
     add("--preset", "full", "whose text encoder prepares them", choices=PRESETS)
-    add(
-        "--out",
-        options.output_folder,
-        "for pictures and figures.json (default: in the checkpoint, or runs)",
-    )
+    add("--out", options.output_folder, "for pictures and figures.json (default: by the weights)")
     add(*options.DEVICE)
     return parser.parse_args(argv)
 

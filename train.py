@@ -149,8 +149,7 @@ def make_optimizers(
     model: Motus, settings: Settings, experts: Sequence[str]
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
-    for. With optimizer=muon the matrices of the blocks have an optimizer of their own, factors not:
-    made orthogonal they learn worse."""
+    for. With optimizer=muon the matrices of the blocks, but no adapters, have one of their own."""
     groups = []
     rotated = []
     for expert in experts:
@@ -265,7 +264,6 @@ def step(
 ) -> None:
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
     video loss and an action loss. ValueError, before it is saved, if the loss is not finite."""
-    # ------------------------------------------------------------------------------------------
     settings, optimizers = run.settings, run.state.optimizers
     set_lr(optimizers, settings, number)
     for optimizer in optimizers:
@@ -292,7 +290,6 @@ def step(
             f"step {number}: loss {loss}, gradient norm {norm}; windows {windows} of this seed. "
             f"Nothing of it is saved, the last checkpoint is whole. Lower --set lr={settings.lr}"
         )
-    # ------------------------------------------------------------------------------------------
     run.log.add("loss", loss)
     run.log.add("grad_norm", norm)
     run.log.add("lr", groups_of(optimizers)[0]["lr"])
@@ -381,7 +378,6 @@ def train_steps(run: Training, saver: Saver, start: int) -> int:
             asked = watchdog.stopped or time.monotonic() > deadline
             *have, asked, failed = ranks.sums(*have, asked, saver.failed)
             step(run, number, inputs, noise, have)
-
             done = number + 1
             log.add("samples_per_s", len(inputs))
             log.add("tokens_per_s", sharding.count_tokens(run.source.config, inputs))

@@ -223,7 +223,7 @@ def test_help_states_the_ranges(capsys):
 
 # -- the device -----------------------------------------------------------------------------------
 
-COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents"
+COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents scripts.truth"
 
 
 @pytest.mark.parametrize("name", [*COMPUTE.split(), "scripts.paper"])

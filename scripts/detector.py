@@ -102,7 +102,7 @@ def train(episodes: int, steps: int) -> Detector:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.option
-    add("--out", output_file, "file to write", default=FILE)
+    add("--out", output_file, "file to write", required=True)
     add("--episodes", 100, "of each level")
     add("--steps", 1200, "of training, 32 pictures each")
     args = parser.parse_args(argv)

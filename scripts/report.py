@@ -88,6 +88,13 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         "world-model PSNR on the moving region, above copy-last-frame",
         f"{model} - {copy}{gain} dB, VAE ceiling {vae}",
     )
+    for name, values in truth(run).items():
+        kind, who, figure = re.match("(.*?), (.*): (.*)", name).groups()
+        if who in ("world_model", "vgm") and figure == "gripper, px":
+            yield (
+                f"gripper in the film of {who}, {kind} motion: px of 48 off",
+                f"{values[-1][0]:.1f}",
+            )
     probes = read_json(known(run / "latent" / "figures.json"))["probe R2"]
     for name, values in probes.items():
         texts = ", ".join(show(value, 2) for value in values)
@@ -101,12 +108,17 @@ def films(run: Path, *patterns: str) -> str:
     return "\n".join(figure(p.relative_to(run), p.stem, p.parent.name) for p in paths)
 
 
+def truth(run: Path) -> dict[str, list]:
+    """The figures of `scripts.truth`, if they were measured."""
+    path = run / "truth.json"
+    return read_json(path)["figures"] if path.is_file() else {}
+
+
 def truths(run: Path, mode: str) -> Iterator[tuple[str, ...]]:
     """Figure by figure those of a mode and of its controls, at the most Euler steps, with
     intervals: on windows of the expert and of random motion."""
-    path = run / "truth.json"
     rows = {}
-    for name, values in (read_json(path)["figures"] if path.is_file() else {}).items():
+    for name, values in truth(run).items():
         kind, who, figure = re.match("(.*?), (.*): (.*)", name).groups()
         rows.setdefault((figure, who), {})[kind] = "{:.2f} [{:.2f}, {:.2f}]".format(*values[-1])
     own = {figure for figure, who in rows if who.split(",")[0] == mode}

@@ -234,8 +234,12 @@ def test_help_states_the_ranges(capsys):
 
 # -- the device -----------------------------------------------------------------------------------
 
+<<<<<<< HEAD
 COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents scripts.play"
 PLAIN = "scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
+=======
+COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents scripts.truth"
+>>>>>>> hh
 
 
 @pytest.mark.parametrize("name", [*COMPUTE.split(), "scripts.paper"])

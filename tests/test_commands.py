@@ -234,12 +234,11 @@ def test_help_states_the_ranges(capsys):
 
 # -- the device -----------------------------------------------------------------------------------
 
-<<<<<<< HEAD
-COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents scripts.play"
+COMPUTE = (
+    "train sample data scripts.bench scripts.detector scripts.evaluate scripts.latents "
+    "scripts.play scripts.truth"
+)
 PLAIN = "scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
-=======
-COMPUTE = "train sample data scripts.bench scripts.evaluate scripts.latents scripts.truth"
->>>>>>> hh
 
 
 @pytest.mark.parametrize("name", [*COMPUTE.split(), "scripts.paper"])

@@ -149,7 +149,7 @@ def make_optimizers(
     model: Motus, settings: Settings, experts: Sequence[str]
 ) -> list[torch.optim.Optimizer]:
     """AdamW over the trained experts: matrices decay, vectors and modulation tables only if asked
-    for. With optimizer=muon the matrices of the blocks, but no adapters, have one of their own."""
+    for. With optimizer=muon whole matrices of the blocks have an optimizer of their own."""
     groups = []
     rotated = []
     for expert in experts:

@@ -355,8 +355,7 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
         batch = settings.batch * gpus // ranks.world
         plan = Plan(args.preset, args.stage, *sizes, batch, settings.reshard, settings.lora)
         policy = plan.best
-        if settings.checkpointing == "plan":
-            micro = micro or plan.micro(policy)
+        micro = micro or plan.micro(policy)
     if settings.checkpointing == "plan":
         settings = replace(settings, checkpointing=policy, micro=micro)
     slow = settings.checkpointing == "selective" and not settings.compile

@@ -264,7 +264,7 @@ def test_parameters_of_the_full_model_are_those_of_the_paper():
     experts = [getattr(full.model, expert) for expert in motus.EXPERTS]
     counts = [plan.parameters(expert) for expert in experts]
     assert counts == [4_999_787_712, 641_527_822, 253_493_760]
-    assert full.share(full.model) == pytest.approx(5_894_809_294 / 8, rel=1e-4)
+    assert full.share(full.model.parameters()) == pytest.approx(5_894_809_294 / 8, rel=1e-4)
 
 
 # -- what train.py takes of it --------------------------------------------------------------------
@@ -422,5 +422,7 @@ def test_the_report_says_all_that_it_promises(capsys):
         "10,000",
     ):
         assert words in said
-    assert math.isclose(one.share(one.model) / 2, two.share(two.model), rel_tol=0.01)
+    assert math.isclose(
+        one.share(one.model.parameters()) / 2, two.share(two.model.parameters()), rel_tol=0.01
+    )
     assert one.flops("none") == one.flops("selective") < one.flops("full")

@@ -32,8 +32,8 @@ def motions(pyramid: Pyramid, interval: int, held_out: bool = False) -> Motions:
     if unknown:
         raise ValueError(
             f"card {pyramid.name}: {unknown} do not know their true motions; make tokens of all by "
-            "`python -m scripts.latents tokens --labelled 0.1` and name them by --cache. Labels come"
-            f" from levels {LABELLED[0]} and {LABELLED[1]}: videos alone have none"
+            "`python -m scripts.latents tokens --labelled 0.1` and name them by --cache. Labels "
+            f"come from levels {LABELLED[0]} and {LABELLED[1]}: videos alone have none"
         )
     found = []
     for o in pyramid.opened:
@@ -45,9 +45,7 @@ def motions(pyramid: Pyramid, interval: int, held_out: bool = False) -> Motions:
             level = torch.full((len(labels),), o.source.level)
             found.append(Motions(torch.from_numpy(flow[valid]), labels, mask, level))
     if not sum(len(part.level) for part in found):
-        raise ValueError(
-            f"card {pyramid.name}: no episode is longer than {interval} rows; add some"
-        )
+        raise ValueError(f"card {pyramid.name}: no episode has true motions over {interval} rows")
     return Motions(*map(torch.cat, zip(*found)))
 
 

@@ -71,7 +71,7 @@ def egodex_caption(path: Path) -> str:
     try:
         import h5py
     except ImportError as error:
-        raise ValueError("needs the package h5py; pip install h5py") from error
+        raise ValueError("needs the package h5py; pip install 'motus[egodex]'") from error
     with h5py.File(path) as file:
         about = {k: v.decode() if isinstance(v, bytes) else v for k, v in file.attrs.items()}
     way = "2" if str(about.get("which_llm_description")) == "2" else ""

@@ -191,7 +191,9 @@ def test_egodex_is_read_for_its_video_and_captions(tmp_path, monkeypatch):
         write_clip(tmp_path / f"set/fold_towel/{name}.mp4", 30, (48, 48))
         (tmp_path / f"set/fold_towel/{name}.hdf5").write_bytes(b"hdf5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ValueError, match="0.hdf5 needs the package h5py; pip install 'motus.egodex.'"):
+    with pytest.raises(
+        ValueError, match="0.hdf5 needs the package h5py; pip install 'motus.egodex.'"
+    ):
         VideoFolder(tmp_path / "set")
 
     class File:

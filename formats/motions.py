@@ -45,9 +45,7 @@ def motions(pyramid: Pyramid, interval: int, held_out: bool = False) -> Motions:
             level = torch.full((len(labels),), o.source.level)
             found.append(Motions(torch.from_numpy(flow[valid]), labels, mask, level))
     if not sum(len(part.level) for part in found):
-        raise ValueError(
-            f"card {pyramid.name}: no episode is longer than {interval} rows; add some"
-        )
+        raise ValueError(f"card {pyramid.name}: no episode has true motions over {interval} rows")
     return Motions(*map(torch.cat, zip(*found)))
 
 

@@ -120,6 +120,16 @@ class OfficialFolder(Folder):
         rows = self._rows(episode) if self.part == "qpos" else None
         return rows, rows
 
+    def follow(self, video_hz: float) -> None:
+        """Refuses latent actions that say how many rows they span, if that is no video step."""
+        if self.part == "qpos":
+            return
+        content, _ = read_torch(self._file(self.episodes[0], self.part))
+        rows = content.get("interval") if isinstance(content, dict) else None
+        if rows and abs(rows * video_hz / self.fps - 1) > 1e-6:
+            problem = f"spans {rows} rows of {self.fps:g} fps, a video step 1/{video_hz:g} s"
+            raise self._fault(self.part, f"{problem}; choose video_hz {self.fps / rows:g}")
+
     def latents(self, episode: int) -> ndarray | None:
         """Latent actions (T - 1, 14): row i is the motion from frame i on. None where the folder
         has none."""

@@ -22,12 +22,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy import ndarray
 
-from formats.recordings import Folder, Given, Numbers, VideoReader
+from formats.recordings import Folder, Given, Numbers, VideoReader, noting
 
 VIEW = "video"
 BROKEN = "broken"  # of mapping.without: all that cannot be opened
 TABLES = (".csv", ".jsonl", ".json")
-NAMED = ("captions", "metadata")  # the table of captions among several
 COLUMNS = (  # of such a table: the file, its caption
     ("video", "file_name", "file", "path", "name"),
     ("caption", "text", "instruction", "description", "prompt"),
@@ -71,7 +70,7 @@ def egodex_caption(path: Path) -> str:
     try:
         import h5py
     except ImportError as error:
-        raise ValueError("needs the package h5py; pip install h5py") from error
+        raise ValueError("needs the package h5py; pip install 'motus[egodex]'") from error
     with h5py.File(path) as file:
         about = {k: v.decode() if isinstance(v, bytes) else v for k, v in file.attrs.items()}
     way = "2" if str(about.get("which_llm_description")) == "2" else ""
@@ -98,28 +97,24 @@ class VideoFolder(Folder):
     def __init__(self, root: Path, mapping: Given = None):
         super().__init__(root, mapping)
         self._only_texts("plain videos have one view and no numbers")
-        without = {*self.given.without}
-        self.without = frozenset()  # of the others none
+        without = self.without
+        self.without = frozenset()  # of those that are here none
         names = video_files(self.root)
         if unknown := without - {BROKEN, *map(str, names)}:
             problem = f"has {listed([*unknown])}; expected files of the folder, or {BROKEN!r}"
             raise self._fault("mapping.without", problem)
-        self.files = []
-        self.broken = {}  # file -> fault
-        heads = []
-        for name in (name for name in names if str(name) not in without):
-            try:
-                with self._reading(VIEW, str(name)):
-                    video = self._video(name)
-                heads.append((video.count / video.rate, video.rate, video.stored))
-                self.files.append(name)
-            except ValueError as error:
-                self.broken[name] = str(error)
-        if self.broken and (BROKEN not in without or not heads):
-            raise ValueError("\n".join(self.broken.values()))
-        if not heads:
-            raise self._fault("videos", "are all left out; leave one at least")
-        seconds, self.rates, self.sizes = zip(*heads)
+        wanted = [name for name in names if str(name) not in without]
+        heads = {}
+        faults = []
+        for name in wanted:
+            with noting(faults), self._reading(VIEW, str(name)):
+                video = self._video(name)
+                heads[name] = video.count / video.rate, video.rate, video.stored
+        if not heads or (faults and BROKEN not in without):
+            raise ValueError("\n".join(faults) or f"{self.name}: all videos are left out; keep one")
+        self.files = list(heads)
+        self.broken = sorted({*wanted} - {*heads})
+        seconds, self.rates, self.sizes = zip(*heads.values())
         self.seconds = np.array(seconds)
         self.rate = max(1, round(Counter(self.rates).most_common(1)[0][0]))
         self.follow(self.rate)
@@ -150,11 +145,8 @@ class VideoFolder(Folder):
         tables = [path for path in sorted(self.root.iterdir()) if path.suffix in TABLES]
         tables = [path for path in tables if path.name != "card.json"]
         if len(tables) > 1:
-            chosen = [path for path in tables if path.stem in NAMED]
-            if len(chosen) != 1:
-                found = [path.name for path in tables]
-                raise self._fault("captions", f"could be in {found}; keep one, as captions.csv")
-            tables = chosen
+            found = [path.name for path in tables]
+            raise self._fault("captions", f"could be in {found}; keep one of them in this folder")
         known = {}
         for self.table in tables:
             known = self._read_table(self._path(self.table.name))
@@ -227,22 +219,20 @@ class VideoFolder(Folder):
         return faults
 
     def describe(self) -> str:
-        counted = Counter(f"{height} x {width}" for height, width in self.sizes)
-        sizes = listed([f"{n} of {size}" for size, n in counted.most_common()])
-        counted = Counter(f"{rate:.4g}" for rate in self.rates)
-        rates = listed([f"{n} at {rate}" for rate, n in counted.most_common()])
-        missing = (
-            [] if self.told else [f for f, texts in zip(self.files, self.captions) if "" in texts]
-        )
-        captions = f"{len(self.files) - len(missing)} of {len(self.files)}"
-        if self.told:
-            captions = "none"
+        sizes = Counter(f"of {height} x {width}" for height, width in self.sizes)
+        rates = Counter(f"at {rate:.4g}" for rate in self.rates)
+        stored = [[f"{n} {kind}" for kind, n in found.most_common()] for found in (sizes, rates)]
+        missing = []
+        captions = self.given.instruction or "none"
+        if not self.told:
+            missing = [f for f, texts in zip(self.files, self.captions) if texts == [""]]
+            captions = f"{len(self.files) - len(missing)} of {len(self.files)}"
         for what, names in (("videos without", missing), ("rows of no video", self.unmatched)):
             captions += f"; {what}: {listed(names)}" if names else ""
-        left = f"; left out as broken: {listed([*self.broken])}" if self.broken else ""
+        left = f"; left out as broken: {listed(self.broken)}" if self.broken else ""
         return (
             f"{self.name}: plain videos, {len(self.files)} files "
             f"({self.seconds.sum() / 3600:.3f} h){left}\n"
-            f"  stored   {sizes}; {rates} fps, of which rows are taken at {self.fps:g}\n"
+            f"  stored   {'; '.join(map(listed, stored))} fps, rows taken at {self.fps:g}\n"
             f"  captions {captions}"
         )

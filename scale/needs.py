@@ -62,7 +62,7 @@ def unfit(args: argparse.Namespace) -> list[str]:
         pyramid = open_pyramid(args.data, args.stage, args.preset, episodes=1)
     except ValueError as error:
         return [str(error)]
-    if args.stage != "latent" or any(o.reader.flows(0, 1) is not None for o in pyramid.opened):
+    if args.stage != "latent" or all(o.reader.flows(0, 1) is not None for o in pyramid.opened):
         return []
-    get = f"python -m scripts.latents tokens --data {args.data} --out {args.out}"
-    return [f"optical flow of the videos: {get}"]
+    get = f"python -m scripts.latents tokens --preset {args.preset} --dcae {dcae_of(args)}"
+    return [f"optical flow of the videos: {get} --labelled 0.1 --data {args.data} --out {args.out}"]

@@ -466,3 +466,105 @@ def test_several_datasets_in_a_folder_need_no_card(card, tmp_path):
         "gantry",
         "gripper",
     ] and pyramid.weights.tolist() == [1, 1]
+
+
+# -- what used to pass in silence -----------------------------------------------------------------
+
+
+def robot(path: Path, fps: float = 10, episodes: int = 3, cameras: tuple = ("a", "b"), **more):
+    """A small dataset of one file an episode, and its line in a card."""
+    rng = np.random.default_rng(len(path.name) + int(fps))
+    made = []
+    for e in range(episodes):
+        rows = rng.normal(size=(16, 2)).cumsum(0)
+        views = {
+            c: np.full((16, 32, 32, 3), 60 * e + 9 * i, np.uint8) for i, c in enumerate(cameras)
+        }
+        made.append((views, rows, rows, "go"))
+    write_v3(path, made, fps, Storage(data_mb=0, video_mb=0))
+    return {"path": path.name, "embodiment": path.name} | more
+
+
+def card_with(where: Path, *sources: dict, **more) -> Path:
+    (where / "card.json").write_text(json.dumps({"sources": sources} | more))
+    return where / "card.json"
+
+
+def test_an_episode_without_a_camera_is_named_and_can_be_left_out(tmp_path):
+    """A missing file, and a place that meta/episodes does not know: the fault names the episode;
+    "without" leaves it out of draws, statistics, checks and what is held out, and the others keep
+    their numbers."""
+    import pyarrow.parquet as pq
+
+    source = robot(tmp_path / "set", episodes=5, held_out=2)
+    sound = opened(card_with(tmp_path, source))
+    (tmp_path / "set/videos/observation.images.b/chunk-000/file-001.mp4").unlink()
+    with pytest.raises(ValueError, match="episode 1, observation.images.b: .*file-001.mp4 is miss"):
+        opened(
+            card_with(tmp_path, source | {"mapping": {"cameras": ["observation.images.b"]}})
+        ).window((0, 1, 0), "real")
+    file = tmp_path / "set/meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    name = "videos/observation.images.a/chunk_index"
+    holes = [None if e == 3 else v for e, v in enumerate(table[name].to_pylist())]
+    pq.write_table(table.set_column(table.column_names.index(name), name, [holes]), file)
+    with pytest.raises(
+        ValueError, match="episode 3, videos/observation.images.a/chunk_index: is nan"
+    ):
+        opened(card_with(tmp_path, source))
+    cameras = ["observation.images.a", "observation.images.b"]
+    mapping = {"cameras": cameras, "without": [1, 3]}
+    left = opened(card_with(tmp_path, source | {"mapping": mapping}))
+    assert {row[1] for row in left.draw(64, 0, 0).tolist()} == {0, 2}
+    assert set(left.held_out(9, 0)[:, 1].tolist()) == {4} and left.check() == []
+    assert left.opened[0].rows == 32 and left.opened[0].windows == 2 * sound.opened[0].counts[0]
+    rows = np.concatenate([left.opened[0].reader.numbers(e)[1] for e in (0, 2)])
+    (known,) = left.robots(acting=True)
+    np.testing.assert_allclose(known.actions.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    assert left.window((0, 2, 0), "real").actions.shape == (12, 2)
+    for wrong in ([5], ["1"], [0, 1, 2]):
+        mapping = {"cameras": cameras, "without": [3, *wrong]}
+        with pytest.raises(ValueError, match='"without" is .*from 0 to 4 that leave one to train'):
+            opened(card_with(tmp_path, source | {"mapping": mapping}))
+
+
+def test_robots_of_two_rates_get_one_warning_in_either_direction(tmp_path):
+    """Read faster or slower than recorded, changes per step add up to another motion: said for
+    both, with the factor."""
+    sources = robot(tmp_path / "slow", 10), robot(tmp_path / "fast", 20)
+    for rate, name, recorded, factor in ((20, "slow", 10, "2"), (10, "fast", 20, "0.5")):
+        told = opened(card_with(tmp_path, *sources, action_hz=rate)).describe()
+        expected = f"{name}: actions recorded at {recorded} Hz are read at {rate} Hz"
+        assert expected in told and f"add up to {factor} of what was done" in told
+        assert told.count("actions recorded at") == 1
+
+
+@pytest.mark.parametrize("count, held", [(2, 0), (3, 1), (8, 1), (39, 1), (40, 2), (100, 5)])
+def test_few_episodes_hold_one_out(count, held):
+    assert cards.Source("any").held_of(count) == held
+
+
+def test_recordings_without_actions_are_of_level_2(tmp_path):
+    """Where nobody says otherwise, in a card and without one; what acts is of the target robot."""
+    pictures = np.zeros((16, 32, 32, 3), np.uint8)
+    write_v3(tmp_path / "mute", [({"a": pictures}, None, None, "go")] * 3, 10)
+    sources = robot(tmp_path / "acts"), {"path": "mute"}
+    levels = [o.source.level for o in opened(card_with(tmp_path, *sources), (2, 6)).opened]
+    assert levels == [6, 2]
+    (o,) = opened(tmp_path / "mute", (2, 3, 5)).opened
+    assert o.source.level == 2
+    (o,) = opened(tmp_path / "acts", (2, 3, 5)).opened
+    assert o.source.level == 5
+    with pytest.raises(ValueError, match=r"levels \[2\]; this stage takes \[6\].*has no actions"):
+        opened(tmp_path / "mute")
+
+
+def test_a_card_that_inspect_writes_is_for_any_preset(tmp_path):
+    """No picture size that the preset which looked at it happens to have; one that was chosen
+    stays."""
+    source = robot(tmp_path / "set")
+    for size, kept in ((None, (96, 96)), ([64, 80], (64, 80))):
+        path = card_with(tmp_path, source, **({"size": size} if size else {}))
+        out = tmp_path / "again.json"
+        data.main(["inspect", str(path), "--out", str(tmp_path / "a.png"), "--card", str(out)])
+        assert data.open_pyramid(out, "3", "sim").size == kept

@@ -382,3 +382,18 @@ def test_a_broken_folder_is_refused_by_name(whole, tmp_path, mutant):
     with pytest.raises(ValueError, match=rf"(?s)dataset \S*mutant,? .*({named}).*; "):
         faults = OfficialFolder.open(tmp_path / "mutant", quiet=True).check()
         raise ValueError("\n".join(faults))
+
+
+def test_latents_that_say_their_span_must_span_a_video_step(whole, tmp_path):
+    """Files that `scripts.latents encode --pt` wrote say over how many rows: another span than the
+    card's is refused where official files, which are silent, are believed."""
+    root = shutil.copytree(whole["latent_action"], tmp_path / "set")
+    pyramid_of(tmp_path / "a", path=str(root), level=5)
+    for file in root.rglob("*.pt"):
+        rows = torch.load(file, weights_only=True)
+        rows = rows["latent_action"] if isinstance(rows, dict) else rows
+        torch.save({"latent_action": rows, "interval": 3}, file)
+    with pytest.raises(
+        ValueError, match="spans 3 rows of 30 fps, a video step 1/5 s; .*video_hz 10"
+    ):
+        pyramid_of(tmp_path / "b", path=str(root), level=5)

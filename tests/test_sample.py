@@ -144,8 +144,8 @@ def test_predicting_the_mean_is_the_baseline_of_the_actions():
 
 
 def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path, monkeypatch):
-    """Even of pure noise, a long film fits: fewer colours, then fewer frames. Its pixels are
-    enlarged four times."""
+    """Its pixels are enlarged four times; even of pure noise, a long film fits: less enlarged, then
+    with fewer frames."""
     videos = np.random.default_rng(0).integers(0, 256, (2, 9, 48, 48, 3), np.uint8)
     monkeypatch.setattr("formats.pictures.LIMIT", 120_000)
     film(
@@ -154,8 +154,33 @@ def test_a_film_is_enlarged_and_stays_below_its_limit(tmp_path, monkeypatch):
         "put the red disc at the top",
     )
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.size == (2 * 192, 192 + 40) and 1 < gif.n_frames <= 9
+        assert gif.size == (2 * 48, 48 + 40) and 1 < gif.n_frames <= 9
     assert (tmp_path / "a.gif").stat().st_size <= 120_000
+    film(tmp_path / "b.gif", {"predicted": videos[0] // 255, "true": videos[1] // 255}, "black")
+    with Image.open(tmp_path / "b.gif") as gif:
+        assert gif.size == (2 * 192, 192 + 40)
+
+
+@pytest.mark.parametrize("side", [48, 96, 256])
+def test_a_film_of_real_pictures_keeps_their_colours(tmp_path, side):
+    """Soft shades of all colours with a camera's noise, other ones in each frame: every frame is
+    within 12 of 255 in the mean, at any size."""
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 256, (3, 6, 6, 3), np.uint8)
+    soft = [
+        np.array(Image.fromarray(x).resize((side, side), Image.Resampling.BICUBIC)) for x in few
+    ]
+    noisy = np.stack(soft) + rng.normal(0, 4, (3, side, side, 3))
+    video = noisy.clip(0, 255).astype(np.uint8)
+    film(tmp_path / "a.gif", {"true": video}, "go")
+    with Image.open(tmp_path / "a.gif") as gif:
+        scale = gif.width // side
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            page = np.array(gif.convert("RGB"))[20:-20][::scale, ::scale]
+            nearest = min(np.abs(page.astype(int) - picture).mean() for picture in video)
+            assert nearest < 12, (side, number)
+        assert gif.n_frames == 3 or side == 256
 
 
 def test_a_film_shows_where_the_disc_should_go(tmp_path):

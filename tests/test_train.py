@@ -143,6 +143,22 @@ def test_what_is_missing_is_one_error_before_anything_is_trained(tmp_path, monke
         train.main(["--data", str(tmp_path / "card.json"), "--out", str(tmp_path / "run")])
 
 
+def test_a_latent_run_that_is_refused_leaves_no_folder(tmp_path):
+    """All rows labelled: refused after the data are read, and the same command again is refused for
+    the same reason, not for a folder that is there. Without --stage an empty folder is no run."""
+    source = {"path": "world:toy", "level": 4, "embodiment": "gripper", "episodes": 2}
+    card = tmp_path / "card.json"
+    card.write_text(json.dumps({"video_hz": 5, "sources": [source]}))
+    argv = ["--stage", "latent", "--data", str(card), "--out", str(tmp_path / "run")]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="rows are labelled and 0 are not"):
+            train.main([*argv, "--steps", "1"])
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "all/stage1").mkdir(parents=True)
+    args = train.parse(["--data", str(card), "--out", str(tmp_path / "all")])
+    assert [job.resume for job in train.planned(args)] == [None] * 4
+
+
 # -- resume ---------------------------------------------------------------------------------------
 
 

@@ -235,10 +235,11 @@ def test_help_states_the_ranges(capsys):
 # -- the device -----------------------------------------------------------------------------------
 
 COMPUTE = (
-    "train sample data scripts.bench scripts.evaluate scripts.latents "
-    "scripts.play scripts.truth"
+    "train sample data scripts.bench scripts.evaluate scripts.latents scripts.play scripts.truth"
 )
-PLAIN = "scripts.detector scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
+PLAIN = (
+    "scripts.detector scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
+)
 
 
 @pytest.mark.parametrize("name", [*COMPUTE.split(), "scripts.paper"])

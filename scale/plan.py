@@ -9,6 +9,7 @@ Between steps a rank holds its share of P parameters, T of them trained (FSDP2, 
 one copy, `shards`; `sharding.split_axis` says along which axis):
 
     weights      4 P / W     fp32; 2 P / W with --params bf16
+    adapted      2 M         bf16, with adapters: matrices of the video expert, whole on every rank
     gradients    4 T / W     in the dtype of the weights
     optimizer    8 T / W     AdamW's two moments, in the dtype of the weights
     EMA          4 T / W     always fp32

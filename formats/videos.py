@@ -116,7 +116,8 @@ class VideoFolder(Folder):
         self.broken = sorted({*wanted} - {*heads})
         seconds, self.rates, self.sizes = zip(*heads.values())
         self.seconds = np.array(seconds)
-        self.rate = max(1, round(Counter(self.rates).most_common(1)[0][0]))
+        counted = Counter(max(1, round(rate)) for rate in self.rates)
+        self.rate = max(counted, key=lambda rate: (counted[rate], rate))
         self.follow(self.rate)
         self.robot = self.root.name
         self.table = None

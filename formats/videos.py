@@ -5,8 +5,8 @@
     FOLDER/**/NAME.txt             beside a video: its caption, a line per wording
     FOLDER/TASK/N.mp4, N.hdf5      EgoDex: the caption that the hdf5 holds, else the task's name
 
-Rows fall at the multiple of the card's video rate that is nearest to what most of the videos have;
-the picture of a row is the one that a player shows at its time. An episode has the name of its
+Rows fall at the multiple of the card's video rate that is nearest to the median of the videos'; the
+picture of a row is the one that a player shows at its time. An episode has the name of its
 file, so that others may be added or taken away. Only the heads of the files are read before a
 picture is asked for: what is broken inside a file is found by `check`, or when it is drawn.
 """
@@ -116,7 +116,7 @@ class VideoFolder(Folder):
         self.broken = sorted({*wanted} - {*heads})
         seconds, self.rates, self.sizes = zip(*heads.values())
         self.seconds = np.array(seconds)
-        self.rate = max(1, round(Counter(self.rates).most_common(1)[0][0]))
+        self.rate = max(1, round(sorted(self.rates)[len(heads) // 2]))  # the median
         self.follow(self.rate)
         self.robot = self.root.name
         self.table = None

@@ -59,7 +59,7 @@ def opened(path: Path, levels=(2, 3, 4, 5, 6)) -> Pyramid:
 
 
 def test_videos_of_any_size_and_rate_are_rows_at_the_cards_rate(folder, tmp_path):
-    """Rows fall at the multiple of the video rate next to 30, the rate of most; the picture of a
+    """Rows fall at the multiple of the video rate next to 30, the median; the picture of a
     window is the one shown at its time, whatever the file's own rate, fitted to the card's size."""
     pyramid = opened(folder)
     (o,) = pyramid.opened

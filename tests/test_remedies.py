@@ -280,9 +280,9 @@ def test_a_card_is_taken_once_the_remedy_was_typed_in(sets, tmp_path, name):
 
 
 def test_held_out_can_be_set_to_more(sets, tmp_path):
-    """No episode is held out of three; one is, once the card says so."""
+    """Where a card holds none out there is none to show; one is, once the card says so."""
     (tmp_path / "v3").symlink_to(sets / "v3")
-    card = {"sources": [{"path": "v3"}]}
+    card = {"sources": [{"path": "v3", "held_out": 0}]}
     (tmp_path / "card.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match='set "held_out" of a source to more'):
         Pyramid(tmp_path / "card.json", (6,), 4, (32, 48)).held_out(2, 0)

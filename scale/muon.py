@@ -52,13 +52,15 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
-            ours = slice(rank, None, world)
-            ahead = torch._foreach_lerp(grads[ours], momenta[ours], self.MOMENTUM)
+            ours = list(zip(grads, momenta))[rank::world]
+            ahead = [torch.lerp(grad, momentum, self.MOMENTUM) for grad, momentum in ours]
             alike = [torch.stack(list(xs)) for _, xs in groupby(ahead, lambda x: x.shape)]
-            made = torch.cat([self.orthogonal(x.float()).flatten() for x in alike])
-            for i in range(world):
+            made = [self.orthogonal(x.float()).flatten() for x in alike]
+            for i in range(min(world, len(params))):
                 theirs = params[i::world]
-                sent = made if i == rank else made.new_empty(sum(p.numel() for p in theirs))
+                sent = params[0].new_empty(sum(p.numel() for p in theirs), dtype=torch.float32)
+                if i == rank:
+                    torch.cat(made, out=sent)
                 if many:
                     dist.broadcast(sent, i)
                 for p, move in zip(theirs, views(sent, theirs)):

@@ -300,7 +300,7 @@ def built(config, dtype: torch.dtype = torch.float32) -> Motus:
 
 
 def training_step(config, checkpointing: str, stage: str) -> None:
-    """Forward and backward pass as `train.py --full` takes them."""
+    """A step as `train.py --full` takes it, its optimizer's too."""
     model = built(config).train()
     step = sharding.parallelize(model, STAGES[stage].experts, None, checkpointing, True, "bf16")
     with torch.device("cuda"):
@@ -315,8 +315,15 @@ def training_step(config, checkpointing: str, stage: str) -> None:
         noise = {"t_video": torch.rand(2), "video_noise": torch.randn_like(inputs.latents)}
         if stage != "1":
             noise |= {"t_action": torch.rand(2), "action_noise": torch.randn_like(inputs.actions)}
-    step(inputs, noise).total(1.0, 1.0).backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = step(inputs, noise).total(1.0, 1.0)
+    loss.backward()
+    optimizers = train.make_optimizers(
+        model, train.settings_for("full", stage), STAGES[stage].experts
+    )
+    trained = [p for group in train.groups_of(optimizers) for p in group["params"]]
+    sharding.reduced(loss, trained, 0.5)
+    for optimizer in optimizers:
+        optimizer.step()
     assert sum(p.grad is None for p in trained) <= 9 * (stage != "1"), "of the last layer alone"
 
 

@@ -246,7 +246,9 @@ def test_a_policy_acts_in_robot_units_and_repeats_itself_from_a_seed(policy):
         torch.tensor(images), texts, robot.apply(torch.tensor(states, dtype=torch.float32))
     )
     normalised = policy.sample(inputs, "joint").actions
-    assert np.allclose(first, normalised.numpy() * [0.5, 0.25, 2.0] + [0.1, -0.2, 0.3], atol=1e-5)
+    assert np.allclose(
+        first, normalised.cpu().numpy() * [0.5, 0.25, 2.0] + [0.1, -0.2, 0.3], atol=1e-5
+    )
 
 
 def test_a_policy_decodes_no_video_unless_asked(policy, monkeypatch):

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ import data
 import train
 from flow import Losses
 from motus import EXPERTS, PRESETS, Motus, preset
-from scale import batches, plan
+from scale import batches, muon, plan
 from scale.checkpoints import RunState
 from scale.log import Log
 from scale.muon import Muon
@@ -493,6 +495,54 @@ def test_muon_takes_the_steps_of_torchs_own():
             optimizer.step()
     for a, b, x in zip(ours, theirs, start):
         assert (a - b).norm() < 0.02 * (b - x).norm()
+
+
+class Post:
+    """`torch.distributed` between threads."""
+
+    def __init__(self, world: int):
+        self.get_world_size = lambda: world
+        self.barrier = threading.Barrier(world)
+        self.place = threading.local()
+        self.is_initialized = lambda: True
+        self.get_rank = lambda: self.place.rank
+
+    def broadcast(self, sent: torch.Tensor, source: int) -> None:
+        if self.get_rank() == source:
+            self.letter = sent.clone()
+        self.barrier.wait(20)
+        sent.copy_(self.letter)
+        self.barrier.wait(20)
+
+
+@pytest.mark.parametrize("world", (2, 3, 7))
+def test_ranks_share_the_matrices_of_muon(world, monkeypatch):
+    """Also if they do not divide them, or are more than there are: all take the step of one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((8, 24), (16, 16), (16, 16), (24, 8), (16, 16))
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def stepped() -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(x.clone()) for x in start]
+        for p, grad in zip(params, grads):
+            p.grad = grad.clone()
+        Muon([dict(params=params)], lr=0.1, weight_decay=0.01).step()
+        return [p.detach() for p in params]
+
+    alone = stepped()
+    monkeypatch.setattr(muon, "dist", Post(world))
+
+    def as_rank(rank: int) -> list[torch.Tensor]:
+        muon.dist.place.rank = rank
+        return stepped()
+
+    with ThreadPoolExecutor(world) as pool:
+        found = list(pool.map(as_rank, range(world)))
+    for theirs in found:
+        for ours, true, x in zip(theirs, alone, start):
+            torch.testing.assert_close(ours, true, rtol=0, atol=1e-5)
+            assert not torch.equal(ours, x)
 
 
 def test_the_video_expert_has_a_rate_of_its_own():

@@ -66,7 +66,7 @@ toy:
 
 smoke:
 	$(MAKE) demo RUN=$(RUN) TINY="--steps 8 --set episodes=3 windows=32" CACHE="--episodes 3 --windows 32" \
-		SAMPLE="--episodes 4" LOOP="--episodes 2 --max-steps 24 --gif 1"
+		SAMPLE="--episodes 4" TRUTH="--windows 8" LOOP="--episodes 2 --max-steps 24 --gif 1"
 
 test: $(VENV)/.test
 	$(PY) -m pytest -n 2 -m "not slow and not long"

@@ -90,7 +90,7 @@ class VideoFolder(Folder):
     widths = (0, 0)
     titles = {}
     remedy = (
-        'encode it again, or leave it out by "mapping": {"without": ["NAME.mp4"]} in the card, '
+        'write it again, or leave it out by "mapping": {"without": ["NAME.mp4"]} in the card, '
         f'["{BROKEN}"] for all that cannot be opened'
     )
 
@@ -119,6 +119,7 @@ class VideoFolder(Folder):
         self.rate = max(1, round(sorted(self.rates)[len(heads) // 2]))  # the median
         self.follow(self.rate)
         self.robot = self.root.name
+        self.captions = [[""]] * len(heads)
         self.table = None
         self.unmatched = []
         if not self.told:
@@ -151,10 +152,9 @@ class VideoFolder(Folder):
         for self.table in tables:
             known = self._read_table(self._path(self.table.name))
         self.unmatched = sorted(known.keys() - stems)
-        self.captions = []
-        for name in self.files:
+        for e, name in enumerate(self.files):
             texts = known.get(stem(name)) or self._beside(name)
-            self.captions.append(list(filter(None, map(str.strip, texts))) or [""])
+            self.captions[e] = list(filter(None, map(str.strip, texts))) or [""]
         if not any(map(any, self.captions)):
             self.given = replace(self.given, instruction="")
 

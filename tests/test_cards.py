@@ -521,7 +521,7 @@ def test_an_episode_without_a_camera_is_named_and_can_be_left_out(tmp_path):
     rows = np.concatenate([left.opened[0].reader.numbers(e)[1] for e in (0, 2)])
     (known,) = left.robots(acting=True)
     np.testing.assert_allclose(known.actions.mean, rows.mean(0), rtol=1e-5, atol=1e-6)
-    assert left.window((0, 2, 0), "real").actions.shape == (12, 2)
+    assert left.window((0, 2, 0), "real").actions.shape == (8, 2)
     for wrong in ([5], ["1"], [0, 1, 2]):
         mapping = {"cameras": cameras, "without": [3, *wrong]}
         with pytest.raises(ValueError, match='"without" is .*from 0 to 4 that leave one to train'):

@@ -73,7 +73,7 @@ def test_the_five_modes_are_those_of_a_cpu_and_no_euler_step_waits(on_ghost):
     found = on_ghost("sampling")
     assert len(found["difference"]) == 6 and max(found["difference"].values()) < 1e-5
     assert set(found["waits in two more steps"].values()) == {0}
-    assert found["waits of a look"] <= 20
+    assert found["waits of a look"] <= 21
     assert found["text states on"] == ["cpu"], "they would stay on the device for ever"
     assert found["layouts of the VAE"] == [True]
 

@@ -1,2 +1,2 @@
-"""Formats that episodes are stored in: LeRobot's and the official Motus folders, behind one reader
-(`recordings.Recordings`)."""
+"""Formats that episodes are stored in: LeRobot's, official Motus folders and plain videos, behind
+one reader (`recordings.Recordings`)."""

@@ -1,7 +1,8 @@
 """A page on which to drive the tabletop, and to see beside it what a policy imagines, mode by mode.
 
     python -m scripts.play                     serves the page to this machine alone
-    python -m scripts.play --record docs       writes docs/index.html, recorded: it needs no server
+    python -m scripts.play --record docs       writes docs/index.html, recorded: it needs no server,
+                                               and a film, docs/told.gif
 
 The page is play.html. It posts questions (`Question`) to /ask, and each is answered by itself: the
 world of a seed is led through all that was done so far, a mode is asked, and the simulator obeys
@@ -27,9 +28,11 @@ from numpy import ndarray
 from PIL import Image
 
 import flow
+from formats.pictures import film
 from sample import ACTING, SHIPPED, Policy
 from weights.files import check_keys, parse_json
 from weights.options import DEVICE, Parser, output_folder, run_command
+from worlds.robots import IMAGE
 from worlds.tabletop import Tabletop
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -86,15 +89,15 @@ class Question:
 def obey(world: Tabletop, policy: Policy, actions: ndarray) -> tuple[ndarray, ndarray]:
     """Carries out a chunk of actions (n, 3), whose last one is held, or the expert's if there are
     none -> those done (S, 3), and the film (1+F, H, W, 3)."""
-    film = [world.render()]
+    seen = [world.render()]
     done = []
     for step in range(policy.model.config.chunk):
         action = actions[min(step, len(actions) - 1), None] if len(actions) else world.expert()
         world.advance(action)
         done.append(action.clip(-1, 1))
         if (step + 1) % policy.statistics.rate == 0:
-            film.append(world.render())
-    return np.concatenate(done), np.concatenate(film)
+            seen.append(world.render())
+    return np.concatenate(done), np.concatenate(seen)
 
 
 def picture(films: ndarray) -> str:
@@ -123,8 +126,8 @@ def answer(policy: Policy, question: Question) -> dict:
 
     # The simulator does all that a mode may be given.
     if mode not in ACTING:
-        obeyed, film = obey(world, policy, question.rows("actions", policy.model.config.chunk))
-        shot = torch.tensor(film[None], device=policy.device)
+        obeyed, truth = obey(world, policy, question.rows("actions", policy.model.config.chunk))
+        shot = torch.tensor(truth[None], device=policy.device)
         inputs.latents = policy.backbones.encode_video(shot)
         inputs.actions = robot.actions.apply(torch.tensor(obeyed[None]).to(inputs.state))
 
@@ -139,7 +142,7 @@ def answer(policy: Policy, question: Question) -> dict:
     films = policy.backbones.decode_video(videos).cpu().numpy()
     actions = robot.actions.invert(actions.float()).cpu().numpy()
     if mode in ACTING:
-        obeyed, film = obey(world, policy, actions[-1])
+        obeyed, truth = obey(world, policy, actions[-1])
 
     times = flow.sampling_times(question.steps)
     return {
@@ -147,12 +150,29 @@ def answer(policy: Policy, question: Question) -> dict:
         "goal": world.goal[0].tolist(),
         "times": [flow.pinned_times(what, times).tolist() for what in flow.MODES[mode][:2]],
         "dream": picture(films),
-        "film": picture(film[None]),
+        "film": picture(truth[None]),
         "actions": actions.tolist(),
         "obeyed": obeyed.tolist(),
         "state": world.state()[0].tolist(),
         "solved": world.success.tolist()[0],
     }
+
+
+def pixels(url: str, size: int) -> ndarray:
+    """The films (n, 1+F, H, W, 3) in a `picture` of them, `size` high and wide each."""
+    rows = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    return rearrange(np.array(rows), "(n h) (f w) c -> n f h w c", h=size, w=size)
+
+
+def told(policy: Policy, path: Path) -> None:
+    """A film: one observation under three actions, as it is imagined and as the simulator has
+    it."""
+    columns = {}
+    for name, place in {"left": [-1, 0], "right": [1, 0], "up": [0, -1]}.items():
+        found = answer(policy, Question("world_model", actions=[[*place, -1]]))
+        dream, truth = (pixels(found[key], IMAGE) for key in ("dream", "film"))
+        columns |= {f"to the {name}": dream[-1], f"truly {name}": truth[0]}
+    film(path, columns, "the same observation, told three actions")
 
 
 def recorded(policy: Policy) -> str:
@@ -222,7 +242,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.option
     add("--ckpt", str, "run of stage 3, or one of its step_NNNNNN (default: the shipped policy)")
     add("--port", 8000, "of this machine; 0 takes a free one")
-    add("--record", output_folder, "write index.html with recorded answers there; stop")
+    add(
+        "--record",
+        output_folder,
+        "write index.html, recorded answers, and told.gif there; stop",
+    )
     add(*DEVICE)
     args = parser.parse_args(argv)
     policy = Policy.load(args.ckpt or SHIPPED)
@@ -232,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.record:
         args.record.mkdir(parents=True, exist_ok=True)
         (args.record / "index.html").write_text(recorded(policy))
-        print(f"wrote {args.record / 'index.html'}")
+        told(policy, args.record / "told.gif")
+        print(f"wrote {args.record / 'index.html'} and told.gif")
         return
     try:
         server = ThreadingHTTPServer((HOST, args.port), Handler)

@@ -150,6 +150,17 @@ def test_the_recorded_page_is_the_page_with_answers(policy, tmp_path, monkeypatc
     assert second["answer"] == answer(policy, Question.of(second["question"]))
 
 
+def test_a_film_shows_one_observation_under_three_actions(policy, tmp_path, monkeypatch):
+    """All six columns begin alike; the simulator's end apart."""
+    seen = {}
+    monkeypatch.setattr(play, "film", lambda path, columns, caption: seen.update(columns))
+    play.told(policy, tmp_path / "told.gif")
+    first = [video[0].astype(int) for video in seen.values()]
+    assert len(first) == 6 and all(np.abs(one - first[0]).mean() < 12 for one in first)
+    left, right, up = (seen[f"truly {name}"][-1].astype(int) for name in ("left", "right", "up"))
+    assert min(np.abs(a - b).max() for a, b in ((left, right), (left, up), (right, up))) > 60
+
+
 def test_the_committed_recording_is_of_this_page():
     """`python -m scripts.play --record docs` wrote it, and it is small."""
     recorded = ROOT / "docs" / "index.html"

@@ -1,4 +1,4 @@
-"""What a frozen VAE makes of a user's pictures, told before anything is trained on them."""
+"""The frozen VAE on a user's pictures: how well it gives them back, before any training."""
 
 import math
 from pathlib import Path

@@ -84,9 +84,8 @@ class Corpus:
 
     def __init__(self, pyramid: Pyramid, count: int, held_out: bool = False):
         self.labelled = any("object x" in o.reader.labels(0) for o in pyramid.opened)
-        self.robots = {}
-        if not self.labelled:
-            self.robots = {robot.embodiment: robot for robot in pyramid.robots(acting=True)}
+        robots = () if self.labelled else pyramid.robots(acting=True)
+        self.robots = {robot.embodiment: robot for robot in robots}
         found = []
         for o in pyramid.opened:
             episodes = range(o.trained, len(o.reader.lengths)) if held_out else range(o.trained)
@@ -115,7 +114,7 @@ class Corpus:
         rows = np.arange(0, end + 1, reader.fps / pyramid.video_hz).round().astype(int)
         seen = reader.window(episode, 0, rows / reader.fps, ())
         frames = tiled(seen.frames, pyramid.size)
-        second = np.arange(len(rows)) + round(pyramid.video_hz)
+        second = np.arange(len(rows)) + max(1, round(pyramid.video_hz))
         labels = [changing(frames, frames[second.clip(max=len(rows) - 1)])]
         robot = self.robots.get(source.source.embodiment)
         later = np.array([0, reader.fps, 2 * reader.fps, end])
@@ -294,7 +293,7 @@ def pretrain_text(job: Job) -> Figures:
 
 
 class Answers(NamedTuple):
-    """What the probes of `Grounding` said of B pictures, and what they should have said."""
+    """Of B pictures: the truth, and what the probes of `Grounding` say."""
 
     target: Tensor  # (B, G), NaN where unknown
     cell: Tensor  # (B,), the image token at the named object

@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones import eyes
 from backbones.frozen import Backbones
 from formats import windows
 from formats.cards import EPISODES, Pyramid, Words
@@ -417,6 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pyramid = open_pyramid(args.data, "latent", args.preset)  # of all levels
     if args.command == "inspect":
         inspect(pyramid, args.out, args.card)
+        print(eyes.note(pyramid, backbones_folder(args.preset), args.preset))
     elif args.command == "convert":
         convert(pyramid, args.out, args.lossless)
     elif faults := pyramid.check():

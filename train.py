@@ -38,6 +38,7 @@ from tqdm import tqdm
 import data
 import flow
 from attention import choose
+from backbones import eyes
 from backbones.frozen import Backbones
 from backbones.optical_flow import augmented
 from formats.motions import motions, read_tokens
@@ -224,6 +225,8 @@ def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> S
     pyramid = ranks.together(lambda: open_card(args, settings))
     if not ranks.rank:
         print(pyramid.describe(), file=sys.stderr)
+        folder = data.backbones_folder(args.preset)
+        print(eyes.note(pyramid, folder, args.preset), file=sys.stderr)
     measured = None
     if STAGES[args.stage].finetune:
         measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))

@@ -225,8 +225,7 @@ def windows_for(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> S
     pyramid = ranks.together(lambda: open_card(args, settings))
     if not ranks.rank:
         print(pyramid.describe(), file=sys.stderr)
-        folder = data.backbones_folder(args.preset)
-        print(eyes.note(pyramid, folder, args.preset), file=sys.stderr)
+        print(eyes.note(pyramid, data.backbones_folder(args.preset), args.preset), file=sys.stderr)
     measured = None
     if STAGES[args.stage].finetune:
         measured = ranks.gather(ranks.together(lambda: pyramid.measure(ranks.rank, ranks.world)))
@@ -315,7 +314,6 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
     card = Card(network, args.stage, args.preset, robots, source.interval, backbones=frozen)
     about = {"code": code_digest(), "data": source.digest()}
     ranks.same(data=about["data"], card=digest({}, card.as_json()))
-
     # The network: shapes, then shards, then values.
     experts = STAGES[args.stage].experts
     with torch.device("meta"):
@@ -340,7 +338,6 @@ def train(args: argparse.Namespace, settings: Settings, ranks: Ranks) -> None:
         anyway = args.resume == "anyway"
         start = ranks.together(lambda: state.resume(before[-1], FREE, anyway))
     ranks.same(newest_checkpoint=str(start))
-
     # The steps.
     path = args.out / "log.csv"
     log = ranks.together(lambda: Log(path, start, ranks, settings.log_to))

@@ -2,7 +2,7 @@
 Trained on true pictures, whose answers the world knows, and used on imagined ones by
 `scripts.truth`, which says how well it reads. No policy sees it.
 
-    python -m scripts.detector --out weights/toy/detector.safetensors
+    python -m scripts.detector --out weights/detector.safetensors
 
 A few convolutions give one map of scores per thing, on half the grid: the softmax of a map says
 where the thing is, its log-sum-exp whether it is there at all.
@@ -12,13 +12,13 @@ Shapes: n pictures of 48 x 48 pixels, K = 5 things: the gripper, then the four c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motus import PRESETS
 from scripts.pretrain import optimise
 from weights.load import load_part, save_part
 from weights.options import Parser, output_file, run_command
@@ -26,7 +26,7 @@ from worlds.render import Snapshot
 from worlds.robots import COLOURS, IMAGE
 from worlds.tabletop import record
 
-FILE = PRESETS["toy"].backbones / "detector.safetensors"
+FILE = Path(__file__).parents[1] / "weights" / "detector.safetensors"
 LEVELS = (4, 6, 7)  # those of the gripper
 
 

@@ -168,10 +168,10 @@ def told(policy: Policy, path: Path) -> None:
     """A film: one observation under three actions, as it is imagined and as the simulator has
     it."""
     columns = {}
-    for name, place in {"left": [-1, 0], "right": [1, 0], "up": [0, -1]}.items():
-        found = answer(policy, Question("world_model", actions=[[*place, -1]]))
+    for name, place in {"left": [-0.6, 0], "right": [0.6, 0], "up": [0, -0.7]}.items():
+        found = answer(policy, Question("world_model", seed=4, actions=[[*place, -1]]))
         dream, truth = (pixels(found[key], IMAGE) for key in ("dream", "film"))
-        columns |= {f"to the {name}": dream[-1], f"truly {name}": truth[0]}
+        columns |= {f"told {name}": dream[-1], f"truly {name}": truth[0]}
     film(path, columns, "the same observation, told three actions")
 
 

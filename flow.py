@@ -147,13 +147,15 @@ def video_loss(
 
 
 def moving_weight(latents: Tensor, more: float) -> Tensor | None:
-    """Weight (B, 1, T, h, w) of each place of latents (B, C, T, h, w): 1 where they stay what the
-    observation is, up to 1 + more where they change. What moves is small: unless it weighs
-    more, a short training learns the table. None for 0, the official loss."""
+    """Weight (B, 1, T, h, w) of each place of latents (B, C, T, h, w), whose mean over the frames
+    after the observation is 1 in each sample: where they change as much as they can it is 1 + more
+    times what it is where they stay. What moves is small: unless it weighs more, a short training
+    learns the table. None for 0, the official loss."""
     if not more:
         return None
     change = (latents - latents[:, :, :1]).square().mean(dim=1, keepdim=True)
-    return 1 + more * change.clamp(max=1)
+    weight = 1 + more * change.clamp(max=1)
+    return weight / weight[:, :, 1:].mean(dim=(2, 3, 4), keepdim=True)
 
 
 def action_loss(velocity: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -158,3 +158,35 @@ def test_a_given_modality_is_at_time_zero_and_never_both():
     assert torch.equal(video[video > 0], t_video[video > 0]) and torch.equal(
         action[action > 0], t_action[action > 0]
     )
+
+
+def test_what_moves_weighs_more_and_a_sample_as_much_as_before():
+    """The weight of a place by hand; its mean over the frames to come is 1, whatever moves."""
+    latents = torch.zeros(2, 3, 3, 2, 2)
+    latents[0, :, 1, 0, 0] = 0.5  # a little, in one place of one frame
+    latents[0, :, 2, 1, 1] = 7.0  # as much as counts
+    weight = flow.moving_weight(latents, 8.0)
+    assert weight.shape == (2, 1, 3, 2, 2)
+    assert torch.allclose(
+        weight[0] / weight[0, 0, 1, 1, 1],
+        1 + 8 * torch.tensor([[[0, 0], [0, 0]], [[0.25, 0], [0, 0]], [[0, 0], [0, 1.0]]]),
+    )
+    assert torch.allclose(weight[:, :, 1:].mean(dim=(1, 2, 3, 4)), torch.ones(2))
+    assert torch.equal(weight[1], torch.ones(1, 3, 2, 2))
+    assert flow.moving_weight(latents, 0.0) is None
+
+
+def test_a_weighted_video_loss_is_the_weighted_mean_of_squares():
+    torch.manual_seed(0)
+    velocity, target = torch.randn(2, 2, 4, 3, 3, 3)
+    weight = torch.rand(2, 1, 3, 3, 3)
+    slow = [
+        sum(
+            (weight[b, 0, t] * (velocity[b, c, t] - target[b, c, t]) ** 2).sum() / (4 * 9)
+            for t in (1, 2)
+            for c in range(4)
+        )
+        / 3
+        for b in range(2)
+    ]
+    assert torch.allclose(flow.video_loss(velocity, target, weight=weight), torch.stack(slow))

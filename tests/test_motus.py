@@ -252,3 +252,21 @@ def test_unknown_preset_is_refused_by_name():
     """The error lists what there is."""
     with pytest.raises(ValueError, match="'toi'.*toy, sim, small, full"):
         preset("toi")
+
+
+def test_motion_weight_changes_the_loss_of_the_video_alone():
+    """By the weight that flow gives to these latents; 0 is the official loss to the bit."""
+    model = model_of()
+    inputs = inputs_of()
+    inputs.latents[:, :, 1:, :2] = inputs.latents[:, :, :1, :2]  # half of the picture stays
+    t = torch.tensor([0.4, 0.9])
+    noise = [torch.randn_like(x) for x in (inputs.latents, inputs.actions)]
+    with torch.no_grad():
+        plain = model.loss(inputs, t, noise[0], t, noise[1])
+        model.motion_weight = 20.0
+        weighted = model.loss(inputs, t, noise[0], t, noise[1])
+        model.motion_weight = 0.0
+        again = model.loss(inputs, t, noise[0], t, noise[1])
+    assert (weighted.video - plain.video).abs().min() > 1e-4
+    assert torch.equal(weighted.action, plain.action)
+    assert torch.equal(again.video, plain.video)

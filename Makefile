@@ -32,9 +32,8 @@ demo: $(VENV)/.core
 	@echo "look at $(RUN)/report.html; for another run: make demo RUN=runs/again"
 
 # Sizes are those of presets.toml: the quick recipe, or with LONG=--long the long one. TINY, CACHE, LATENT, ... are for `make smoke`.
-# Stage 3 mixes random motion and other looks into the demonstrations, so that modes read what they are given; the official recipe is
-# MIX=worlds/toy.json, and in presets.toml motion_weight and given of 0.
-MIX ?= worlds/toy_modes.json
+# The long recipe mixes random motion and other looks into the demonstrations of stage 3, so that modes read what they are given.
+MIX ?= worlds/toy.json
 LOOP ?= --episodes 100 --max-steps 150 --execute 2 --gif 2
 
 run: $(RUN)/report.md
@@ -61,7 +60,7 @@ $(RUN)/report.md: $(RUN)/samples/figures.json $(RUN)/evaluation/evaluation.json 
 	$(PY) -m scripts.report --run $(RUN)
 
 toy:
-	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) LONG=--long \
+	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) LONG=--long MIX=worlds/toy_modes.json \
 		LOOP="$(LOOP) --episodes 200 --set split=eval,held_out randomized=false,true"
 
 smoke:

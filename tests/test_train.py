@@ -455,7 +455,7 @@ def test_booleans_are_written_as_words_or_digits():
 
 def test_the_long_recipe_comes_on_top_of_the_quick_one():
     quick, long = (train.settings_for("toy", "3", long=long) for long in (False, True))
-    assert (quick.steps, quick.optimizer, quick.given) == (2500, "muon", 0.4)
+    assert (quick.steps, quick.optimizer, quick.given) == (2500, "muon", 0.2)
     assert (long.steps, long.optimizer, long.given) == (8500, "muon", 0.5)
 
 

@@ -153,7 +153,8 @@ def moving_weight(latents: Tensor, more: float) -> Tensor | None:
     learns the table. None for 0, the official loss."""
     if not more:
         return None
-    change = (latents - latents[:, :, :1]).square().mean(dim=1, keepdim=True)
+    change = latents - latents[:, :, :1]
+    change = change.square().mean(dim=1, keepdim=True)
     weight = 1 + more * change.clamp(max=1)
     return weight / weight[:, :, 1:].mean(dim=(2, 3, 4), keepdim=True)
 

@@ -1,4 +1,4 @@
-# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: under ten minutes
+# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: ten minutes or so
 # make test    the tests;  make test-slow  those over twenty seconds too;  make test-long  those of many minutes too
 # make toy     the same as the demo, for about an hour
 # make bench   ratios of speed
@@ -34,6 +34,7 @@ demo: $(VENV)/.core
 # Sizes are those of presets.toml: the quick recipe, or with LONG=--long the long one. TINY, CACHE, LATENT, ... are for `make smoke`.
 # The long recipe mixes random motion and other looks into the demonstrations of stage 3, so that modes read what they are given.
 MIX ?= worlds/toy.json
+TRUTH ?= --windows 96
 LOOP ?= --episodes 100 --max-steps 150 --execute 2 --gif 2
 
 run: $(RUN)/report.md
@@ -60,7 +61,7 @@ $(RUN)/report.md: $(RUN)/samples/figures.json $(RUN)/evaluation/evaluation.json 
 	$(PY) -m scripts.report --run $(RUN)
 
 toy:
-	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) LONG=--long MIX=worlds/toy_modes.json \
+	$(MAKE) demo RUN=$(if $(filter runs/demo,$(RUN)),runs/toy,$(RUN)) LONG=--long MIX=worlds/toy_modes.json TRUTH="--steps 1 2 4 10" \
 		LOOP="$(LOOP) --episodes 200 --set split=eval,held_out randomized=false,true"
 
 smoke:

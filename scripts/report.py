@@ -93,7 +93,7 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         if who in ("world_model", "vgm") and figure == "gripper, px":
             yield (
                 f"gripper in the film of {who}, {kind} motion: px of 48 off",
-                f"{values[-1][0]:.1f}",
+                show(values[-1][0], 1),
             )
     probes = read_json(known(run / "latent" / "figures.json"))["probe R2"]
     for name, values in probes.items():
@@ -120,7 +120,9 @@ def truths(run: Path, mode: str) -> Iterator[tuple[str, ...]]:
     rows = {}
     for name, values in truth(run).items():
         kind, who, figure = re.match("(.*?), (.*): (.*)", name).groups()
-        rows.setdefault((figure, who), {})[kind] = "{:.2f} [{:.2f}, {:.2f}]".format(*values[-1])
+        rows.setdefault((figure, who), {})[kind] = "{} [{}, {}]".format(
+            *(show(x, 2) for x in values[-1])
+        )
     own = {figure for figure, who in rows if who.split(",")[0] == mode}
     for (figure, who), cells in sorted(rows.items()):
         control = who in (*CEILINGS, BLIND.get(mode)) and figure in own

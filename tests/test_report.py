@@ -123,3 +123,14 @@ def test_what_is_missing_is_named(run, missing):
     (run / missing).unlink()
     with pytest.raises(ValueError, match=missing):
         report.main(["--run", str(run)])
+
+
+def test_a_truth_that_has_no_value_is_shown_as_none(run):
+    """Of so few windows that no disc moved, say: stored as null."""
+    figures = {
+        f"expert, {who}: gripper, px": [[None, None, None]] for who in ("world_model", "vgm")
+    }
+    (run / "truth.json").write_text(json.dumps({"figures": figures, "steps": [2]}))
+    assert ("gripper, px", "vgm", "- [-, -]", "-") in list(report.truths(run, "vgm"))
+    lines = dict(report.targets(run))
+    assert lines["gripper in the film of world_model, expert motion: px of 48 off"] == "-"

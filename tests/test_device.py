@@ -68,6 +68,7 @@ def test_settings_of_training_change_nothing_about_that(on_ghost):
     assert all(torch.tensor(run["loss"]).isfinite().all() for run in found.values())
 
 
+@pytest.mark.slow
 def test_the_five_modes_are_those_of_a_cpu_and_no_euler_step_waits(on_ghost):
     """All modes, and actions first: two more steps cost the host no wait."""
     found = on_ghost("sampling")
@@ -104,6 +105,7 @@ def test_backbones_are_pretrained(on_ghost):
     assert "vae.safetensors" in on_ghost("backbones")["files"]
 
 
+@pytest.mark.slow
 def test_a_day_on_a_gpu_has_a_row_for_every_number_and_stops_at_a_wrong_one(on_ghost):
     """Agreement, five modes, training, chunks and kernels; a step that holds more than the plan
     says is refused by name, and the table says how far it got."""

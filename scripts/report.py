@@ -88,8 +88,7 @@ def targets(run: Path) -> Iterator[tuple[str, str]]:
         "world-model PSNR on the moving region, above copy-last-frame",
         f"{model} - {copy}{gain} dB, VAE ceiling {vae}",
     )
-    for name, values in truth(run).items():
-        kind, who, figure = re.match("(.*?), (.*): (.*)", name).groups()
+    for kind, who, figure, values in truth(run):
         if who in ("world_model", "vgm") and figure == "gripper, px":
             yield (
                 f"gripper in the film of {who}, {kind} motion: px of 48 off",
@@ -108,18 +107,19 @@ def films(run: Path, *patterns: str) -> str:
     return "\n".join(figure(p.relative_to(run), p.stem, p.parent.name) for p in paths)
 
 
-def truth(run: Path) -> dict[str, list]:
-    """The figures of `scripts.truth`, if they were measured."""
+def truth(run: Path) -> Iterator[tuple[str, str, str, list]]:
+    """The figures of `scripts.truth`, if there are any: kind of motion, who, figure, values with
+    their intervals."""
     path = run / "truth.json"
-    return read_json(path)["figures"] if path.is_file() else {}
+    for name, values in (read_json(path)["figures"] if path.is_file() else {}).items():
+        yield *re.match("(.*?), (.*): (.*)", name).groups(), values
 
 
 def truths(run: Path, mode: str) -> Iterator[tuple[str, ...]]:
     """Figure by figure those of a mode and of its controls, at the most Euler steps, with
     intervals: on windows of the expert and of random motion."""
     rows = {}
-    for name, values in truth(run).items():
-        kind, who, figure = re.match("(.*?), (.*): (.*)", name).groups()
+    for kind, who, figure, values in truth(run):
         rows.setdefault((figure, who), {})[kind] = "{} [{}, {}]".format(
             *(show(x, 2) for x in values[-1])
         )

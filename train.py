@@ -429,19 +429,19 @@ def train_latent(args: argparse.Namespace, settings: Settings, rank: int) -> Non
         pyramid = open_card(args, settings)
         seen = motions(pyramid, config.interval)
         rows = augmented(seen.flow, seen.labels, seen.mask, seed=settings.seed)
-    logged = []
+    curve = args.out / "log.csv"
+    curve.unlink(missing_ok=True)  # of an earlier try
 
     def log(number: int, losses: dict[str, float]) -> None:
         if number % settings.log_every == 0 or number == settings.steps:
-            logged.append({"step": number} | losses)
+            args.out.mkdir(parents=True, exist_ok=True)
+            with curve.open("a", newline="") as file:
+                writer = csv.DictWriter(file, ("step", *losses))
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow({"step": number} | losses)
 
     fit(model, rows, settings, log=log)
-    args.out.mkdir(parents=True, exist_ok=True)
-    curve = args.out / "log.csv"
-    with curve.open("w", newline="") as file:
-        writer = csv.DictWriter(file, logged[0])
-        writer.writeheader()
-        writer.writerows(logged)
     plot_curve(curve, ("reconstruction", "alignment"))
     if not args.cache:
         figures = probes(model, seen, motions(pyramid, config.interval, held_out=True))

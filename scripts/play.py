@@ -32,7 +32,6 @@ from formats.pictures import film
 from sample import ACTING, SHIPPED, Policy
 from weights.files import check_keys, parse_json
 from weights.options import DEVICE, Parser, output_folder, run_command
-from worlds.robots import IMAGE
 from worlds.tabletop import Tabletop
 
 PAGE = Path(__file__).with_suffix(".html")
@@ -108,10 +107,9 @@ def picture(films: ndarray) -> str:
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def answer(policy: Policy, question: Question) -> dict:
-    """Both times (2, K+1) as they ran; at each of them the film so far, a row of a picture, and the
-    actions so far (K+1, S, 3); the actions that the simulator obeyed (S, 3), its film, and the
-    state at its end (3,)."""
+def answered(policy: Policy, question: Question) -> tuple[ndarray, ndarray, dict]:
+    """The film so far at each time (K+1, 1+F, H, W, 3); that of the simulator (1+F, H, W, 3); and
+    the rest of `answer`."""
     robot = policy.statistics
     mode = question.mode
 
@@ -145,23 +143,24 @@ def answer(policy: Policy, question: Question) -> dict:
         obeyed, truth = obey(world, policy, actions[-1])
 
     times = flow.sampling_times(question.steps)
-    return {
+    rest = {
         "instruction": text,
         "goal": world.goal[0].tolist(),
         "times": [flow.pinned_times(what, times).tolist() for what in flow.MODES[mode][:2]],
-        "dream": picture(films),
-        "film": picture(truth[None]),
         "actions": actions.tolist(),
         "obeyed": obeyed.tolist(),
         "state": world.state()[0].tolist(),
         "solved": world.success.tolist()[0],
     }
+    return films, truth, rest
 
 
-def pixels(url: str, size: int) -> ndarray:
-    """The films (n, 1+F, H, W, 3) in a `picture` of them, `size` high and wide each."""
-    rows = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-    return rearrange(np.array(rows), "(n h) (f w) c -> n f h w c", h=size, w=size)
+def answer(policy: Policy, question: Question) -> dict:
+    """Both times (2, K+1) as they ran; at each of them the film so far, a row of a picture, and the
+    actions so far (K+1, S, 3); the actions that the simulator obeyed (S, 3), its film, and the
+    state at its end (3,)."""
+    films, truth, rest = answered(policy, question)
+    return rest | {"dream": picture(films), "film": picture(truth[None])}
 
 
 def told(policy: Policy, path: Path) -> None:
@@ -169,9 +168,9 @@ def told(policy: Policy, path: Path) -> None:
     it."""
     columns = {}
     for name, place in {"left": [-0.6, 0], "right": [0.6, 0], "up": [0, -0.7]}.items():
-        found = answer(policy, Question("world_model", seed=4, actions=[[*place, -1]]))
-        dream, truth = (pixels(found[key], IMAGE) for key in ("dream", "film"))
-        columns |= {f"told {name}": dream[-1], f"truly {name}": truth[0]}
+        question = Question("world_model", seed=4, actions=[[*place, -1]])
+        dreams, truth, _ = answered(policy, question)
+        columns |= {f"told {name}": dreams[-1], f"truly {name}": truth}
     film(path, columns, "the same observation, told three actions")
 
 

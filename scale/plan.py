@@ -45,6 +45,7 @@ its mask written out. --mfu is a claim, not a measurement.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -308,8 +309,8 @@ class Plan:
             ways.append(f"--set lora={RANK}")
         ways.append(f"--memory {math.ceil(self.least / (1 - RESERVE) / GB)}")
         return (
-            f"{self.name}, stage {self.stage}, needs {self.least / GB:.3g} GB per rank on "
-            f"{self.gpus} GPUs for one sample; {self.memory / GB:g} GB less {RESERVE:.0%} are "
+            f"{self.name}, stage {self.stage}, needs {self.least / GB:.3g} GB on each of "
+            f"{self.gpus} ranks for one sample; {self.memory / GB:.3g} GB less {RESERVE:.0%} are "
             f"{self.usable / GB:.3g}. It would fit with {' or '.join(ways)}"
         )
 
@@ -331,9 +332,10 @@ class Plan:
 
 def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
     """The settings of train.py as these ranks can run them, and the mesh over which weights are
-    sharded: None if they are few, or if `shards` is 1. A model that is more than that must fit on
-    the cards; with checkpointing=plan it takes the policy and the micro-batch that the plan finds.
-    ValueError, the plan's, if nothing fits; or if there is nothing that adapters could adapt."""
+    sharded: None if they are few, or if `shards` is 1. A model that is more than that must fit into
+    the cards, or without any into the machine's memory; with checkpointing=plan it takes the policy
+    and the micro-batch that the plan finds. ValueError, the plan's, if nothing fits; or if there is
+    nothing that adapters could adapt."""
     micro = min(settings.micro, settings.batch // ranks.world)
     settings = replace(settings, micro=micro)
     divide(settings, ranks.world)
@@ -348,9 +350,12 @@ def settled(args: argparse.Namespace, settings, ranks: Ranks) -> tuple:
     small = parameters(meta_model(args.preset, args.stage)) < sharding.WHOLE
     mesh = None if settings.lora or (small and not settings.shards) else ranks.mesh
     policy = "none"
-    if ranks.device.type == "cuda" and not small:
+    if not small:
         gpus = mesh["shard"].size() if mesh else 1
-        memory = torch.cuda.get_device_properties(ranks.device).total_memory
+        if ranks.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(ranks.device).total_memory
+        else:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world
         cached = args.cache or args.data == "synthetic" or settings.windows
         sizes = gpus, memory, settings.params, "cached" if cached else "live"
         batch = settings.batch * gpus // ranks.world

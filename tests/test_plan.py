@@ -272,12 +272,14 @@ def test_parameters_of_the_full_model_are_those_of_the_paper():
 
 @pytest.fixture
 def settled(monkeypatch):
-    """Settings and mesh of stage 3 on ranks of which eight are a node, with cards that are said to
-    have so many GB."""
+    """Settings and mesh of stage 3 on ranks of which eight are a node, with cards, or with memory
+    of the machine, that are said to be so many GB."""
 
     def ask(world: int, *changes: str, preset="full", device="cuda", memory=80.0):
         card = SimpleNamespace(total_memory=memory * GB)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+        pages = {"SC_PHYS_PAGES": memory * GB, "SC_PAGE_SIZE": 1}
+        monkeypatch.setattr(plan.os, "sysconf", pages.__getitem__)
         mesh = {"shard": SimpleNamespace(size=lambda: min(world, 8))} if world > 1 else None
         args = argparse.Namespace(preset=preset, stage="3", cache="x", data=None)
         ranks = Ranks(0, world, torch.device(device), mesh)
@@ -311,10 +313,13 @@ def test_full_takes_what_the_plan_finds_for_its_cards(settled, world, memory, ch
 
 @pytest.mark.slow
 def test_full_is_refused_by_the_sentence_of_the_plan_where_it_cannot_fit(settled):
-    """On one card, whatever is asked for by name."""
+    """On one card, whatever is asked for by name; and on a CPU, whose memory is the machine's."""
+    wanted = "full, stage 3, needs .* GB on each of 1 ranks"
     for changes in ([], ["checkpointing=full", "micro=1"]):
-        with pytest.raises(ValueError, match="full, stage 3, needs .* GB per rank on 1 GPUs"):
+        with pytest.raises(ValueError, match=wanted):
             settled(1, *changes)
+    with pytest.raises(ValueError, match=wanted):
+        settled(1, device="cpu")
 
 
 def test_small_models_are_whole_on_every_rank_unless_shards_are_asked_for(settled, capsys):

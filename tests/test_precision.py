@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import attention
 from backbones.wan import WanHead, embed_time, frequencies, modulations, rope_3d
+from kernels.attention import INTERPRET
 from motus import ActionExpert, preset
 
 FULL = preset("full")
@@ -26,6 +27,8 @@ def way(request, monkeypatch):
     name, cast = request.param
     if name == "triton":
         pytest.importorskip("triton")
+        if not INTERPRET:
+            pytest.skip("all here is on the CPU; test_kernels.py runs kernels on a GPU")
     monkeypatch.setenv("MOTUS_ATTENTION", name)
     torch.manual_seed(0)
     with torch.no_grad(), torch.autocast("cpu", HALF, enabled=cast):

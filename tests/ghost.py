@@ -125,8 +125,8 @@ def install() -> None:
     torch.cuda.is_available = torch.cuda.is_initialized = visible
     torch.cuda.device_count = lambda: int(visible())
     answers = dict(current_device=0)
-    answers |= dict(get_device_capability=(9, 0), get_device_name="ghost", memory_allocated=0)
-    answers |= dict(get_device_properties=Properties, max_memory_allocated=0, _lazy_init=None)
+    answers |= dict(get_device_capability=(9, 0), get_device_name="ghost", memory_allocated=1 << 20)
+    answers |= dict(get_device_properties=Properties, max_memory_allocated=1 << 20, _lazy_init=None)
     answers |= dict(set_device=None, empty_cache=None, reset_peak_memory_stats=None)
     answers |= dict(is_bf16_supported=True, is_current_stream_capturing=False)
     answers |= dict(get_rng_state=state, set_rng_state=None)
@@ -392,6 +392,11 @@ def pytest_runtest_protocol(item, nextitem):
         return (yield)
     with GhostMode():
         return (yield)
+
+
+def pytest_runtest_setup(item) -> None:
+    if torch.cuda.is_available() and item.get_closest_marker("gpu"):
+        pytest.skip("needs a GPU that is there")
 
 
 install()

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ from scale.ranks import Ranks
 from weights.card import Card, steps_of
 from weights.files import TensorSource, digest, open_source, refuse, safetensors_header
 from weights.load import load_into, local_shard, read_shards
+
+ROOMS = ("backbones", "formats", "kernels", "scale", "scripts", "weights", "worlds")
 
 # -- writing --------------------------------------------------------------------------------------
 
@@ -337,9 +340,10 @@ class RunState:
                 )
 
 
+@cache
 def code_digest() -> str:
-    """Sixteen hexadecimal digits that change with any source file of the repository."""
+    """Sixteen hexadecimal digits that change with any source file of ours; what else lies in the
+    folder, an environment or runs, is not read."""
     root = Path(__file__).parents[1]
-    texts = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*.py")}
-    apart = ("tests/", "docs/", "runs/", ".venv/")
-    return digest({}, *(name + texts[name] for name in sorted(texts) if not name.startswith(apart)))
+    paths = sorted(path for room in ("", *ROOMS) for path in (root / room).glob("*.py"))
+    return digest({}, *(str(path.relative_to(root)) + path.read_text() for path in paths))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from scale import checkpoints
+
 ROOT = Path(__file__).parents[1]
 LESSON = ("attention", "flow", "motus", "latent_action", "data", "train", "sample")
 ROOMS = ("backbones", "formats", "kernels", "scale", "scripts", "weights", "worlds")
@@ -284,3 +286,16 @@ def test_errors_say_what_is_expected():
 
 def test_the_readme_is_no_longer_than_the_best_ones():
     assert len((ROOT / "README.md").read_text().split()) <= 2_200
+
+
+def test_the_digest_of_the_code_reads_our_files_alone(monkeypatch):
+    """Every file of ours, and nothing of an environment that lies in the folder: it has fourteen
+    thousand, and every run waited for them."""
+    read = []
+    text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: read.append(path) or text(path))
+    once = checkpoints.code_digest.__wrapped__()
+    ours = [path for room in ("", *ROOMS) for path in (ROOT / room).glob("*.py")]
+    assert sorted(read) == sorted(ours)
+    monkeypatch.setattr(Path, "read_text", lambda path: text(path) + "#" * (path.name == "muon.py"))
+    assert checkpoints.code_digest.__wrapped__() != once

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy import ndarray
 from torch import Tensor
 
 import data
@@ -120,7 +121,7 @@ stage 2, of at most the last count.
 ![Success over demonstrations](downstream.png)"""
 
 
-def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.ndarray:
+def savings(counts: ndarray, without: ndarray, within: ndarray) -> ndarray:
     """For each of `counts`, at which the arm `within` has these rates of success: how many times as
     many demonstrations the arm `without` needs for the same. Its curve is linear in log n and made
     to rise; beyond its ends the count there, which is then too many (a success that the fewest
@@ -131,9 +132,7 @@ def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.n
     return np.exp(needed - logs)
 
 
-def interval(
-    counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int
-) -> np.ndarray:
+def interval(counts: ndarray, without: ndarray, within: ndarray, worlds: int) -> ndarray:
     """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with
     replacement, worlds of each cell drawn anew."""
     rng = np.random.default_rng(0)

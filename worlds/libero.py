@@ -20,6 +20,7 @@ same imports).
 import os
 
 import numpy as np
+from numpy import ndarray
 
 from worlds import World, checked, choice, eye  # noqa: F401   it says which renderer MuJoCo takes
 
@@ -73,18 +74,18 @@ class Libero(World):
             self.seen = self.env.step(IDLE)[0]
         return self.observe()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         self.seen = self.env.step(np.clip(checked(action, self), -1, 1))[0]
         self.success |= bool(self.env.check_success())
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         x, y, z, w = self.seen["robot0_eef_quat"]
         sine = np.sqrt(x * x + y * y + z * z)
         rotation = np.array([x, y, z]) * (2 * np.arctan2(sine, w) / max(sine, 1e-9))
         parts = [self.seen["robot0_eef_pos"], rotation, self.seen["robot0_gripper_qpos"]]
         return np.concatenate(parts).astype(np.float32)
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         pictures = {}
         for camera in self.cameras:
             self.renderer.update_scene(self.data, camera=camera, scene_option=self.look)

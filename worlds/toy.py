@@ -3,7 +3,7 @@
 python -m scripts.record --sim toy --tasks place,push --episodes 50 --out data/toy
 """
 
-import numpy as np
+from numpy import ndarray
 
 from worlds import World, checked, choice
 from worlds.tabletop import Tabletop, labels, record
@@ -38,7 +38,7 @@ class Tabletops(Tabletop):
         self.n = len(seeds)
         return super().reset(seeds)
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
         return super().expert()[~self.success]
 
@@ -62,21 +62,21 @@ class Toy(World):
         self.instruction = self.world.instruction[0]
         return self.observe()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         self.world.advance(checked(action, self)[None])
         self.success = bool(self.world.success[0])
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         return self.world.state()[0]
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         return {"top": self.world.render()[0]}
 
     def labels(self) -> dict[str, float]:
         found = labels(self.world.snapshot(), self.world.task[0])
         return {name: float(value[0]) for name, value in found.items()}
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         return Tabletop.expert(self.world)[0]
 
 

@@ -14,9 +14,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
-from motus import PRESETS, STAGES, Motus
+from motus import PRESETS, STAGES
+from scale.plan import meta_model, parameters
 from scripts.evaluate import percent
 from train import settings_for
 from weights.options import run_command
@@ -97,10 +96,9 @@ def sizes() -> str:
     rows = []
     for name, row in PRESETS.items():
         config = row.motus
-        with torch.device("meta"):
-            model = Motus(config)
+        model = meta_model(name, "3")
         parts = (model.video, model.action, model.und, model)
-        counts = [f"{sum(p.numel() for p in part.parameters()):,}" for part in parts]
+        counts = [f"{parameters(part):,}" for part in parts]
         video = config.video
         heads = f"{video.layers} x {video.heads} x {video.head_dim}"
         folder = f"`{row.backbones.resolve().relative_to(ROOT)}`" if row.backbones else "none"

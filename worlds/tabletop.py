@@ -317,6 +317,22 @@ class Tabletop:
         way = ((self.disc - self.start) * self.toward).sum(axis=1)
         self.success |= np.where(self.skill == PLACE, placed, ~touched & (way >= PUSH))
 
+    def obey(
+        self, length: int, rate: int, actions: Sequence[ndarray] = ()
+    ) -> tuple[ndarray, ndarray]:
+        """Carries out `length` actions (n, A), of which the last that is given is held, or the
+        expert's if none is -> those done (n, length, A), and the film (n, 1 + F, 48, 48, 3) with a
+        picture after every `rate` of them."""
+        seen = [self.render()]
+        done = []
+        for step in range(length):
+            action = actions[min(step, len(actions) - 1)] if len(actions) else self.expert()
+            self.advance(action)
+            done.append(action.clip(-1, 1))
+            if (step + 1) % rate == 0:
+                seen.append(self.render())
+        return np.stack(done, axis=1), np.stack(seen, axis=1)
+
     # -- the scripted expert ----------------------------------------------------------------------
 
     def expert(self, noise: float = 0.0, slip: ndarray | bool = False) -> ndarray:

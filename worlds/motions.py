@@ -7,7 +7,8 @@ that would end past the last frame ends there, and is not valid.
 import numpy as np
 from numpy import ndarray
 
-from worlds.robots import COLOURS, GRIP_SPEED, MAX_SPEED
+from worlds import tabletop
+from worlds.robots import GRIP_SPEED, MAX_SPEED
 from worlds.tabletop import Episode
 
 
@@ -36,15 +37,5 @@ def labels(episode: Episode, interval: int) -> ndarray:
 
 
 def places(episode: Episode) -> dict[str, ndarray]:
-    """Where the disc that the instruction names and the effector are in the picture, 0 to 1 from
-    left and top, and the opening: name -> (T + 1,). Nothing for an episode without instruction."""
-    words = episode.instruction.split()
-    named = [word for word in words if word in COLOURS]
-    if not named:
-        return {}
-    shots = episode.snapshots
-    colours = shots.colours[0].tolist()
-    number = colours.index(COLOURS.index(named[0]))
-    columns = np.column_stack([shots.discs[:, number], shots.effector, shots.opening])
-    names = ("object x", "object y", "effector x", "effector y", "opening")
-    return dict(zip(names, columns.T))
+    """Where things are in the pictures of an episode, as `tabletop.labels` names them: (T + 1,)."""
+    return tabletop.labels(episode.snapshots, episode.instruction)

@@ -439,17 +439,17 @@ def eased(way: ndarray) -> ndarray:
     return limited(way, np.minimum(0.35 * norm(way) + 0.006, 0.034))
 
 
-LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
+LABELS = ("object x", "object y", "effector x", "effector y", "opening")
 
 
-def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
-    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
-    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
-    skill, colour, side = task
-    disc = shot.discs[shot.colours == COLOURS.index(colour)]
-    toward = DIRECTIONS[SIDES.index(side)]
-    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
-    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
+def labels(shots: Snapshot, instruction: str) -> dict[str, ndarray]:
+    """Where the disc that an instruction names and the effector are at the T times of a world, 0 to
+    1 from left and top, and the opening: name -> (T,). Nothing without an instruction."""
+    named = [word for word in instruction.split() if word in COLOURS]
+    if not named:
+        return {}
+    disc = shots.discs[shots.colours == COLOURS.index(named[0])]
+    return dict(zip(LABELS, (*disc.T, *shots.effector.T, shots.opening)))
 
 
 # -- recording ------------------------------------------------------------------------------------

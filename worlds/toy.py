@@ -73,7 +73,7 @@ class Toy(World):
         return {"top": self.world.render()[0]}
 
     def labels(self) -> dict[str, float]:
-        found = labels(self.world.snapshot(), self.world.task[0])
+        found = labels(self.world.snapshot(), self.instruction)
         return {name: float(value[0]) for name, value in found.items()}
 
     def expert(self) -> ndarray:

@@ -42,10 +42,11 @@ from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
 from sample import ACTING, SHIPPED, Policy
+from scale.plan import table
 from weights.card import results_of
 from weights.files import read_json, write_json
 from weights.options import DEVICE, Parser, output_folder, run_command
-from worlds import EVALUATED, choice, episode_seeds, simulator
+from worlds import EVALUATED, choice, episode_seeds, names, simulator
 from worlds.fleet import PROCESSES, Fleet
 
 
@@ -113,13 +114,7 @@ def percent(rate: dict) -> str:
     return f"{share} {rate['successes']}/{rate['episodes']}"
 
 
-def columns(*lines: Sequence[str]) -> str:
-    """Lines of cells as text."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
+def report(rows: Sequence[dict], groups: Sequence[str]) -> str:
     """The rows as text, a line for all worlds and one for each group: success in per cent with its
     interval, mean steps of the solved worlds."""
     lines = [("policy", *rows[0]["settings"], "task", "success %", "steps")]
@@ -128,7 +123,7 @@ def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
         who = (row["policy"], *map(str, row["settings"].values()))
         lines.append((*who, "all", percent(row["all"]), steps))
         lines += [(*who, name, percent(row[name]), "") for name in groups if name in row]
-    return columns(*lines)
+    return "\n".join(table(*lines))
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -209,11 +204,6 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
 # -- the worlds -----------------------------------------------------------------------------------
 
 CARD = "meta/sim.json"  # of a recording: simulator, settings, and task and seed of every episode
-
-
-def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
-    """A list with commas, each one allowed."""
-    return [choice(name, allowed, option) for name in text.split(",")]
 
 
 def keys_of(sim: str) -> list[str]:
@@ -419,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = vars(args) | arena._asdict() | {"rows": rows}
     del card["look"]
     write_json(out / "evaluation.json", card)
-    print(table(rows, arena.tasks))
+    print(report(rows, arena.tasks))
     if args.steps == 1 and len(modes) == 2:
         print("At one Euler step joint and vla are the same computation: not two results, but one.")
     print(

@@ -15,10 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from formats.lerobot import Storage, write_v3
-from scripts.evaluate import CARD, columns, names, percent, rated, settings_of
+from scale.plan import table
+from scripts.evaluate import CARD, percent, rated, settings_of
 from weights.files import write_json
 from weights.options import Parser, output_folder, run_command
-from worlds import RECORDED, episode_seeds, simulator
+from worlds import RECORDED, episode_seeds, names, simulator
 from worlds.fleet import PROCESSES, Order, Recording, attempts
 
 
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task, found in card["tasks"].items():
         tries, successes, rows, seconds = found.values()
         lines.append((task, percent(rated(successes, tries)), f"{rows:.1f}", f"{seconds:.2f}"))
-    print(columns(*lines))
+    print(*table(*lines), sep="\n")
     size = sum(path.stat().st_size for path in args.out.rglob("*.*"))
     rows = sum(episode["rows"] for episode in card["episodes"])
     print(

@@ -16,11 +16,11 @@ from scripts import evaluate
 from scripts.evaluate import (
     RandomPolicy,
     read_card,
+    report,
     rollout,
     save_films,
     settings_of,
     summary,
-    table,
     view,
     wilson,
 )
@@ -154,7 +154,7 @@ def test_the_table_shows_rates_with_their_intervals():
     not measured has none."""
     success, skill = np.array([True, False]), np.array(["place", "place"])
     row = summary(success, skill, np.array([30, 100]), SKILLS)
-    text = table([{"policy": "joint", "settings": {"split": "eval"}, **row}], SKILLS)
+    text = report([{"policy": "joint", "settings": {"split": "eval"}, **row}], SKILLS)
     head, every, place = text.splitlines()
     assert head.split()[:4] == ["policy", "split", "task", "success"]
     assert every.split()[:3] == ["joint", "eval", "all"] and every.split()[-1] == "30.0"

@@ -17,7 +17,7 @@ from worlds import (
     simulator,
     toy,
 )
-from worlds.fleet import Order, attempt
+from worlds.fleet import Order, attempt, made
 
 
 def play(world: World, seed: int, actions: np.ndarray) -> tuple:
@@ -158,7 +158,7 @@ def test_scenes_to_record_are_not_scenes_to_be_tried_on():
 def test_without_metaworld_one_line_says_what_to_install():
     """No traceback of an import, but the name of the extra."""
     with pytest.raises(ValueError, match=r"pip install 'motus\[sim\]'"):
-        metaworld.make("reach")
+        made("metaworld", "reach", {})
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,11 @@ def choice(value: object, allowed: Collection, field: str = "task") -> object:
     return value
 
 
+def names(text: str, allowed: Collection, field: str) -> list[str]:
+    """A list with commas, each one allowed."""
+    return [choice(name, allowed, field) for name in text.split(",") if name]
+
+
 def simulator(name: str) -> ModuleType:
     """A file of this folder, or any other module that Python finds."""
     own = f"worlds.{name}"

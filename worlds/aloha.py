@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from worlds import World, as_labels, checked, choice
+from worlds import World, as_labels, checked, choice, names
 from worlds.eye import Eye
 
 TASKS = {
@@ -68,7 +68,7 @@ class TransferCube(World):
     ):
         choice(task, TASKS)
         package = find_spec("gym_aloha")
-        if not (package and find_spec("mujoco")):
+        if not package:
             raise ValueError(MISSING)
         import mujoco
         from scipy.spatial.transform import Rotation
@@ -83,7 +83,7 @@ class TransferCube(World):
         self.hold = hold
         self.fps = round(50 / hold)
         self.max_steps = round(400 / hold)
-        self.cameras = [choice(name, CAMERAS, "camera") for name in cameras.split(",") if name]
+        self.cameras = names(cameras, CAMERAS, "camera")
         folder = Path(package.submodule_search_locations[0])
         scene = folder / "assets" / "bimanual_viperx_transfer_cube.xml"
         self.model = mujoco.MjModel.from_xml_path(str(scene))

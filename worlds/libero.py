@@ -39,12 +39,10 @@ class Libero(World):
 
     def __init__(self, task: str, size: int = 128, cameras: str = "agentview,robot0_eye_in_hand"):
         suite, number = choice(task, tuple(TASKS)).split("/")
-        try:
-            import mujoco
-            from libero.libero import benchmark, get_libero_path
-            from libero.libero.envs.env_wrapper import ControlEnv
-        except ImportError as error:
-            raise ValueError(f"{MISSING} ({error})") from error
+        import mujoco
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs.env_wrapper import ControlEnv
+
         tasks = benchmark.get_benchmark(suite)()
         chosen = tasks.get_task(int(number))
         self.starts = np.asarray(tasks.get_task_init_states(int(number)))

@@ -30,7 +30,7 @@ import warnings
 import numpy as np
 from numpy import ndarray
 
-from worlds import World, as_labels, checked, choice
+from worlds import World, as_labels, checked, choice, names
 from worlds.eye import Eye
 
 INSTRUCTIONS = """
@@ -83,13 +83,11 @@ class MetaWorld(World):
     def __init__(
         self, task: str, size: int = 96, cameras: str = "corner4,gripperPOV", hold: int = 4
     ):
-        try:
-            import mujoco
-            from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as CLASSES
-            from metaworld.policies import ENV_POLICY_MAP
-        except ImportError as error:
-            raise ValueError(f"{MISSING} ({error})") from error
-        self.cameras = tuple(choice(name, CAMERAS, "camera") for name in cameras.split(",") if name)
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as CLASSES
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.cameras = names(cameras, CAMERAS, "camera")
         if not 16 <= size <= 512 or hold not in (1, 2, 4, 5, 8):
             raise ValueError(
                 f"size is {size}, hold is {hold}; expected 16 to 512, and 1, 2, 4, 5 or 8"

@@ -20,17 +20,10 @@ class Tabletops(Tabletop):
     fps = 15
     max_steps = 100
 
-    def __init__(
-        self,
-        tasks: list[str],
-        n: int,
-        split: str = "eval",
-        randomized: bool = False,
-        embodiment: str = "gripper",
-    ):
-        super().__init__(n, embodiment, randomized, split)
+    def __init__(self, tasks: list[str], n: int, split: str = "eval", **look):
+        super().__init__(n, split=split, **look)
         self.size = n
-        self.robot = embodiment
+        self.robot = self.embodiment.name
         self.action_dim = self.embodiment.action_dim
         self.tasks = [task for task in self.tasks if task[0] in tasks]
 
@@ -52,7 +45,8 @@ class Toy(World):
     def __init__(
         self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"
     ):
-        self.world = Tabletops([choice(task, tuple(TASKS))], 1, split, randomized, embodiment)
+        look = dict(randomized=randomized, embodiment=embodiment)
+        self.world = Tabletops([choice(task, tuple(TASKS))], 1, split, **look)
         self.robot = self.world.robot
         self.action_dim = self.world.action_dim
 

@@ -1,6 +1,6 @@
 """Speed, measured and counted: the figures of docs/speed.md come from here.
 
-    python -m scripts.bench                     ratios of sampler and training step, in turns
+    python -m scripts.bench                     ratios of the sampler, in turns
     python -m scripts.bench --count             FLOPs and calls of a chunk at full size
     python -m scripts.bench --int8 runs/stage3  what an int8 video expert changes, per mode
     python -m scripts.bench --gpu               milliseconds per chunk, each kernel beside torch's
@@ -36,7 +36,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
@@ -47,12 +47,10 @@ import attention
 import data
 import flow
 from backbones import wan
-from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
+from motus import PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
-from scale.batches import draw_noise
 from scale.fast import compile_sampler, quantise, sample_action_first
-from scale.plan import example, frozen_parts
-from scale.sharding import parallelize
+from scale.plan import frozen_parts
 from scripts.readme import table
 from weights.options import DEVICE, Parser, output_file, run_command
 
@@ -238,52 +236,12 @@ def small_chunk() -> Chunk:
     return chunk_of(model, drawn(config, 1, (16, 16), TEXT, 130))
 
 
-def trainer(inputs: Inputs, name: str, compiled: bool) -> Callable[[], float]:
-    """A step of stage 3 of the toy: forward and backward pass, clipping, AdamW; gives the loss."""
-    torch.manual_seed(0)
-    model = Motus(preset("toy"))
-    compute = parallelize(model, EXPERTS, compiled=compiled)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> float:
-        noise = draw_noise(inputs, seeded())
-        with implementation(name):
-            loss = compute(inputs, noise).total()
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
-    """A training step with fused attention, and with each layer compiled too, against attention
-    written out."""
-    inputs = example("toy", "3").map(lambda x: x.expand(batch, *x.shape[1:]).clone())
-    for x in (inputs.latents, inputs.context, inputs.und, inputs.state, inputs.actions):
-        x.normal_()
-    inputs.action_mask = torch.ones_like(inputs.actions, dtype=torch.bool)
-    inputs.und_mask = torch.ones(inputs.und.shape[:2], dtype=torch.bool)
-    rows = []
-    for how in (False, True) if compiled else (False,):
-        ours = trainer(inputs, "sdpa", how)
-        plain = trainer(inputs, "plain", False)
-        losses = [torch.tensor([step() for _ in range(3)]) for step in (ours, plain)]
-        same = f"{agree(*losses)} (loss)"
-        name = f"training step, toy, batch {batch}{', compiled' if how else ''}"
-        rows.append([name, "attention written out", *in_turns(ours, plain, rounds), same])
-    return rows
-
-
-def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
+def ratios(steps: int, rounds: int, compiled: bool) -> str:
     torch.manual_seed(0)
     head = ["what", "against", "ours, ms", "other, ms", "other / ours", "largest difference"]
     rows = [
         *sampler_ratios("toy", toy_chunk(), steps, rounds, compiled),
         *sampler_ratios("3 layers of `small`", small_chunk(), steps, rounds, False),
-        *training_ratios(batch, rounds, compiled),
     ]
     return table(head, rows)
 
@@ -468,7 +426,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--gpu", False, "measure on the first GPU")
     add("--compile", False, "ratios: also of compiled graphs (minutes)")
     add("--rounds", 7, "pairs that are timed")
-    add("--batch", 32, "samples of a training step")
     add("--steps", 10, "Euler steps of the sampler")
     add("--episodes", 32, "windows of --int8")
     add("--seed", 0, "of windows and noise of --int8")
@@ -482,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.int8:
         text = int8_drift(args.int8, args.steps, args.episodes, args.seed)
     else:
-        text = ratios(args.steps, args.rounds, args.batch, args.compile)
+        text = ratios(args.steps, args.rounds, args.compile)
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

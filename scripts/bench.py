@@ -2,7 +2,6 @@
 
     python -m scripts.bench                     ratios of the sampler, in turns
     python -m scripts.bench --count             FLOPs and calls of a chunk at full size
-    python -m scripts.bench --int8 runs/stage3  what an int8 video expert changes, per mode
     python -m scripts.bench --gpu               milliseconds per chunk, each kernel beside torch's
 
 `--out FILE` writes the table down with command, machine and date.
@@ -44,15 +43,14 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
-import data
 import flow
 from backbones import wan
 from motus import PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
-from scale.fast import compile_sampler, quantise, sample_action_first
+from scale.fast import compile_sampler, sample_action_first
 from scale.plan import frozen_parts
 from scripts.readme import table
-from weights.options import DEVICE, Parser, output_file, run_command
+from weights.options import Parser, output_file, run_command
 
 # A usual instruction's rows, understanding tokens, and the latent grid of 384 x 320 pixels.
 TEXT = 20
@@ -315,36 +313,6 @@ def count(steps: int) -> str:
     return table([title, "TFLOP: trunk", "VLM", "VAE", "all", calls], rows)
 
 
-# -- int8 -----------------------------------------------------------------------------------------
-
-
-def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
-    """Per mode, what int8 weights of the video expert change in a sample on held-out windows,
-    relative to its size."""
-    policy = Policy.load(ckpt, steps=steps)
-    card = policy.card
-    seen = (policy.model.config, policy.statistics, episodes, seed)
-    batch = data.held_out(None, card.stage, card.preset, *seen)
-    inputs = data.encode(batch, policy.backbones).to(policy.device)
-
-    def samples() -> dict[tuple[str, str], Tensor]:
-        found = {}
-        for mode in policy.stage.modes:
-            policy.generator.manual_seed(seed)
-            for modality, made in zip(("video", "action"), policy.sample(inputs, mode)):
-                if made is not None:
-                    found[mode, modality] = made
-        return found
-
-    exact = samples()
-    quantise(policy.model)
-    rows = []
-    for name, rounded in samples().items():
-        change = (rounded - exact[name]).norm() / exact[name].norm()
-        rows.append([*name, 100 * change.item()])
-    return table(["mode", "modality", "sample, error in %"], rows)
-
-
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -422,22 +390,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.option
     add("--count", False, "count the FLOPs of a chunk at full size")
-    add("--int8", str, "drift of a stage-3 run with an int8 video expert", metavar="CKPT")
     add("--gpu", False, "measure on the first GPU")
     add("--compile", False, "ratios: also of compiled graphs (minutes)")
     add("--rounds", 7, "pairs that are timed")
     add("--steps", 10, "Euler steps of the sampler")
-    add("--episodes", 32, "windows of --int8")
-    add("--seed", 0, "of windows and noise of --int8")
-    add(*DEVICE)
     add("--out", output_file, "Markdown file to write")
     args = parser.parse_args(argv)
     if args.gpu:
         text = gpu(preset("full"), args.steps)
     elif args.count:
         text = count(args.steps)
-    elif args.int8:
-        text = int8_drift(args.int8, args.steps, args.episodes, args.seed)
     else:
         text = ratios(args.steps, args.rounds, args.compile)
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"

@@ -4,7 +4,7 @@
     python -m scripts.bench --count             FLOPs and calls of a chunk at full size
     python -m scripts.bench --gpu               milliseconds per chunk, each kernel beside torch's
 
-`--out FILE` writes the table down with command, machine and date.
+Below the table stand command, machine and date.
 
     official   the official order of work (models/motus.py, inference_step): at every Euler step
                the VLM again, keys and values of all padded text rows again in every layer, a row of
@@ -50,7 +50,7 @@ from sample import Policy
 from scale.fast import compile_sampler, sample_action_first
 from scale.plan import frozen_parts
 from scripts.readme import table
-from weights.options import Parser, output_file, run_command
+from weights.options import Parser, run_command
 
 # A usual instruction's rows, understanding tokens, and the latent grid of 384 x 320 pixels.
 TEXT = 20
@@ -135,7 +135,8 @@ class Chunk(NamedTuple):
     decode: Callable[[Tensor], object]
 
     def sample(self, steps: int, way: Callable = Motus.sample) -> Tensor:
-        return way(self.model, self.observe(), "joint", steps, generator=seeded()).actions
+        found = way(self.model, self.observe(), "joint", steps, generator=seeded())
+        return found.actions
 
     @torch.no_grad()
     def sample_officially(self, steps: int) -> Tensor:
@@ -394,7 +395,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--compile", False, "ratios: also of compiled graphs (minutes)")
     add("--rounds", 7, "pairs that are timed")
     add("--steps", 10, "Euler steps of the sampler")
-    add("--out", output_file, "Markdown file to write")
     args = parser.parse_args(argv)
     if args.gpu:
         text = gpu(preset("full"), args.steps)
@@ -409,9 +409,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     day = datetime.date.today()
     text += f"\n\n`{command}`, {device}, torch {torch.__version__}, {day}"
     print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(f"# Speed\n\n{text}\n")
 
 
 if __name__ == "__main__":

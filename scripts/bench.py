@@ -57,6 +57,8 @@ TEXT = 20
 UND = 200
 SIDE = (24, 20)
 
+Work = Callable[[], object]
+
 # -- measuring ------------------------------------------------------------------------------------
 
 
@@ -65,16 +67,14 @@ def implementation(name: str) -> mock._patch_dict:
     return mock.patch.dict(os.environ, MOTUS_ATTENTION=name)
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Work) -> float:
     """Of the process: ratios are those of a CPU."""
     begun = time.process_time()
     work()
     return time.process_time() - begun
 
 
-def in_turns(
-    ours: Callable[[], object], other: Callable[[], object], rounds: int
-) -> tuple[float, float, float]:
+def in_turns(ours: Work, other: Work, rounds: int) -> tuple[float, float, float]:
     """Median milliseconds of each, and the median of other / ours pair by pair, after one warm-up
     of both."""
     ours()
@@ -249,7 +249,7 @@ def ratios(steps: int, rounds: int, compiled: bool) -> str:
 
 
 @torch.no_grad()
-def flops_of(work: Callable[[], object]) -> int:
+def flops_of(work: Work) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -317,7 +317,7 @@ def count(steps: int) -> str:
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
-def milliseconds(work: Callable[[], object]) -> float:
+def milliseconds(work: Work) -> float:
     """Median of a call on the device, after a warm-up that also compiles."""
     work()
     return 1000 * Timer("work()", globals={"work": work}).blocked_autorange().median
@@ -345,7 +345,6 @@ def kernel_cases(config: MotusConfig, device: str) -> dict[str, tuple]:
     }
 
 
-@torch.no_grad()
 def kernel_times(config: MotusConfig, device: str) -> Iterator[list]:
     """Name and milliseconds of each kernel, of torch's own, and compiled from the plain version."""
     for name, arguments in kernel_cases(config, device).items():

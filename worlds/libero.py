@@ -87,7 +87,8 @@ class Libero(World):
         pictures = {}
         for camera in self.cameras:
             self.renderer.update_scene(self.data, camera=camera, scene_option=self.look)
-            pictures[camera] = np.fliplr(self.renderer.render()).copy()
+            picture = self.renderer.render()
+            pictures[camera] = np.fliplr(picture).copy()
         return pictures
 
 

@@ -406,7 +406,8 @@ def test_too_little_memory_is_refused_with_what_would_fit():
     with pytest.raises(ValueError, match="fit with --gpus 4 or --set lora=16 or --memory"):
         train.main(["--plan", "--full", "--gpus", "1", "--memory", "40"])
     adapters = Plan("full", "3", 1, 24 * GB, lora=16)
-    assert re.search(r"on 1 GPUs .* fit with --params bf16 or --memory 3\d$", adapters.refusal())
+    words = r"on each of 1 ranks .* fit with --params bf16 or --memory 3\d$"
+    assert re.search(words, adapters.refusal())
 
 
 def test_the_report_says_all_that_it_promises(capsys):

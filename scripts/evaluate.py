@@ -15,6 +15,7 @@ Every world is observed, a chunk of actions is predicted, its first `--execute` 
 out, and so on until it is solved or `--max-steps` are over. A row of the table pools all seeds; its
 interval is Wilson's, at 95 %, which stays inside 0..1 and honest for few episodes. The worlds of a
 row depend on seed, task and settings alone, so the rows of two policies see the same worlds.
+evaluation.json says too how many actions the solved worlds took.
 
 Shapes: n worlds, H W pixels, S actions of a chunk, A action dimensions, F predicted video frames.
 """
@@ -42,7 +43,7 @@ from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
 from sample import ACTING, SHIPPED, Policy
-from scale.plan import table
+from scripts.readme import evaluation_result
 from weights.card import results_of
 from weights.files import read_json, write_json
 from weights.options import DEVICE, Parser, output_folder, run_command
@@ -106,24 +107,6 @@ def summary(success: ndarray, group: ndarray, steps: ndarray, groups: Sequence[s
     chosen = {"all": success} | {name: success[group == name] for name in groups}
     rates = {name: rated(int(one.sum()), len(one)) for name, one in chosen.items() if len(one)}
     return rates | {"mean_steps": float(steps[success].mean()) if success.any() else None}
-
-
-def percent(rate: dict) -> str:
-    low, high = (100 * bound for bound in rate["interval"])
-    share = f"{100 * rate['rate']:5.1f} [{low:4.1f}, {high:5.1f}]"
-    return f"{share} {rate['successes']}/{rate['episodes']}"
-
-
-def report(rows: Sequence[dict], groups: Sequence[str]) -> str:
-    """The rows as text, a line for all worlds and one for each group: success in per cent with its
-    interval, mean steps of the solved worlds."""
-    lines = [("policy", *rows[0]["settings"], "task", "success %", "steps")]
-    for row in rows:
-        steps = "-" if row["mean_steps"] is None else f"{row['mean_steps']:.1f}"
-        who = (row["policy"], *map(str, row["settings"].values()))
-        lines.append((*who, "all", percent(row["all"]), steps))
-        lines += [(*who, name, percent(row[name]), "") for name in groups if name in row]
-    return "\n".join(table(*lines))
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -409,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = vars(args) | arena._asdict() | {"rows": rows}
     del card["look"]
     write_json(out / "evaluation.json", card)
-    print(report(rows, arena.tasks))
+    print(evaluation_result(card))
     if args.steps == 1 and len(modes) == 2:
         print("At one Euler step joint and vla are the same computation: not two results, but one.")
     print(

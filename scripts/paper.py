@@ -33,8 +33,8 @@ from backbones.optical_flow import augmented
 from formats.motions import Motions, motions
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS
-from scripts import evaluate
-from scripts.readme import table
+from scripts.evaluate import rated
+from scripts.readme import percent, table
 from weights.files import read_json, write_json
 from weights.options import DEVICE, Parser, output_folder, run_command
 
@@ -162,9 +162,9 @@ def downstream(args: argparse.Namespace, about: str) -> None:
         won = np.array([cell["successes"] for cell in cells]).reshape(len(seeds), -1)
         worlds = cells[0]["episodes"]
         rates.append(won / worlds)
-        pooled = [evaluate.rated(k, worlds * len(seeds)) for k in won.sum(axis=0).tolist()]
+        pooled = [rated(k, worlds * len(seeds)) for k in won.sum(axis=0).tolist()]
         each = (100 * rates[-1].T).round()
-        texts = [f"{evaluate.percent(rate)} ({one})" for rate, one in zip(pooled, each)]
+        texts = [f"{percent(rate)} ({one})" for rate, one in zip(pooled, each)]
         rows.append([arm, *texts])
         ends = np.array([rate["interval"] for rate in pooled])
         axis.plot(counts, 100 * rates[-1].mean(axis=0), marker="o", label=arm)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from motus import PRESETS, STAGES
 from scale.plan import meta_model, parameters
-from scripts.evaluate import percent
 from train import settings_for
 from weights.options import run_command
 
@@ -149,6 +148,13 @@ def samples_result(stored: dict) -> str:
             cells = [f"{found[column]:.4g}" if column in found else "" for column in columns]
             rows.append((f"`{mode}`", name, *cells))
     return command("sample.py", stored) + table(("mode", "figure", *columns), rows)
+
+
+def percent(rate: dict) -> str:
+    """A rate of success in per cent, with its interval."""
+    low, high = (100 * bound for bound in rate["interval"])
+    share = f"{100 * rate['rate']:5.1f} [{low:4.1f}, {high:5.1f}]"
+    return f"{share} {rate['successes']}/{rate['episodes']}"
 
 
 def evaluation_result(stored: dict) -> str:

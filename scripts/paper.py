@@ -162,7 +162,8 @@ def downstream(args: argparse.Namespace, about: str) -> None:
         won = np.array([cell["successes"] for cell in cells]).reshape(len(seeds), -1)
         worlds = cells[0]["episodes"]
         rates.append(won / worlds)
-        pooled = [rated(k, worlds * len(seeds)) for k in won.sum(axis=0).tolist()]
+        wins = won.sum(axis=0).tolist()
+        pooled = [rated(count, worlds * len(seeds)) for count in wins]
         each = (100 * rates[-1].T).round()
         texts = [f"{percent(rate)} ({one})" for rate, one in zip(pooled, each)]
         rows.append([arm, *texts])

@@ -137,14 +137,12 @@ def read_log(path: Path) -> list[dict[str, str]]:
 def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
     """The loss curves of a run as curve.png beside its log: per modality, and per time bin where
     there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows = read_log(log)
     names = [name for name in names if any(row.get(name) for row in rows)]
-    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.2), squeeze=False)
+    figure = Figure((4.5 * len(names), 3.2))
+    axes = figure.subplots(1, len(names), squeeze=False)
     figure.subplots_adjust(0.14 / len(names), 0.15, 0.98, 0.91)
     for axis, name in zip(axes[0], names):
         labels = {name: "all times"}
@@ -158,4 +156,3 @@ def plot_curve(log: Path, names: tuple[str, str] = MODALITIES) -> None:
         axis.set(title=f"{name} loss", xlabel="step", yscale="log")
         axis.legend(fontsize=7)
     figure.savefig(log.with_name("curve.png"), dpi=110)
-    plt.close(figure)

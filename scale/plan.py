@@ -63,6 +63,7 @@ from scale import lora, sharding
 from scale.batches import divide
 from scale.ranks import Ranks
 from weights.card import steps_of
+from weights.options import Parser
 
 GB = 1e9
 BYTES = {"fp32": 4, "bf16": 2}
@@ -489,18 +490,18 @@ def report(plan: Plan, mfu: float, peak: float) -> str:
     return "\n".join(lines)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: Parser) -> None:
     """Those that --plan has beside --preset and --stage."""
-    add = parser.add_argument_group("a plan").add_argument
-    add("--plan", action="store_true", help="say memory, FLOPs and hours, and train nothing")
-    add("--gpus", type=int, default=8, help="ranks that share one copy of the weights")
-    add("--memory", type=float, default=80, help="GB of one card")
-    add("--batch", type=int, default=256, help="global batch")
-    add("--mfu", type=float, default=0.4, help="share of the peak, nothing computed again")
-    add("--peak", type=float, default=989, help="dense bf16 TFLOP/s of one card (H100, H200: 989)")
-    add("--params", default="fp32", choices=BYTES, help="dtype of weights, gradients and moments")
+    add = parser.option
+    add("--plan", False, "say memory, FLOPs and hours, and train nothing")
+    add("--gpus", 8, "of a plan: ranks that share one copy of the weights")
+    add("--memory", 80.0, "of a plan: GB of one card")
+    add("--batch", 256, "of a plan: global batch")
+    add("--mfu", 0.4, "of a plan: share of the peak, nothing computed again")
+    add("--peak", 989.0, "of a plan: dense bf16 TFLOP/s of one card (H100, H200: 989)")
+    add("--params", "fp32", "of a plan: dtype of weights, gradients and moments", choices=BYTES)
     places = ("cached", "live")
-    add("--frozen", default="cached", choices=places, help="backbones: in a cache, or on a card")
+    add("--frozen", "cached", "of a plan: backbones in a cache, or on a card", choices=places)
 
 
 def main(args: argparse.Namespace) -> None:

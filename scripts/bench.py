@@ -1,11 +1,10 @@
 """Speed, measured and counted: the figures of docs/speed.md come from here.
 
-    python -m scripts.bench                     ratios of sampler and training step, in turns
+    python -m scripts.bench                     ratios of the sampler, in turns
     python -m scripts.bench --count             FLOPs and calls of a chunk at full size
-    python -m scripts.bench --int8 runs/stage3  what an int8 video expert changes, per mode
     python -m scripts.bench --gpu               milliseconds per chunk, each kernel beside torch's
 
-`--out FILE` writes the table down with command, machine and date.
+Below the table stand command, machine and date.
 
     official   the official order of work (models/motus.py, inference_step): at every Euler step
                the VLM again, keys and values of all padded text rows again in every layer, a row of
@@ -36,7 +35,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
@@ -44,22 +43,21 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention
-import data
 import flow
 from backbones import wan
-from motus import EXPERTS, PRESETS, Inputs, Layer, Motus, MotusConfig, preset
+from motus import PRESETS, Inputs, Layer, Motus, MotusConfig, preset
 from sample import Policy
-from scale.batches import draw_noise
-from scale.fast import compile_sampler, quantise, sample_action_first
-from scale.plan import example, frozen_parts
-from scale.sharding import parallelize
+from scale.fast import compile_sampler, sample_action_first
+from scale.plan import frozen_parts
 from scripts.readme import table
-from weights.options import DEVICE, Parser, output_file, run_command
+from weights.options import Parser, run_command
 
 # A usual instruction's rows, understanding tokens, and the latent grid of 384 x 320 pixels.
 TEXT = 20
 UND = 200
 SIDE = (24, 20)
+
+Work = Callable[[], object]
 
 # -- measuring ------------------------------------------------------------------------------------
 
@@ -69,19 +67,14 @@ def implementation(name: str) -> mock._patch_dict:
     return mock.patch.dict(os.environ, MOTUS_ATTENTION=name)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Of the process on a CPU, of the wall on a GPU."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    begun = clock()
+def seconds(work: Work) -> float:
+    """Of the process: ratios are those of a CPU."""
+    begun = time.process_time()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return clock() - begun
+    return time.process_time() - begun
 
 
-def in_turns(
-    ours: Callable[[], object], other: Callable[[], object], rounds: int
-) -> tuple[float, float, float]:
+def in_turns(ours: Work, other: Work, rounds: int) -> tuple[float, float, float]:
     """Median milliseconds of each, and the median of other / ours pair by pair, after one warm-up
     of both."""
     ours()
@@ -142,7 +135,8 @@ class Chunk(NamedTuple):
     decode: Callable[[Tensor], object]
 
     def sample(self, steps: int, way: Callable = Motus.sample) -> Tensor:
-        return way(self.model, self.observe(), "joint", steps, generator=seeded()).actions
+        found = way(self.model, self.observe(), "joint", steps, generator=seeded())
+        return found.actions
 
     @torch.no_grad()
     def sample_officially(self, steps: int) -> Tensor:
@@ -241,52 +235,12 @@ def small_chunk() -> Chunk:
     return chunk_of(model, drawn(config, 1, (16, 16), TEXT, 130))
 
 
-def trainer(inputs: Inputs, name: str, compiled: bool) -> Callable[[], float]:
-    """A step of stage 3 of the toy: forward and backward pass, clipping, AdamW; gives the loss."""
-    torch.manual_seed(0)
-    model = Motus(preset("toy"))
-    compute = parallelize(model, EXPERTS, compiled=compiled)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> float:
-        noise = draw_noise(inputs, seeded())
-        with implementation(name):
-            loss = compute(inputs, noise).total()
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.item()
-
-    return step
-
-
-def training_ratios(batch: int, rounds: int, compiled: bool) -> list[list]:
-    """A training step with fused attention, and with each layer compiled too, against attention
-    written out."""
-    inputs = example("toy", "3").map(lambda x: x.expand(batch, *x.shape[1:]).clone())
-    for x in (inputs.latents, inputs.context, inputs.und, inputs.state, inputs.actions):
-        x.normal_()
-    inputs.action_mask = torch.ones_like(inputs.actions, dtype=torch.bool)
-    inputs.und_mask = torch.ones(inputs.und.shape[:2], dtype=torch.bool)
-    rows = []
-    for how in (False, True) if compiled else (False,):
-        ours = trainer(inputs, "sdpa", how)
-        plain = trainer(inputs, "plain", False)
-        losses = [torch.tensor([step() for _ in range(3)]) for step in (ours, plain)]
-        same = f"{agree(*losses)} (loss)"
-        name = f"training step, toy, batch {batch}{', compiled' if how else ''}"
-        rows.append([name, "attention written out", *in_turns(ours, plain, rounds), same])
-    return rows
-
-
-def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
+def ratios(steps: int, rounds: int, compiled: bool) -> str:
     torch.manual_seed(0)
     head = ["what", "against", "ours, ms", "other, ms", "other / ours", "largest difference"]
     rows = [
         *sampler_ratios("toy", toy_chunk(), steps, rounds, compiled),
         *sampler_ratios("3 layers of `small`", small_chunk(), steps, rounds, False),
-        *training_ratios(batch, rounds, compiled),
     ]
     return table(head, rows)
 
@@ -295,7 +249,7 @@ def ratios(steps: int, rounds: int, batch: int, compiled: bool) -> str:
 
 
 @torch.no_grad()
-def flops_of(work: Callable[[], object]) -> int:
+def flops_of(work: Work) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -360,40 +314,10 @@ def count(steps: int) -> str:
     return table([title, "TFLOP: trunk", "VLM", "VAE", "all", calls], rows)
 
 
-# -- int8 -----------------------------------------------------------------------------------------
-
-
-def int8_drift(ckpt: str, steps: int, episodes: int, seed: int) -> str:
-    """Per mode, what int8 weights of the video expert change in a sample on held-out windows,
-    relative to its size."""
-    policy = Policy.load(ckpt, steps=steps)
-    card = policy.card
-    seen = (policy.model.config, policy.statistics, episodes, seed)
-    batch = data.held_out(None, card.stage, card.preset, *seen)
-    inputs = data.encode(batch, policy.backbones).to(policy.device)
-
-    def samples() -> dict[tuple[str, str], Tensor]:
-        found = {}
-        for mode in policy.stage.modes:
-            policy.generator.manual_seed(seed)
-            for modality, made in zip(("video", "action"), policy.sample(inputs, mode)):
-                if made is not None:
-                    found[mode, modality] = made
-        return found
-
-    exact = samples()
-    quantise(policy.model)
-    rows = []
-    for name, rounded in samples().items():
-        change = (rounded - exact[name]).norm() / exact[name].norm()
-        rows.append([*name, 100 * change.item()])
-    return table(["mode", "modality", "sample, error in %"], rows)
-
-
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
-def milliseconds(work: Callable[[], object]) -> float:
+def milliseconds(work: Work) -> float:
     """Median of a call on the device, after a warm-up that also compiles."""
     work()
     return 1000 * Timer("work()", globals={"work": work}).blocked_autorange().median
@@ -421,7 +345,6 @@ def kernel_cases(config: MotusConfig, device: str) -> dict[str, tuple]:
     }
 
 
-@torch.no_grad()
 def kernel_times(config: MotusConfig, device: str) -> Iterator[list]:
     """Name and milliseconds of each kernel, of torch's own, and compiled from the plain version."""
     for name, arguments in kernel_cases(config, device).items():
@@ -467,25 +390,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.option
     add("--count", False, "count the FLOPs of a chunk at full size")
-    add("--int8", str, "drift of a stage-3 run with an int8 video expert", metavar="CKPT")
     add("--gpu", False, "measure on the first GPU")
     add("--compile", False, "ratios: also of compiled graphs (minutes)")
     add("--rounds", 7, "pairs that are timed")
-    add("--batch", 32, "samples of a training step")
     add("--steps", 10, "Euler steps of the sampler")
-    add("--episodes", 32, "windows of --int8")
-    add("--seed", 0, "of windows and noise of --int8")
-    add(*DEVICE)
-    add("--out", output_file, "Markdown file to write")
     args = parser.parse_args(argv)
     if args.gpu:
         text = gpu(preset("full"), args.steps)
     elif args.count:
         text = count(args.steps)
-    elif args.int8:
-        text = int8_drift(args.int8, args.steps, args.episodes, args.seed)
     else:
-        text = ratios(args.steps, args.rounds, args.batch, args.compile)
+        text = ratios(args.steps, args.rounds, args.compile)
     device = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -493,9 +408,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     day = datetime.date.today()
     text += f"\n\n`{command}`, {device}, torch {torch.__version__}, {day}"
     print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(f"# Speed\n\n{text}\n")
 
 
 if __name__ == "__main__":

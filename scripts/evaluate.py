@@ -15,6 +15,7 @@ Every world is observed, a chunk of actions is predicted, its first `--execute` 
 out, and so on until it is solved or `--max-steps` are over. A row of the table pools all seeds; its
 interval is Wilson's, at 95 %, which stays inside 0..1 and honest for few episodes. The worlds of a
 row depend on seed, task and settings alone, so the rows of two policies see the same worlds.
+evaluation.json says too how many actions the solved worlds took.
 
 Shapes: n worlds, H W pixels, S actions of a chunk, A action dimensions, F predicted video frames.
 """
@@ -30,7 +31,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product, repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,10 +42,11 @@ from formats.recordings import fit
 from formats.recordings import t_layout as as_t
 from motus import PRESETS
 from sample import ACTING, SHIPPED, Policy
+from scripts.readme import evaluation_result
 from weights.card import results_of
 from weights.files import read_json, write_json
 from weights.options import DEVICE, Parser, output_folder, run_command
-from worlds import EVALUATED, choice, episode_seeds, simulator
+from worlds import EVALUATED, choice, episode_seeds, names, simulator
 from worlds.fleet import PROCESSES, Fleet
 
 
@@ -105,30 +106,6 @@ def summary(success: ndarray, group: ndarray, steps: ndarray, groups: Sequence[s
     chosen = {"all": success} | {name: success[group == name] for name in groups}
     rates = {name: rated(int(one.sum()), len(one)) for name, one in chosen.items() if len(one)}
     return rates | {"mean_steps": float(steps[success].mean()) if success.any() else None}
-
-
-def percent(rate: dict) -> str:
-    low, high = (100 * bound for bound in rate["interval"])
-    share = f"{100 * rate['rate']:5.1f} [{low:4.1f}, {high:5.1f}]"
-    return f"{share} {rate['successes']}/{rate['episodes']}"
-
-
-def columns(*lines: Sequence[str]) -> str:
-    """Lines of cells as text."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def table(rows: Sequence[dict], groups: Sequence[str]) -> str:
-    """The rows as text, a line for all worlds and one for each group: success in per cent with its
-    interval, mean steps of the solved worlds."""
-    lines = [("policy", *rows[0]["settings"], "task", "success %", "steps")]
-    for row in rows:
-        steps = "-" if row["mean_steps"] is None else f"{row['mean_steps']:.1f}"
-        who = (row["policy"], *map(str, row["settings"].values()))
-        lines.append((*who, "all", percent(row["all"]), steps))
-        lines += [(*who, name, percent(row[name]), "") for name in groups if name in row]
-    return columns(*lines)
 
 
 # -- the loop -------------------------------------------------------------------------------------
@@ -211,11 +188,6 @@ def save_films(rollouts: Rollouts, folder: Path, name: str) -> None:
 CARD = "meta/sim.json"  # of a recording: simulator, settings, and task and seed of every episode
 
 
-def names(text: str, allowed: Sequence[str], option: str) -> list[str]:
-    """A list with commas, each one allowed."""
-    return [choice(name, allowed, option) for name in text.split(",")]
-
-
 def keys_of(sim: str) -> list[str]:
     """Settings of a simulator: the arguments of its `make`, but the task."""
     return list(inspect.signature(simulator(sim).make).parameters)[1:]
@@ -265,52 +237,48 @@ def view(
     return fit(picture, *size) if size else picture
 
 
-class Arena(NamedTuple):
-    """A simulator, some of its tasks, its settings, and the picture that a policy sees of it."""
+def arena(args: argparse.Namespace, policy: Policy | None) -> Callable[[dict], ndarray]:
+    """Puts into the arguments simulator, tasks and settings as they are where `args.like` or the
+    policy's preset says them; the picture that a policy sees of a world's cameras."""
+    like = {"sim": args.sim, "settings": {}, "tasks": (), "episodes": ()}
+    if args.like:
+        like = read_card(args.like)
+    sim = like["sim"] or (policy and PRESETS[policy.card.preset].world)
+    if not sim or args.sim not in (None, sim):
+        raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
+    recorded = [episode["seed"] for episode in like["episodes"]]
+    tried = [episode_seeds(seed, EVALUATED, args.episodes) for seed in args.seed]
+    both = np.intersect1d(recorded, tried)
+    if len(both):
+        raise ValueError(
+            f"{len(both)} of the scenes, such as {both[0]}, were recorded in {args.like}; "
+            "choose another --seed"
+        )
+    known = simulator(sim).TASKS
+    args.sim = sim
+    args.tasks = names(args.tasks or ",".join(like["tasks"] or known), known, "--tasks")
+    args.settings = like["settings"]
+    if policy is None:
+        return view
+    robot = policy.statistics
+    if "embodiment" in keys_of(sim):
+        args.settings = {"embodiment": robot.embodiment} | args.settings
+    return partial(view, cameras=robot.cameras, t_layout=robot.t_layout, size=robot.size)
 
-    sim: str
-    tasks: list[str]
-    settings: dict
-    look: Callable[[dict], ndarray]
 
-    @classmethod
-    def of(cls, args: argparse.Namespace, policy: Policy | None) -> "Arena":
-        like = {"sim": args.sim, "settings": {}, "tasks": (), "episodes": ()}
-        if args.like:
-            like = read_card(args.like)
-        sim = like["sim"] or (policy and PRESETS[policy.card.preset].world)
-        if not sim or args.sim not in (None, sim):
-            raise ValueError(f"--sim is {args.sim}; expected {sim or 'a simulator, or --like'}")
-        recorded = [episode["seed"] for episode in like["episodes"]]
-        tried = [episode_seeds(seed, EVALUATED, args.episodes) for seed in args.seed]
-        both = np.intersect1d(recorded, tried)
-        if len(both):
-            raise ValueError(
-                f"{len(both)} of the scenes, such as {both[0]}, were recorded in {args.like}; "
-                "choose another --seed"
-            )
-        known = simulator(sim).TASKS
-        tasks = names(args.tasks or ",".join(like["tasks"] or known), known, "--tasks")
-        settings = like["settings"]
-        if policy is None:
-            return cls(sim, tasks, settings, view)
-        robot = policy.statistics
-        if "embodiment" in keys_of(sim):
-            settings = {"embodiment": robot.embodiment} | settings
-        look = partial(view, cameras=robot.cameras, t_layout=robot.t_layout, size=robot.size)
-        return cls(sim, tasks, settings, look)
-
-    def worlds(self, settings: dict, args: argparse.Namespace) -> Iterator[tuple[str, Fleet]]:
-        """A fleet for each task; or all tasks at once, where a simulator can hold many worlds."""
-        settings = self.settings | settings
-        module = simulator(self.sim)
-        if hasattr(module, "many"):
-            yield "", module.many(self.tasks, args.episodes, **settings)
-            return
-        n = min(args.batch, args.episodes)
-        for task in self.tasks:
-            with Fleet(self.sim, task, n, self.look, settings, args.workers) as fleet:
-                yield task, fleet
+def fleets(
+    args: argparse.Namespace, look: Callable[[dict], ndarray], settings: dict
+) -> Iterator[tuple[str, Fleet]]:
+    """A fleet for each task; or all tasks at once, where a simulator can hold many worlds."""
+    settings = args.settings | settings
+    module = simulator(args.sim)
+    if hasattr(module, "many"):
+        yield "", module.many(args.tasks, args.episodes, **settings)
+        return
+    n = min(args.batch, args.episodes)
+    for task in args.tasks:
+        with Fleet(args.sim, task, n, look, settings, args.workers) as fleet:
+            yield task, fleet
 
 
 # -- the command ----------------------------------------------------------------------------------
@@ -385,14 +353,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("nobody acts; give --ckpt, --expert or --random")
     policy = Policy.load(args.ckpt, modes[0], args.steps, robot=args.robot) if modes else None
     hz = policy and policy.statistics.action_hz
-    arena = Arena.of(args, policy)
-    varied = settings_of(arena.sim, args.set)
-    looks = [dict(zip(varied, values)) for values in product(*varied.values())]
+    look = arena(args, policy)
+    varied = settings_of(args.sim, args.set)
+    changes = [dict(zip(varied, values)) for values in product(*varied.values())]
     out.mkdir(parents=True, exist_ok=True)
     # Who acts under which settings -> seed, task, success and steps of each episode.
     found: dict[tuple, list[tuple]] = defaultdict(list)
-    for number, look in enumerate(looks):
-        for task, worlds in arena.worlds(look, args):
+    for number, change in enumerate(changes):
+        for task, worlds in fleets(args, look, change):
             if hz and hz != worlds.fps:
                 raise ValueError(
                     f"{args.ckpt} acts {hz:g} times a second, the simulator {worlds.fps:g} times; "
@@ -408,18 +376,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if args.gif:  # apart, so that rates do not depend on it
                     count = min(args.gif, worlds.size)
                     films = next(play(name, policy, worlds, args.seed[0], count, args, filmed=True))
-                    title = filter(None, (name, *map(str, look.values()), task))
+                    title = filter(None, (name, *map(str, change.values()), task))
                     save_films(films, out, "_".join(title))
     rows = []
-    for name, (number, look) in product(actors, enumerate(looks)):
+    for name, (number, change) in product(actors, enumerate(changes)):
         seeds, group, success, steps = map(np.array, zip(*found[name, number]))
-        row = {"policy": name, "settings": look} | summary(success, group, steps, arena.tasks)
+        row = {"policy": name, "settings": change} | summary(success, group, steps, args.tasks)
         row["successes_per_seed"] = {one: int(success[seeds == one].sum()) for one in args.seed}
         rows.append(row)
-    card = vars(args) | arena._asdict() | {"rows": rows}
-    del card["look"]
+    card = vars(args) | {"rows": rows}
     write_json(out / "evaluation.json", card)
-    print(table(rows, arena.tasks))
+    print(evaluation_result(card))
     if args.steps == 1 and len(modes) == 2:
         print("At one Euler step joint and vla are the same computation: not two results, but one.")
     print(

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy import ndarray
 from torch import Tensor
 
 import data
@@ -32,8 +33,8 @@ from backbones.optical_flow import augmented
 from formats.motions import Motions, motions
 from latent_action import LatentActionConfig, LatentActionModel, fit, probe
 from motus import PRESETS
-from scripts import evaluate
-from scripts.readme import table
+from scripts.evaluate import rated
+from scripts.readme import percent, table
 from weights.files import read_json, write_json
 from weights.options import DEVICE, Parser, output_folder, run_command
 
@@ -120,7 +121,7 @@ stage 2, of at most the last count.
 ![Success over demonstrations](downstream.png)"""
 
 
-def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.ndarray:
+def savings(counts: ndarray, without: ndarray, within: ndarray) -> ndarray:
     """For each of `counts`, at which the arm `within` has these rates of success: how many times as
     many demonstrations the arm `without` needs for the same. Its curve is linear in log n and made
     to rise; beyond its ends the count there, which is then too many (a success that the fewest
@@ -131,9 +132,7 @@ def savings(counts: np.ndarray, without: np.ndarray, within: np.ndarray) -> np.n
     return np.exp(needed - logs)
 
 
-def interval(
-    counts: np.ndarray, without: np.ndarray, within: np.ndarray, worlds: int
-) -> np.ndarray:
+def interval(counts: ndarray, without: ndarray, within: ndarray, worlds: int) -> ndarray:
     """95 % intervals (counts, 2) of `savings`, of success rates (seeds, counts): seeds drawn with
     replacement, worlds of each cell drawn anew."""
     rng = np.random.default_rng(0)
@@ -163,9 +162,10 @@ def downstream(args: argparse.Namespace, about: str) -> None:
         won = np.array([cell["successes"] for cell in cells]).reshape(len(seeds), -1)
         worlds = cells[0]["episodes"]
         rates.append(won / worlds)
-        pooled = [evaluate.rated(k, worlds * len(seeds)) for k in won.sum(axis=0).tolist()]
+        wins = won.sum(axis=0).tolist()
+        pooled = [rated(count, worlds * len(seeds)) for count in wins]
         each = (100 * rates[-1].T).round()
-        texts = [f"{evaluate.percent(rate)} ({one})" for rate, one in zip(pooled, each)]
+        texts = [f"{percent(rate)} ({one})" for rate, one in zip(pooled, each)]
         rows.append([arm, *texts])
         ends = np.array([rate["interval"] for rate in pooled])
         axis.plot(counts, 100 * rates[-1].mean(axis=0), marker="o", label=arm)

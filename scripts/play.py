@@ -85,20 +85,6 @@ class Question:
         return found
 
 
-def obey(world: Tabletop, policy: Policy, actions: ndarray) -> tuple[ndarray, ndarray]:
-    """Carries out a chunk of actions (n, 3), whose last one is held, or the expert's if there are
-    none -> those done (S, 3), and the film (1+F, H, W, 3)."""
-    seen = [world.render()]
-    done = []
-    for step in range(policy.model.config.chunk):
-        action = actions[min(step, len(actions) - 1), None] if len(actions) else world.expert()
-        world.advance(action)
-        done.append(action.clip(-1, 1))
-        if (step + 1) % policy.statistics.rate == 0:
-            seen.append(world.render())
-    return np.concatenate(done), np.concatenate(seen)
-
-
 def picture(films: ndarray) -> str:
     """Films (n, 1+F, H, W, 3) uint8 as one picture, a row each, in a URL."""
     file = io.BytesIO()
@@ -123,11 +109,12 @@ def answered(policy: Policy, question: Question) -> tuple[ndarray, ndarray, dict
     inputs = policy.inputs(torch.tensor(world.render()), [text], state)
 
     # The simulator does all that a mode may be given.
+    chunk = policy.model.config.chunk
     if mode not in ACTING:
-        obeyed, truth = obey(world, policy, question.rows("actions", policy.model.config.chunk))
-        shot = torch.tensor(truth[None], device=policy.device)
+        obeyed, truth = world.obey(chunk, robot.rate, question.rows("actions", chunk)[:, None])
+        shot = torch.tensor(truth, device=policy.device)
         inputs.latents = policy.backbones.encode_video(shot)
-        inputs.actions = robot.actions.apply(torch.tensor(obeyed[None]).to(inputs.state))
+        inputs.actions = robot.actions.apply(torch.tensor(obeyed).to(inputs.state))
 
     # Each Euler step calls the network once, with what there is so far.
     policy.steps = question.steps
@@ -140,7 +127,7 @@ def answered(policy: Policy, question: Question) -> tuple[ndarray, ndarray, dict
     films = policy.backbones.decode_video(videos).cpu().numpy()
     actions = robot.actions.invert(actions.float()).cpu().numpy()
     if mode in ACTING:
-        obeyed, truth = obey(world, policy, actions[-1])
+        obeyed, truth = world.obey(chunk, robot.rate, actions[-1][:, None])
 
     times = flow.sampling_times(question.steps)
     rest = {
@@ -148,11 +135,11 @@ def answered(policy: Policy, question: Question) -> tuple[ndarray, ndarray, dict
         "goal": world.goal[0].tolist(),
         "times": [flow.pinned_times(what, times).tolist() for what in flow.MODES[mode][:2]],
         "actions": actions.tolist(),
-        "obeyed": obeyed.tolist(),
+        "obeyed": obeyed[0].tolist(),
         "state": world.state()[0].tolist(),
         "solved": world.success.tolist()[0],
     }
-    return films, truth, rest
+    return films, truth[0], rest
 
 
 def answer(policy: Policy, question: Question) -> dict:

@@ -14,10 +14,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
-from motus import PRESETS, STAGES, Motus
-from scripts.evaluate import percent
+from motus import PRESETS, STAGES
+from scale.plan import meta_model, parameters
 from train import settings_for
 from weights.options import run_command
 
@@ -97,10 +95,9 @@ def sizes() -> str:
     rows = []
     for name, row in PRESETS.items():
         config = row.motus
-        with torch.device("meta"):
-            model = Motus(config)
+        model = meta_model(name, "3")
         parts = (model.video, model.action, model.und, model)
-        counts = [f"{sum(p.numel() for p in part.parameters()):,}" for part in parts]
+        counts = [f"{parameters(part):,}" for part in parts]
         video = config.video
         heads = f"{video.layers} x {video.heads} x {video.head_dim}"
         folder = f"`{row.backbones.resolve().relative_to(ROOT)}`" if row.backbones else "none"
@@ -151,6 +148,13 @@ def samples_result(stored: dict) -> str:
             cells = [f"{found[column]:.4g}" if column in found else "" for column in columns]
             rows.append((f"`{mode}`", name, *cells))
     return command("sample.py", stored) + table(("mode", "figure", *columns), rows)
+
+
+def percent(rate: dict) -> str:
+    """A rate of success in per cent, with its interval."""
+    low, high = (100 * bound for bound in rate["interval"])
+    share = f"{100 * rate['rate']:5.1f} [{low:4.1f}, {high:5.1f}]"
+    return f"{share} {rate['successes']}/{rate['episodes']}"
 
 
 def evaluation_result(stored: dict) -> str:

@@ -15,10 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from formats.lerobot import Storage, write_v3
-from scripts.evaluate import CARD, columns, names, percent, rated, settings_of
+from scripts.evaluate import CARD, rated, settings_of
+from scripts.readme import percent, table
 from weights.files import write_json
 from weights.options import Parser, output_folder, run_command
-from worlds import RECORDED, episode_seeds, simulator
+from worlds import RECORDED, episode_seeds, names, simulator
 from worlds.fleet import PROCESSES, Order, Recording, attempts
 
 
@@ -122,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     disturbance = args.seed, args.noise, args.recovery, args.disturbed, args.after
     order = Order(args.sim, "", tuple(joined), *disturbance)
     card = record(order, tasks, args.episodes, args.out, args.workers)
-    lines = [("task", "expert %", "rows", "CPU s per try")]
+    lines = []
     for task, found in card["tasks"].items():
         tries, successes, rows, seconds = found.values()
-        lines.append((task, percent(rated(successes, tries)), f"{rows:.1f}", f"{seconds:.2f}"))
-    print(columns(*lines))
+        lines.append([task, percent(rated(successes, tries)), rows, seconds])
+    print(table(["task", "expert %", "rows", "CPU s per try"], lines))
     size = sum(path.stat().st_size for path in args.out.rglob("*.*"))
     rows = sum(episode["rows"] for episode in card["episodes"])
     print(

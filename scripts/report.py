@@ -168,8 +168,7 @@ def page(run: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m scripts.report", description=__doc__)
-    run = "folder of a run of all stages"
-    parser.add_argument("--run", required=True, type=output_folder, help=run)
+    parser.option("--run", output_folder, "folder of a run of all stages", required=True)
     run = parser.parse_args(argv).run
     text = page(run)
     (run / "report.md").write_text(text)

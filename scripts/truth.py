@@ -72,15 +72,12 @@ def observed(count: int, seed: int) -> Tabletop:
 def execute(world: Tabletop, policy: Policy, actions: Tensor | None = None) -> Windows:
     """Carries out `actions`, by default the expert's, in a copy of the worlds."""
     world = deepcopy(world)
-    robot = policy.statistics.actions
-    frames = [world.render()]
-    done = []
-    for step in range(policy.model.config.chunk):
-        done.append(world.expert() if actions is None else robot.invert(actions[:, step]).numpy())
-        world.advance(done[-1])
-        frames.append(world.render())
-    frames = np.stack(frames[:: policy.statistics.rate], axis=1)
-    actions = robot.apply(torch.tensor(np.stack(done, axis=1)).float())
+    robot = policy.statistics
+    given = ()
+    if actions is not None:
+        given = robot.actions.invert(actions).numpy().swapaxes(0, 1)
+    done, frames = world.obey(policy.model.config.chunk, robot.rate, given)
+    actions = robot.actions.apply(torch.tensor(done).float())
     return Windows(torch.tensor(frames), actions, world.snapshot())
 
 

@@ -221,7 +221,6 @@ def commands(folder: Path) -> dict:
             ["--ckpt", run, "--episodes", "1", "--max-steps", "4", "--steps", "1"]
             + ["--out", f"{folder}/closed"]
         )
-        bench.main(["--int8", run, *few])
         os.environ.pop("MOTUS_ATTENTION", None)
         said = bench.gpu(preset("sim"), 2)
     return {"rows": len(said.splitlines())}

@@ -12,10 +12,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import attention
-import flow
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from motus import Motus, preset
 from sample import Policy
+from scale.fast import quantise
 from scripts import bench
 
 
@@ -70,16 +70,12 @@ def test_two_ways_that_differ_are_not_timed():
         bench.agree(torch.zeros(2), torch.full((2,), 2e-4))
 
 
-def test_ratios_have_a_row_for_sampler_action_first_and_training():
+def test_ratios_have_a_row_for_sampler_and_action_first():
     """At sizes of seconds: every row names both sides and ends with how far they differ."""
     torch.manual_seed(0)
     chunk = bench.chunk_of(Motus(TINY).eval(), bench.drawn(TINY, 1, (4, 4), 5, 7))
-    rows = bench.sampler_ratios("tiny", chunk, 2, 1, False) + bench.training_ratios(2, 1, False)
-    assert [row[1] for row in rows] == [
-        "official order of work",
-        "our joint sample",
-        "attention written out",
-    ]
+    rows = bench.sampler_ratios("tiny", chunk, 2, 1, False)
+    assert [row[1] for row in rows] == ["official order of work", "our joint sample"]
     assert all(len(row) == 6 and row[4] > 0 for row in rows)
 
 
@@ -124,20 +120,6 @@ def test_an_action_costs_one_look_and_no_decoding(run, monkeypatch):
         calls.update(vlm=0, text=0)
         policy.act(*views(1))
         assert calls == {"vlm": 1, "text": 0 if repeated else 1, "decode": 0}
-
-
-def test_the_drift_of_int8_is_small_and_told_per_mode(run):
-    """Eight bits per weight change samples by about a per cent; every mode has a row for what it
-    denoises."""
-    lines = bench.int8_drift(str(run), 2, 2, 0).splitlines()[2:]
-    rows = [line.strip("| ").split(" | ") for line in lines]
-    assert [row[:2] for row in rows] == [
-        [mode, name]
-        for mode, row in flow.MODES.items()
-        for name in ("video", "action")
-        if getattr(row, name) == flow.DENOISE
-    ]
-    assert all(0 < float(row[2]) < 5 for row in rows)
 
 
 # -- on a GPU, without one ------------------------------------------------------------------------
@@ -242,7 +224,7 @@ def test_int8_halves_what_the_full_model_weighs():
             return sum(x.nbytes for part in (model, vlm) for x in part.state_dict().values())
 
         assert round(weight() / 1e9, 1) == 16.0
-        bench.quantise(model)
+        quantise(model)
         assert round(weight() / 1e9, 1) == 11.1
 
 

@@ -234,11 +234,10 @@ def test_help_states_the_ranges(capsys):
 
 # -- the device -----------------------------------------------------------------------------------
 
-COMPUTE = (
-    "train sample data scripts.bench scripts.evaluate scripts.latents scripts.play scripts.truth"
-)
+COMPUTE = "train sample data scripts.evaluate scripts.latents scripts.play scripts.truth"
 PLAIN = (
-    "scripts.detector scripts.gpu_day scripts.readme scripts.record scripts.report weights.__main__"
+    "scripts.bench scripts.detector scripts.gpu_day scripts.readme scripts.record scripts.report "
+    "weights.__main__"
 )
 
 
@@ -404,7 +403,6 @@ NETWORK = {
     "train --init": ("train", ["--stage", "1", "--init", "motus-stage1", "--out", "OUT/r"]),
     "sample": ("sample", ["--ckpt", "motus-stage1"]),
     "evaluate": ("scripts.evaluate", ["--ckpt", "motus-stage3"]),
-    "bench": ("scripts.bench", ["--int8", "motus-stage3"]),
     "weights download": ("weights.__main__", ["download", "wan", "--to", "OUT/w"]),
     "weights download dpflow": ("weights.__main__", ["download", "dpflow", "--to", "OUT/d"]),
     "pretrain": ("scripts.pretrain", ["--data", "nobody/nothing", "--out", "OUT/p"]),
@@ -491,7 +489,6 @@ def test_without_the_extras_every_command_says_what_to_install(tmp_path):
         "latents": ("scripts.latents", ["pretrain", "--data", "films", "--out", "d.safetensors"]),
         "weights": ("weights.__main__", ["download", "wan"]),
         "pretrain": ("scripts.pretrain", ["--data", str(tmp_path), "--out", "p"]),
-        "bench": ("scripts.bench", ["--int8", "motus-stage3"]),
     }
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta/info.json").write_text('{"codebase_version": "v3.0"}')

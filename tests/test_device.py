@@ -89,7 +89,7 @@ def test_no_window_of_a_cache_is_read_before_it_has_arrived(on_ghost):
 
 @pytest.mark.slow
 def test_sampling_evaluating_and_measuring_mix_no_devices(on_ghost):
-    """sample, evaluate, bench --int8 and both tables of bench --gpu."""
+    """sample, its --int8 too, evaluate, and both tables of bench --gpu."""
     assert on_ghost("commands") == {"rows": 13}
 
 

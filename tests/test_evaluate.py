@@ -20,10 +20,10 @@ from scripts.evaluate import (
     save_films,
     settings_of,
     summary,
-    table,
     view,
     wilson,
 )
+from scripts.readme import evaluation_result
 from worlds import EVALUATED, episode_seeds
 from worlds.fleet import Fleet
 from worlds.toy import Tabletops, many
@@ -150,16 +150,16 @@ def test_films_show_each_look_and_what_was_imagined(tmp_path):
 
 
 def test_the_table_shows_rates_with_their_intervals():
-    """A line over all worlds and one for each task, with the settings that were varied; what was
+    """A column over all worlds and one for each task, with the settings that were varied; what was
     not measured has none."""
     success, skill = np.array([True, False]), np.array(["place", "place"])
-    row = summary(success, skill, np.array([30, 100]), SKILLS)
-    text = table([{"policy": "joint", "settings": {"split": "eval"}, **row}], SKILLS)
-    head, every, place = text.splitlines()
-    assert head.split()[:4] == ["policy", "split", "task", "success"]
-    assert every.split()[:3] == ["joint", "eval", "all"] and every.split()[-1] == "30.0"
-    assert place.split()[2] == "place"
-    assert "50.0 [ 9.5,  90.5] 1/2" in every and "50.0 [ 9.5,  90.5] 1/2" in place
+    row = {"policy": "joint", "settings": {"split": "eval"}, "successes_per_seed": {0: 1}}
+    row |= summary(success, skill, np.array([30, 100]), SKILLS)
+    assert row["mean_steps"] == 30
+    head, _, joint = evaluation_result({"rows": [row], "tasks": SKILLS}).splitlines()[-3:]
+    assert head == "| policy | split | all % | place % | successes per seed |"
+    rate = "50.0 [ 9.5,  90.5] 1/2"
+    assert joint == f"| `joint` | eval | {rate} | {rate} | 1 |"
 
 
 def test_the_command_writes_one_table_and_its_json(tmp_path, capsys):
@@ -181,8 +181,8 @@ def test_the_command_writes_one_table_and_its_json(tmp_path, capsys):
     )
     assert [r["all"] for r in rows[:2]] == [r["all"] for r in rows[2:4]]
     lines = capsys.readouterr().out.splitlines()
-    rates = sum(name in row for row in rows for name in ("all", *SKILLS))
-    assert len(lines) == 1 + rates + 2 and "joint and vla are the same" in lines[-2]
+    table = [line for line in lines if line.startswith("| `")]
+    assert len(table) == len(rows) and "joint and vla are the same" in lines[-2]
     names = {path.name for path in (tmp_path / "out").glob("*.gif")}
     assert len(names) == 6 and "joint_False_0.gif" in names
 
@@ -248,10 +248,9 @@ def test_the_command_acts_in_a_simulator(recorded, tmp_path, capsys):
     assert expert["successes_per_seed"] == {str(s): 10 - k for s, k in enumerate(stumbles)}
     assert random["policy"] == "random" and random["all"]["rate"] < 0.5
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["policy", "task", "success", "%", "steps"]
-    assert [line.split()[:2] for line in lines[1:7]] == [
-        [policy, task] for policy in ("random", "expert") for task in ("all", "walk", "stumble")
-    ]
+    assert f"--like {recorded}" in lines[1] and "--tasks walk,stumble" in lines[1]
+    assert "| policy | all % | walk % | stumble % | successes per seed |" in lines
+    assert [line.split()[1] for line in lines if line.startswith("| `")] == ["`random`", "`expert`"]
 
 
 def test_settings_are_varied_and_films_carry_their_names(tmp_path):

@@ -37,6 +37,7 @@ from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 
 import numpy as np
+from numpy import ndarray
 
 # Streams of seeds: no scene that is recorded is one that a policy is tried on.
 RECORDED = 0
@@ -59,16 +60,16 @@ class World(ABC):
         """Starts the scene of a seed (0 to 2**32 - 1) and returns `observe()`."""
 
     @abstractmethod
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         """One action (A,) in robot units, clipped to what the robot can do. ValueError for another
         shape or what is not finite."""
 
     @abstractmethod
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         """The robot's own sense of itself: (P,) float32, nothing that a real one would not know."""
 
     @abstractmethod
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         """Camera -> picture (H, W, 3) uint8, upright. An episode's pictures are all alike in size
         and switches."""
 
@@ -83,7 +84,7 @@ class World(ABC):
         tell it from picture and instruction (`scripts.pretrain`); a policy is never given it."""
         return {}
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         """The scripted expert's action (A,) for the present state, within what the robot can do."""
         raise ValueError(
             f"{type(self).__name__} has no scripted expert; bring demonstrations as a LeRobot "
@@ -91,7 +92,7 @@ class World(ABC):
         )
 
 
-def checked(action: np.ndarray, world: World) -> np.ndarray:
+def checked(action: ndarray, world: World) -> ndarray:
     """The action as (A,) float64."""
     action = np.asarray(action, float)
     if action.shape != (world.action_dim,) or not np.isfinite(action).all():
@@ -102,7 +103,7 @@ def checked(action: np.ndarray, world: World) -> np.ndarray:
 
 
 def as_labels(
-    points: Mapping[str, np.ndarray], opening: float, places: Iterable[np.ndarray] = ()
+    points: Mapping[str, ndarray], opening: float, places: Iterable[ndarray] = ()
 ) -> dict[str, float]:
     """`World.labels` of named points in metres, with their places (n, 2) in the first camera's
     picture where there is one."""
@@ -120,6 +121,11 @@ def choice(value: object, allowed: Collection, field: str = "task") -> object:
     if value not in allowed:
         raise ValueError(f"{field} is {value!r}; expected one of {', '.join(map(str, allowed))}")
     return value
+
+
+def names(text: str, allowed: Collection, field: str) -> list[str]:
+    """A list with commas, each one allowed."""
+    return [choice(name, allowed, field) for name in text.split(",") if name]
 
 
 def simulator(name: str) -> ModuleType:

@@ -25,8 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
-from worlds import World, as_labels, checked, choice
+from worlds import World, as_labels, checked, choice, names
 from worlds.eye import Eye
 
 TASKS = {
@@ -46,7 +47,7 @@ ARMS = {"left": 0, "right": 8}  # first of the 6 joints and 2 fingers in qpos an
 TURNS = {"left": (90, 0, 0), "right": (0, -60, 0)}  # of a hand from its start, degrees about x y z
 
 
-def tip(data: object, hand: int) -> np.ndarray:
+def tip(data: object, hand: int) -> ndarray:
     """The point between the fingertips of a hand."""
     return data.xpos[hand] + 0.14 * data.xmat[hand].reshape(3, 3)[:, 0]
 
@@ -67,7 +68,7 @@ class TransferCube(World):
     ):
         choice(task, TASKS)
         package = find_spec("gym_aloha")
-        if not (package and find_spec("mujoco")):
+        if not package:
             raise ValueError(MISSING)
         import mujoco
         from scipy.spatial.transform import Rotation
@@ -82,7 +83,7 @@ class TransferCube(World):
         self.hold = hold
         self.fps = round(50 / hold)
         self.max_steps = round(400 / hold)
-        self.cameras = [choice(name, CAMERAS, "camera") for name in cameras.split(",") if name]
+        self.cameras = names(cameras, CAMERAS, "camera")
         folder = Path(package.submodule_search_locations[0])
         scene = folder / "assets" / "bimanual_viperx_transfer_cube.xml"
         self.model = mujoco.MjModel.from_xml_path(str(scene))
@@ -109,7 +110,7 @@ class TransferCube(World):
         self.success = False
         return self.observe()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         action = checked(action, self)
         targets = np.linspace(self.last, action, self.commands + 1)[1:]
         for arms in targets.reshape(-1, 2, 7):
@@ -123,12 +124,12 @@ class TransferCube(World):
         self.last = action
         self.done += 1
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         arms = self.data.qpos[:16].reshape(2, 8)
         opening = (arms[:, 6:7] - CLOSED) / (OPEN - CLOSED)
         return np.float32(np.hstack([arms[:, :6], opening]).ravel())
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         return {camera: self.eye.picture(self.data, CAMERAS[camera]) for camera in self.cameras}
 
     def labels(self) -> dict[str, float]:
@@ -140,14 +141,14 @@ class TransferCube(World):
             seen = self.eye.places(self.data, CAMERAS[self.cameras[0]], points.values())
         return as_labels(points, self.state()[13], seen)
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         if self.plan is None:
             self.plan = self._plan()
         return self.plan[min(self.done, len(self.plan) - 1)]
 
     # The expert.
 
-    def _plan(self) -> np.ndarray:
+    def _plan(self) -> ndarray:
         """Joint positions (T, 14) at the ends of the actions, from waypoints: step of 50 Hz,
         opening of the gripper, place of the point between the fingertips. Until the first waypoint
         a hand turns to the rotation that it then keeps."""
@@ -186,9 +187,9 @@ class TransferCube(World):
         self,
         ghost: object,
         arm: str,
-        place: np.ndarray,
+        place: ndarray,
         turn: object,
-    ) -> np.ndarray:
+    ) -> ndarray:
         """Moves the six joints of an arm until the fingertips are at a place and the hand has the
         rotation `turn`, and returns them: damped least squares."""
         hand = self.hands[arm]

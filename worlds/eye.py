@@ -13,6 +13,7 @@ os.environ.setdefault("MUJOCO_GL", "osmesa")
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
 import numpy as np  # noqa: E402
+from numpy import ndarray  # noqa: E402
 
 
 class Eye:
@@ -34,7 +35,7 @@ class Eye:
         for effect in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION):
             self.renderer.scene.flags[effect] = 0
 
-    def picture(self, data: object, camera: str) -> np.ndarray:
+    def picture(self, data: object, camera: str) -> ndarray:
         """The picture of a camera of the model, (height, width, 3) uint8."""
         self.renderer.update_scene(data, camera=camera, scene_option=self.option)
         twice = self.renderer.render().astype(np.uint16)
@@ -45,7 +46,7 @@ class Eye:
             picture = np.rot90(picture, 2).copy()
         return picture
 
-    def places(self, data: object, camera: str, points: Iterable[np.ndarray]) -> np.ndarray:
+    def places(self, data: object, camera: str, points: Iterable[ndarray]) -> ndarray:
         """Where n points (3,) of the world are in a camera's picture: (n, 2), 0 to 1 from left and
         top, at most one side outside."""
         here = data.camera(camera)

@@ -20,6 +20,7 @@ same imports).
 import os
 
 import numpy as np
+from numpy import ndarray
 
 from worlds import World, checked, choice, eye  # noqa: F401   it says which renderer MuJoCo takes
 
@@ -38,12 +39,10 @@ class Libero(World):
 
     def __init__(self, task: str, size: int = 128, cameras: str = "agentview,robot0_eye_in_hand"):
         suite, number = choice(task, tuple(TASKS)).split("/")
-        try:
-            import mujoco
-            from libero.libero import benchmark, get_libero_path
-            from libero.libero.envs.env_wrapper import ControlEnv
-        except ImportError as error:
-            raise ValueError(f"{MISSING} ({error})") from error
+        import mujoco
+        from libero.libero import benchmark, get_libero_path
+        from libero.libero.envs.env_wrapper import ControlEnv
+
         tasks = benchmark.get_benchmark(suite)()
         chosen = tasks.get_task(int(number))
         self.starts = np.asarray(tasks.get_task_init_states(int(number)))
@@ -73,22 +72,23 @@ class Libero(World):
             self.seen = self.env.step(IDLE)[0]
         return self.observe()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         self.seen = self.env.step(np.clip(checked(action, self), -1, 1))[0]
         self.success |= bool(self.env.check_success())
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         x, y, z, w = self.seen["robot0_eef_quat"]
         sine = np.sqrt(x * x + y * y + z * z)
         rotation = np.array([x, y, z]) * (2 * np.arctan2(sine, w) / max(sine, 1e-9))
         parts = [self.seen["robot0_eef_pos"], rotation, self.seen["robot0_gripper_qpos"]]
         return np.concatenate(parts).astype(np.float32)
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         pictures = {}
         for camera in self.cameras:
             self.renderer.update_scene(self.data, camera=camera, scene_option=self.look)
-            pictures[camera] = np.fliplr(self.renderer.render()).copy()
+            picture = self.renderer.render()
+            pictures[camera] = np.fliplr(picture).copy()
         return pictures
 
 

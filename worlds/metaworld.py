@@ -28,8 +28,9 @@ Where this departs from MetaWorld as it comes:
 import warnings
 
 import numpy as np
+from numpy import ndarray
 
-from worlds import World, as_labels, checked, choice
+from worlds import World, as_labels, checked, choice, names
 from worlds.eye import Eye
 
 INSTRUCTIONS = """
@@ -82,13 +83,11 @@ class MetaWorld(World):
     def __init__(
         self, task: str, size: int = 96, cameras: str = "corner4,gripperPOV", hold: int = 4
     ):
-        try:
-            import mujoco
-            from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as CLASSES
-            from metaworld.policies import ENV_POLICY_MAP
-        except ImportError as error:
-            raise ValueError(f"{MISSING} ({error})") from error
-        self.cameras = tuple(choice(name, CAMERAS, "camera") for name in cameras.split(",") if name)
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as CLASSES
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.cameras = names(cameras, CAMERAS, "camera")
         if not 16 <= size <= 512 or hold not in (1, 2, 4, 5, 8):
             raise ValueError(
                 f"size is {size}, hold is {hold}; expected 16 to 512, and 1, 2, 4, 5 or 8"
@@ -122,16 +121,16 @@ class MetaWorld(World):
         self.policy = self.script()
         return self.observe()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         action = np.clip(checked(action, self), -1, 1)
         for _ in range(self.hold):
             self.full, _, _, _, info = self.env.step(action)
             self.success |= info["success"] == 1
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         return self.full[:4].astype(np.float32)
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         return {camera: self.eye.picture(self.env.data, camera) for camera in self.cameras}
 
     def labels(self) -> dict[str, float]:
@@ -141,7 +140,7 @@ class MetaWorld(World):
             seen = self.eye.places(self.env.data, self.cameras[0], points.values())
         return as_labels(points, self.full[3], seen)
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         with warnings.catch_warnings():  # that its commands exceed 1 is known
             warnings.simplefilter("ignore")
             return np.clip(self.policy.get_action(self.full), -1, 1)

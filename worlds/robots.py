@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+from numpy import ndarray
 
 from worlds import choice
 
@@ -59,7 +60,7 @@ def sentence(skill: str, colour: str, side: str) -> str:
 # -- embodiments: one task space, four conventions ------------------------------------------------
 
 
-def columns(*values) -> np.ndarray:
+def columns(*values) -> ndarray:
     return np.stack(values, axis=-1)
 
 
@@ -74,17 +75,17 @@ class Gripper:
     action_dim = 3
     has_actions = True  # whether users of its data get to see its actions
 
-    def numbers(self, xy, grip, heading) -> np.ndarray:
+    def numbers(self, xy, grip, heading) -> ndarray:
         """Its own numbers for a pose: states (n, P), and actions (n, A) where they are absolute."""
         return columns(*(2 * xy - 1).T, grip)
 
-    def to_state(self, xy, opening, heading) -> np.ndarray:
+    def to_state(self, xy, opening, heading) -> ndarray:
         return self.numbers(xy, 1 - 2 * opening, heading)
 
-    def to_action(self, xy, grip, state) -> np.ndarray:
+    def to_action(self, xy, grip, state) -> ndarray:
         return self.numbers(xy, grip, 0)
 
-    def from_action(self, action, state) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def from_action(self, action, state) -> tuple[ndarray, ndarray, ndarray]:
         """Target position, grip and heading of actions (n, A) in states (n, P)."""
         return (action[:, :2] + 1) / 2, action[:, 2], np.zeros(len(action))
 
@@ -116,14 +117,14 @@ LINK = 0.65
 JOINT_RANGE = np.array([[-0.9, 1.7], [0.6, 2.95], [-4.8, -0.7]])
 
 
-def arm_joints(xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def arm_joints(xy: ndarray) -> tuple[ndarray, ndarray]:
     """Inverse kinematics: table positions (n, 2) -> shoulder and elbow angles (n,), radians."""
     x, y = (xy - SHOULDER).T
     elbow = np.arccos(np.clip((x * x + y * y) / (2 * LINK**2) - 1, -1, 1))
     return np.arctan2(y, x) - elbow / 2, elbow  # equal links: the triangle is isosceles
 
 
-def arm_points(shoulder: np.ndarray, elbow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def arm_points(shoulder: ndarray, elbow: ndarray) -> tuple[ndarray, ndarray]:
     """Forward kinematics: joint angles (n,) -> positions (n, 2) of elbow and effector."""
     middle = SHOULDER + LINK * columns(np.cos(shoulder), np.sin(shoulder))
     return middle, middle + LINK * columns(np.cos(shoulder + elbow), np.sin(shoulder + elbow))

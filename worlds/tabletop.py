@@ -317,6 +317,22 @@ class Tabletop:
         way = ((self.disc - self.start) * self.toward).sum(axis=1)
         self.success |= np.where(self.skill == PLACE, placed, ~touched & (way >= PUSH))
 
+    def obey(
+        self, length: int, rate: int, actions: Sequence[ndarray] = ()
+    ) -> tuple[ndarray, ndarray]:
+        """Carries out `length` actions (n, A), of which the last that is given is held, or the
+        expert's if none is -> those done (n, length, A), and the film (n, 1 + F, 48, 48, 3) with a
+        picture after every `rate` of them."""
+        seen = [self.render()]
+        done = []
+        for step in range(length):
+            action = actions[min(step, len(actions) - 1)] if len(actions) else self.expert()
+            self.advance(action)
+            done.append(action.clip(-1, 1))
+            if (step + 1) % rate == 0:
+                seen.append(self.render())
+        return np.stack(done, axis=1), np.stack(seen, axis=1)
+
     # -- the scripted expert ----------------------------------------------------------------------
 
     def expert(self, noise: float = 0.0, slip: ndarray | bool = False) -> ndarray:
@@ -423,17 +439,17 @@ def eased(way: ndarray) -> ndarray:
     return limited(way, np.minimum(0.35 * norm(way) + 0.006, 0.034))
 
 
-LABELS = ("object x", "object y", "hand x", "hand y", "opening", "right", "down", "push")
+LABELS = ("object x", "object y", "effector x", "effector y", "opening")
 
 
-def labels(shot: Snapshot, task: tuple[str, str, str]) -> dict[str, ndarray]:
-    """The things to be seen, and those that (skill, colour, side) asks for, at the T times of a
-    world: name -> (T,). Places are in [0, 1] from left and top, directions -1, 0 or 1."""
-    skill, colour, side = task
-    disc = shot.discs[shot.colours == COLOURS.index(colour)]
-    toward = DIRECTIONS[SIDES.index(side)]
-    values = (*disc.T, *shot.effector.T, shot.opening, *toward, skill == "push")
-    return {name: np.broadcast_to(value, len(disc)) for name, value in zip(LABELS, values)}
+def labels(shots: Snapshot, instruction: str) -> dict[str, ndarray]:
+    """Where the disc that an instruction names and the effector are at the T times of a world, 0 to
+    1 from left and top, and the opening: name -> (T,). Nothing without an instruction."""
+    named = [word for word in instruction.split() if word in COLOURS]
+    if not named:
+        return {}
+    disc = shots.discs[shots.colours == COLOURS.index(named[0])]
+    return dict(zip(LABELS, (*disc.T, *shots.effector.T, shots.opening)))
 
 
 # -- recording ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 python -m scripts.record --sim toy --tasks place,push --episodes 50 --out data/toy
 """
 
-import numpy as np
+from numpy import ndarray
 
 from worlds import World, checked, choice
 from worlds.tabletop import Tabletop, labels, record
@@ -20,17 +20,10 @@ class Tabletops(Tabletop):
     fps = 15
     max_steps = 100
 
-    def __init__(
-        self,
-        tasks: list[str],
-        n: int,
-        split: str = "eval",
-        randomized: bool = False,
-        embodiment: str = "gripper",
-    ):
-        super().__init__(n, embodiment, randomized, split)
+    def __init__(self, tasks: list[str], n: int, split: str = "eval", **look):
+        super().__init__(n, split=split, **look)
         self.size = n
-        self.robot = embodiment
+        self.robot = self.embodiment.name
         self.action_dim = self.embodiment.action_dim
         self.tasks = [task for task in self.tasks if task[0] in tasks]
 
@@ -38,7 +31,7 @@ class Tabletops(Tabletop):
         self.n = len(seeds)
         return super().reset(seeds)
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         """The expert's actions (k, A) in the k worlds that are not solved."""
         return super().expert()[~self.success]
 
@@ -52,7 +45,8 @@ class Toy(World):
     def __init__(
         self, task: str, split: str = "train", randomized: bool = False, embodiment: str = "gripper"
     ):
-        self.world = Tabletops([choice(task, tuple(TASKS))], 1, split, randomized, embodiment)
+        look = dict(randomized=randomized, embodiment=embodiment)
+        self.world = Tabletops([choice(task, tuple(TASKS))], 1, split, **look)
         self.robot = self.world.robot
         self.action_dim = self.world.action_dim
 
@@ -62,21 +56,21 @@ class Toy(World):
         self.instruction = self.world.instruction[0]
         return self.observe()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         self.world.advance(checked(action, self)[None])
         self.success = bool(self.world.success[0])
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         return self.world.state()[0]
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         return {"top": self.world.render()[0]}
 
     def labels(self) -> dict[str, float]:
-        found = labels(self.world.snapshot(), self.world.task[0])
+        found = labels(self.world.snapshot(), self.instruction)
         return {name: float(value[0]) for name, value in found.items()}
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         return Tabletop.expert(self.world)[0]
 
 

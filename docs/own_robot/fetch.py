@@ -10,6 +10,7 @@ The task is FetchPickAndPlace with its goals on the table, at ten actions a seco
 """
 
 import numpy as np
+from numpy import ndarray
 
 from worlds import World, checked, choice
 from worlds.eye import Eye
@@ -44,26 +45,26 @@ class Fetch(World):
         return self.observe()
 
     @property
-    def hand(self) -> np.ndarray:
+    def hand(self) -> ndarray:
         return self.env.data.site("robot0:grip").xpos.copy()
 
     @property
-    def block(self) -> np.ndarray:
+    def block(self) -> ndarray:
         return self.env.data.site("object0").xpos.copy()
 
-    def step(self, action: np.ndarray) -> None:
+    def step(self, action: ndarray) -> None:
         self.env.step(np.clip(checked(action, self), -1, 1))
         self.success |= bool(self.env._is_success(self.block, self.env.goal))
 
-    def state(self) -> np.ndarray:
+    def state(self) -> ndarray:
         finger = self.env.data.joint("robot0:l_gripper_finger_joint").qpos
         return np.concatenate([self.hand, finger]).astype(np.float32)
 
-    def render(self) -> dict[str, np.ndarray]:
+    def render(self) -> dict[str, ndarray]:
         self.env._render_callback()  # puts the red point at the goal
         return {"front": self.eye.picture(self.env.data, self.camera)}
 
-    def expert(self) -> np.ndarray:
+    def expert(self) -> ndarray:
         """Above the block, down, close, and over the table to the point. Nothing is remembered but
         what can be seen: whether the fingers are closed on the block."""
         away = self.block - self.hand

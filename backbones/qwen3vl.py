@@ -37,6 +37,7 @@ width, N heads, K head size.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -350,17 +351,14 @@ class VisionTower(nn.Module):
         return torch.stack([self.merger(x), *features])
 
     def forward(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """pixels (P, C), grid (n, 3) -> (1 + taps, P/4, D). Images of equal grid are encoded
-        together, in one batch."""
-        shapes, kind = grid.unique(dim=0, return_inverse=True)
-        kind = kind.repeat_interleave(grid.prod(dim=1))  # (P,) which of `shapes` a patch belongs to
+        """pixels (P, C), grid (n, 3) -> (1 + taps, P/4, D). Neighbours of one grid, such as all
+        images of a batch, are encoded together."""
+        images = iter(pixels.split(grid.prod(dim=1).tolist()))
         encoded = []
-        for i, (_, h, w) in enumerate(shapes.tolist()):
-            patches = rearrange(pixels[kind == i], "(n l) c -> n l c", l=h * w)
+        for (_, h, w), alike in groupby(grid.tolist()):
+            patches = torch.stack([next(images) for _ in alike])
             encoded.append(self.encode(patches, h, w).flatten(1, 2))
-        kind = kind[:: self.config.merge**2]  # (P/4,) the same of each image token
-        order = kind.argsort(stable=True).argsort()  # its place among those sorted by shape
-        return torch.cat(encoded, dim=1)[:, order]
+        return torch.cat(encoded, dim=1)
 
 
 # -- language model -------------------------------------------------------------------------------

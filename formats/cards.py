@@ -21,6 +21,7 @@ an episode.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -40,6 +41,7 @@ from formats.statistics import KINDS, Normaliser, Statistics, measured
 from formats.texts import Words
 from formats.videos import VideoFolder, video_files
 from weights.files import check_keys, read_json
+from weights.hub import snapshot
 
 VIDEO_HZ = 5.0  # the paper's
 BLOCK = 16  # episodes whose numbers are measured together
@@ -216,22 +218,27 @@ def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Re
     chosen: a ready concatenated view, else head and two wrists as the T-layout, else the first."""
     choice = Choice.of(mapping)
     folder = root / path
-    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise ValueError(
-            f"source {path}: no folder {folder}; correct the path, which is relative to the card"
-        )
-    if folder.is_dir() and not (folder / "meta").exists():
+    if not folder.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", path):
+            raise ValueError(
+                f"source {path}: no folder {folder}, and no hub name; correct the path, which is "
+                "relative to the card, or give USER/NAME, with @REVISION if wanted"
+            )
+        name, _, revision = path.partition("@")
+        files = ["meta/**", "data/**", "videos/**"]
+        folder = Path(snapshot(name, revision or None, files, repo_type="dataset"))
+    if not (folder / "meta").exists():
         if is_official(folder):
             return OfficialFolder(folder, choice)
         if video_files(folder):
             return VideoFolder(folder, choice)
-    reader = LeRobotDataset.open(folder if folder.is_dir() else path, choice, quiet=True)
+    reader = LeRobotDataset(folder, choice)
     if choice.cameras or choice.t_layout or len(reader.cameras) < 2:
         return reader
     try:
-        return type(reader)(reader.root, replace(choice, t_layout=True))
+        return LeRobotDataset(folder, replace(choice, t_layout=True))
     except ValueError:  # no three cameras with the names that it takes
-        return type(reader)(reader.root, replace(choice, cameras=reader.cameras[:1]))
+        return LeRobotDataset(folder, replace(choice, cameras=reader.cameras[:1]))
 
 
 # -- pictures and shares --------------------------------------------------------------------------

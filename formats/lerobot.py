@@ -1,6 +1,6 @@
 """LeRobot datasets with pyarrow and av alone: v2.1 and v3.0 are read, v3.0 is written.
 
-    dataset = LeRobotDataset.open("folder")      # or a hub name; the choice of columns is printed
+    dataset = LeRobotDataset("folder")      # `describe` says which columns were chosen
     window = dataset.window(episode, 1.5, video_times=[0, 0.2, 0.4], action_times=[0, 0.033, 0.067])
 
     v2.1  meta/{info.json, tasks.jsonl, episodes.jsonl}

@@ -19,8 +19,6 @@ dimensions, P state dimensions.
 import hashlib
 import math
 import os
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -35,7 +33,6 @@ import torch.nn.functional as F
 from numpy import ndarray
 
 from weights.files import check_keys
-from weights.hub import snapshot
 
 try:
     import av
@@ -643,26 +640,6 @@ class Folder(Recordings):
         given = self.given
         if given.t_layout or given.cameras or given.state or given.action:
             raise self._fault("mapping", f"is {given}; {kind}: only texts can be chosen")
-
-    @classmethod
-    def open(cls, root: str | Path, mapping: Given = None, quiet: bool = False) -> "Folder":
-        """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
-        fields. ValueError for what is no valid dataset. Choices are printed on stderr unless
-        `quiet`."""
-        name = str(root)
-        if not Path(root).is_dir():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
-                raise ValueError(
-                    f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME "
-                    "with @REVISION if wanted"
-                )
-            repository, _, revision = name.partition("@")
-            files = ["meta/**", "data/**", "videos/**"]
-            name = snapshot(repository, revision or None, files, repo_type="dataset")
-        dataset = cls(name, mapping)
-        if not quiet:
-            print(dataset.describe(), file=sys.stderr)
-        return dataset
 
     def __reduce__(self):
         return type(self), (self.root, self.given)

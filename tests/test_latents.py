@@ -362,7 +362,7 @@ def test_lerobot_labels_are_the_change_of_the_state_over_the_interval(tmp_path):
     films = [np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), dtype=np.uint8)]
     episodes = (({"top": list(frames)}, states, states, "go") for frames in films)
     lerobot.write_v3(tmp_path / "set", episodes, fps=10)
-    dataset = lerobot.LeRobotDataset.open(tmp_path / "set", quiet=True)
+    dataset = lerobot.LeRobotDataset(tmp_path / "set")
     config = SimpleNamespace(interval=3, action_dim=5)
     labels = latents.Labels(dataset, config)
     rows = labels(0)

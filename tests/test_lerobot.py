@@ -23,7 +23,7 @@ from lerobot_files import SINGLE, as_v21  # noqa: E402
 
 import data  # noqa: E402
 from formats import lerobot, recordings  # noqa: E402
-from formats.cards import Pyramid  # noqa: E402
+from formats.cards import Pyramid, open_recordings  # noqa: E402
 from formats.lerobot import LeRobotDataset, write_v3  # noqa: E402
 from formats.recordings import (  # noqa: E402
     ROBOTWIN_SCENE,
@@ -69,7 +69,7 @@ def key(camera: str) -> str:
 
 
 def opened(root: Path, mapping=None) -> LeRobotDataset:
-    return LeRobotDataset.open(root, mapping, quiet=True)
+    return LeRobotDataset(root, mapping)
 
 
 @pytest.fixture(scope="module")
@@ -317,13 +317,13 @@ def test_resizing_agrees_with_opencv():
         assert gap.max() <= (0 if h == 45 else 1)
 
 
-def test_defaults_are_chosen_and_printed(whole, capsys):
+def test_defaults_are_chosen_and_described(whole):
     """State, action and all cameras without being asked; the T-layout finds its three by name; a
     prefix stands before the task."""
-    dataset = LeRobotDataset.open(whole["v2.1"])
+    dataset = opened(whole["v2.1"])
     assert dataset.titles == {"state": "observation.state", "action": "action"}
     assert dataset.cameras == tuple(map(key, CAMERAS))
-    said = capsys.readouterr().err
+    said = dataset.describe()
     assert all(
         word in said
         for word in (
@@ -376,14 +376,13 @@ def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
         snapshot_download=lambda *a, **k: asked.append((a, k["revision"])) or str(whole["v3.0"])
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert len(opened("user/pick-place@v1").lengths) == 4 and asked == [
-        (("user/pick-place",), "v1")
-    ]
+    assert len(open_recordings("user/pick-place@v1", Path()).lengths) == 4
+    assert asked == [(("user/pick-place",), "v1")]
     with pytest.raises(ValueError, match="no hub name"):
-        opened("../../nowhere")
+        open_recordings("../../nowhere", Path())
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install 'motus\[hub\]'"):
-        opened("user/name")
+        open_recordings("user/name", Path())
     for module in (recordings, lerobot):
         monkeypatch.setattr(module, "av", None)
     for use in (lambda: opened(whole["v3.0"]), lambda: write_v3("x", [], 1)):

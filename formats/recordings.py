@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from numpy import ndarray
 
-from weights.files import check_keys
+from weights.files import check_keys, file_in
 
 try:
     import av
@@ -645,20 +645,9 @@ class Folder(Recordings):
         return type(self), (self.root, self.given)
 
     def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
-        """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
-        blobs."""
-        path = self.root / name
-        plain = "\0" not in name and path.is_relative_to(self.root)
-        real = Path(os.path.realpath(path)) if plain else Path()
-        allowed = [path]
-        if self.root.parent.name == "snapshots":
-            allowed.append(self.root.parents[1] / "blobs" / real.name)
-        if real in allowed and real.is_file():
-            return real
-        problem = f"{name} is missing or no file; {AGAIN}"
-        if real not in allowed:
-            problem = f"{name!r} is a link or leaves the folder; put the file itself into it"
-        raise self._fault(field or name, problem, episode)
+        """A regular file inside the root; see `file_in`."""
+        with self._reading(field or name, name, episode):
+            return file_in(self.root, name)
 
     def views(self, episode: int, rows: Sequence[int]) -> Views:
         return {camera: self.pictures(episode, camera, rows) for camera in self.cameras}

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +56,7 @@ except ImportError:
 MAX_ROWS = 1_000_000
 SIDES = range(1, (1 << 14) + 1)  # pixels, dimensions
 MAX_META = 256 << 20  # bytes of metadata
+FILES = 1000  # in a folder that is written
 PATHS = {
     "v3.0": {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -589,13 +590,13 @@ def named(blocks: Sequence[Tensor], feature: dict) -> dict[str, list]:
     return values | {"count": [int(np.ravel(values["count"])[0])]}
 
 
-def statistics_of(column: "pa.Array") -> Tensor | None:
-    """`moments` of a column whose rows hold as many numbers each."""
+def statistics_of(column: "pa.Array") -> list[Tensor]:
+    """`moments` of a column whose rows hold as many numbers each; of others none."""
     widths, values = flattened(column)
     if not numeric(values.type) or values.null_count or np.ptp(widths):
-        return None
+        return []
     rows = values.to_numpy(zero_copy_only=False).reshape(len(widths), -1)
-    return moments(torch.from_numpy(rows.astype(np.float64)))
+    return [moments(torch.from_numpy(rows.astype(np.float64)))]
 
 
 class Writer:
@@ -616,7 +617,6 @@ class Writer:
         self.stats = defaultdict(list)  # column or camera -> of each episode
         self.tasks = {}  # text -> number
         self.total = 0  # rows
-        self.number = Counter()  # of the file in use, of data ("") and of each camera
         self.videos = {}
         self.data = None
 
@@ -624,12 +624,12 @@ class Writer:
         number = len(self.episodes)
         return ValueError(f"dataset {self.final}, episode {number}, {field}: {problem}")
 
-    def _place(self, key: str = "") -> tuple[int, int]:
-        """Folder and number of the file in use."""
-        return divmod(self.number[key], self.storage.chunks_size)
+    def _place(self) -> tuple[int, int]:
+        """Folder and number of the files in use."""
+        return divmod(len(self.episodes) // self.storage.together, FILES)
 
     def _file(self, field: str, key: str = "") -> Path:
-        chunk, file = self._place(key)
+        chunk, file = self._place()
         name = PATHS["v3.0"][field].format(chunk_index=chunk, file_index=file, video_key=key)
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -658,10 +658,12 @@ class Writer:
         features = {key: feature for key, (feature, _) in columns.items()}
         values = {key: column for key, (_, column) in columns.items()}
         lengths = {key: len(column) for key, column in values.items()}
-        stats = {key: statistics_of(column) for key, column in values.items()}
+        for key, column in values.items():
+            self.stats[key] += statistics_of(column)
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
-            lengths[key], shape, stats[key] = self._write_video(key, pictures)
+            lengths[key], shape, found = self._write_video(key, pictures)
+            self.stats[key].append(found)
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
         length = max(lengths.values(), default=0)
@@ -676,8 +678,9 @@ class Writer:
             raise self._fault("features", problem)
         tasks = [task] * length if isinstance(task, str) else task
         self._write_rows(values, [self.tasks.setdefault(t, len(self.tasks)) for t in tasks])
-        self._write_episode(list(dict.fromkeys(tasks)), length, stats)
-        self._close(self.storage.data_mb, self.storage.video_mb)
+        self._write_episode(list(dict.fromkeys(tasks)), length)
+        if len(self.episodes) % self.storage.together == 0:
+            self._close()
 
     def _vector(self, key: str, rows: ndarray, labels: Mapping | None) -> tuple[dict, "pa.Array"]:
         """The feature and the column of rows (T, D) float32."""
@@ -722,14 +725,12 @@ class Writer:
             columns[key] = np.asarray(numbers, feature["dtype"])
         table = pa.table(columns)
         if self.data is None:
-            self.data_path = self._file("data_path")
-            self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
+            path = self._file("data_path")
+            self.data = pq.ParquetWriter(path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(
-        self, tasks: list[str], length: int, stats: dict[str, Tensor | None]
-    ) -> None:
-        """The episode's row of meta/episodes: places, tasks and statistics."""
+    def _write_episode(self, tasks: list[str], length: int) -> None:
+        """The episode's row of meta/episodes: places and tasks."""
         chunk, file = self._place()
         row = {
             "episode_index": len(self.episodes),
@@ -744,26 +745,17 @@ class Writer:
         }
         for key, video in self.videos.items():
             end = video.frames / self.fps
-            place = (*self._place(key), end - length / self.fps, end)
+            place = (chunk, file, end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
-        for key, found in stats.items():
-            if found is not None:
-                self.stats[key].append(found)
-                found = named([found], self.features[key])
-                row |= {f"stats/{key}/{name}": values for name, values in found.items()}
         self.episodes.append(row)
         self.total += length
 
-    def _close(self, data_mb: float = 0, video_mb: float = 0) -> None:
-        """Closes the open files that have grown to these sizes; the next episode opens others."""
-        if self.data and self.data_path.stat().st_size >= data_mb * 2**20:
-            self.data.close()
-            self.data = None
-            self.number[""] += 1
-        for key, video in list(self.videos.items()):
-            if video.bytes >= video_mb * 2**20:
-                self.videos.pop(key).close()
-                self.number[key] += 1
+    def _close(self) -> None:
+        """Closes the open files; the next episode opens others."""
+        for file in filter(None, (self.data, *self.videos.values())):
+            file.close()
+        self.data = None
+        self.videos = {}
 
     def finish(self) -> None:
         """Metadata, and the final name."""
@@ -777,7 +769,8 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {key: named(blocks, self.features[key]) for key, blocks in self.stats.items()}
+        known = {key: blocks for key, blocks in self.stats.items() if blocks}
+        whole = {key: named(blocks, self.features[key]) for key, blocks in known.items()}
         (meta / "stats.json").write_text(plain_json(whole), "utf-8")
         count = len(self.episodes)
         info = {
@@ -786,15 +779,15 @@ class Writer:
             "total_episodes": count,
             "total_frames": self.total,
             "total_tasks": len(self.tasks),
-            "chunks_size": self.storage.chunks_size,
+            "chunks_size": FILES,
             "fps": self.fps,
             "splits": {"train": f"0:{count}"},
             **PATHS["v3.0"],
-            "data_files_size_in_mb": self.storage.data_mb,
-            "video_files_size_in_mb": self.storage.video_mb,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 200,
             "features": self.features | DEFAULTS,
         }
-        if not self.number.keys() - {""}:  # no camera
+        if not (self.root / "videos").exists():  # no camera
             info["video_path"] = None
         (meta / "info.json").write_text(plain_json(info), "utf-8")
         os.replace(self.root, self.final)

@@ -259,9 +259,7 @@ class Storage:
     codec: str = "libx264"  # or libsvtav1; libx264rgb with rgb24 and crf 0 is exact
     pix_fmt: str = "yuv444p"
     options: tuple[tuple[str, str], ...] = (("crf", "18"), ("g", "10"), ("bf", "0"))
-    data_mb: float = 100  # a file that has grown to this size is closed after its episode
-    video_mb: float = 200
-    chunks_size: int = 1000  # files in a folder
+    together: int = 50  # episodes in a file
 
 
 class VideoWriter:
@@ -270,7 +268,6 @@ class VideoWriter:
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], storage: Storage):
         self.frames = 0
-        self.bytes = 0
         self.container = av.open(str(path), "w", options={"movflags": "faststart"})
         rate = Fraction(fps).limit_denominator(1001)
         options = dict(storage.options)
@@ -288,9 +285,7 @@ class VideoWriter:
         self._mux(frame)
 
     def _mux(self, frame: "av.VideoFrame | None") -> None:
-        for packet in self.stream.encode(frame):
-            self.bytes += packet.size
-            self.container.mux(packet)
+        self.container.mux(self.stream.encode(frame))
 
     def close(self) -> None:
         self._mux(None)

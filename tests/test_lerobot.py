@@ -170,20 +170,16 @@ def test_what_a_simulator_knew_is_a_column_that_no_window_holds(tmp_path):
         opened(tmp_path / "d").labels(0)
 
 
-def test_v3_files_roll_over_and_number_on(tmp_path):
-    """With tiny limits every episode has its own files, in folders of two; data and video roll by
-    themselves."""
-    write_v3(
-        tmp_path / "d",
-        episodes(cameras=("one",)),
-        FPS,
-        Storage(data_mb=1e-6, video_mb=0.0012, chunks_size=2),
-    )
+def test_v3_files_roll_over_and_number_on(tmp_path, monkeypatch):
+    """Three episodes in a file and one file in a folder: the fourth has others."""
+    monkeypatch.setattr(lerobot, "FILES", 1)
+    write_v3(tmp_path / "d", episodes(cameras=("one",)), FPS, Storage(together=3))
     names = {str(p.relative_to(tmp_path / "d")) for p in (tmp_path / "d").rglob("*") if p.is_file()}
-    assert (
-        "data/chunk-001/file-001.parquet" in names
-        and sum(n.startswith("videos") for n in names) < 4
-    )
+    assert {name for name in names if not name.startswith("meta")} == {
+        f"{room}/chunk-00{chunk}/file-000.{ending}"
+        for room, ending in (("data", "parquet"), (f"videos/{key('one')}", "mp4"))
+        for chunk in range(2)
+    }
     dataset = opened(tmp_path / "d")
     assert dataset.check() == []
     assert [number(next(dataset.pictures(e, key("one"), [3]))) for e in range(4)] == [

@@ -16,7 +16,6 @@ LeRobot's dtype image, are no camera: convert them to videos.
 Shapes: E episodes, T rows of one, H W pixels, D dimensions of a vector.
 """
 
-import json
 import os
 import re
 import shutil
@@ -48,9 +47,10 @@ from weights.options import checked
 
 try:
     import pyarrow as pa
+    import pyarrow.json as pj
     import pyarrow.parquet as pq
 except ImportError:
-    pa = pq = None
+    pa = pj = pq = None
 
 # Rows of an episode, episodes of a dataset: above any honest one, and still small in memory.
 MAX_ROWS = 1_000_000
@@ -207,15 +207,6 @@ class LeRobotDataset(Folder):
             raise self._fault(field, problem, episode)
         return file
 
-    def _lines(self, path: Path, field: str) -> list[dict]:
-        """The objects of a file of json lines, of which some may be empty."""
-        found = []
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-            with self._reading(f"{field}, line {number}", "is no json object:"):
-                if line.strip():
-                    found.append(dict(json.loads(line)))
-        return found
-
     def _metadata(self, names: list[str], kinds: dict, rows: int | None = None) -> "pa.Table":
         """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
         Nothing of a parquet file is read before its number of rows is known to be right."""
@@ -226,17 +217,19 @@ class LeRobotDataset(Folder):
             raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
         if self.version == "v2.1":
-            lines = [line for path in paths for line in self._lines(path, field)]
-            found = len(lines)
+            how = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+            with self._reading(field, "cannot be read:"):
+                table = pj.read_json(paths[0], parse_options=how)
+            found = len(table)
         else:
             files = [self._parquet(path, name, schema.names) for path, name in zip(paths, names)]
             found = sum(file.metadata.num_rows for file in files)
         if found > MAX_ROWS or rows not in (None, found):
             problem = f"has {found} rows, info.json says {rows}; correct one of them"
             raise self._fault(field, problem)
+        if self.version == "v2.1":
+            return table
         with self._reading(field, "cannot be read:"):
-            if self.version == "v2.1":
-                return pa.Table.from_pylist(lines, schema)
             tables = (file.read(schema.names).select(schema.names).cast(schema) for file in files)
             table = pa.concat_tables(tables)
             table.validate(full=True)

@@ -847,7 +847,7 @@ MUTANTS = {
     "a length that is text": (
         "v2.1",
         rows_of(1, length="14"),
-        "episodes.jsonl: cannot be read: .*'14' with type str",
+        "episodes.jsonl: cannot be read: .*length.* to string in row 1",
     ),
     "a length of 31 digits": ("v2.1", rows_of(1, length=10**30), "meta/episodes"),
     "a length below zero": (
@@ -858,7 +858,7 @@ MUTANTS = {
     "deep json": (
         "v2.1",
         lambda root: (root / "meta/episodes.jsonl").write_text("[" * 100_000),
-        "episodes.jsonl, line 1: is no json object",
+        "episodes.jsonl: cannot be read: .* in row 0",
     ),
     "10^9 frames in info": (
         "v3.0",
@@ -1297,13 +1297,13 @@ def test_what_a_run_does_not_read_is_left_alone(whole, tmp_path, name):
 
 
 def test_a_broken_line_is_named(whole, tmp_path):
-    """File and line."""
+    """File and row, from 0 on."""
     shutil.copytree(whole["v2.1"], tmp_path / "d")
     raw_lines("episodes", lambda raw: raw.replace(b'{"episode_index": 2', b'"episode_index": 2'))(
         tmp_path / "d"
     )
     with pytest.raises(
-        ValueError, match=r"meta/episodes.jsonl, line 3: is no json object: .*; fetch or"
+        ValueError, match=r"meta/episodes.jsonl: cannot be read: .* in row 2; fetch or"
     ):
         opened(tmp_path / "d")
 

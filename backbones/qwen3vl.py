@@ -145,11 +145,6 @@ def patchify(images: Tensor, config: Qwen3VLConfig) -> tuple[Tensor, Tensor]:
     patch = config.patch
     merge = config.merge
     count, height, width, _ = images.shape
-    if height % (patch * merge) or width % (patch * merge):
-        raise ValueError(
-            f"images of {height} x {width} pixels; both sides must be multiples of patch * merge = "
-            f"{patch * merge}: prepare them"
-        )
     patches = repeat(
         (images.float() / 255 - 0.5) / 0.5,
         "n (h a p) (w b q) c -> (n h w a b) (c t p q)",

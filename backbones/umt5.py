@@ -190,15 +190,3 @@ class T5Tokenizer:
             ids = self.tokenizer.encode(clean(text), add_special_tokens=False).ids
             rows.append([*ids[: self.text_len - 1], self.eos])
         return pad_prompts(rows, self.pad)
-
-
-@torch.no_grad()
-def encode_text(
-    model: UMT5Encoder, tokenizer: T5Tokenizer, texts: list[str]
-) -> tuple[Tensor, Tensor]:
-    """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>`
-    counted, on the model's device."""
-    device = model.norm.weight.device
-    ids, mask = tokenizer.encode(texts)
-    mask = mask.to(device)
-    return model(ids.to(device), mask), mask.sum(dim=1)

@@ -24,7 +24,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -35,18 +35,17 @@ from torch import Tensor
 from formats.latents import LatentFiles, LatentFlows
 from formats.lerobot import LeRobotDataset
 from formats.official import OfficialFolder, is_official
-from formats.recordings import Choice, Recordings, fit, fit_place
+from formats.recordings import Choice, Recordings, Window, fit, fit_place
 from formats.rendered import PREFIX, Rendered
 from formats.statistics import KINDS, Normaliser, Statistics, measured
 from formats.texts import Words
 from formats.videos import VideoFolder, video_files
-from weights.files import check_keys, read_json
+from weights.files import check_keys, check_types, read_json
 from weights.hub import snapshot
 
 VIDEO_HZ = 5.0  # the paper's
 BLOCK = 16  # episodes whose numbers are measured together
 SIDES = range(16, 4097, 16)  # of a picture
-TYPES = {str: "a text", dict: "{field: choice}", bool | None: "true or false"}
 COLUMNS = ("state", "actions")  # as `Recordings.numbers` gives them
 EPISODES = 100  # that a world renders per level where nobody says how many
 
@@ -74,15 +73,12 @@ class Source:
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
 
     def __post_init__(self):
-        allowed = {"normalise": KINDS, "draw": ("windows", "tasks", "")}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            typed = f.type in (int, float) or isinstance(value, f.type)  # see `check_keys`
-            if not typed or value not in allowed.get(f.name, [value]):
-                raise ValueError(
-                    f"source {self.path!r:.80}: {f.name} is {value!r:.80}; expected "
-                    f"{allowed.get(f.name) or TYPES[f.type]}"
-                )
+        label = f"source {self.path!r:.80}"
+        check_types(label, self)
+        for name, allowed in {"normalise": KINDS, "draw": ("windows", "tasks", "")}.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{label}: {name} is {value!r:.80}; expected {allowed}")
         if self.rendered and not self.level:
             object.__setattr__(self, "level", 6)
 
@@ -275,19 +271,6 @@ def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarr
 
 
 # -- the pyramid ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Example:
-    """One window, as the network is to see it but for normalisation."""
-
-    source: int  # number of its source
-    frames: np.ndarray  # (1+F, H, W, 3) uint8, the observation first
-    video_mask: np.ndarray  # (1+F,) bool, False past the end of the episode
-    actions: np.ndarray | None  # (S, A) float32, real or latent
-    action_mask: np.ndarray | None  # (S,) bool
-    state: np.ndarray | None  # (P,) float32
-    instruction: str
 
 
 @dataclass
@@ -510,8 +493,10 @@ class Pyramid:
             )
         return torch.tensor(rows)[rng.permutation(len(rows))[:count]]
 
-    def window(self, row: Sequence[int], actions: str) -> Example:
-        """The window of a row (source, episode, first row); `actions`: none, latent or real."""
+    def window(self, row: Sequence[int], actions: str) -> Window:
+        """The window of a row (source, episode, first row), as the network is to see it but for
+        normalisation: the frames (1+F, H, W, 3) as one picture, the observation first; `actions`:
+        none, latent or real."""
         i, episode, start = row
         o = self.opened[i]
         reader = o.reader
@@ -527,7 +512,7 @@ class Pyramid:
             last = np.minimum(index, len(rows) - 1)
             chunk, mask = rows[last], known[last] & (index < len(rows))
         picture = tiled(seen.frames, self.size)
-        return Example(i, picture, seen.video_mask, chunk, mask, seen.state, seen.instruction)
+        return replace(seen, frames=picture, actions=chunk, action_mask=mask)
 
     # What is told of it.
 

@@ -21,17 +21,16 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import NoneType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy import ndarray
 
-from weights.files import check_keys, file_in
+from weights.files import as_tuples, check_keys, check_types, file_in
 
 try:
     import av
@@ -302,7 +301,7 @@ class Choice:
     state: str = ""  # default observation.state, or none
     action: str = ""  # default action or actions, or none
     # default a ready concatenated view, else all; for the T-layout head, left, right
-    cameras: tuple[str, ...] = ()
+    cameras: tuple = ()
     t_layout: bool = False  # the three cameras as one 384 x 320 picture, named "t"
     prefix: str = ""  # put before every instruction
     instruction: str | None = None  # instead of the dataset's tasks; may be empty
@@ -311,25 +310,14 @@ class Choice:
     without: tuple = ()
 
     def __post_init__(self):
-        lists = list, tuple
-        kinds = {"cameras": lists, "without": lists, "instruction": (str, NoneType)}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, kinds.get(f.name, type(f.default))):
-                raise ValueError(
-                    f"mapping: {f.name} is {value!r:.80}; expected a text, for cameras a list of "
-                    "texts, for without of numbers or names, for t_layout and constant true or "
-                    "false"
-                )
-        for name in ("cameras", "without"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types("mapping", self)
 
     @classmethod
     def of(cls, given: "Given") -> "Choice":
         if isinstance(given, cls):
             return given
         check_keys(given or {}, cls, "mapping")
-        return cls(**(given or {}))
+        return cls(**as_tuples(given or {}))
 
 
 Given = Choice | Mapping | None  # a mapping, as a Choice or a dict of its fields
@@ -340,7 +328,7 @@ Flows = Iterator[tuple[ndarray, ndarray]]  # batches of flow (n, H, W, 2), which
 
 @dataclass
 class Window:
-    frames: dict[str, ndarray]  # camera -> (F, H, W, 3) uint8
+    frames: dict[str, ndarray] | ndarray  # by camera, or one picture: (F, H, W, 3) uint8
     video_mask: ndarray  # (F,) bool, False where the episode has ended or not begun
     actions: ndarray | None  # (S, A) float32
     action_mask: ndarray  # (S,) bool

@@ -450,6 +450,30 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
     check_numbers(source, kind, stored)
 
 
+TYPES = {
+    str: "a text",
+    str | None: "a text",
+    dict: "{field: choice}",
+    bool: "true or false",
+    bool | None: "true or false",
+    tuple: "a list",
+}
+
+
+def check_types(label: str, made: object) -> None:
+    """Refuses values of a dataclass that are not of the types of their fields, as far as these are
+    TYPES; numbers have ranges of their own."""
+    for f in fields(made):
+        value = getattr(made, f.name)
+        if f.type in TYPES and not isinstance(value, f.type):
+            raise ValueError(f"{label}: {f.name} is {value!r:.80}; expected {TYPES[f.type]}")
+
+
+def as_tuples(stored: Mapping) -> dict:
+    """Fields as a dataclass has them: json makes lists of tuples."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+
+
 def same_config(path: str | Path, found: dict, wanted: dict) -> None:
     """ValueError that lists the fields in which two configurations differ."""
     wanted = json.loads(json.dumps(wanted))  # json makes lists of tuples

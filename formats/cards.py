@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.latents import LatentFiles, LatentFlows
+from formats.latents import LatentFiles
 from formats.lerobot import LeRobotDataset
 from formats.official import OfficialFolder, is_official
 from formats.recordings import Choice, Recordings, Window, fit, fit_place
@@ -179,34 +179,38 @@ class OpenSource:
         official folder its own, of a source that knows its flow by `encode`, else from files beside
         the card; where the card names a folder, from that."""
         if episode not in self.encoded:
-            rows = self.reader.latents(episode)
-            if rows is None:
-                found = self._latent_source(video_hz, encode)(episode)
-            else:
-                found = rows, np.ones(len(rows), bool)
-            self.encoded[episode] = found
+            self.encoded[episode] = self._latents(episode, video_hz, encode)
         return self.encoded[episode]
 
-    def _latent_source(self, video_hz: float, encode: Callable | None) -> Callable:
+    def _latents(
+        self, episode: int, video_hz: float, encode: Callable | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found = reader = self.reader
+        rows = reader.latents(episode)
+        if rows is not None:
+            return rows, np.ones(len(rows), bool)
         more = ""
-        if self.reader.flows(0, 1) is not None and not self.source.latents:
+        if reader.flows(0, 1) is not None and not self.source.latents:
             more = "; or name the encoder of its flow by --latent RUN"
         if more and encode:
-            found = LatentFlows(self.reader, encode)
+            seconds = encode.interval / reader.fps
         else:
-            found = LatentFiles(self.folder, self.reader, more)
+            found = LatentFiles(self.folder, reader, more)
+            seconds = found.seconds
             if encode and found.encoder not in (None, encode.fingerprint):
                 raise ValueError(
                     f"{found.name}: made by another encoder than that of --latent, whose numbers "
                     "mean something else; encode them again with its weights"
                 )
-        if abs(found.seconds * video_hz - 1) > 1e-6:
+        if abs(seconds * video_hz - 1) > 1e-6:
             raise ValueError(
-                f"{found.name}: a latent action spans {found.seconds:g} s, a video step "
+                f"{found.name}: a latent action spans {seconds:g} s, a video step "
                 f"{1 / video_hz:g} s; encode them with an interval of as many frames, or choose "
                 "another video_hz"
             )
-        return found
+        if found is reader:
+            return encode(reader.flows(episode, encode.interval))
+        return found(episode)
 
 
 def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Recordings:
@@ -285,7 +289,8 @@ class Pyramid:
     episodes: int = 0  # per level that a world renders, where a source does not say
     seed: int = 0  # of those
     robot: str = ""  # only sources of this one
-    encode: Callable | None = None  # flows to latent actions: see `LatentFlows`
+    # flows to latent actions and which are known; `interval`: rows that one of them spans
+    encode: Callable | None = None
     words: Sequence[Words] = ()  # tokenizers that instructions are tried on
 
     def __post_init__(self):

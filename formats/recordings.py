@@ -93,6 +93,13 @@ def t_layout(head: ndarray, left: ndarray, right: ndarray) -> ndarray:
     """The official three-camera picture: head on top, both wrists at half the head's size below,
     fitted to 384 x 320. All uint8 (..., H, W, 3); 240 x 320 and 480 x 640 heads both give
     360 x 320 and 12 black rows above and below."""
+    for name, picture in {"head": head, "left": left, "right": right}.items():
+        alike = picture.shape[:-3] == head.shape[:-3] and picture.shape[-1:] == (3,)
+        if picture.dtype != np.uint8 or not alike:
+            raise ValueError(
+                f"{name} is {picture.dtype} {picture.shape}; expected uint8 (..., H, W, 3), all "
+                "with the same first sizes"
+            )
     h, w = head.shape[-3:-1]
     wrists = [resize(left, h // 2, w // 2), resize(right, h // 2, w - w // 2)]
     whole = np.concatenate([head, np.concatenate(wrists, axis=-2)], axis=-3)

@@ -286,6 +286,8 @@ def test_the_t_layout_has_the_official_sizes():
             and (t[252:372, 160:] == 30).all()
         )
     assert fit(flat(9, 100, 50), 64, 64)[32].any(-1).sum() == 32
+    with pytest.raises(ValueError, match="left is float32"):
+        t_layout(flat(1, 4, 4), flat(1, 4, 4).astype(np.float32), flat(1, 4, 4))
 
 
 @pytest.mark.parametrize("head", ((240, 320), (96, 128), (100, 100)))

@@ -160,7 +160,7 @@ def batch_of(
             continue
         chunk = torch.from_numpy(window.actions)
         if actions == "real":
-            robot = known[pyramid.opened[window.source].source.embodiment]
+            robot = known[pyramid.opened[rows[b, 0]].source.embodiment]
             chunk = robot.actions.apply(chunk)
             if robot.state:
                 state = robot.state.apply(torch.from_numpy(window.state))

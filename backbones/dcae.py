@@ -198,15 +198,11 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """(B, C, H, W) -> (B, C', 2H, 2W): the mirror image of Down; the shortcut repeats channels."""
+    """(B, C, H, W) -> (B, C', 2H, 2W): the mirror image of Down, which has refused
+    widths that do not fit; the shortcut repeats channels."""
 
     def __init__(self, channels: int, out_channels: int, shortcut: bool = True):
         super().__init__()
-        if shortcut and 4 * out_channels % channels:
-            raise ValueError(
-                f"DCAEConfig.widths: {channels} -> {out_channels} cannot go up; the first must "
-                "divide 4 times the second"
-            )
         self.conv = nn.Conv2d(channels, 4 * out_channels, 3, padding=1)
         self.group = 4 * out_channels // channels if shortcut else 0
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbones.published import load_text, load_vae, load_vlm, read_tokenizer
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig, pad_prompts, prepare_image, prompt_ids
-from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder, encode_text
+from backbones.umt5 import T5Tokenizer, UMT5Config, UMT5Encoder
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from weights.files import digest, open_source, save_safetensors
 from weights.load import load_part
@@ -67,37 +67,27 @@ class Backbones(nn.Module):
         parts: Sequence[str] = PARTS,
         motus: str | Path | None = None,
     ) -> "Backbones":
-        """The `parts` in a folder of ours (`load_own`) or of published weights
-        (`load_published`)."""
+        """The `parts` in a folder of ours: `vae.safetensors`, `text.safetensors`,
+        `vlm.safetensors`, each with its config in the metadata, and the tokenizers `text.json`,
+        `vlm.json`; else in the published folders `wan` and `qwen3vl`. The official Motus file
+        `motus` has the VLM too; of `qwen3vl` only configs and tokenizer are read then."""
         folder = Path(folder)
-        if (folder / "vae.safetensors").is_file():
-            return cls.load_own(folder, text_len, parts)
-        return cls.load_published(folder, text_len, parts, motus)
-
-    @classmethod
-    def load_own(cls, folder: Path, text_len: int, parts: Sequence[str]) -> "Backbones":
-        """From `vae.safetensors`, `text.safetensors`, `vlm.safetensors`, each with its config in
-        the metadata, and the tokenizers `text.json`, `vlm.json`."""
+        own = (folder / "vae.safetensors").is_file()
         vae = text = vlm = None
-        if "vae" in parts:
+        if own and "vae" in parts:
             vae = load_part(folder / "vae.safetensors", WanVAE, WanVAEConfig)
-        if "text" in parts:
+        elif "vae" in parts:
+            vae = load_vae(folder / "wan")
+        if own and "text" in parts:
             encoder = load_part(folder / "text.safetensors", UMT5Encoder, UMT5Config)
             text = encoder, T5Tokenizer(folder / "text.json", text_len)
-        if "vlm" in parts:
+        elif "text" in parts:
+            text = load_text(folder / "wan", text_len)
+        if own and "vlm" in parts:
             network = load_part(folder / "vlm.safetensors", Qwen3VL, Qwen3VLConfig)
             vlm = network, read_tokenizer(folder / "vlm.json")
-        return cls(vae, text, vlm)
-
-    @classmethod
-    def load_published(
-        cls, folder: Path, text_len: int, parts: Sequence[str], motus: str | Path | None
-    ) -> "Backbones":
-        """From the published folders `wan` and `qwen3vl`. The official Motus file `motus` has the
-        VLM too; if it is given, only configs and tokenizer of `qwen3vl` are read."""
-        vae = load_vae(folder / "wan") if "vae" in parts else None
-        text = load_text(folder / "wan", text_len) if "text" in parts else None
-        vlm = load_vlm(folder / "qwen3vl", motus) if "vlm" in parts else None
+        elif "vlm" in parts:
+            vlm = load_vlm(folder / "qwen3vl", motus)
         return cls(vae, text, vlm)
 
     # -- what a cache of their outputs must know --
@@ -158,6 +148,7 @@ class Backbones(nn.Module):
         frames = (self.vae.decode(latents) + 1) * 127.5
         return rearrange(frames, "b c f h w -> b f h w c").round().clamp(0, 255).to(torch.uint8)
 
+    @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Instructions -> states (B, Lt, Dt), zero after each text, and lengths (B,). An
         instruction is encoded once and remembered."""
@@ -167,10 +158,11 @@ class Backbones(nn.Module):
                 f"{missing[0]!r} is among no prepared text states, and no text encoder is loaded; "
                 f"prepare it with {ENCODE}"
             )
-        for text in missing:
-            context, lengths = encode_text(self.text, self.text_tokenizer, [text])
-            self.text_cache[text] = context[0, : int(lengths[0])].cpu()  # there may be many
         device = next(self.parameters()).device
+        for text in missing:
+            ids, mask = self.text_tokenizer.encode([text])
+            states = self.text(ids.to(device), mask.to(device))
+            self.text_cache[text] = states[0].cpu()  # there may be many
         states = [self.text_cache[text] for text in texts]
         lengths = torch.tensor([len(rows) for rows in states], device=device)
         return nn.utils.rnn.pad_sequence(states, batch_first=True).to(device), lengths

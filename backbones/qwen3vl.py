@@ -37,6 +37,7 @@ width, N heads, K head size.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +91,6 @@ class Qwen3VLConfig:
                 f"mrope {self.mrope} sums to {sum(self.mrope)}; expected head_dim / 2 = "
                 f"{self.head_dim / 2}"
             )
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
-        if self.vision_width % (4 * self.vision_heads):
-            raise ValueError(
-                f"vision_width {self.vision_width} must be a multiple of 4 * vision_heads = "
-                f"{4 * self.vision_heads}"
-            )
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"min_pixels {self.min_pixels} must not exceed max_pixels {self.max_pixels}"
@@ -144,11 +138,6 @@ def patchify(images: Tensor, config: Qwen3VLConfig) -> tuple[Tensor, Tensor]:
     patch = config.patch
     merge = config.merge
     count, height, width, _ = images.shape
-    if height % (patch * merge) or width % (patch * merge):
-        raise ValueError(
-            f"images of {height} x {width} pixels; both sides must be multiples of patch * merge = "
-            f"{patch * merge}: prepare them"
-        )
     patches = repeat(
         (images.float() / 255 - 0.5) / 0.5,
         "n (h a p) (w b q) c -> (n h w a b) (c t p q)",
@@ -350,17 +339,14 @@ class VisionTower(nn.Module):
         return torch.stack([self.merger(x), *features])
 
     def forward(self, pixels: Tensor, grid: Tensor) -> Tensor:
-        """pixels (P, C), grid (n, 3) -> (1 + taps, P/4, D). Images of equal grid are encoded
-        together, in one batch."""
-        shapes, kind = grid.unique(dim=0, return_inverse=True)
-        kind = kind.repeat_interleave(grid.prod(dim=1))  # (P,) which of `shapes` a patch belongs to
+        """pixels (P, C), grid (n, 3) -> (1 + taps, P/4, D). Neighbours of one grid, such as all
+        images of a batch, are encoded together."""
+        images = iter(pixels.split(grid.prod(dim=1).tolist()))
         encoded = []
-        for i, (_, h, w) in enumerate(shapes.tolist()):
-            patches = rearrange(pixels[kind == i], "(n l) c -> n l c", l=h * w)
+        for (_, h, w), alike in groupby(grid.tolist()):
+            patches = torch.stack([next(images) for _ in alike])
             encoded.append(self.encode(patches, h, w).flatten(1, 2))
-        kind = kind[:: self.config.merge**2]  # (P/4,) the same of each image token
-        order = kind.argsort(stable=True).argsort()  # its place among those sorted by shape
-        return torch.cat(encoded, dim=1)[:, order]
+        return torch.cat(encoded, dim=1)
 
 
 # -- language model -------------------------------------------------------------------------------

@@ -46,12 +46,6 @@ class UMT5Config:
     buckets: int = 32  # relative positions, half of them for keys after the query
     max_distance: int = 128  # from here on all distances share the last bucket
 
-    def __post_init__(self):
-        if self.dim_attn % self.heads:
-            raise ValueError(
-                f"umt5 dim_attn {self.dim_attn} must be a multiple of heads {self.heads}"
-            )
-
 
 def relative_buckets(
     length: int, buckets: int, max_distance: int, device: torch.device | None = None
@@ -190,15 +184,3 @@ class T5Tokenizer:
             ids = self.tokenizer.encode(clean(text), add_special_tokens=False).ids
             rows.append([*ids[: self.text_len - 1], self.eos])
         return pad_prompts(rows, self.pad)
-
-
-@torch.no_grad()
-def encode_text(
-    model: UMT5Encoder, tokenizer: T5Tokenizer, texts: list[str]
-) -> tuple[Tensor, Tensor]:
-    """B texts -> context (B, Lmax, D), zero after each text, and lengths (B,) int64 with `</s>`
-    counted, on the model's device."""
-    device = model.norm.weight.device
-    ids, mask = tokenizer.encode(texts)
-    mask = mask.to(device)
-    return model(ids.to(device), mask), mask.sum(dim=1)

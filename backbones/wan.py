@@ -145,14 +145,8 @@ class WanAttention(nn.Module):
         self.norm_q = RMSNorm(width, eps)
         self.norm_k = RMSNorm(width, eps)
 
-    def queries(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
-        return rearrange(self.norm_q(self.q(x)), "b l (n k) -> b l n k", n=self.heads)
-
-    def keys(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
-        return rearrange(self.norm_k(self.k(x)), "b l (n k) -> b l n k", n=self.heads)
-
-    def values(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
-        return rearrange(self.v(x), "b l (n k) -> b l n k", n=self.heads)
+    def split(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, N, K)
+        return rearrange(x, "b l (n k) -> b l n k", n=self.heads)
 
 
 class TextStates(NamedTuple):
@@ -191,7 +185,7 @@ class WanBlock(nn.Module):
         """x (B, L, D) -> q, k (normed, rotated), v, each (B, L, N, K)."""
         attn = self.self_attn
         h = norm_modulate(x, mod.shift, mod.scale, self.norm1.eps, self.modulation.dtype)
-        v = attn.values(h)
+        v = attn.split(attn.v(h))
         q, k = norm_rotate(
             attn.q(h),
             attn.k(h),
@@ -206,7 +200,8 @@ class WanBlock(nn.Module):
     def text_kv(self, text: TextStates) -> TextKV:
         """Keys and values of the text for this layer."""
         cross = self.cross_attn
-        return TextKV(cross.keys(text.states), cross.values(text.states), text.bias)
+        k = cross.split(cross.norm_k(cross.k(text.states)))
+        return TextKV(k, cross.split(cross.v(text.states)), text.bias)
 
     def post_attention(
         self,
@@ -221,9 +216,10 @@ class WanBlock(nn.Module):
         x = add_gated(x, self.self_attn.o(attended), mod.gate)
         if isinstance(text, TextStates):
             text = self.text_kv(text)
-        q = self.cross_attn.queries(self.norm3(x))
+        cross = self.cross_attn
+        q = cross.split(cross.norm_q(cross.q(self.norm3(x))))
         read = attention(q, text.k, text.v, text.bias)
-        x = x + self.cross_attn.o(rearrange(read, "b l n k -> b l (n k)")).float()
+        x = x + cross.o(rearrange(read, "b l n k -> b l (n k)")).float()
         h = norm_modulate(x, ffn_mod.shift, ffn_mod.scale, self.norm2.eps, self.modulation.dtype)
         return add_gated(x, self.ffn(h), ffn_mod.gate)
 
@@ -246,7 +242,7 @@ class WanHead(nn.Module):
 
 
 class WanModel(nn.Module):
-    """The video transformer. `forward` is Wan alone: video generation without other experts."""
+    """The video transformer: the parts that `motus.Motus` runs beside the other experts."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -297,17 +293,3 @@ class WanModel(nn.Module):
             ph=ph,
             pw=pw,
         )
-
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
-        """latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text (B, Lt, text_dim) with lengths
-        (B,) -> velocity (B, C, T, h, w)."""
-        x, grid = self.patchify(latents)
-        e, e0 = embed_time(self, t)
-        rope = rope_3d(grid, self.config.head_dim, x.device)
-        text = self.embed_text(context, lengths)
-        for block in self.blocks:
-            mod, ffn_mod = modulations(block.modulation, e0)
-            q, k, v = block.pre_attention(x, mod, rope)
-            attended = rearrange(attention(q, k, v), "b l n k -> b l (n k)")
-            x = block.post_attention(x, attended, mod, ffn_mod, text)
-        return self.unpatchify(self.head(x, e), grid)

@@ -21,9 +21,10 @@ an episode.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,20 +32,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.latents import LatentFiles, LatentFlows
+from formats.latents import LatentFiles
 from formats.lerobot import LeRobotDataset
 from formats.official import OfficialFolder, is_official
-from formats.recordings import Choice, Recordings, fit, fit_place
+from formats.recordings import Choice, Recordings, Window, fit, fit_place
 from formats.rendered import PREFIX, Rendered
 from formats.statistics import KINDS, Normaliser, Statistics, measured
 from formats.texts import Words
 from formats.videos import VideoFolder, video_files
-from weights.files import check_keys, read_json
+from weights.files import check_keys, check_types, read_json
+from weights.hub import snapshot
 
 VIDEO_HZ = 5.0  # the paper's
 BLOCK = 16  # episodes whose numbers are measured together
 SIDES = range(16, 4097, 16)  # of a picture
-TYPES = {str: "a text", dict: "{field: choice}", bool | None: "true or false"}
 COLUMNS = ("state", "actions")  # as `Recordings.numbers` gives them
 EPISODES = 100  # that a world renders per level where nobody says how many
 
@@ -72,15 +73,12 @@ class Source:
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
 
     def __post_init__(self):
-        allowed = {"normalise": KINDS, "draw": ("windows", "tasks", "")}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            typed = f.type in (int, float) or isinstance(value, f.type)  # see `check_keys`
-            if not typed or value not in allowed.get(f.name, [value]):
-                raise ValueError(
-                    f"source {self.path!r:.80}: {f.name} is {value!r:.80}; expected "
-                    f"{allowed.get(f.name) or TYPES[f.type]}"
-                )
+        label = f"source {self.path!r:.80}"
+        check_types(label, self)
+        for name, allowed in {"normalise": KINDS, "draw": ("windows", "tasks", "")}.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{label}: {name} is {value!r:.80}; expected {allowed}")
         if self.rendered and not self.level:
             object.__setattr__(self, "level", 6)
 
@@ -181,34 +179,38 @@ class OpenSource:
         official folder its own, of a source that knows its flow by `encode`, else from files beside
         the card; where the card names a folder, from that."""
         if episode not in self.encoded:
-            rows = self.reader.latents(episode)
-            if rows is None:
-                found = self._latent_source(video_hz, encode)(episode)
-            else:
-                found = rows, np.ones(len(rows), bool)
-            self.encoded[episode] = found
+            self.encoded[episode] = self._latents(episode, video_hz, encode)
         return self.encoded[episode]
 
-    def _latent_source(self, video_hz: float, encode: Callable | None) -> Callable:
+    def _latents(
+        self, episode: int, video_hz: float, encode: Callable | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        found = reader = self.reader
+        rows = reader.latents(episode)
+        if rows is not None:
+            return rows, np.ones(len(rows), bool)
         more = ""
-        if self.reader.flows(0, 1) is not None and not self.source.latents:
+        if reader.flows(0, 1) is not None and not self.source.latents:
             more = "; or name the encoder of its flow by --latent RUN"
         if more and encode:
-            found = LatentFlows(self.reader, encode)
+            seconds = encode.interval / reader.fps
         else:
-            found = LatentFiles(self.folder, self.reader, more)
+            found = LatentFiles(self.folder, reader, more)
+            seconds = found.seconds
             if encode and found.encoder not in (None, encode.fingerprint):
                 raise ValueError(
                     f"{found.name}: made by another encoder than that of --latent, whose numbers "
                     "mean something else; encode them again with its weights"
                 )
-        if abs(found.seconds * video_hz - 1) > 1e-6:
+        if abs(seconds * video_hz - 1) > 1e-6:
             raise ValueError(
-                f"{found.name}: a latent action spans {found.seconds:g} s, a video step "
+                f"{found.name}: a latent action spans {seconds:g} s, a video step "
                 f"{1 / video_hz:g} s; encode them with an interval of as many frames, or choose "
                 "another video_hz"
             )
-        return found
+        if found is reader:
+            return encode(reader.flows(episode, encode.interval))
+        return found(episode)
 
 
 def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Recordings:
@@ -216,22 +218,27 @@ def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Re
     chosen: a ready concatenated view, else head and two wrists as the T-layout, else the first."""
     choice = Choice.of(mapping)
     folder = root / path
-    if not folder.is_dir() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise ValueError(
-            f"source {path}: no folder {folder}; correct the path, which is relative to the card"
-        )
-    if folder.is_dir() and not (folder / "meta").exists():
+    if not folder.is_dir():
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", path):
+            raise ValueError(
+                f"source {path}: no folder {folder}, and no hub name; correct the path, which is "
+                "relative to the card, or give USER/NAME, with @REVISION if wanted"
+            )
+        name, _, revision = path.partition("@")
+        files = ["meta/**", "data/**", "videos/**"]
+        folder = Path(snapshot(name, revision or None, files, repo_type="dataset"))
+    if not (folder / "meta").exists():
         if is_official(folder):
             return OfficialFolder(folder, choice)
         if video_files(folder):
             return VideoFolder(folder, choice)
-    reader = LeRobotDataset.open(folder if folder.is_dir() else path, choice, quiet=True)
+    reader = LeRobotDataset(folder, choice)
     if choice.cameras or choice.t_layout or len(reader.cameras) < 2:
         return reader
     try:
-        return type(reader)(reader.root, replace(choice, t_layout=True))
+        return LeRobotDataset(folder, replace(choice, t_layout=True))
     except ValueError:  # no three cameras with the names that it takes
-        return type(reader)(reader.root, replace(choice, cameras=reader.cameras[:1]))
+        return LeRobotDataset(folder, replace(choice, cameras=reader.cameras[:1]))
 
 
 # -- pictures and shares --------------------------------------------------------------------------
@@ -271,19 +278,6 @@ def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarr
 
 
 @dataclass
-class Example:
-    """One window, as the network is to see it but for normalisation."""
-
-    source: int  # number of its source
-    frames: np.ndarray  # (1+F, H, W, 3) uint8, the observation first
-    video_mask: np.ndarray  # (1+F,) bool, False past the end of the episode
-    actions: np.ndarray | None  # (S, A) float32, real or latent
-    action_mask: np.ndarray | None  # (S,) bool
-    state: np.ndarray | None  # (P,) float32
-    instruction: str
-
-
-@dataclass
 class Pyramid:
     """The sources of a dataset card that belong to some levels. A bare dataset, or a folder of
     several, is of the highest of them."""
@@ -295,7 +289,8 @@ class Pyramid:
     episodes: int = 0  # per level that a world renders, where a source does not say
     seed: int = 0  # of those
     robot: str = ""  # only sources of this one
-    encode: Callable | None = None  # flows to latent actions: see `LatentFlows`
+    # flows to latent actions and which are known; `interval`: rows that one of them spans
+    encode: Callable | None = None
     words: Sequence[Words] = ()  # tokenizers that instructions are tried on
 
     def __post_init__(self):
@@ -503,8 +498,10 @@ class Pyramid:
             )
         return torch.tensor(rows)[rng.permutation(len(rows))[:count]]
 
-    def window(self, row: Sequence[int], actions: str) -> Example:
-        """The window of a row (source, episode, first row); `actions`: none, latent or real."""
+    def window(self, row: Sequence[int], actions: str) -> Window:
+        """The window of a row (source, episode, first row), as the network is to see it but for
+        normalisation: the frames (1+F, H, W, 3) as one picture, the observation first; `actions`:
+        none, latent or real."""
         i, episode, start = row
         o = self.opened[i]
         reader = o.reader
@@ -520,7 +517,7 @@ class Pyramid:
             last = np.minimum(index, len(rows) - 1)
             chunk, mask = rows[last], known[last] & (index < len(rows))
         picture = tiled(seen.frames, self.size)
-        return Example(i, picture, seen.video_mask, chunk, mask, seen.state, seen.instruction)
+        return replace(seen, frames=picture, actions=chunk, action_mask=mask)
 
     # What is told of it.
 

@@ -1,9 +1,5 @@
-"""Latent actions of a dataset's episodes: files beside a card, or the encoder at hand.
+"""Latent actions of a dataset's episodes, as files beside a card."""
 
-Either gives a row for each frame of an episode, standardised, and says which rows are known.
-"""
-
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,17 +49,3 @@ class LatentFiles:
                 "its latent actions again"
             )
         return rows, valid
-
-
-class LatentFlows:
-    """Latent actions of a source that knows its true optical flow. `encode` has the `interval` in
-    rows that one latent action spans, and turns flows into rows and which of them are known."""
-
-    def __init__(self, reader: Recordings, encode: Callable):
-        self.reader = reader
-        self.encode = encode
-        self.name = reader.name
-        self.seconds = encode.interval / reader.fps
-
-    def __call__(self, episode: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.encode(self.reader.flows(episode, self.encode.interval))

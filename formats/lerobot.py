@@ -1,6 +1,6 @@
 """LeRobot datasets with pyarrow and av alone: v2.1 and v3.0 are read, v3.0 is written.
 
-    dataset = LeRobotDataset.open("folder")      # or a hub name; the choice of columns is printed
+    dataset = LeRobotDataset("folder")      # `describe` says which columns were chosen
     window = dataset.window(episode, 1.5, video_times=[0, 0.2, 0.4], action_times=[0, 0.033, 0.067])
 
     v2.1  meta/{info.json, tasks.jsonl, episodes.jsonl}
@@ -16,11 +16,10 @@ LeRobot's dtype image, are no camera: convert them to videos.
 Shapes: E episodes, T rows of one, H W pixels, D dimensions of a vector.
 """
 
-import json
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,14 +47,16 @@ from weights.options import checked
 
 try:
     import pyarrow as pa
+    import pyarrow.json as pj
     import pyarrow.parquet as pq
 except ImportError:
-    pa = pq = None
+    pa = pj = pq = None
 
 # Rows of an episode, episodes of a dataset: above any honest one, and still small in memory.
 MAX_ROWS = 1_000_000
 SIDES = range(1, (1 << 14) + 1)  # pixels, dimensions
 MAX_META = 256 << 20  # bytes of metadata
+FILES = 1000  # in a folder that is written
 PATHS = {
     "v3.0": {
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
@@ -206,15 +207,6 @@ class LeRobotDataset(Folder):
             raise self._fault(field, problem, episode)
         return file
 
-    def _lines(self, path: Path, field: str) -> list[dict]:
-        """The objects of a file of json lines, of which some may be empty."""
-        found = []
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
-            with self._reading(f"{field}, line {number}", "is no json object:"):
-                if line.strip():
-                    found.append(dict(json.loads(line)))
-        return found
-
     def _metadata(self, names: list[str], kinds: dict, rows: int | None = None) -> "pa.Table":
         """Columns of these kinds of files with so many rows: json lines in v2.1, parquet in v3.0.
         Nothing of a parquet file is read before its number of rows is known to be right."""
@@ -225,17 +217,19 @@ class LeRobotDataset(Folder):
             raise self._fault(field, f"has {size} bytes; at most {MAX_META} are allowed")
         schema = pa.schema(kinds)
         if self.version == "v2.1":
-            lines = [line for path in paths for line in self._lines(path, field)]
-            found = len(lines)
+            how = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+            with self._reading(field, "cannot be read:"):
+                table = pj.read_json(paths[0], parse_options=how)
+            found = len(table)
         else:
             files = [self._parquet(path, name, schema.names) for path, name in zip(paths, names)]
             found = sum(file.metadata.num_rows for file in files)
         if found > MAX_ROWS or rows not in (None, found):
             problem = f"has {found} rows, info.json says {rows}; correct one of them"
             raise self._fault(field, problem)
+        if self.version == "v2.1":
+            return table
         with self._reading(field, "cannot be read:"):
-            if self.version == "v2.1":
-                return pa.Table.from_pylist(lines, schema)
             tables = (file.read(schema.names).select(schema.names).cast(schema) for file in files)
             table = pa.concat_tables(tables)
             table.validate(full=True)
@@ -589,13 +583,13 @@ def named(blocks: Sequence[Tensor], feature: dict) -> dict[str, list]:
     return values | {"count": [int(np.ravel(values["count"])[0])]}
 
 
-def statistics_of(column: "pa.Array") -> Tensor | None:
-    """`moments` of a column whose rows hold as many numbers each."""
+def statistics_of(column: "pa.Array") -> list[Tensor]:
+    """`moments` of a column whose rows hold as many numbers each; of others none."""
     widths, values = flattened(column)
     if not numeric(values.type) or values.null_count or np.ptp(widths):
-        return None
+        return []
     rows = values.to_numpy(zero_copy_only=False).reshape(len(widths), -1)
-    return moments(torch.from_numpy(rows.astype(np.float64)))
+    return [moments(torch.from_numpy(rows.astype(np.float64)))]
 
 
 class Writer:
@@ -616,7 +610,6 @@ class Writer:
         self.stats = defaultdict(list)  # column or camera -> of each episode
         self.tasks = {}  # text -> number
         self.total = 0  # rows
-        self.number = Counter()  # of the file in use, of data ("") and of each camera
         self.videos = {}
         self.data = None
 
@@ -624,12 +617,12 @@ class Writer:
         number = len(self.episodes)
         return ValueError(f"dataset {self.final}, episode {number}, {field}: {problem}")
 
-    def _place(self, key: str = "") -> tuple[int, int]:
-        """Folder and number of the file in use."""
-        return divmod(self.number[key], self.storage.chunks_size)
+    def _place(self) -> tuple[int, int]:
+        """Folder and number of the files in use."""
+        return divmod(len(self.episodes) // self.storage.together, FILES)
 
     def _file(self, field: str, key: str = "") -> Path:
-        chunk, file = self._place(key)
+        chunk, file = self._place()
         name = PATHS["v3.0"][field].format(chunk_index=chunk, file_index=file, video_key=key)
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -658,10 +651,12 @@ class Writer:
         features = {key: feature for key, (feature, _) in columns.items()}
         values = {key: column for key, (_, column) in columns.items()}
         lengths = {key: len(column) for key, column in values.items()}
-        stats = {key: statistics_of(column) for key, column in values.items()}
+        for key, column in values.items():
+            self.stats[key] += statistics_of(column)
         for name, pictures in frames.items():
             key = name if name.startswith("observation.") else f"observation.images.{name}"
-            lengths[key], shape, stats[key] = self._write_video(key, pictures)
+            lengths[key], shape, found = self._write_video(key, pictures)
+            self.stats[key].append(found)
             axes = ["height", "width", "channels"]
             features[key] = {"dtype": "video", "shape": shape, "names": axes}
         length = max(lengths.values(), default=0)
@@ -676,8 +671,9 @@ class Writer:
             raise self._fault("features", problem)
         tasks = [task] * length if isinstance(task, str) else task
         self._write_rows(values, [self.tasks.setdefault(t, len(self.tasks)) for t in tasks])
-        self._write_episode(list(dict.fromkeys(tasks)), length, stats)
-        self._close(self.storage.data_mb, self.storage.video_mb)
+        self._write_episode(list(dict.fromkeys(tasks)), length)
+        if len(self.episodes) % self.storage.together == 0:
+            self._close()
 
     def _vector(self, key: str, rows: ndarray, labels: Mapping | None) -> tuple[dict, "pa.Array"]:
         """The feature and the column of rows (T, D) float32."""
@@ -722,14 +718,12 @@ class Writer:
             columns[key] = np.asarray(numbers, feature["dtype"])
         table = pa.table(columns)
         if self.data is None:
-            self.data_path = self._file("data_path")
-            self.data = pq.ParquetWriter(self.data_path, table.schema, write_page_checksum=True)
+            path = self._file("data_path")
+            self.data = pq.ParquetWriter(path, table.schema, write_page_checksum=True)
         self.data.write_table(table)
 
-    def _write_episode(
-        self, tasks: list[str], length: int, stats: dict[str, Tensor | None]
-    ) -> None:
-        """The episode's row of meta/episodes: places, tasks and statistics."""
+    def _write_episode(self, tasks: list[str], length: int) -> None:
+        """The episode's row of meta/episodes: places and tasks."""
         chunk, file = self._place()
         row = {
             "episode_index": len(self.episodes),
@@ -744,26 +738,17 @@ class Writer:
         }
         for key, video in self.videos.items():
             end = video.frames / self.fps
-            place = (*self._place(key), end - length / self.fps, end)
+            place = (chunk, file, end - length / self.fps, end)
             row |= {f"videos/{key}/{name}": value for name, value in zip(VIDEO, place)}
-        for key, found in stats.items():
-            if found is not None:
-                self.stats[key].append(found)
-                found = named([found], self.features[key])
-                row |= {f"stats/{key}/{name}": values for name, values in found.items()}
         self.episodes.append(row)
         self.total += length
 
-    def _close(self, data_mb: float = 0, video_mb: float = 0) -> None:
-        """Closes the open files that have grown to these sizes; the next episode opens others."""
-        if self.data and self.data_path.stat().st_size >= data_mb * 2**20:
-            self.data.close()
-            self.data = None
-            self.number[""] += 1
-        for key, video in list(self.videos.items()):
-            if video.bytes >= video_mb * 2**20:
-                self.videos.pop(key).close()
-                self.number[key] += 1
+    def _close(self) -> None:
+        """Closes the open files; the next episode opens others."""
+        for file in filter(None, (self.data, *self.videos.values())):
+            file.close()
+        self.data = None
+        self.videos = {}
 
     def finish(self) -> None:
         """Metadata, and the final name."""
@@ -777,7 +762,8 @@ class Writer:
         tasks = {"task_index": pa.array(self.tasks.values()), "task": pa.array(self.tasks)}
         tasks = pa.table(tasks, metadata={"pandas": PANDAS})
         pq.write_table(tasks, meta / "tasks.parquet")
-        whole = {key: named(blocks, self.features[key]) for key, blocks in self.stats.items()}
+        known = {key: blocks for key, blocks in self.stats.items() if blocks}
+        whole = {key: named(blocks, self.features[key]) for key, blocks in known.items()}
         (meta / "stats.json").write_text(plain_json(whole), "utf-8")
         count = len(self.episodes)
         info = {
@@ -786,15 +772,15 @@ class Writer:
             "total_episodes": count,
             "total_frames": self.total,
             "total_tasks": len(self.tasks),
-            "chunks_size": self.storage.chunks_size,
+            "chunks_size": FILES,
             "fps": self.fps,
             "splits": {"train": f"0:{count}"},
             **PATHS["v3.0"],
-            "data_files_size_in_mb": self.storage.data_mb,
-            "video_files_size_in_mb": self.storage.video_mb,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 200,
             "features": self.features | DEFAULTS,
         }
-        if not self.number.keys() - {""}:  # no camera
+        if not (self.root / "videos").exists():  # no camera
             info["video_path"] = None
         (meta / "info.json").write_text(plain_json(info), "utf-8")
         os.replace(self.root, self.final)

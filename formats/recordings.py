@@ -19,23 +19,18 @@ dimensions, P state dimensions.
 import hashlib
 import math
 import os
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations
 from pathlib import Path
-from types import NoneType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy import ndarray
 
-from weights.files import check_keys
-from weights.hub import snapshot
+from weights.files import as_tuples, check_keys, check_types, file_in
 
 try:
     import av
@@ -262,9 +257,7 @@ class Storage:
     codec: str = "libx264"  # or libsvtav1; libx264rgb with rgb24 and crf 0 is exact
     pix_fmt: str = "yuv444p"
     options: tuple[tuple[str, str], ...] = (("crf", "18"), ("g", "10"), ("bf", "0"))
-    data_mb: float = 100  # a file that has grown to this size is closed after its episode
-    video_mb: float = 200
-    chunks_size: int = 1000  # files in a folder
+    together: int = 50  # episodes in a file
 
 
 class VideoWriter:
@@ -273,7 +266,6 @@ class VideoWriter:
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int], storage: Storage):
         self.frames = 0
-        self.bytes = 0
         self.container = av.open(str(path), "w", options={"movflags": "faststart"})
         rate = Fraction(fps).limit_denominator(1001)
         options = dict(storage.options)
@@ -291,9 +283,7 @@ class VideoWriter:
         self._mux(frame)
 
     def _mux(self, frame: "av.VideoFrame | None") -> None:
-        for packet in self.stream.encode(frame):
-            self.bytes += packet.size
-            self.container.mux(packet)
+        self.container.mux(self.stream.encode(frame))
 
     def close(self) -> None:
         self._mux(None)
@@ -311,7 +301,7 @@ class Choice:
     state: str = ""  # default observation.state, or none
     action: str = ""  # default action or actions, or none
     # default a ready concatenated view, else all; for the T-layout head, left, right
-    cameras: tuple[str, ...] = ()
+    cameras: tuple = ()
     t_layout: bool = False  # the three cameras as one 384 x 320 picture, named "t"
     prefix: str = ""  # put before every instruction
     instruction: str | None = None  # instead of the dataset's tasks; may be empty
@@ -320,25 +310,14 @@ class Choice:
     without: tuple = ()
 
     def __post_init__(self):
-        lists = list, tuple
-        kinds = {"cameras": lists, "without": lists, "instruction": (str, NoneType)}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, kinds.get(f.name, type(f.default))):
-                raise ValueError(
-                    f"mapping: {f.name} is {value!r:.80}; expected a text, for cameras a list of "
-                    "texts, for without of numbers or names, for t_layout and constant true or "
-                    "false"
-                )
-        for name in ("cameras", "without"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types("mapping", self)
 
     @classmethod
     def of(cls, given: "Given") -> "Choice":
         if isinstance(given, cls):
             return given
         check_keys(given or {}, cls, "mapping")
-        return cls(**(given or {}))
+        return cls(**as_tuples(given or {}))
 
 
 Given = Choice | Mapping | None  # a mapping, as a Choice or a dict of its fields
@@ -349,7 +328,7 @@ Flows = Iterator[tuple[ndarray, ndarray]]  # batches of flow (n, H, W, 2), which
 
 @dataclass
 class Window:
-    frames: dict[str, ndarray]  # camera -> (F, H, W, 3) uint8
+    frames: dict[str, ndarray] | ndarray  # by camera, or one picture: (F, H, W, 3) uint8
     video_mask: ndarray  # (F,) bool, False where the episode has ended or not begun
     actions: ndarray | None  # (S, A) float32
     action_mask: ndarray  # (S,) bool
@@ -553,7 +532,6 @@ class Recordings:
         faults = []
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         empty = []  # episodes with a text that is
-        looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
         for episode in self.episodes:
             with noting(faults):
                 if "" in self.texts(episode) and not self.told:
@@ -562,9 +540,9 @@ class Recordings:
                     if rows is not None:
                         ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
                 self._find_again(episode, seen)
-            for number, camera in enumerate(self.cameras):
+            for camera in self.cameras:
                 with noting(faults):
-                    looks[episode, number] = resize(self._watch(episode, camera), 4, 4).ravel()
+                    self._watch(episode, camera)
         for title, rows in ends.items():
             for d in np.flatnonzero(np.ptp(rows, axis=0) == 0) if not self.given.constant else ():
                 problem = f"dimension {d} is {rows[0][d]:.6g} in every row; leave it out, or allow"
@@ -576,7 +554,7 @@ class Recordings:
             faults.append(str(self._fault("instruction", remedy)))
         with noting(faults):
             self._frames(self.episodes[0], np.zeros(1, int))
-        return faults + [str(fault) for fault in self._swapped_cameras(looks)]
+        return faults
 
     def _find_again(self, episode: int, seen: dict) -> None:
         """ValueError if an episode that moves has the numbers of one that was `seen`."""
@@ -589,14 +567,14 @@ class Recordings:
             problem = f"equals episode {first} of {name} number for number; drop one of the two"
             raise self._fault(self.titles["action"], problem, episode)
 
-    def _watch(self, episode: int, camera: str) -> ndarray:
-        """The first picture of an episode. All are decoded in order; some of them alone too, and
-        must be the same. ValueError for a fault."""
+    def _watch(self, episode: int, camera: str) -> None:
+        """Decodes all pictures of an episode in order, and some of them alone, which must be the
+        same. ValueError for a fault."""
         length = self.lengths[episode]
         some = np.random.default_rng(episode).integers(length, size=ALONE).tolist()
         kept = {}
         for row, picture in enumerate(self.views(episode, range(length))[camera]):
-            if row in (0, *some):
+            if row in some:
                 kept[row] = picture
         for row in some:
             (alone,) = self.views(episode, [row])[camera]
@@ -606,22 +584,6 @@ class Recordings:
                     f"row {row} is another picture alone than in order; encode the video again",
                     episode,
                 )
-        return kept[0]
-
-    def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:
-        """Two cameras of an episode are swapped if each looks like what the other usually shows;
-        `looks` (episodes, cameras, 48) are 4 x 4 pixels of their first pictures, NaN if unread."""
-        known = looks[np.isfinite(looks).all(axis=(1, 2))]
-        if len(known) < 3:
-            return
-        usual = np.median(known, axis=0)
-        gaps = np.abs(looks[:, :, None] - usual).mean(-1)  # (episodes, shown by, usual of)
-        for a, b in combinations(range(len(usual)), 2):
-            straight = gaps[:, a, a] + gaps[:, b, b]
-            crossed = gaps[:, a, b] + gaps[:, b, a]
-            for episode in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
-                problem = f"and {self.cameras[b]} show each other's view; swap their files"
-                yield self._fault(self.cameras[a], problem, episode)
 
 
 # -- folders --------------------------------------------------------------------------------------
@@ -644,44 +606,13 @@ class Folder(Recordings):
         if given.t_layout or given.cameras or given.state or given.action:
             raise self._fault("mapping", f"is {given}; {kind}: only texts can be chosen")
 
-    @classmethod
-    def open(cls, root: str | Path, mapping: Given = None, quiet: bool = False) -> "Folder":
-        """A folder, or USER/NAME[@REVISION] on the hub. `mapping`: a Choice or a dict of its
-        fields. ValueError for what is no valid dataset. Choices are printed on stderr unless
-        `quiet`."""
-        name = str(root)
-        if not Path(root).is_dir():
-            if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) or ".." in name:
-                raise ValueError(
-                    f"dataset {name}: no such folder, and no hub name; give a folder, or USER/NAME "
-                    "with @REVISION if wanted"
-                )
-            repository, _, revision = name.partition("@")
-            files = ["meta/**", "data/**", "videos/**"]
-            name = snapshot(repository, revision or None, files, repo_type="dataset")
-        dataset = cls(name, mapping)
-        if not quiet:
-            print(dataset.describe(), file=sys.stderr)
-        return dataset
-
     def __reduce__(self):
         return type(self), (self.root, self.given)
 
     def _path(self, name: str, episode: int | None = None, field: str = "") -> Path:
-        """A regular file inside the root. Links are followed nowhere but from a hub snapshot to its
-        blobs."""
-        path = self.root / name
-        plain = "\0" not in name and path.is_relative_to(self.root)
-        real = Path(os.path.realpath(path)) if plain else Path()
-        allowed = [path]
-        if self.root.parent.name == "snapshots":
-            allowed.append(self.root.parents[1] / "blobs" / real.name)
-        if real in allowed and real.is_file():
-            return real
-        problem = f"{name} is missing or no file; {AGAIN}"
-        if real not in allowed:
-            problem = f"{name!r} is a link or leaves the folder; put the file itself into it"
-        raise self._fault(field or name, problem, episode)
+        """A regular file inside the root; see `file_in`."""
+        with self._reading(field or name, name, episode):
+            return file_in(self.root, name)
 
     def views(self, episode: int, rows: Sequence[int]) -> Views:
         return {camera: self.pictures(episode, camera, rows) for camera in self.cameras}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weights.files import check_keys
+from weights.files import as_tuples, check_keys
 
 KINDS = ("mean_std", "min_max", "quantile", "none")
 MOST = 1 << 16  # rows of a robot from which quantiles are taken; of more, about so many are drawn
@@ -140,10 +140,6 @@ class Statistics:
             if values.get(column):
                 values[column] = Normaliser(**as_tuples(values[column]))
         return cls(**values)
-
-
-def as_tuples(stored: dict) -> dict:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
 
 
 def as_stored(robots: Sequence[Statistics]) -> dict | None:

@@ -69,6 +69,7 @@ class Words(NamedTuple):
             yield f"different instructions that are the same to the {self.network}: {some(same)}"
 
 
-def some(items: Collection[str], count: int = 5) -> str:
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(list(items)[:count])[:600] + more
+def some(items: Collection[object]) -> str:
+    """The first of them, and how many more."""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return ", ".join(map(str, list(items)[:5]))[:600] + more

@@ -23,6 +23,7 @@ import numpy as np
 from numpy import ndarray
 
 from formats.recordings import Folder, Given, Numbers, VideoReader, noting
+from formats.texts import some
 
 VIEW = "video"
 BROKEN = "broken"  # of mapping.without: all that cannot be opened
@@ -44,12 +45,6 @@ def stem(name: str | PurePosixPath) -> str:
     """A video's path without its ending, if it has one."""
     path = PurePosixPath(name)
     return str(path.with_suffix("") if path.suffix.lower() == ".mp4" else path)
-
-
-def listed(things: Sequence[object]) -> str:
-    """The first of them, and how many more."""
-    more = [f"and {len(things) - 5} more"] if len(things) > 5 else []
-    return ", ".join([*map(str, things[:5]), *more])
 
 
 def table_rows(path: Path) -> list:
@@ -101,7 +96,7 @@ class VideoFolder(Folder):
         self.without = frozenset()  # of those that are here none
         names = video_files(self.root)
         if unknown := without - {BROKEN, *map(str, names)}:
-            problem = f"has {listed([*unknown])}; expected files of the folder, or {BROKEN!r}"
+            problem = f"has {some(unknown)}; expected files of the folder, or {BROKEN!r}"
             raise self._fault("mapping.without", problem)
         wanted = [name for name in names if str(name) not in without]
         heads = {}
@@ -214,7 +209,7 @@ class VideoFolder(Folder):
     def check(self, seen: dict | None = None) -> list[str]:
         faults = super().check(seen)
         if self.unmatched:
-            problem = f"{self.table.name} names {listed(self.unmatched)}, which are no videos here"
+            problem = f"{self.table.name} names {some(self.unmatched)}, which are no videos here"
             faults.append(str(self._fault("captions", f"{problem}; correct or drop the rows")))
         return faults
 
@@ -228,11 +223,11 @@ class VideoFolder(Folder):
             missing = [f for f, texts in zip(self.files, self.captions) if texts == [""]]
             captions = f"{len(self.files) - len(missing)} of {len(self.files)}"
         for what, names in (("videos without", missing), ("rows of no video", self.unmatched)):
-            captions += f"; {what}: {listed(names)}" if names else ""
-        left = f"; left out as broken: {listed(self.broken)}" if self.broken else ""
+            captions += f"; {what}: {some(names)}" if names else ""
+        left = f"; left out as broken: {some(self.broken)}" if self.broken else ""
         return (
             f"{self.name}: plain videos, {len(self.files)} files "
             f"({self.seconds.sum() / 3600:.3f} h){left}\n"
-            f"  stored   {'; '.join(map(listed, stored))} fps, rows taken at {self.fps:g}\n"
+            f"  stored   {'; '.join(map(some, stored))} fps, rows taken at {self.fps:g}\n"
             f"  captions {captions}"
         )

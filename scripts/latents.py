@@ -54,7 +54,7 @@ from weights.files import (
     save_safetensors,
     write_json,
 )
-from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
+from weights.hub import LICENCE_NOTICE, fetch
 from weights.options import DEVICE, Parser, device, output_file, output_folder, run_command
 
 ROWS = 20_000  # of flow at most that a DC-AE is trained on; they are held in memory
@@ -64,15 +64,15 @@ Flows = Iterator[tuple[Tensor, Tensor]]  # flow (n, H, W, 2) and valid (n,), chu
 
 
 def estimator_of(name: str) -> FlowEstimator | None:
-    """dis, true (None), one of DPFlow's CHECKPOINTS, or a file with its weights."""
+    """dis, true (None), things, which are DPFlow's weights, or a file with others of it."""
     if name == "true":
         return None
     if name == "dis":
         return DISFlow()
-    if Path(name).suffix:
-        print(LICENCE_NOTICE, file=sys.stderr)
+    if name == "things":
+        name = fetch(Path(torch.hub.get_dir()) / "checkpoints")
     else:
-        name = fetch(name, Path(torch.hub.get_dir()) / "checkpoints")
+        print(LICENCE_NOTICE, file=sys.stderr)
     return load_dpflow(name).to(device())
 
 
@@ -348,7 +348,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
             place += " (default: of each source where train.py looks for it)"
         add("--out", kind, place, required=command != "encode")
         add(*DEVICE)
-        add("--flow", "dis", f"dis, true (of a world), {', '.join(CHECKPOINTS)}, .ckpt")
+        add("--flow", "dis", "dis, true (of a world), things (DPFlow), or a .ckpt of it")
         add("--side", 256, "pixels of the square at which flow is measured")
         if command == "encode":
             add("--weights", Path, "run or file of python train.py --stage latent", required=True)

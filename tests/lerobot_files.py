@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from formats.lerobot import PATHS
 from formats.recordings import Storage
 
-SINGLE = Storage(data_mb=0, video_mb=0)  # each episode gets its own files, as in v2.1
+SINGLE = Storage(together=1)  # each episode gets its own files, as in v2.1
 
 
 def as_v21(root: Path) -> None:

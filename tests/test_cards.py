@@ -481,7 +481,7 @@ def robot(path: Path, fps: float = 10, episodes: int = 3, cameras: tuple = ("a",
             c: np.full((16, 32, 32, 3), 60 * e + 9 * i, np.uint8) for i, c in enumerate(cameras)
         }
         made.append((views, rows, rows, "go"))
-    write_v3(path, made, fps, Storage(data_mb=0, video_mb=0))
+    write_v3(path, made, fps, Storage(together=1))
     return {"path": path.name, "embodiment": path.name} | more
 
 

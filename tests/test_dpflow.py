@@ -22,7 +22,7 @@ from backbones.dpflow import (
     load_dpflow,
     pyramid_levels,
 )
-from weights.hub import CHECKPOINTS, LICENCE_NOTICE, fetch
+from weights.hub import LICENCE_NOTICE, fetch
 from weights.layouts import rename_from
 
 dpflow_own = rename_from("dpflow")
@@ -288,16 +288,14 @@ def test_fetching_weights_prints_their_licence(tmp_path, monkeypatch, capsys):
         "download_url_to_file",
         lambda url, path, hash_prefix: asked.append((url, hash_prefix)),
     )
-    path = fetch("things", tmp_path / "weights")
+    path = fetch(tmp_path / "weights")
     assert LICENCE_NOTICE in capsys.readouterr().err and "research" in LICENCE_NOTICE
     assert (
         asked[0][0].endswith("/weights1/dpflow-things-2012b5d6.ckpt") and asked[0][1] == "2012b5d6"
     )
     path.touch()
-    assert fetch("things", tmp_path / "weights") == path and len(asked) == 1
+    assert fetch(tmp_path / "weights") == path and len(asked) == 1
     assert LICENCE_NOTICE in capsys.readouterr().err
-    with pytest.raises(ValueError, match=", ".join(CHECKPOINTS)):
-        fetch("sintell", tmp_path)
 
 
 def test_dis_measures_a_known_shift_in_pixels():

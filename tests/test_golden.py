@@ -21,7 +21,7 @@ from backbones.wan import WanConfig
 from backbones.wan_vae import WanVAE, WanVAEConfig
 from motus import Inputs, Motus, MotusConfig
 from weights.files import open_source
-from weights.layouts import official_name, rename_from
+from weights.layouts import MOTUS_BACK, rename_from, substitute
 from weights.load import load_into
 
 FOLDER = Path(os.environ.get("MOTUS_GOLDEN", Path(__file__).parent / "golden"))
@@ -115,7 +115,7 @@ def test_training_step_equals_the_official_one(name):
     close(losses.video.mean(), stored["out/train_video_loss"])
     close(losses.action.mean(), stored["out/train_action_loss"])
     losses.total().backward()
-    ours = {official_name(key): parameter for key, parameter in model.named_parameters()}
+    ours = {substitute(key, MOTUS_BACK): parameter for key, parameter in model.named_parameters()}
     gradients = [key for key in stored if key.startswith("out/grad/")]
     assert gradients
     for key in gradients:

@@ -175,7 +175,7 @@ def test_converting_changes_nothing(whole, tmp_path, form):
     action is the next position, at the end the last."""
     source = OfficialFolder(whole[form])
     convert(source, tmp_path / "there", lossless=True)
-    copy = LeRobotDataset.open(tmp_path / "there", quiet=True)
+    copy = LeRobotDataset(tmp_path / "there")
     assert copy.check() == [] and copy.version == "v3.0" and copy.fps == source.fps
     assert is_official(whole[form]) and not is_official(tmp_path / "there")
     for e, length in enumerate(source.lengths.tolist()):
@@ -380,7 +380,7 @@ def test_a_broken_folder_is_refused_by_name(whole, tmp_path, mutant):
     shutil.copytree(whole[form], tmp_path / "mutant")
     mutate(tmp_path / "mutant")
     with pytest.raises(ValueError, match=rf"(?s)dataset \S*mutant,? .*({named}).*; "):
-        faults = OfficialFolder.open(tmp_path / "mutant", quiet=True).check()
+        faults = OfficialFolder(tmp_path / "mutant").check()
         raise ValueError("\n".join(faults))
 
 

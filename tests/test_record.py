@@ -28,7 +28,7 @@ def test_what_is_recorded_is_a_dataset_of_the_experts_successes(recorded):
     """It opens as LeRobot v3.0 without a fault; rows are what the expert saw and would have done;
     scenes that it failed are left out."""
     card = read_card(recorded)
-    dataset = LeRobotDataset.open(recorded, {"constant": True}, quiet=True)
+    dataset = LeRobotDataset(recorded, {"constant": True})
     assert dataset.check() == []
     assert (dataset.version, dataset.fps, len(dataset.lengths)) == ("v3.0", 10, 8)
     assert isinstance(dataset.info["fps"], int)

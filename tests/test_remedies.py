@@ -118,9 +118,9 @@ DATASETS = {
     "a whole number of a line": (
         "v21",
         lambda root: (root / "meta/tasks.jsonl").open("a").write("broken\n") and None,
-        r"tasks.jsonl, line (4): is no json object: .*; fetch or write it again",
+        r"tasks.jsonl: cannot be read: .* in row (\d); fetch or write it again",
         lambda root, had: (root / "meta/tasks.jsonl").write_text(
-            "".join((root / "meta/tasks.jsonl").read_text().splitlines(True)[: int(had[0]) - 1])
+            "".join((root / "meta/tasks.jsonl").read_text().splitlines(True)[: int(had[0])])
         ),
     ),
     "must be from_timestamp + length / fps": (

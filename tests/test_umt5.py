@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from backbones.frozen import Backbones
 from backbones.umt5 import (
     T5Tokenizer,
     UMT5Config,
     UMT5Encoder,
     clean,
-    encode_text,
     relative_buckets,
 )
 from weights.files import TensorSource
@@ -229,9 +229,8 @@ def test_tokenizer_says_what_is_missing(tokenizer_file):
 def test_encode_text_gives_zero_padded_context_and_lengths(tokenizer_file):
     """Context rows beyond a text's length are zero; the length counts `</s>`."""
     torch.manual_seed(0)
-    context, lengths = encode_text(
-        UMT5Encoder(TINY), T5Tokenizer(tokenizer_file), ["red cube", "pick up the red cube"]
-    )
+    backbones = Backbones(text=(UMT5Encoder(TINY), T5Tokenizer(tokenizer_file)))
+    context, lengths = backbones.encode_text(["red cube", "pick up the red cube"])
     assert context.shape == (2, 6, 32) and lengths.tolist() == [3, 6]
     assert (
         context[0, 3:].abs().sum() == 0

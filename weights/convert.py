@@ -11,13 +11,14 @@ from torch import Tensor
 from weights.files import config_beside, open_source, replace_file, save_safetensors
 from weights.layouts import (
     KINDS,
+    MOTUS_BACK,
     MOTUS_FIELDS,
     POSITIONS,
     WRAPPERS,
     canonical,
     identify,
-    official_name,
     renaming,
+    substitute,
 )
 from weights.load import plan_names
 
@@ -74,7 +75,9 @@ def export(
                 " pre-trained ones"
             )
         plan = plan_names(source, renaming(source.names()))
-        module = {official_name(key): source.read(name).to(dtype) for key, name in plan.items()}
+        module = {}
+        for key, name in plan.items():
+            module[substitute(key, MOTUS_BACK)] = source.read(name).to(dtype)
         width = module["action_expert.blocks.0.modulation"].shape[-1]
         module[POSITIONS] = position_table(rows, width).to(dtype)
         embedding = "vlm_model.model.language_model.embed_tokens.weight"

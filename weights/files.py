@@ -114,24 +114,34 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def file_in(folder: Path, name: str) -> Path:
+    """A regular file of a folder that is no link. ValueError if it is missing, or leads out of it:
+    links are followed nowhere but from a hub snapshot to its blobs."""
+    path = folder / name
+    real = Path(os.path.realpath(path)) if "\0" not in name else Path()
+    allowed = [path]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parents[1] / "blobs" / real.name)
+    if real not in allowed or not path.is_relative_to(folder):
+        raise ValueError("is a link or leaves the folder; put the file itself into it")
+    if not real.is_file():
+        raise ValueError("is missing or no file")
+    return real
+
+
 def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Shards named by an index json. They must lie beside it; a link may only lead there or to the
-    blobs of a hub cache."""
+    """Shards named by an index json, beside which they must lie."""
     listed = read_json(path).get("weight_map")
     if not isinstance(listed, dict) or {type(home) for home in listed.values()} != {str}:
         raise ValueError(f"{path}: weight_map must map tensor names to shard files")
     folder = path.parent.resolve()
-    homes = [folder]
-    if folder.parent.name == "snapshots":
-        homes.append(folder.parent.parent / "blobs")
     shards = sorted(set(listed.values()))
     problems = []
     for shard in shards:
-        plain = re.fullmatch(r"[\w\-.]{1,200}", shard)
-        if not plain or (folder / shard).resolve().parent not in homes:
-            problems.append(f"{shard!r} leads out of the folder")
-        elif not (folder / shard).is_file():
-            problems.append(f"{shard} is missing")
+        try:
+            file_in(folder, shard)
+        except (OSError, ValueError) as error:
+            problems.append(f"{shard!r} {error}")
     refuse(path, "expected shards beside the index", problems)
     tensors = {}
     places = set()
@@ -438,6 +448,30 @@ def check_keys(stored: dict, kind: type, source: object) -> None:
                 f" (allowed: {', '.join(names)})"
             )
     check_numbers(source, kind, stored)
+
+
+TYPES = {
+    str: "a text",
+    str | None: "a text",
+    dict: "{field: choice}",
+    bool: "true or false",
+    bool | None: "true or false",
+    tuple: "a list",
+}
+
+
+def check_types(label: str, made: object) -> None:
+    """Refuses values of a dataclass that are not of the types of their fields, as far as these are
+    TYPES; numbers have ranges of their own."""
+    for f in fields(made):
+        value = getattr(made, f.name)
+        if f.type in TYPES and not isinstance(value, f.type):
+            raise ValueError(f"{label}: {f.name} is {value!r:.80}; expected {TYPES[f.type]}")
+
+
+def as_tuples(stored: Mapping) -> dict:
+    """Fields as a dataclass has them: json makes lists of tuples."""
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
 
 
 def same_config(path: str | Path, found: dict, wanted: dict) -> None:

@@ -76,7 +76,7 @@ def download(name: str, folder: str | Path) -> None:
         f" its card), into {folder}"
     )
     if name == "dpflow":
-        fetch("things", folder)
+        fetch(folder)
     else:
         snapshot(repository, revision, ["*"], local_dir=folder)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -90,27 +90,18 @@ LICENCE_NOTICE = (
     " DISFlow."
 )
 RELEASES = "https://github.com/hmorimitsu/ptlflow/releases/download/weights1/"
-# Each name ends in the first digits of the file's sha256. "things" is the one not tuned to a
-# benchmark: take it for robots.
-CHECKPOINTS = {
-    "chairs": "dpflow-chairs-f94e717a.ckpt",
-    "things": "dpflow-things-2012b5d6.ckpt",
-    "sintel": "dpflow-sintel-b44b072c.ckpt",
-    "kitti": "dpflow-kitti-4e97eac6.ckpt",
-    "spring": "dpflow-spring-69bac7fa.ckpt",
-}
+# The one not tuned to a benchmark. The name ends in the first digits of the file's sha256.
+THINGS = "dpflow-things-2012b5d6.ckpt"
 
 
-def fetch(name: str, folder: str | Path) -> Path:
-    """Downloads one of CHECKPOINTS into `folder`, unless it is there, and return its path. Prints
-    the weights' licence on stderr."""
-    if name not in CHECKPOINTS:
-        raise ValueError(f"DPFlow weights are {name!r}, expected one of {', '.join(CHECKPOINTS)}")
+def fetch(folder: str | Path) -> Path:
+    """Downloads DPFlow's weights into `folder`, unless they are there, and returns their path.
+    Prints their licence on stderr."""
     print(LICENCE_NOTICE, file=sys.stderr)
-    path = Path(folder) / CHECKPOINTS[name]
+    path = Path(folder) / THINGS
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         digits = path.stem.rpartition("-")[2]
-        with reaching(RELEASES + path.name):
-            torch.hub.download_url_to_file(RELEASES + path.name, str(path), hash_prefix=digits)
+        with reaching(RELEASES + THINGS):
+            torch.hub.download_url_to_file(RELEASES + THINGS, str(path), hash_prefix=digits)
     return path

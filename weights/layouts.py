@@ -184,12 +184,6 @@ def alias_of(name: str) -> str | None:
     return None if original == name else original
 
 
-def official_name(name: str) -> str:
-    """The official name of a tensor of ours: und.blocks.0.qkv -> und_expert.blocks.0.wan_und_qkv.
-    Official names stay as they are."""
-    return substitute(name, MOTUS_BACK)
-
-
 def rename_from(kind: str, blocks: int = 2) -> Callable[[str], str | None]:
     """The way from the names of a layout (a key of KINDS) to ours. It gives None for second names
     and for the fixed position table; a name that no rule knows stays, for the loader to refuse.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from weights.files import (
     TensorSource,
+    as_tuples,
     open_source,
     raw_bytes,
     refuse,
@@ -204,8 +205,7 @@ def load_part(path: Path, module: type[nn.Module], config: type) -> nn.Module:
             raise ValueError(
                 f"{path} has no 'config' in its metadata; expected a file of `save_part`"
             )
-        stored = json.loads(source.metadata["config"])
-        sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in stored.items()}
+        sizes = as_tuples(json.loads(source.metadata["config"]))
         with torch.device("meta"):
             network = module(config(**sizes))
         load_into(network, source)

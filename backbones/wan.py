@@ -242,7 +242,7 @@ class WanHead(nn.Module):
 
 
 class WanModel(nn.Module):
-    """The video transformer: the parts that `motus.Motus` runs beside the other experts."""
+    """The video transformer. `forward` is Wan alone: video generation without other experts."""
 
     def __init__(self, config: WanConfig):
         super().__init__()
@@ -293,3 +293,17 @@ class WanModel(nn.Module):
             ph=ph,
             pw=pw,
         )
+
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor, lengths: Tensor) -> Tensor:
+        """latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text (B, Lt, text_dim) with lengths
+        (B,) -> velocity (B, C, T, h, w)."""
+        x, grid = self.patchify(latents)
+        e, e0 = embed_time(self, t)
+        rope = rope_3d(grid, self.config.head_dim, x.device)
+        text = self.embed_text(context, lengths)
+        for block in self.blocks:
+            mod, ffn_mod = modulations(block.modulation, e0)
+            q, k, v = block.pre_attention(x, mod, rope)
+            attended = rearrange(attention(q, k, v), "b l n k -> b l (n k)")
+            x = block.post_attention(x, attended, mod, ffn_mod, text)
+        return self.unpatchify(self.head(x, e), grid)

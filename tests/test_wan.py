@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention import attention
-from backbones.wan import WanConfig, WanModel, embed_time, modulations, rope_3d
+from backbones.wan import WanConfig, WanModel
 from weights.layouts import rename_from
 
 CONFIGS = [
@@ -74,20 +73,6 @@ def example(
     )
 
 
-def velocity(model: WanModel, latents, t, context, lengths) -> torch.Tensor:
-    """Wan alone, without other experts: latents (B, C, T, h, w), t (B,) or (B, L) in [0, 1], text
-    (B, Lt, text_dim) with lengths (B,) -> velocity (B, C, T, h, w)."""
-    x, grid = model.patchify(latents)
-    e, e0 = embed_time(model, t)
-    rope = rope_3d(grid, model.config.head_dim, x.device)
-    text = model.embed_text(context, lengths)
-    for block in model.blocks:
-        mod, ffn_mod = modulations(block.modulation, e0)
-        attended = attention(*block.pre_attention(x, mod, rope)).flatten(2)
-        x = block.post_attention(x, attended, mod, ffn_mod, text)
-    return model.unpatchify(model.head(x, e), grid)
-
-
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.float() - b).norm() / b.norm()).item()
 
@@ -101,7 +86,7 @@ def test_velocity_equals_diffusers_with_padded_texts(case):
     ours, oracle = pair(config, case)
     latents, t, text, lengths = example(config, GRIDS[case], case)
     expected = oracle(latents, 1000 * t, text, return_dict=False)[0]
-    found = velocity(ours, latents, t, text[:, : int(lengths.max())], lengths)
+    found = ours(latents, t, text[:, : int(lengths.max())], lengths)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -115,7 +100,7 @@ def test_a_time_per_token_equals_diffusers():
     per_token[:, : grid[1] * grid[2] // 4] = 0
     expected = oracle(latents, 1000 * per_token, text, return_dict=False)[0]
     assert (
-        velocity(ours, latents, per_token, text, lengths) - expected
+        ours(latents, per_token, text, lengths) - expected
     ).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -130,7 +115,7 @@ def test_bf16_stays_within_the_rounding_of_the_oracle(case):
     half = oracle.to(torch.bfloat16)(
         latents.bfloat16(), 1000 * t, text.bfloat16(), return_dict=False
     )[0]
-    found = velocity(ours.to(torch.bfloat16), latents, t, text, lengths)
+    found = ours.to(torch.bfloat16)(latents, t, text, lengths)
     assert found.dtype == torch.float32
     assert error(found, exact) <= 1.2 * error(half, exact)
 

@@ -78,7 +78,7 @@ test-long: $(VENV)/.test
 	$(PY) -m pytest
 
 bench: $(VENV)/.core
-	$(PY) -m scripts.bench > docs/bench.md
+	$(PY) -m scripts.bench > docs/bench.tmp && mv docs/bench.tmp docs/bench.md
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -403,7 +403,8 @@ class Motus(nn.Module):
     ) -> tuple["Motus", Card]:
         """The model at `path` and its card: a run or checkpoint of ours (EMA weights, or "model"),
         an official Motus folder or file, a converted one, a Wan2.2 folder (the other experts start
-        fresh), or a name of `weights.hub.HUB`. The dtype is the file's unless given."""
+        fresh), or a name of `weights.hub.HUB`. The dtype is the file's unless given, and fp32 of a
+        file in fp16, in which nothing is computed."""
         source, rename, card, fresh = open_weights(path, weights)
         config = MotusConfig.of(card.motus, path)
         with torch.device("meta"):
@@ -415,7 +416,8 @@ class Motus(nn.Module):
         with source:
             videos = [n for n in source.names() if (rename(n) or "").startswith("video.")]
             if dtype is None and videos:
-                dtype = source.dtype(videos[0])
+                found = source.dtype(videos[0])
+                dtype = torch.float32 if found == torch.float16 else found
             load_into(model, source, rename, dtype, ("vlm.",), fresh=fresh, device=device)
         if fresh:
             missing = ", ".join(prefix + "*" for prefix in fresh)

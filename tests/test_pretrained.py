@@ -127,18 +127,17 @@ def test_every_form_of_a_model_gives_the_same_velocities(tmp_path, stage):
 
 
 def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
-    """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; `dtype`
-    decides otherwise."""
-    convert.export(
-        checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors", tmp_path / "official"
-    )
-    assert {p.dtype for p in Motus.from_pretrained(tmp_path / "official")[0].parameters()} == {
-        torch.bfloat16
-    }
-    assert {
-        p.dtype
-        for p in Motus.from_pretrained(tmp_path / "official", dtype=torch.float32)[0].parameters()
-    } == {torch.float32}
+    """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; one in
+    fp16, in which nothing is computed, an fp32 model; `dtype` decides otherwise."""
+    trained = checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors"
+    for kept, told, expected in (
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float16, None, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ):
+        convert.export(trained, tmp_path / "official", dtype=kept)
+        model, _ = Motus.from_pretrained(tmp_path / "official", dtype=told)
+        assert {p.dtype for p in model.parameters()} == {expected}
 
 
 @pytest.mark.parametrize("name, stage", [("motus_finetune", "3"), ("motus_pretrain", "2")])

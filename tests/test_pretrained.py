@@ -130,14 +130,14 @@ def test_a_model_keeps_the_dtype_of_its_file_unless_told(tmp_path):
     """An official bf16 file makes a bf16 model, so nobody holds it in fp32 by accident; one in
     fp16, in which nothing is computed, an fp32 model; `dtype` decides otherwise."""
     trained = checkpoint(tmp_path / "step_000001", "3")[1] / "ema.safetensors"
-    for kept, told, expected in (
+    for kept, told, made in (
         (torch.bfloat16, None, torch.bfloat16),
         (torch.float16, None, torch.float32),
         (torch.bfloat16, torch.float32, torch.float32),
     ):
         convert.export(trained, tmp_path / "official", dtype=kept)
         model, _ = Motus.from_pretrained(tmp_path / "official", dtype=told)
-        assert {p.dtype for p in model.parameters()} == {expected}
+        assert {p.dtype for p in model.parameters()} == {made}
 
 
 @pytest.mark.parametrize("name, stage", [("motus_finetune", "3"), ("motus_pretrain", "2")])

@@ -385,8 +385,8 @@ def test_a_broken_folder_is_refused_by_name(whole, tmp_path, mutant):
 
 
 def test_latents_that_say_their_span_must_span_a_video_step(whole, tmp_path):
-    """Files may say over how many rows: another span than the card's is refused where official
-    files, which are silent, are believed."""
+    """Files that `scripts.latents encode --pt` wrote say over how many rows: another span than the
+    card's is refused where official files, which are silent, are believed."""
     root = shutil.copytree(whole["latent_action"], tmp_path / "set")
     pyramid_of(tmp_path / "a", path=str(root), level=5)
     for file in root.rglob("*.pt"):

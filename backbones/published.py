@@ -323,16 +323,10 @@ def robot_statistics(stated: Mapping, config: Mapping) -> dict | None:
     rates = (config["ratio"], stated.get("common.global_downsample_rate"))
     if not config["finetune"] or rates != (2, 3):
         return None
-
-    def raw(size: int) -> dict:
-        return {"mean": [0.0] * size, "std": [1.0] * size}
-
-    return {
-        "embodiment": "robotwin",
-        "rate": config["ratio"],
-        "actions": raw(config["action_dim"]),
-        "state": raw(config["state_dim"]),
-    }
+    known = {"embodiment": "robotwin", "rate": config["ratio"]}
+    for column, size in {"actions": config["action_dim"], "state": config["state_dim"]}.items():
+        known[column] = {"mean": [0.0] * size, "std": [1.0] * size}
+    return known
 
 
 # -- files ----------------------------------------------------------------------------------------

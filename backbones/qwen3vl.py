@@ -91,6 +91,11 @@ class Qwen3VLConfig:
                 f"mrope {self.mrope} sums to {sum(self.mrope)}; expected head_dim / 2 = "
                 f"{self.head_dim / 2}"
             )
+        if self.vision_width % (4 * self.vision_heads):
+            raise ValueError(
+                f"vision_width {self.vision_width} must be a multiple of 4 * vision_heads = "
+                f"{4 * self.vision_heads}"
+            )
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"min_pixels {self.min_pixels} must not exceed max_pixels {self.max_pixels}"

@@ -30,9 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
-from formats.latents import LatentFiles
+from formats.latents import about_latents, read_latents
 from formats.lerobot import LeRobotDataset
 from formats.official import OfficialFolder, is_official
 from formats.recordings import Choice, Recordings, Window, fit, fit_place
@@ -174,7 +175,7 @@ class OpenSource:
 
     def latents(
         self, episode: int, video_hz: float, encode: Callable | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[ndarray, ndarray]:
         """Latent actions of an episode, a row per frame, and which are known; kept in memory. Of an
         official folder its own, of a source that knows its flow by `encode`, else from files beside
         the card; where the card names a folder, from that."""
@@ -184,33 +185,35 @@ class OpenSource:
 
     def _latents(
         self, episode: int, video_hz: float, encode: Callable | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        found = reader = self.reader
+    ) -> tuple[ndarray, ndarray]:
+        reader = self.reader
         rows = reader.latents(episode)
         if rows is not None:
             return rows, np.ones(len(rows), bool)
         more = ""
         if reader.flows(0, 1) is not None and not self.source.latents:
             more = "; or name the encoder of its flow by --latent RUN"
-        if more and encode:
-            seconds = encode.interval / reader.fps
+        live = more and encode
+        if live:
+            interval = encode.interval
         else:
-            found = LatentFiles(self.folder, reader, more)
-            seconds = found.seconds
-            if encode and found.encoder not in (None, encode.fingerprint):
+            about = about_latents(self.folder, more)
+            interval = about["made"]["interval"]
+            if encode and about["made"].get("model") not in (None, encode.fingerprint):
                 raise ValueError(
-                    f"{found.name}: made by another encoder than that of --latent, whose numbers "
+                    f"{self.folder}: made by another encoder than that of --latent, whose numbers "
                     "mean something else; encode them again with its weights"
                 )
+        seconds = interval / reader.fps
         if abs(seconds * video_hz - 1) > 1e-6:
             raise ValueError(
-                f"{found.name}: a latent action spans {seconds:g} s, a video step "
-                f"{1 / video_hz:g} s; encode them with an interval of as many frames, or choose "
-                "another video_hz"
+                f"{reader.name if live else self.folder}: a latent action spans {seconds:g} s, a "
+                f"video step {1 / video_hz:g} s; encode them with an interval of as many frames, "
+                "or choose another video_hz"
             )
-        if found is reader:
-            return encode(reader.flows(episode, encode.interval))
-        return found(episode)
+        if live:
+            return encode(reader.flows(episode, interval))
+        return read_latents(self.folder, about, reader, episode)
 
 
 def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Recordings:
@@ -244,7 +247,7 @@ def open_recordings(path: str, root: Path, mapping: Mapping | None = None) -> Re
 # -- pictures and shares --------------------------------------------------------------------------
 
 
-def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def tiled(frames: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
     """Views (F, H, W, 3) of one or more cameras, side by side at the height of the first, fitted to
     `size`."""
     views = list(frames.values())
@@ -253,7 +256,7 @@ def tiled(frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     return fit(np.concatenate(views, axis=2), *size)
 
 
-def placed(places: np.ndarray, frames: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def placed(places: ndarray, frames: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
     """Places (n, 2) in the first camera's picture, 0 to 1 from left and top, where `tiled` puts
     them."""
     (_, height, width, _), *rest = (view.shape for view in frames.values())
@@ -261,12 +264,12 @@ def placed(places: np.ndarray, frames: dict[str, np.ndarray], size: tuple[int, i
     return fit_place(places, (height, width), whole, size)
 
 
-def widened(x: np.ndarray | Tensor, width: int) -> Tensor:
+def widened(x: ndarray | Tensor, width: int) -> Tensor:
     """(..., n) with zeros up to (..., width)."""
     return torch.nn.functional.pad(torch.as_tensor(x), (0, width - x.shape[-1]))
 
 
-def shares(weights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def shares(weights: ndarray, size: int, rng: np.random.Generator) -> ndarray:
     """Which of several groups each of `size` places goes to, in random order: within one of its
     share by weight, in every batch."""
     edges = np.cumsum(weights) / weights.sum()

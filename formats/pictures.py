@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy import ndarray
 
 from formats.cards import Pyramid
 
@@ -19,10 +20,10 @@ SMALLER = ((4, 1), (3, 1), (2, 1), (1, 1), (1, 2), (1, 4))
 
 def film(
     path: Path,
-    columns: dict[str, np.ndarray],
+    columns: dict[str, ndarray],
     caption: str,
     ms: int = 400,
-    goal: np.ndarray | None = None,
+    goal: ndarray | None = None,
 ) -> None:
     """A GIF of at most LIMIT bytes: videos (F, H, W, 3) uint8, enlarged, side by side under their
     names, above a caption. A ring shows the place `goal` in each of them, 0 to 1 from left and
@@ -55,8 +56,8 @@ def sheet(
     path: Path,
     title: str,
     captions: Sequence[str],
-    pictures: dict[str, np.ndarray],
-    *actions: np.ndarray,
+    pictures: dict[str, ndarray],
+    *actions: ndarray,
     ranges: Sequence[tuple[float, float]] = (),
 ) -> None:
     """A PNG with a row per window: named pictures (B, H, W, 3) uint8; predicted and true actions

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
+from numpy import ndarray
 
 from formats.recordings import Flows, Numbers, Recordings, Views
 from worlds import motions, simulator
@@ -33,7 +34,7 @@ class Lengths:
     def __len__(self) -> int:
         return self.reader.count + self.reader.held_out
 
-    def __getitem__(self, index: int | slice) -> int | np.ndarray:
+    def __getitem__(self, index: int | slice) -> int | ndarray:
         if isinstance(index, slice):
             return np.array([self[e] for e in range(len(self))[index]], int)
         return len(self.reader.episode(index).motion) - 1
@@ -101,17 +102,17 @@ class Rendered(Recordings):
     def views(self, episode: int, rows: Sequence[int]) -> Views:
         return {CAMERA: iter(self.episode(episode).frames[np.asarray(rows)])}
 
-    def goal(self, episode: int) -> np.ndarray | None:
+    def goal(self, episode: int) -> ndarray | None:
         return self.episode(episode).goal
 
-    def labels(self, episode: int) -> dict[str, np.ndarray]:
+    def labels(self, episode: int) -> dict[str, ndarray]:
         found = motions.places(self.episode(episode))
         return {name: values[:-1] for name, values in found.items()}
 
     def flows(self, episode: int, interval: int) -> Flows:
         yield motions.flows(self.episode(episode), interval)
 
-    def motions(self, episode: int, interval: int) -> np.ndarray:
+    def motions(self, episode: int, interval: int) -> ndarray:
         return motions.labels(self.episode(episode), interval)
 
     def left_behind(self) -> list[str]:

@@ -61,7 +61,7 @@ def export(
     """
     with open_source(src) as source:
         config = config_beside(source)
-        own = config.get("motus", {})
+        own = config.get("motus") or json.loads(source.metadata.get("config", "{}"))
         motus = identify(source.names())[0].startswith("motus")
         rows = rows or int(source.metadata.get("pos_embedding_rows", 0))
         if motus and own and not rows:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -532,6 +533,7 @@ class Recordings:
         faults = []
         ends = {}  # column -> lowest and highest numbers of each episode (2 E, D)
         empty = []  # episodes with a text that is
+        looks = np.full((len(self.lengths), len(self.cameras), 48), np.nan, np.float32)
         for episode in self.episodes:
             with noting(faults):
                 if "" in self.texts(episode) and not self.told:
@@ -540,9 +542,9 @@ class Recordings:
                     if rows is not None:
                         ends.setdefault(title, []).extend([rows.min(0), rows.max(0)])
                 self._find_again(episode, seen)
-            for camera in self.cameras:
+            for number, camera in enumerate(self.cameras):
                 with noting(faults):
-                    self._watch(episode, camera)
+                    looks[episode, number] = resize(self._watch(episode, camera), 4, 4).ravel()
         for title, rows in ends.items():
             for d in np.flatnonzero(np.ptp(rows, axis=0) == 0) if not self.given.constant else ():
                 problem = f"dimension {d} is {rows[0][d]:.6g} in every row; leave it out, or allow"
@@ -554,7 +556,7 @@ class Recordings:
             faults.append(str(self._fault("instruction", remedy)))
         with noting(faults):
             self._frames(self.episodes[0], np.zeros(1, int))
-        return faults
+        return faults + [str(fault) for fault in self._swapped_cameras(looks)]
 
     def _find_again(self, episode: int, seen: dict) -> None:
         """ValueError if an episode that moves has the numbers of one that was `seen`."""
@@ -567,14 +569,14 @@ class Recordings:
             problem = f"equals episode {first} of {name} number for number; drop one of the two"
             raise self._fault(self.titles["action"], problem, episode)
 
-    def _watch(self, episode: int, camera: str) -> None:
-        """Decodes all pictures of an episode in order, and some of them alone, which must be the
-        same. ValueError for a fault."""
+    def _watch(self, episode: int, camera: str) -> ndarray:
+        """The first picture of an episode. All are decoded in order; some of them alone too, and
+        must be the same. ValueError for a fault."""
         length = self.lengths[episode]
         some = np.random.default_rng(episode).integers(length, size=ALONE).tolist()
         kept = {}
         for row, picture in enumerate(self.views(episode, range(length))[camera]):
-            if row in some:
+            if row in (0, *some):
                 kept[row] = picture
         for row in some:
             (alone,) = self.views(episode, [row])[camera]
@@ -584,6 +586,22 @@ class Recordings:
                     f"row {row} is another picture alone than in order; encode the video again",
                     episode,
                 )
+        return kept[0]
+
+    def _swapped_cameras(self, looks: ndarray) -> Iterator[ValueError]:
+        """Two cameras of an episode are swapped if each looks like what the other usually shows;
+        `looks` (episodes, cameras, 48) are 4 x 4 pixels of their first pictures, NaN if unread."""
+        known = looks[np.isfinite(looks).all(axis=(1, 2))]
+        if len(known) < 3:
+            return
+        usual = np.median(known, axis=0)
+        gaps = np.abs(looks[:, :, None] - usual).mean(-1)  # (episodes, shown by, usual of)
+        for a, b in combinations(range(len(usual)), 2):
+            straight = gaps[:, a, a] + gaps[:, b, b]
+            crossed = gaps[:, a, b] + gaps[:, b, a]
+            for episode in np.flatnonzero((crossed < straight / 2) & (straight > 8)):
+                problem = f"and {self.cameras[b]} show each other's view; swap their files"
+                yield self._fault(self.cameras[a], problem, episode)
 
 
 # -- folders --------------------------------------------------------------------------------------

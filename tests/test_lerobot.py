@@ -1088,6 +1088,11 @@ MUTANTS = {
         feature(key("left"), shape=[48, 16, 3]),
         f"{key('left')}: .*16 x 48",
     ),
+    "two cameras swapped": (
+        "v2.1",
+        swap(video_file, lambda r: video_file(r, "right")),
+        "episode 1, .*each other's view",
+    ),
     "two episodes' videos swapped": (
         "v2.1",
         swap(lambda r: video_file(r, "left", 0), lambda r: video_file(r, "left", 3)),
@@ -1100,6 +1105,7 @@ MUTANTS = {
 SEEN_BY_CHECK_ALONE = {
     "a dimension that never moves",
     "an episode twice",
+    "two cameras swapped",
     "an empty task",
 }
 

@@ -96,13 +96,18 @@ def write(
             )
     encoded = iter(encode([chunk for chunks in parts.values() for chunk in chunks]))
     for path, chunks in parts.items():
-        batches, words = zip(*itertools.islice(encoded, len(chunks)))
-        batch = stack(batches)
-        texts = sum(words, [])
-        states = list(dict.fromkeys(texts))
-        batch["context"] = batch["context"][[texts.index(text) for text in states]]
-        batch["text"] = torch.tensor([states.index(text) for text in texts])
-        save_safetensors(path, batch, metadata)
+        save(path, metadata, *zip(*itertools.islice(encoded, len(chunks))))
+
+
+def save(
+    path: Path, metadata: dict[str, str], batches: Sequence[Batch], words: Sequence[list[str]]
+) -> None:
+    batch = stack(batches)
+    texts = sum(words, [])
+    states = list(dict.fromkeys(texts))
+    batch["context"] = batch["context"][[texts.index(text) for text in states]]
+    batch["text"] = torch.tensor([states.index(text) for text in texts])
+    save_safetensors(path, batch, metadata)
 
 
 # -- reading --------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def pytest_runtest_setup(item) -> None:
-    if torch.cuda.is_available() and item.get_closest_marker("gpu"):
+    if item.config.getoption("device") == "cuda" and item.get_closest_marker("gpu"):
         pytest.skip("needs a GPU that is there")
 
 

@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 RUN ?= runs/demo
-# The toy is a chain of small operations: a second thread hardly helps it, so each command has one, and two of them run at a time.
+# The toy is a chain of small operations: a second thread hardly helps it, so each command has one, and two of them run at a time; of
+# stage 3, beside which nothing is left to do, two ranks.
 export OMP_NUM_THREADS ?= 1
 # Memory of a step is kept for the next: glibc would give it back and take it again, a twentieth of the time.
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
@@ -50,7 +51,7 @@ $(RUN)/windows3.safetensors: | $(RUN)/windows2.safetensors      # not of them, b
 $(RUN)/stage2/curve.png: $(RUN)/stage1/curve.png $(RUN)/windows2.safetensors
 	$(PY) train.py --stage 2 --init $(RUN)/stage1 --latent $(RUN)/latent --cache $(RUN)/windows2.safetensors --out $(RUN)/stage2 $(LONG) $(TINY)
 $(RUN)/stage3/curve.png: $(RUN)/stage2/curve.png $(RUN)/windows3.safetensors
-	$(PY) train.py --stage 3 --init $(RUN)/stage2 --cache $(RUN)/windows3.safetensors --out $(RUN)/stage3 $(LONG) $(TINY)
+	$(VENV)/bin/torchrun --nproc-per-node 2 train.py --stage 3 --init $(RUN)/stage2 --cache $(RUN)/windows3.safetensors --out $(RUN)/stage3 $(LONG) $(TINY)
 $(RUN)/samples/figures.json: $(RUN)/stage3/curve.png
 	$(ASIDE) $(PY) sample.py --ckpt $(RUN)/stage3 --mode all --steps 2 --episodes 64 --out $(RUN)/samples $(SAMPLE)
 $(RUN)/evaluation/evaluation.json: $(RUN)/stage3/curve.png

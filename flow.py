@@ -184,11 +184,11 @@ class Losses(NamedTuple):
     t_action: Tensor | None  # (B,)
     has_action: Tensor | None  # (B,) bool
 
-    def total(self, videos: float | None = None, acting: float | None = None) -> Tensor:
-        """The sum of both means over the batch; a modality that a sample lacks, or is given, does
-        not enter its mean. For a part of a larger batch, where `videos` samples in all have a video
-        loss and `acting` an action loss, its share of those means."""
-        total = mean_where(self.video, self.t_video > 0, videos)
+    def total(self, videos: float | None = None, acting: float | None = None, weight=1.0) -> Tensor:
+        """The sum of both means over the batch, `weight` times that of the video; a sample that
+        lacks a modality, or is given it, is not in its mean. Of a part of a batch in which `videos`
+        and `acting` samples have these losses, its share."""
+        total = weight * mean_where(self.video, self.t_video > 0, videos)
         if self.action is None:
             return total
         return total + mean_where(self.action, self.has_action & (self.t_action > 0), acting)

@@ -81,6 +81,7 @@ class Settings:
     lora: int = 0  # rank of the adapters that alone are trained of the video expert; 0: none
     times: Literal[tuple(flow.TIMES)] = "official"  # of the table of flow.py
     given: float = 0.0  # share of samples in which one modality is given, as in world_model and idm
+    video_weight: float = 1.0  # of the video loss in the sum
     motion_weight: float = 0.0  # in the video loss, of what changes: `flow.moving_weight`
     seed: int = 0
     episodes: int = data.EPISODES  # per level that a world renders
@@ -261,9 +262,7 @@ class Training:
         return [p for group in groups_of(self.state.optimizers) for p in group["params"]]
 
 
-def step(
-    run: Training, number: int, inputs: Inputs, noise: dict[str, Tensor], have: Sequence[float]
-) -> None:
+def step(run: Training, number: int, inputs: Inputs, noise: dict, have: Sequence[float]) -> None:
     """One step on this rank's part of a batch, of which `have` samples, over all ranks, have a
     video loss and an action loss. ValueError, before it is saved, if the loss is not finite."""
     settings, optimizers = run.settings, run.state.optimizers
@@ -276,7 +275,7 @@ def step(
         part = slice(first, first + micro)
         run.loss.begin_pass(last=first + micro >= len(inputs))
         losses = run.loss(inputs.rows(part), {name: x[part] for name, x in noise.items()})
-        share = losses.total(*have)
+        share = losses.total(*have, settings.video_weight)
         (share * run.loss.divided).backward()
         loss += share.detach()
         run.log.losses(losses)

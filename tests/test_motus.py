@@ -185,6 +185,7 @@ def test_what_is_given_carries_no_loss():
         torch.ones(3, dtype=torch.bool),
     )
     assert losses.total().item() == 3.0 + 2.0
+    assert losses.total(weight=10).item() == 30.0 + 2.0
     assert losses.total(videos=4, acting=1).item() == 6 / 4 + 4 / 1
 
 

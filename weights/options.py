@@ -38,7 +38,7 @@ Settings            [0,10]          video_lr weight_decay
 Settings            [0,1]           floor given
 Settings            [0,1)           ema
 Settings            (0,1e9]         clip timeout
-Settings            [0,1e6]         motion_weight peak
+Settings            [0,1e6]         motion_weight peak video_weight
 LatentActionConfig  [1,1e5]         image interval latent_dim
 LatentActionConfig  [0,1e5]         action_dim beta lambda_action moving
 LatentActionConfig  (0,1e5]         radius

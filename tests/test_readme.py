@@ -135,11 +135,13 @@ def test_results_show_the_figures_of_the_json_below_their_command(tmp_path):
 
 
 def test_what_the_demo_is_said_to_print_follows_from_presets_and_settings():
-    """Stage, parameters, levels, steps and batch of each line are those that train.py prints."""
+    """Stage, parameters, levels, steps and batch of each line are those that train.py prints; the
+    last is trained by as many ranks as the Makefile says."""
     pattern = (
         r"^stage (\d): ([\d,]+) trained parameters, (\d+) windows, (\d+) steps of (\d+) on "
-        r"1 x cpu; attention: .*$"
+        r"(\d) x cpu; attention: .*$"
     )
+    makefile = (ROOT / "Makefile").read_text()
     lines = re.findall(pattern, README, re.MULTILINE)
     assert [line[0] for line in lines] == ["1", "2", "3"]
     for name, parameters, *rest in lines:
@@ -149,7 +151,8 @@ def test_what_the_demo_is_said_to_print_follows_from_presets_and_settings():
         settings = train.settings_for("toy", name, [])
         trained = [p for e in stage.experts for p in getattr(model, e).parameters()]
         assert parameters == f"{sum(p.numel() for p in trained):,}"
-        wanted = (settings.windows, settings.steps, settings.batch)
+        ranks = re.search(rf"nproc-per-node (\d) train.py --stage {name} ", makefile)
+        wanted = (settings.windows, settings.steps, settings.batch, ranks[1] if ranks else 1)
         assert rest == [str(value) for value in wanted]
 
 

@@ -36,7 +36,7 @@ from scale import lora
 from scale.ranks import Ranks
 from weights.card import Card, steps_of
 from weights.files import TensorSource, digest, open_source, refuse, safetensors_header
-from weights.load import load_into, local_shard, misfits, read_shards
+from weights.load import load_into, local_shard, read_shards
 
 ROOMS = ("backbones", "formats", "kernels", "scale", "scripts", "weights", "worlds")
 
@@ -218,9 +218,16 @@ class Saver:
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], source: TensorSource, spare: Collection[str] = ()) -> None:
     """Copies what this rank holds of every tensor from a file that must have exactly these, in
-    these shapes, and may have `spare` ones."""
-    plan = {name: name for name in source.names() if name in tensors or name not in spare}
-    refuse(source.path, "does not fit this run", list(misfits(tensors, source, plan, ())))
+    these shapes and dtypes, and may have `spare` ones."""
+    known = {*tensors, *spare}
+    problems = [f"missing: {name}" for name in tensors if name not in source.tensors]
+    problems += [f"unexpected: {name}" for name in source.names() if name not in known]
+    for name in tensors.keys() & source.tensors.keys():
+        found = source.dtype(name), source.shape(name)
+        expected = tensors[name].dtype, tuple(tensors[name].shape)
+        if found != expected:
+            problems.append(f"{name} is {found} in the file, {expected} here")
+    refuse(source.path, "does not fit this run", problems)
     for tensor, values in zip(tensors.values(), read_shards(source, list(tensors.items()))):
         local_shard(tensor)[0].copy_(values)
 

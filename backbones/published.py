@@ -392,8 +392,11 @@ def open_published(source: TensorSource) -> tuple[TensorSource, Rename, Card, tu
 
 
 def first_of(folder: str | Path, *names: str) -> Path:
-    """The first of `names` that is in `folder`."""
-    for path in (Path(folder) / name for name in names):
+    """The first of `names` that is in `folder`; the path itself if it is a file."""
+    folder = Path(folder)
+    if folder.is_file():
+        return folder
+    for path in (folder / name for name in names):
         if path.exists():
             return path
     raise ValueError(

@@ -91,6 +91,8 @@ class Qwen3VLConfig:
                 f"mrope {self.mrope} sums to {sum(self.mrope)}; expected head_dim / 2 = "
                 f"{self.head_dim / 2}"
             )
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}")
         if self.vision_width % (4 * self.vision_heads):
             raise ValueError(
                 f"vision_width {self.vision_width} must be a multiple of 4 * vision_heads = "
@@ -143,6 +145,11 @@ def patchify(images: Tensor, config: Qwen3VLConfig) -> tuple[Tensor, Tensor]:
     patch = config.patch
     merge = config.merge
     count, height, width, _ = images.shape
+    if height % (patch * merge) or width % (patch * merge):
+        raise ValueError(
+            f"images of {height} x {width} pixels; both sides must be multiples of patch * merge = "
+            f"{patch * merge}: prepare them"
+        )
     patches = repeat(
         (images.float() / 255 - 0.5) / 0.5,
         "n (h a p) (w b q) c -> (n h w a b) (c t p q)",

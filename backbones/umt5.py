@@ -46,6 +46,12 @@ class UMT5Config:
     buckets: int = 32  # relative positions, half of them for keys after the query
     max_distance: int = 128  # from here on all distances share the last bucket
 
+    def __post_init__(self):
+        if self.dim_attn % self.heads:
+            raise ValueError(
+                f"umt5 dim_attn {self.dim_attn} must be a multiple of heads {self.heads}"
+            )
+
 
 def relative_buckets(
     length: int, buckets: int, max_distance: int, device: torch.device | None = None

@@ -135,8 +135,7 @@ class Chunk(NamedTuple):
     decode: Callable[[Tensor], object]
 
     def sample(self, steps: int, way: Callable = Motus.sample) -> Tensor:
-        found = way(self.model, self.observe(), "joint", steps, generator=seeded())
-        return found.actions
+        return way(self.model, self.observe(), "joint", steps, generator=seeded()).actions
 
     @torch.no_grad()
     def sample_officially(self, steps: int) -> Tensor:

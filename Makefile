@@ -70,7 +70,7 @@ smoke:
 		SAMPLE="--episodes 4" TRUTH="--windows 8" LOOP="--episodes 2 --max-steps 24 --gif 1"
 
 test: $(VENV)/.test
-	$(PY) -m pytest -n 2 -m "not slow and not long"
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow and not long"
 
 test-slow: $(VENV)/.test
 	$(PY) -m pytest -m "not long"

@@ -69,18 +69,23 @@ def sheet(
     dimensions = actions[0].shape[2] if actions else 0
     columns = len(pictures) + dimensions
     with context(["dark_background", {"font.size": 7}]):
-        figure = Figure((1.8 * columns + 0.4, 1.8 * rows + 0.4), layout="constrained")
+        width, height = 1.8 * columns + 0.5, 1.8 * rows + 0.4
+        figure = Figure((width, height))
         axes = figure.subplots(rows, columns, squeeze=False)
+        # A constrained layout would take longer than all the rest.
+        figure.subplots_adjust(0.4 / width, 0.2 / height, 1 - 0.1 / width, 1 - 0.5 / height, 0.2, 0.1)
         figure.suptitle(title, fontsize=9)
         for row, caption in enumerate(captions):
             axes[row, 0].set_ylabel(textwrap.fill(caption, 24), **PLAIN)
             for axis, (name, images) in zip(axes[row], pictures.items()):
                 axis.imshow(np.asarray(images[row]), interpolation="nearest")
-                axis.set(xticks=[], yticks=[], title=name)
+                axis.set(xticks=[], yticks=[], title="" if row else name)
             for i, axis in enumerate(axes[row, len(pictures) :]):
                 axis.plot(np.stack([values[row, :, i] for values in actions], axis=1))
                 axis.plot(*ranges[i : i + 1], alpha=0)
-                axis.set(title=f"action {i}: predicted, true")
+                axis.set(title="" if row else f"action {i}: predicted, true")
+                axis.locator_params(nbins=4)
+                axis.tick_params(labelbottom=row == rows - 1)
         figure.savefig(path, dpi=110)
 
 

@@ -20,6 +20,7 @@ from weights.convert import export
 TINY = test_scale.TINY
 WIDTH = TINY.video.width
 FILES = ("model", "ema", "optimizer", "lora")
+pytestmark = pytest.mark.xdist_group("lora")  # one process makes its runs
 
 
 @pytest.fixture

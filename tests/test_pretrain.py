@@ -24,6 +24,7 @@ from weights.card import Card, newest_step
 
 TOY = PRESETS["toy"]
 SIM = PRESETS["sim"]
+pytestmark = pytest.mark.xdist_group("pretrain")  # one process makes its runs
 
 
 @pytest.fixture(scope="module")

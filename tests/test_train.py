@@ -33,6 +33,7 @@ from weights.card import Card, newest_step, steps_of
 from weights.files import save_safetensors
 
 SMALL = ["--set", *small.SETTINGS]
+pytestmark = pytest.mark.xdist_group("train")  # one process makes its runs
 
 
 @pytest.fixture(scope="module")

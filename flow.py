@@ -146,16 +146,16 @@ def video_loss(
     return masked_mean(error, mask)
 
 
-def moving_weight(latents: Tensor, more: float) -> Tensor | None:
-    """Weight (B, 1, T, h, w) of each place of latents (B, C, T, h, w), whose mean over the frames
-    after the observation is 1 in each sample: where they change as much as they can it is 1 + more
-    times what it is where they stay. What moves is small: unless it weighs more, a short training
-    learns the table. None for 0, the official loss."""
+def moving_weight(moves: Tensor | None, more: float) -> Tensor | None:
+    """Weight (B, 1, T, h, w) of each place of latents, whose mean over the frames after the
+    observation is 1 in each sample: where `moves` (B, T, h, w) it is 1 + more times what it is
+    where nothing does. What moves is small: unless it weighs more, a short training learns the
+    table. None for 0, the official loss. ValueError if it is not known what moves."""
     if not more:
         return None
-    change = latents - latents[:, :, :1]
-    change = change.square().mean(dim=1, keepdim=True)
-    weight = 1 + more * change.clamp(max=1)
+    if moves is None:
+        raise ValueError("motion_weight needs windows that say what moves: encode them again")
+    weight = 1 + more * moves[:, None].float()
     return weight / weight[:, :, 1:].mean(dim=(2, 3, 4), keepdim=True)
 
 

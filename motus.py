@@ -139,6 +139,7 @@ class Inputs:
     actions: Tensor | None = None  # (B, S, A)
     action_mask: Tensor | None = None  # (B, S, A) bool; dimensions that do not exist are False too
     video_mask: Tensor | None = None  # (B, T) bool, False past the end of the episode
+    moves: Tensor | None = None  # (B, T, h, w) bool, where the video is not what was observed
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -493,14 +494,12 @@ class Motus(nn.Module):
         shared = self.conditioning(inputs)
         times = self.embed_times(t_video, t_action)
         v_video, v_action = self(noisy_video, noisy_action, times, shared)
-        weight = flow.moving_weight(latents, self.motion_weight)
+        weight = flow.moving_weight(inputs.moves, self.motion_weight)
         video = flow.video_loss(v_video, video_noise - latents, inputs.video_mask, weight)
         if actions is None:
             return flow.Losses(video, None, t_video, None, None)
         action = flow.action_loss(v_action.float(), action_noise - actions, mask)
-        has_action = torch.ones_like(t_action, dtype=torch.bool)
-        if mask is not None:
-            has_action = mask.flatten(1).any(dim=1)
+        has_action = mask.flatten(1).any(dim=1) if mask is not None else t_action >= 0  # all
         return flow.Losses(video, action, t_video, t_action, has_action)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -26,6 +27,20 @@ from weights.files import digest, open_source, save_safetensors
 from weights.load import load_part
 
 ENCODE = "`python sample.py --encode-text`"
+
+
+MOVED = 25  # grey levels of 255: more than the noise of a camera or of a codec
+
+
+def moving_places(frames: Tensor, latents: Tensor) -> Tensor | None:
+    """Which places of latents (B, C, T, h, w) have a pixel that is not what it was in the first of
+    their frames (B, F, H, W, 3) uint8: bool (B, T, h, w). None for an observation alone."""
+    if frames.shape[1] == 1:
+        return None
+    change = (frames[:, 1:].short() - frames[:, :1].short()).abs().amax(dim=4)
+    grid = latents.shape[2] - 1, *latents.shape[3:]
+    moves = F.adaptive_max_pool3d((change > MOVED).float(), grid)
+    return F.pad(moves, (0, 0, 0, 0, 1, 0)).bool()
 
 
 class Backbones(nn.Module):
@@ -201,8 +216,11 @@ class Backbones(nn.Module):
         `und`."""
         context, lengths = self.encode_text(texts)
         states, mask = self.understand(frames[:, 0], texts, prompts) if und else (None, None)
+        frames = frames.to(context.device)
+        latents = self.encode_video(frames)
         return {
-            "latents": self.encode_video(frames.to(context.device)),
+            "latents": latents,
+            "moves": moving_places(frames, latents),
             "context": context,
             "context_len": lengths,
             "und": states,

@@ -73,7 +73,8 @@ def sheet(
         figure = Figure((width, height))
         axes = figure.subplots(rows, columns, squeeze=False)
         # A constrained layout would take longer than all the rest.
-        figure.subplots_adjust(0.4 / width, 0.2 / height, 1 - 0.1 / width, 1 - 0.5 / height, 0.2, 0.1)
+        edges = 0.4 / width, 0.2 / height, 1 - 0.1 / width, 1 - 0.5 / height
+        figure.subplots_adjust(*edges, wspace=0.2, hspace=0.1)
         figure.suptitle(title, fontsize=9)
         for row, caption in enumerate(captions):
             axes[row, 0].set_ylabel(textwrap.fill(caption, 24), **PLAIN)

@@ -162,18 +162,19 @@ def test_a_given_modality_is_at_time_zero_and_never_both():
 
 def test_what_moves_weighs_more_and_a_sample_as_much_as_before():
     """The weight of a place by hand; its mean over the frames to come is 1, whatever moves."""
-    latents = torch.zeros(2, 3, 3, 2, 2)
-    latents[0, :, 1, 0, 0] = 0.5  # a little, in one place of one frame
-    latents[0, :, 2, 1, 1] = 7.0  # as much as counts
-    weight = flow.moving_weight(latents, 8.0)
+    moves = torch.zeros(2, 3, 2, 2, dtype=torch.bool)
+    moves[0, 1, 0, 0] = moves[0, 2, 1, 1] = True
+    weight = flow.moving_weight(moves, 8.0)
     assert weight.shape == (2, 1, 3, 2, 2)
     assert torch.allclose(
         weight[0] / weight[0, 0, 1, 1, 1],
-        1 + 8 * torch.tensor([[[0, 0], [0, 0]], [[0.25, 0], [0, 0]], [[0, 0], [0, 1.0]]]),
+        1 + 8 * torch.tensor([[[0, 0], [0, 0]], [[1.0, 0], [0, 0]], [[0, 0], [0, 1.0]]]),
     )
     assert torch.allclose(weight[:, :, 1:].mean(dim=(1, 2, 3, 4)), torch.ones(2))
     assert torch.equal(weight[1], torch.ones(1, 3, 2, 2))
-    assert flow.moving_weight(latents, 0.0) is None
+    assert flow.moving_weight(moves, 0.0) is None and flow.moving_weight(None, 0.0) is None
+    with pytest.raises(ValueError, match="encode them again"):
+        flow.moving_weight(None, 8.0)
 
 
 def test_a_weighted_video_loss_is_the_weighted_mean_of_squares():

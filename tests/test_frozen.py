@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from backbones.frozen import Backbones
+from backbones.frozen import Backbones, moving_places
 from backbones.published import read_tokenizer
 from backbones.qwen3vl import Qwen3VL, Qwen3VLConfig
 from backbones.umt5 import UMT5Config, UMT5Encoder
@@ -134,7 +134,7 @@ def test_published_backbones_compute_what_ours_do(houses):
     bf16, and pictures differ by that."""
     ours, theirs = (Backbones.load(folder, 16) for folder in houses)
     seen = ours.conditions(frames(), SENTENCES)
-    assert list(seen) == ["latents", "context", "context_len", "und", "und_mask"]
+    assert list(seen) == ["latents", "moves", "context", "context_len", "und", "und_mask"]
     assert equal(seen, theirs.conditions(frames(), SENTENCES))
     assert theirs.vae.conv1.weight.dtype == torch.float32
     assert theirs.vae.decoder.conv1.weight.dtype == torch.bfloat16
@@ -152,6 +152,18 @@ def test_a_folder_gives_the_parts_that_are_asked_for(houses, which):
     assert seen["und"] is None and seen["und_mask"] is None
     alone = Backbones.load(houses[which], 16, ("text",))
     assert alone.vae is None and torch.equal(alone.encode_text(SENTENCES)[0], seen["context"])
+
+
+def test_a_place_moves_where_any_of_its_pixels_does():
+    """In any frame of its latent, by more than a tenth of the range, in any colour."""
+    frames = torch.full((2, 9, 8, 8, 3), 100, dtype=torch.uint8)
+    frames[0, 3, 5, 1, 2] = 74  # of the first latent after the observation
+    frames[0, 5, 0, 7, 0] = 126  # of the second
+    frames[1, 2] = 125  # a brighter light
+    latents = torch.zeros(2, 7, 3, 2, 2)
+    moves = moving_places(frames, latents)
+    assert moves.nonzero().tolist() == [[0, 1, 1, 0], [0, 2, 0, 1]]
+    assert moving_places(frames[:, :1], latents[:, :, :1]) is None
 
 
 def test_everything_is_frozen_and_the_first_frame_alone_makes_the_first_latent(houses):

@@ -259,7 +259,8 @@ def test_motion_weight_changes_the_loss_of_the_video_alone():
     """By the weight that flow gives to these latents; 0 is the official loss to the bit."""
     model = model_of()
     inputs = inputs_of()
-    inputs.latents[:, :, 1:, :2] = inputs.latents[:, :, :1, :2]  # half of the picture stays
+    inputs.moves = torch.zeros(inputs.latents[:, 0].shape, dtype=torch.bool)
+    inputs.moves[:, 1:, :2] = True  # half of the picture
     t = torch.tensor([0.4, 0.9])
     noise = [torch.randn_like(x) for x in (inputs.latents, inputs.actions)]
     with torch.no_grad():

@@ -13,7 +13,8 @@ classes, taught here on all levels of a card:
     vlm     ground: after reading instruction and picture, the hidden states say, through linear
             maps that are thrown away, which image token holds the named object, where exactly it
             is, and everything else that a simulator knew (`worlds.World.labels`)
-    dcae    reconstruct optical flow, and keep what its labels say
+
+The DC-AE of latent actions is copied; `python -m scripts.latents pretrain` makes another.
 
 Recordings of a real robot have no labels. Then all parts go on from those of the repository, whose
 words are kept and added to, and the vlm tells what a recording itself knows: where the picture is
@@ -39,6 +40,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from attention import mlp
@@ -49,11 +51,11 @@ from backbones.umt5 import T5Tokenizer, UMT5Encoder
 from backbones.wan_vae import WanVAE
 from data import open_pyramid
 from formats.cards import OpenSource, Pyramid, placed, tiled
-from formats.motions import motions
 from formats.recordings import T_SIZE, Recordings, fit_place
-from latent_action import LatentActionConfig, LatentActionModel
+from latent_action import LatentActionModel
 from motus import PRESETS, preset
 from sample import psnr
+from scale.muon import Muon
 from weights.files import plain_json, write_json
 from weights.load import save_part
 from weights.options import DEVICE, Parser, device, output_folder, run_command
@@ -239,22 +241,33 @@ def optimise(
     steps: int,
     lr: float,
     loss: Callable[[], Terms],
+    muon_lr: float = 0.0,
 ) -> Figures:
-    """AdamW with warm-up and cosine decay on the terms of `loss`, each of whose means
-    over the last hundred steps is returned."""
+    """AdamW, or if `muon_lr` Muon for matrices and convolutions, with warm-up and cosine decay on
+    the terms of `loss`, each of whose means over the last hundred steps is returned."""
     parameters = [p for network in networks for p in network.requires_grad_(True).parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8
+    rotated = [p for p in parameters if muon_lr and p.dim() > 1 and p[0].numel() > 1]
+    rest = [p for p in parameters if not any(p is other for other in rotated)]
+    optimizers = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.01)]
+    if rotated:
+        optimizers.append(Muon([dict(params=rotated)], muon_lr, 0.0))
+    shape = dict(
+        total_steps=steps,
+        pct_start=0.03,
+        cycle_momentum=False,
+        final_div_factor=0.8,
     )
+    rates = zip(optimizers, (lr, muon_lr))
+    schedules = [OneCycleLR(one, rate, **shape) for one, rate in rates]
     seen = []
     for _ in tqdm(range(steps), name, unit="step", mininterval=2):
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         terms = loss()
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for one in (*optimizers, *schedules):
+            one.step()
         seen.append([term.item() for term in terms.values()])
     means = np.mean(seen[-100:], axis=0).tolist()
     return {f"{name}_{key}_loss": mean for key, mean in zip(terms, means)}
@@ -404,39 +417,39 @@ def pretrain_vlm(job: Job) -> Figures:
 
 
 def pretrain_vae(job: Job) -> Figures:
-    """L1 and squared error, and a little KL. The toy's begins with nothing, another goes on from
-    the one of the repository, and without labels on parts of pictures, which is twice as fast. The
-    mean and std of the latents are noted in the config, and the peak signal-to-noise ratio in dB in
-    the figures, that of all pixels and of those that move."""
+    """L1 and squared error, and a little KL, on parts of pictures, which is twice as fast. The
+    toy's begins with nothing, another goes on from the one of the repository. The mean and std of
+    the latents are noted in the config, and the peak signal-to-noise ratio in dB in the figures,
+    that of all pixels and of those that move."""
     vae = job.shipped.vae
     z = preset(job.preset).video.latent
     # While it learns, latents are as they are.
     config = replace(vae.config, z_dim=z, mean=(0.0,) * z, std=(1.0,) * z)
-    if job.preset == "toy":
+    fresh = job.preset == "toy"
+    if fresh:
+        config = replace(config, dim_mult=(1, 4, 4))  # narrower ones lose the fingers
         vae = WanVAE(config)
     vae.config = config
     vae.to(job.device)
 
     def loss() -> Terms:
-        video = job.corpus.clips(job.batch).to(job.device)
-        if not job.corpus.labelled:
-            video = part_of(video)
+        video = part_of(job.corpus.clips(job.batch).to(job.device))
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
         drawn = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = vae.decode(drawn, clamp=False) - video
-        pixels = (1 + 6 * moving(video)) * (error.abs() + 2 * error.square())
+        pixels = (1 + 6 * moving(video)) * (error.abs() + 8 * error.square())
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return {"pixels": pixels.mean(), "kl": 1e-5 * divergence.sum(dim=1).mean()}
 
-    figures = optimise("vae", [vae], job.steps, 3e-3, loss)
+    figures = optimise("vae", [vae], job.steps, 3e-3, loss, 0.03 if fresh else 0.0)
     with torch.no_grad():
         latents, _ = vae.posterior(job.corpus.clips(128).to(job.device))
         std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
         vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
         video = job.held_out.clips(128).to(job.device)
         pair = [127.5 * x.movedim(1, -1) for x in (vae.decode(vae.encode(video)), video)]
-    save_part(job.out / "vae.safetensors", vae.cpu())
+    save_part(job.out / "vae.safetensors", vae.cpu(), torch.float16 if fresh else None)
     figures["vae_psnr_db"] = psnr(*pair)
     figures["vae_psnr_moving_db"] = psnr(*pair, moving(video)[:, 0] > 0)
     return figures
@@ -498,25 +511,15 @@ def pretrain_dcae(
     return figures
 
 
-def pretrain_own_dcae(job: Job) -> Figures:
-    """The DC-AE of a world that knows its flow."""
-    model = LatentActionModel(LatentActionConfig.of(PRESETS[job.preset].latent)).to(job.device)
-    seen = motions(job.pyramid, model.config.interval)
-    figures = pretrain_dcae(model, seen.flow, seen.labels, seen.mask, job.steps)
-    model.cpu().save_dcae(job.out / "dcae.safetensors")
-    return figures
-
-
 # -- the command ----------------------------------------------------------------------------------
 
 MAKERS = {
     "text": pretrain_text,
     "vlm": pretrain_vlm,
     "vae": pretrain_vae,
-    "dcae": pretrain_own_dcae,
 }
 RECIPES = {  # steps of each part, in whose place `--steps` is taken, and samples per step
-    "toy": {"text": (400, 64), "vlm": (4000, 64), "vae": (3000, 12), "dcae": (2200, 32)},
+    "toy": {"text": (400, 64), "vlm": (4000, 64), "vae": (5000, 12)},
     "sim": {"text": (400, 64), "vlm": (1700, 32), "vae": (1000, 4)},
 }
 # Where there are no labels, on from the preset's.
@@ -529,7 +532,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--preset", "toy", "whose sizes they have", choices=RECIPES)
     add("--data", str, "card; default the preset's")
     add("--out", output_folder, "folder to write", required=True)
-    add("--keep", "", "parts to copy from the repository: text, vlm, vae, dcae")
+    add("--keep", "", "parts to copy from the repository: text, vlm, vae")
     add("--steps", int, "of each part")
     add("--episodes", 500, "at most, of a card; per level of a world")
     add(*DEVICE)
@@ -545,11 +548,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpora = [Corpus(pyramid, args.episodes, held_out) for held_out in (False, True)]
     labelled = corpora[0].labelled
     if not labelled:
-        kept |= recipe.keys() - UNLABELLED.keys()
         recipe = UNLABELLED
     args.out.mkdir(parents=True, exist_ok=True)
-    for file in ours.iterdir():
-        if file.stem in kept:
+    for file in ours.glob("*.*"):
+        if file.stem not in recipe.keys() - kept:
             shutil.copyfile(file, args.out / file.name)
     shipped = Backbones.load(ours)
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 tool would: nothing of motus is in this file but the seeds, so that no scene is also tried in.
 
     PYTHONPATH=.:docs/own_robot python docs/own_robot/record.py data/fetch 105
+    PYTHONPATH=.:docs/own_robot python docs/own_robot/record.py data/calm 21 calm     no hand slips
 """
 
 import sys
@@ -15,7 +16,8 @@ def main() -> None:
     import fetch
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    out, count = sys.argv[1], int(sys.argv[2])
+    out, count, *calm = sys.argv[1:]
+    count = int(count)
     names = ["x", "y", "z", "fingers"]
     picture = {"dtype": "video", "shape": (192, 192, 3), "names": ["height", "width", "channels"]}
     numbers = {"dtype": "float32", "shape": (4,), "names": names}
@@ -25,11 +27,12 @@ def main() -> None:
     world = fetch.make("pick-place")
     rng = np.random.default_rng(0)
     tried = solved = 0
-    seeds = episode_seeds(0, RECORDED, 2 * count)
+    seeds = episode_seeds(len(calm), RECORDED, 2 * count)
     while solved < count:
         seen = world.reset(seeds[tried])
         after = 0  # rows since success
-        shaky = 0.3 * (tried % 2)  # a hand that slips now and then, and what was meant is written
+        # A hand that slips now and then, and what was meant is written.
+        shaky = 0 if calm else 0.3 * (tried % 2)
         rows = []
         while len(rows) < world.max_steps and after < 7:
             action = world.expert()

@@ -36,10 +36,13 @@ from weights.files import as_tuples, check_keys, check_types, file_in
 try:
     import av
     import pyarrow
+
+    if int(av.__version__.split(".")[0]) < 17:  # the lerobot package wants an older one
+        raise ImportError
 except ImportError:
     av = pyarrow = None
 
-MISSING = "datasets need the packages pyarrow and av: pip install 'motus[data]'"
+MISSING = "datasets need the packages pyarrow and av, of version 17 on: pip install 'motus[data]'"
 ALONE = 3  # rows of an episode that `check` also reads one by one
 TOLERANCE = 1e-4  # seconds between a frame's time and i / fps, as in LeRobot
 UNREADABLE = (OSError, ValueError, TypeError, OverflowError, RecursionError)

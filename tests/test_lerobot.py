@@ -1,5 +1,6 @@
 """LeRobot datasets: recordings are read back, by time; faults are named."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -384,6 +385,17 @@ def test_hub_names_go_through_huggingface_hub(whole, monkeypatch):
     for use in (lambda: opened(whole["v3.0"]), lambda: write_v3("x", [], 1)):
         with pytest.raises(ValueError, match=r"pip install 'motus\[data\]'"):
             use()
+
+
+def test_an_av_that_is_too_old_is_as_good_as_none(monkeypatch):
+    """The lerobot package installs one that has no rotations."""
+    again = importlib.util.spec_from_file_location("again", recordings.__file__)
+    for version, usable in (("17.0.1", True), ("15.1.0", False)):
+        monkeypatch.setattr(av, "__version__", version)
+        module = importlib.util.module_from_spec(again)
+        monkeypatch.setitem(sys.modules, "again", module)
+        again.loader.exec_module(module)
+        assert (module.av is av) == usable
 
 
 def test_a_hub_snapshot_may_link_to_its_blobs_and_nowhere_else(whole, tmp_path):

@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from attention import mlp
@@ -55,7 +54,6 @@ from formats.recordings import T_SIZE, Recordings, fit_place
 from latent_action import LatentActionModel
 from motus import PRESETS, preset
 from sample import psnr
-from scale.muon import Muon
 from weights.files import plain_json, write_json
 from weights.load import save_part
 from weights.options import DEVICE, Parser, device, output_folder, run_command
@@ -241,33 +239,22 @@ def optimise(
     steps: int,
     lr: float,
     loss: Callable[[], Terms],
-    muon_lr: float = 0.0,
 ) -> Figures:
-    """AdamW, or if `muon_lr` Muon for matrices and convolutions, with warm-up and cosine decay on
-    the terms of `loss`, each of whose means over the last hundred steps is returned."""
+    """AdamW with warm-up and cosine decay on the terms of `loss`, each of whose means
+    over the last hundred steps is returned."""
     parameters = [p for network in networks for p in network.requires_grad_(True).parameters()]
-    rotated = [p for p in parameters if muon_lr and p.dim() > 1 and p[0].numel() > 1]
-    rest = [p for p in parameters if not any(p is other for other in rotated)]
-    optimizers = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.01)]
-    if rotated:
-        optimizers.append(Muon([dict(params=rotated)], muon_lr, 0.0))
-    shape = dict(
-        total_steps=steps,
-        pct_start=0.03,
-        cycle_momentum=False,
-        final_div_factor=0.8,
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8
     )
-    rates = zip(optimizers, (lr, muon_lr))
-    schedules = [OneCycleLR(one, rate, **shape) for one, rate in rates]
     seen = []
     for _ in tqdm(range(steps), name, unit="step", mininterval=2):
-        for parameter in parameters:
-            parameter.grad = None
+        optimizer.zero_grad()
         terms = loss()
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for one in (*optimizers, *schedules):
-            one.step()
+        optimizer.step()
+        schedule.step()
         seen.append([term.item() for term in terms.values()])
     means = np.mean(seen[-100:], axis=0).tolist()
     return {f"{name}_{key}_loss": mean for key, mean in zip(terms, means)}
@@ -417,39 +404,39 @@ def pretrain_vlm(job: Job) -> Figures:
 
 
 def pretrain_vae(job: Job) -> Figures:
-    """L1 and squared error, and a little KL, on parts of pictures, which is twice as fast. The
-    toy's begins with nothing, another goes on from the one of the repository. The mean and std of
-    the latents are noted in the config, and the peak signal-to-noise ratio in dB in the figures,
-    that of all pixels and of those that move."""
+    """L1 and squared error, and a little KL. The toy's begins with nothing, another goes on from
+    the one of the repository, and without labels on parts of pictures, which is twice as fast. The
+    mean and std of the latents are noted in the config, and the peak signal-to-noise ratio in dB in
+    the figures, that of all pixels and of those that move."""
     vae = job.shipped.vae
     z = preset(job.preset).video.latent
     # While it learns, latents are as they are.
     config = replace(vae.config, z_dim=z, mean=(0.0,) * z, std=(1.0,) * z)
-    fresh = job.preset == "toy"
-    if fresh:
-        config = replace(config, dim_mult=(1, 4, 4))  # narrower ones lose the fingers
+    if job.preset == "toy":
         vae = WanVAE(config)
     vae.config = config
     vae.to(job.device)
 
     def loss() -> Terms:
-        video = part_of(job.corpus.clips(job.batch).to(job.device))
+        video = job.corpus.clips(job.batch).to(job.device)
+        if not job.corpus.labelled:
+            video = part_of(video)
         mean, logvar = vae.posterior(video)
         logvar = logvar.clamp(-20, 10)
         drawn = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = vae.decode(drawn, clamp=False) - video
-        pixels = (1 + 6 * moving(video)) * (error.abs() + 8 * error.square())
+        pixels = (1 + 6 * moving(video)) * (error.abs() + 2 * error.square())
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return {"pixels": pixels.mean(), "kl": 1e-5 * divergence.sum(dim=1).mean()}
 
-    figures = optimise("vae", [vae], job.steps, 3e-3, loss, 0.03 if fresh else 0.0)
+    figures = optimise("vae", [vae], job.steps, 3e-3, loss)
     with torch.no_grad():
         latents, _ = vae.posterior(job.corpus.clips(128).to(job.device))
         std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
         vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
         video = job.held_out.clips(128).to(job.device)
         pair = [127.5 * x.movedim(1, -1) for x in (vae.decode(vae.encode(video)), video)]
-    save_part(job.out / "vae.safetensors", vae.cpu(), torch.float16 if fresh else None)
+    save_part(job.out / "vae.safetensors", vae.cpu())
     figures["vae_psnr_db"] = psnr(*pair)
     figures["vae_psnr_moving_db"] = psnr(*pair, moving(video)[:, 0] > 0)
     return figures
@@ -519,7 +506,7 @@ MAKERS = {
     "vae": pretrain_vae,
 }
 RECIPES = {  # steps of each part, in whose place `--steps` is taken, and samples per step
-    "toy": {"text": (400, 64), "vlm": (4000, 64), "vae": (5000, 12)},
+    "toy": {"text": (400, 64), "vlm": (4000, 64), "vae": (3000, 12)},
     "sim": {"text": (400, 64), "vlm": (1700, 32), "vae": (1000, 4)},
 }
 # Where there are no labels, on from the preset's.

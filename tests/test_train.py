@@ -500,18 +500,6 @@ def test_muon_takes_the_steps_of_torchs_own():
         assert (a - b).norm() < 0.02 * (b - x).norm()
 
 
-def test_muon_takes_a_convolution_for_a_matrix_with_a_row_for_each_output():
-    generator = torch.Generator().manual_seed(0)
-    weight, grad = torch.randn(2, 8, 24, generator=generator)
-    shapes = (8, 24), (8, 2, 3, 4)
-    params = [torch.nn.Parameter(weight.reshape(shape).clone()) for shape in shapes]
-    for p in params:
-        p.grad = grad.reshape(p.shape)
-        Muon([dict(params=[p])], lr=0.1, weight_decay=0.01).step()
-    matrix, kernel = params
-    assert not torch.equal(matrix, weight) and torch.equal(matrix, kernel.flatten(1))
-
-
 class Post:
     """`torch.distributed` between threads."""
 

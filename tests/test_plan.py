@@ -366,7 +366,9 @@ def test_a_step_of_several_nodes_sends_what_is_counted_tensor_by_tensor(nodes, r
 @pytest.mark.parametrize(
     "command",
     [
-        "--preset small --plan --gpus 1 --memory 24 --peak 165",
+        pytest.param(
+            "--preset small --plan --gpus 1 --memory 24 --peak 165", marks=pytest.mark.slow
+        ),
         pytest.param("--full --plan --gpus 8 --memory 80", marks=pytest.mark.slow),
         pytest.param("--full --plan --gpus 8 --memory 141", marks=pytest.mark.slow),
     ],

@@ -2,7 +2,7 @@
 the actions that it reads off true films (idm), and how far its imagined film (world_model) follows
 when every action is reversed, against another seed of the noise.
 
-    PYTHONPATH=. python docs/own_robot/probe.py runs/fetch fetch.json
+    PYTHONPATH=. python docs/own_robot/probe.py runs/fetch fetch.json [Euler steps of a film]
 """
 
 import math
@@ -28,9 +28,9 @@ def main() -> None:
     batch = data.batch_of(pyramid, torch.tensor(rows), "real", [robot], policy.model.config)
     inputs = data.encode(batch, policy.backbones).to(policy.device)
 
-    policy.steps = 1  # the mean, which is the best guess of an action; a film takes all ten
+    policy.steps = 1  # the mean, which is the best guess of an action
     read = policy.sample(inputs, "idm").actions
-    policy.steps = 10
+    policy.steps = int(sys.argv[3]) if len(sys.argv) > 3 else 10
     error = (read - inputs.actions).square().mean(dim=(0, 1))
     spread = inputs.actions.var(dim=(0, 1), correction=0)
     print("idm R2 of each action:", " ".join(f"{x:.3f}" for x in 1 - error / spread))

@@ -1,4 +1,4 @@
-# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: a quarter of an hour
+# make demo    environment, the toy through all stages, five modes, closed loop, a report with pictures: twelve minutes
 # make test    the tests;  make test-slow  those over twenty seconds too;  make test-long  those of many minutes too
 # make toy     the same as the demo, for about an hour
 # make bench   ratios of speed

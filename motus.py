@@ -499,7 +499,8 @@ class Motus(nn.Module):
         if actions is None:
             return flow.Losses(video, None, t_video, None, None)
         action = flow.action_loss(v_action.float(), action_noise - actions, mask)
-        has_action = mask.flatten(1).any(dim=1) if mask is not None else t_action >= 0  # all
+        every = torch.ones_like(t_action, dtype=torch.bool)
+        has_action = every if mask is None else mask.flatten(1).any(dim=1)
         return flow.Losses(video, action, t_video, t_action, has_action)
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ from torch.nn.functional import conv2d, max_pool2d
 
 import data
 import flow
-from backbones.frozen import Backbones
+from backbones.frozen import Backbones, changed
 from backbones.published import holds_vlm
 from formats.cards import widened
 from formats.pictures import film, sheet
@@ -194,7 +194,7 @@ Figures = dict[str, dict[str, float]]  # name, and whose it is
 
 def moving_region(observation: Tensor, future: Tensor) -> Tensor:
     """observation (B, 1, H, W, 3) and true future (B, F, H, W, 3), uint8 -> (B, F, H, W) bool."""
-    moves = ((future.int() - observation.int()).abs() > MOVES).any(dim=-1).float()
+    moves = changed(observation, future, MOVES).float()
     return max_pool2d(moves, 2 * DILATE + 1, stride=1, padding=DILATE) > 0
 
 

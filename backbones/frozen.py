@@ -27,9 +27,13 @@ from weights.files import digest, open_source, save_safetensors
 from weights.load import load_part
 
 ENCODE = "`python sample.py --encode-text`"
-
-
 MOVED = 25  # grey levels of 255: more than the noise of a camera or of a codec
+
+
+def changed(first: Tensor, later: Tensor, levels: int) -> Tensor:
+    """Which pixels of frames (B, F, H, W, 3) uint8 differ from those of (B, 1, H, W, 3) by more
+    than so many of 255 levels in a channel: bool (B, F, H, W)."""
+    return ((later.short() - first.short()).abs() > levels).any(dim=4)
 
 
 def moving_places(frames: Tensor, latents: Tensor) -> Tensor | None:
@@ -37,9 +41,9 @@ def moving_places(frames: Tensor, latents: Tensor) -> Tensor | None:
     their frames (B, F, H, W, 3) uint8: bool (B, T, h, w). None for an observation alone."""
     if frames.shape[1] == 1:
         return None
-    change = (frames[:, 1:].short() - frames[:, :1].short()).abs().amax(dim=4)
+    pixels = changed(frames[:, :1], frames[:, 1:], MOVED).float()
     grid = latents.shape[2] - 1, *latents.shape[3:]
-    moves = F.adaptive_max_pool3d((change > MOVED).float(), grid)
+    moves = F.adaptive_max_pool3d(pixels, grid)
     return F.pad(moves, (0, 0, 0, 0, 1, 0)).bool()
 
 

@@ -28,10 +28,9 @@ from numpy import ndarray
 
 from formats.lerobot import write_v3
 from formats.recordings import Folder, Given, Numbers, Recordings, Storage, VideoReader
-from weights.files import read_torch
+from weights.files import MAX_HEADER, read_torch
 
 VIEW = "cam_concatenated"
-MAX_BYTES = 16 << 20  # of a text file
 PARTS = ("qpos", "latent_action_dim14")
 
 
@@ -151,8 +150,8 @@ class OfficialFolder(Folder):
                 (name,) = known
         path = self._path(str(inner / f"{name}.txt"), episode, "instruction")
         with self._reading("instruction", path.name, episode):
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
+            if path.stat().st_size > MAX_HEADER:
+                raise ValueError(f"has {path.stat().st_size} bytes, expected at most {MAX_HEADER}")
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
             if not any(lines):
                 raise ValueError("is empty, expected a line per wording")

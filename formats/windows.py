@@ -102,6 +102,7 @@ def write(
 def save(
     path: Path, metadata: dict[str, str], batches: Sequence[Batch], words: Sequence[list[str]]
 ) -> None:
+    """Writes a shard. What it is put together from is let go of before the next is encoded."""
     batch = stack(batches)
     texts = sum(words, [])
     states = list(dict.fromkeys(texts))

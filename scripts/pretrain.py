@@ -537,8 +537,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not labelled:
         recipe = UNLABELLED
     args.out.mkdir(parents=True, exist_ok=True)
-    for file in ours.glob("*.*"):
-        if file.stem not in recipe.keys() - kept:
+    for file in ours.iterdir():
+        if file.stem in kept | {"dcae"}:
             shutil.copyfile(file, args.out / file.name)
     shipped = Backbones.load(ours)
     torch.manual_seed(0)

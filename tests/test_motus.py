@@ -256,7 +256,7 @@ def test_unknown_preset_is_refused_by_name():
 
 
 def test_motion_weight_changes_the_loss_of_the_video_alone():
-    """By the weight that flow gives to these latents; 0 is the official loss to the bit."""
+    """By the weight that flow gives to what moves; 0 is the official loss to the bit."""
     model = model_of()
     inputs = inputs_of()
     inputs.moves = torch.zeros(inputs.latents[:, 0].shape, dtype=torch.bool)

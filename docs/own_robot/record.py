@@ -16,8 +16,8 @@ def main() -> None:
     import fetch
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    out, count, *calm = sys.argv[1:]
-    count = int(count)
+    out, count = sys.argv[1], int(sys.argv[2])
+    calm = len(sys.argv) > 3
     names = ["x", "y", "z", "fingers"]
     picture = {"dtype": "video", "shape": (192, 192, 3), "names": ["height", "width", "channels"]}
     numbers = {"dtype": "float32", "shape": (4,), "names": names}
@@ -27,7 +27,7 @@ def main() -> None:
     world = fetch.make("pick-place")
     rng = np.random.default_rng(0)
     tried = solved = 0
-    seeds = episode_seeds(len(calm), RECORDED, 2 * count)
+    seeds = episode_seeds(int(calm), RECORDED, 2 * count)
     while solved < count:
         seen = world.reset(seeds[tried])
         after = 0  # rows since success

@@ -140,7 +140,7 @@ class Batch:
 def batch_of(
     pyramid: Pyramid, rows: Tensor, actions: str, robots: Sequence[Statistics], config: MotusConfig
 ) -> Batch:
-    """Windows of rows (B, 3), normalised, with masks; `actions`: none, latent or real."""
+    """Windows of rows (B, 4), normalised, with masks; `actions`: none, latent or real."""
     windows = [pyramid.window(row, actions) for row in rows.tolist()]
     batch = Batch(
         torch.from_numpy(np.stack([window.frames for window in windows])),
@@ -197,7 +197,7 @@ def held_out(
     actions = "real" if acts else "none"
     rows = pyramid.held_out(count, seed)
     batch = batch_of(pyramid, rows, actions, [robot], config)
-    batch.goals = [pyramid.opened[i].reader.goal(episode) for i, episode, _ in rows.tolist()]
+    batch.goals = [pyramid.opened[i].reader.goal(episode) for i, episode, *_ in rows.tolist()]
     return batch
 
 
@@ -242,7 +242,7 @@ class Stream:
         return self.config.video.latent, self.config.latent_frames, *grid
 
     def rows(self, size: int, seed: int, step: int) -> Tensor:
-        """(B, 3): source, episode, first row. A function of its arguments alone."""
+        """(B, 4): source, episode, first row, variant. A function of its arguments alone."""
         return self.pyramid.draw(size, seed, step)
 
     def prepare(self, rows: Tensor) -> dict:

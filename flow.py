@@ -16,8 +16,7 @@ every Euler step. Training draws t from a table shifted by 5, sampling takes uni
 1): both official.
 
 Departures: the paper states logit-normal times; the released code draws uniformly from the shift-5
-table, the default here (`official`), with `logit_normal` and `even` beside it. Times stay fp32
-(there: bf16).
+table, the default here (`official`), with `logit_normal` beside it. Times stay fp32 (there: bf16).
 
 Shapes: B batch, C latent channels, T latent frames, h w latent grid, S chunk, A action dimensions.
 """
@@ -83,12 +82,7 @@ def logit_normal_times(n: int, generator: torch.Generator | None = None) -> Tens
     return torch.sigmoid(torch.randn(n, generator=generator))
 
 
-def even_times(n: int, generator: torch.Generator | None = None) -> Tensor:
-    """n training times, uniform but for a twelfth at 0 and a twelfth at 1, where modes pin them."""
-    return (1.2 * torch.rand(n, generator=generator) - 0.1).clamp(0, 1)
-
-
-TIMES = {"official": official_times, "logit_normal": logit_normal_times, "even": even_times}
+TIMES = {"official": official_times, "logit_normal": logit_normal_times}
 
 
 def pin_modality(

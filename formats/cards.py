@@ -72,6 +72,8 @@ class Source:
     episodes: int = 0
     held_out: int = -1  # episodes at the end that no training sees; default 5 %, of three one
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
+    # pixels by which two of three windows are moved, at random: few recordings teach more
+    shift: int = 0
 
     def __post_init__(self):
         label = f"source {self.path!r:.80}"
@@ -80,6 +82,8 @@ class Source:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{label}: {name} is {value!r:.80}; expected {allowed}")
+        if self.shift < 0:
+            raise ValueError(f"{label}: shift is {self.shift}; expected pixels, 0 or more")
         if self.rendered and not self.level:
             object.__setattr__(self, "level", 6)
 
@@ -150,6 +154,7 @@ class OpenSource:
             self.name = "_".join([f"level{source.level}", self.source.embodiment, *kind])
         self.folder = root / (source.latents or f"latents/{self.name}")
         self.encoded = {}  # episode -> latent actions and which are known
+        self.variants = 3 if source.shift else 1  # of each window; the first is not moved
 
     def plan(self, span: float) -> None:
         """Counts the windows of each episode of which at least half of `span` seconds exist, and
@@ -254,6 +259,14 @@ def tiled(frames: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
     height = views[0].shape[1]
     views = [fit(v, height, round(v.shape[2] * height / v.shape[1])) for v in views]
     return fit(np.concatenate(views, axis=2), *size)
+
+
+def shift_film(picture: ndarray, most: int, rng: np.random.Generator) -> ndarray:
+    """A film (F, H, W, 3) moved by up to `most` pixels, all frames alike, its border repeated."""
+    _, height, width, _ = picture.shape
+    top, left = rng.integers(2 * most + 1, size=2)
+    wide = np.pad(picture, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    return wide[:, top : top + height, left : left + width]
 
 
 def placed(places: ndarray, frames: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
@@ -475,14 +488,15 @@ class Pyramid:
     # Windows.
 
     def draw(self, size: int, seed: int, step: int) -> Tensor:
-        """(B, 3): source, episode and first row of the windows of batch `step`, a function of its
-        arguments alone."""
+        """(B, 4): source, episode, first row and variant of the windows of batch `step`, a function
+        of its arguments alone."""
         rng = np.random.default_rng([seed, step])
         rows = []
         for i in shares(self.weights, size, rng):
             o = self.opened[i]
             episode = min(int(np.searchsorted(o.edges, rng.random(), side="right")), o.trained - 1)
-            rows.append((int(i), episode, int(rng.integers(o.counts[episode]))))
+            start = int(rng.integers(o.counts[episode]))
+            rows.append((int(i), episode, start, int(rng.integers(o.variants))))
         return torch.tensor(rows)
 
     def held_out(self, count: int, seed: int) -> Tensor:
@@ -502,10 +516,10 @@ class Pyramid:
         return torch.tensor(rows)[rng.permutation(len(rows))[:count]]
 
     def window(self, row: Sequence[int], actions: str) -> Window:
-        """The window of a row (source, episode, first row), as the network is to see it but for
-        normalisation: the frames (1+F, H, W, 3) as one picture, the observation first; `actions`:
-        none, latent or real."""
-        i, episode, start = row
+        """The window of a row (source, episode, first row, maybe variant), as the network is to see
+        it but for normalisation: the frames (1+F, H, W, 3) as one picture, the observation first;
+        `actions`: none, latent or real."""
+        i, episode, start, *variant = row
         o = self.opened[i]
         reader = o.reader
         video_times = np.arange(self.frames + 1) / self.video_hz
@@ -520,6 +534,8 @@ class Pyramid:
             last = np.minimum(index, len(rows) - 1)
             chunk, mask = rows[last], known[last] & (index < len(rows))
         picture = tiled(seen.frames, self.size)
+        if any(variant):
+            picture = shift_film(picture, o.source.shift, np.random.default_rng(row))
         return replace(seen, frames=picture, actions=chunk, action_mask=mask)
 
     # What is told of it.

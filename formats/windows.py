@@ -48,8 +48,8 @@ def stack(batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def rows_to_encode(pyramid: Pyramid, count: int, seed: int) -> Tensor:
-    """(n, 3) source, episode, first row, in rising order: `count` different windows as they are
-    drawn, fewer where there are not so many; with 0 all there are."""
+    """(n, 4) source, episode, first row, variant, in rising order: `count` different windows as
+    they are drawn, fewer where there are not so many; with 0 all there are."""
     if count:
         drawn = pyramid.draw(4 * count, seed, 0).numpy()  # some twice: each is taken once
         _, index = np.unique(drawn, axis=0, return_index=True)
@@ -63,8 +63,10 @@ def rows_to_encode(pyramid: Pyramid, count: int, seed: int) -> Tensor:
             )
         first = np.concatenate([np.arange(count) for count in o.counts])
         episode = np.repeat(np.arange(o.trained), o.counts)
-        found.append(np.stack([np.full_like(first, i), episode, first], axis=1))
-    return torch.from_numpy(np.concatenate(found))
+        for variant in range(o.variants):
+            columns = np.broadcast_arrays(i, episode, first, variant)
+            found.append(np.stack(columns, axis=1))
+    return torch.from_numpy(np.unique(np.concatenate(found), axis=0))
 
 
 def files_of(pyramid: Pyramid) -> list[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from formats.inspect import convert
 from formats.lerobot import write_v3
 from formats.recordings import Storage
 from formats.statistics import Statistics, as_stored
+from formats.windows import rows_to_encode
 from motus import preset
 
 CONFIG = preset("toy")
@@ -240,7 +242,7 @@ def test_a_stage_picks_its_levels_and_mixes_by_weight(card, tmp_path):
         total += count
         assert all(
             e < pyramid.opened[i].trained and s < pyramid.opened[i].counts[e]
-            for i, e, s in rows.tolist()
+            for i, e, s, _ in rows.tolist()
         )
     assert abs(total[0] - 300) < 15 and abs(total[1] - total[2]) < 20
     assert torch.equal(pyramid.draw(10, 1, 7), pyramid.draw(10, 1, 7)) and not torch.equal(
@@ -260,6 +262,35 @@ def test_shares_are_exact_for_equal_weights_and_fair_for_others():
         for i in shares(np.array([999.0, 1.0]), 1, np.random.default_rng(seed)).tolist()
     )
     assert 0 < drawn[1] < 10
+
+
+def test_two_of_three_windows_of_a_shifted_source_are_the_same_film_moved(rendered, tmp_path):
+    """A few demonstrations show things at few places; a film that is moved as a whole shows them at
+    others, and the actions that belong to it are the same."""
+    plain = opened(rendered)
+    moved = opened(changed(rendered, tmp_path, _3={"shift": 4}))
+    rows = rows_to_encode(moved, 0, 0)
+    assert torch.equal(rows, rows_to_encode(moved, 10_000, 0))  # all of them, drawn or not
+    assert len(rows) == 3 * len(rows_to_encode(plain, 0, 0))
+    assert set(rows[:, 3].tolist()) == {0, 1, 2}
+    places = set()
+    for row in rows[:60].tolist():
+        as_is, seen = plain.window(row[:3], "real"), moved.window(row, "real")
+        assert np.array_equal(as_is.actions, seen.actions)
+        assert np.array_equal(as_is.state, seen.state)
+        assert np.array_equal(seen.frames, moved.window(row, "real").frames)
+        wide = np.pad(as_is.frames, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="edge")
+        found = [
+            (top - 4, left - 4)
+            for top, left in product(range(9), repeat=2)
+            if np.array_equal(wide[:, top : top + 48, left : left + 48], seen.frames)
+        ]
+        assert ((0, 0) in found) if row[3] == 0 else found
+        places |= {*found}
+    assert len(places) > 20  # of 81
+    held_out = moved.held_out(2, 0).tolist()
+    for row in held_out:
+        assert np.array_equal(moved.window(row, "real").frames, plain.window(row, "real").frames)
 
 
 def test_tasks_can_be_drawn_alike(tmp_path):

@@ -43,16 +43,6 @@ def test_logit_normal_times_are_what_the_paper_states():
     assert torch.logit(times).std().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_even_times_reach_both_ends():
-    """A twelfth of the draws is exactly 0, a twelfth exactly 1, the rest uniform between."""
-    times = flow.TIMES["even"](24000, torch.Generator().manual_seed(0))
-    assert (times == 0).float().mean().item() == pytest.approx(1 / 12, abs=0.01)
-    assert (times == 1).float().mean().item() == pytest.approx(1 / 12, abs=0.01)
-    inside = times[(times > 0) & (times < 1)]
-    assert inside.mean().item() == pytest.approx(0.5, abs=0.01)
-    assert inside.std().item() == pytest.approx(12**-0.5, abs=0.01)
-
-
 def test_sampling_times_run_from_noise_to_data():
     """Ten uniform steps are tenths; a shift moves the inner times towards noise and leaves the
     ends."""

@@ -82,8 +82,6 @@ class Source:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{label}: {name} is {value!r:.80}; expected {allowed}")
-        if self.shift < 0:
-            raise ValueError(f"{label}: shift is {self.shift}; expected pixels, 0 or more")
         if self.rendered and not self.level:
             object.__setattr__(self, "level", 6)
 

@@ -50,7 +50,6 @@ from scripts.pretrain import pretrain_dcae
 from weights.files import (
     open_source,
     plain_json,
-    replace_file,
     same_config,
     save_safetensors,
     write_json,
@@ -277,15 +276,6 @@ def latents_of(model: LatentActionModel, clip: Clip) -> Encoded:
     return tensors, figures
 
 
-def write_official(folder: Path, made: dict) -> None:
-    """Beside each file of latents NAME.pt, the official form: a dictionary of tensors and of how
-    they were `made`."""
-    for path in folder.rglob("*.safetensors"):
-        with open_source(path) as source:
-            tensors = {name: source.read(name).clone() for name in source.names()}
-        replace_file(path.with_suffix(".pt"), partial(torch.save, tensors | made))
-
-
 def encode(model: LatentActionModel, args: argparse.Namespace, pyramid: Pyramid) -> None:
     """The latents of each source, where training looks for them or, of one, in --out. Sources that
     have their own, or know their flow and get them while they are read, are left out of several."""
@@ -309,8 +299,6 @@ def encode(model: LatentActionModel, args: argparse.Namespace, pyramid: Pyramid)
         made["model"] = model.fingerprint()
         folder = out / f"latent_action_dim{model.config.latent_dim}"
         report = each_clip(clips, folder, made, partial(latents_of, model))
-        if args.pt:
-            write_official(folder, made)
         scale = {"mean": model.latent_mean.tolist(), "std": model.latent_std.tolist()}
         write_json(out / "statistics.json", scale | {"made": made})
         print(f"latent actions of {o.name} lie in {out}", file=sys.stderr)
@@ -363,7 +351,6 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         add("--flow", "dis", "dis, true (of a world), things (DPFlow), or a .ckpt of it")
         add("--side", 256, "pixels of the square at which flow is measured")
         if command == "encode":
-            add("--pt", False, "also write NAME.pt, the official form")
             add("--weights", Path, "run or file of python train.py --stage latent", required=True)
             continue
         add("--preset", "toy", choices=PRESETS)

@@ -543,21 +543,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--keep is {args.keep!r}; expected parts among {', '.join(recipe)}")
     pyramid = open_pyramid(args.data, "latent", args.preset, args.episodes)
     corpora = [Corpus(pyramid, args.episodes, held_out) for held_out in (False, True)]
-    labelled = corpora[0].labelled
-    if not labelled:
+    if not corpora[0].labelled:
         recipe = UNLABELLED
     args.out.mkdir(parents=True, exist_ok=True)
     for file in ours.iterdir():
         if file.stem in kept | {"dcae"}:
             shutil.copyfile(file, args.out / file.name)
     shipped = Backbones.load(ours)
-    torch.manual_seed(0)
     figures = {"command": f"python -m scripts.pretrain {' '.join(argv or sys.argv[1:])}"}
     for part, (steps, batch) in recipe.items():
         if part not in kept:
-            if not labelled:  # each part is the same, whichever others are made
-                torch.manual_seed(0)
-                corpora[0].rng = np.random.default_rng(0)
+            torch.manual_seed(0)  # each part is the same, whichever others are made
+            for corpus in corpora:
+                corpus.rng = np.random.default_rng(0)
             many = args.steps or steps
             job = Job(args.preset, shipped, args.out, pyramid, *corpora, many, batch, device())
             figures |= MAKERS[part](job)

@@ -399,6 +399,7 @@ MUTANTS = {
     "a weight that is NaN": (line(weight=float("nan")), "weight is nan|NaN"),
     "a weight as text": (line(weight="1"), "weight is 1; expected a number"),
     "an unknown normalisation": (line(normalise="zscore"), "normalise is 'zscore'"),
+    "films moved by less than nothing": (line(shift=-1), "shift is -1; expected a whole number in"),
     "a mapping that is a list": (line(mapping=["action"]), "mapping is"),
     "an unknown field of a mapping": (
         line(mapping={"actions": "action"}),

@@ -252,21 +252,6 @@ def test_latents_of_a_source_that_knows_its_flow(tmp_path, monkeypatch):
         main("encode", *args, "--flow", "true", "--side", 96)
 
 
-def test_latents_in_the_official_form(tmp_path, monkeypatch):
-    """`--pt` writes the same numbers as a dictionary that torch opens without code, with the
-    interval that official files lack."""
-    use(monkeypatch, ("a", Known(), 6))
-    model_of().save(tmp_path / "m.safetensors")
-    args = ("--weights", tmp_path / "m.safetensors", "--data", "card.json", "--out", tmp_path)
-    main("encode", *args, "--flow", "true", "--pt")
-    paths = sorted((tmp_path / "latent_action_dim14").glob("*.pt"))
-    assert len(paths) == 4
-    official = torch.load(paths[0], weights_only=True)
-    with open_source(paths[0].with_suffix(".safetensors")) as source:
-        assert torch.equal(official["latent_action"], source.read("latent_action"))
-    assert official["valid"].tolist() == [True] * 4 + [False] * 2 and official["interval"] == 3
-
-
 def test_a_dcae_goes_on_from_another(tmp_path, monkeypatch):
     """`pretrain --init` begins at those weights: after one small step it is nearer to them than to
     a fresh DC-AE."""

@@ -55,6 +55,7 @@ Source              [2,6]           level
 Source              (0,1e9]         weight
 Source              [0,1e9]         episodes
 Source              [-1,1e9]        held_out
+Source              [0,64]          shift
 Dataset             [1,1e6]         chunks_size total_episodes
 Dataset             [1,1e9]         total_frames
 Dataset             (0,1000]        fps

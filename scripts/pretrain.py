@@ -40,7 +40,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from attention import mlp
@@ -55,7 +54,6 @@ from formats.recordings import T_SIZE, Recordings, fit_place
 from latent_action import LatentActionModel
 from motus import PRESETS, preset
 from sample import psnr
-from scale.muon import Muon
 from weights.files import plain_json, write_json
 from weights.load import save_part
 from weights.options import DEVICE, Parser, device, output_folder, run_command
@@ -241,27 +239,22 @@ def optimise(
     steps: int,
     lr: float,
     loss: Callable[[], Terms],
-    rotated: Iterable[Tensor] = (),
 ) -> Figures:
-    """AdamW, of matrices `rotated` Muon, with warm-up and cosine decay on the terms of `loss`, each
-    of whose means over the last hundred steps is returned."""
+    """AdamW with warm-up and cosine decay on the terms of `loss`, each of whose means
+    over the last hundred steps is returned."""
     parameters = [p for network in networks for p in network.requires_grad_(True).parameters()]
-    rotated = list(rotated)
-    rest = [p for p in parameters if not any(p is other for other in rotated)]
-    optimizers = [torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.01)]
-    if rotated:
-        optimizers.append(Muon([dict(params=rotated)], 0.02, 0.0))
-    shape = dict(total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8)
-    schedules = [OneCycleLR(one, one.defaults["lr"], **shape) for one in optimizers]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.03, cycle_momentum=False, final_div_factor=0.8
+    )
     seen = []
     for _ in tqdm(range(steps), name, unit="step", mininterval=2):
-        for parameter in parameters:
-            parameter.grad = None
+        optimizer.zero_grad()
         terms = loss()
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for one in (*optimizers, *schedules):
-            one.step()
+        optimizer.step()
+        schedule.step()
         seen.append([term.item() for term in terms.values()])
     means = np.mean(seen[-100:], axis=0).tolist()
     return {f"{name}_{key}_loss": mean for key, mean in zip(terms, means)}
@@ -394,8 +387,7 @@ def probe_error(found: Tensor, target: Tensor) -> Tensor:
 
 
 def pretrain_vlm(job: Job) -> Figures:
-    """Answers the questions of `Grounding`, whose probes are thrown away. One that begins with
-    nothing has its matrices taught by Muon; one that goes on would be torn from where it is."""
+    """Answers the questions of `Grounding`, whose probes are thrown away."""
     sentences = [*job.corpus.sentences, "user"]
     known = None if job.corpus.labelled else job.shipped.vlm_tokenizer
     tokenizer = word_tokenizer(job.out / "vlm.json", SPECIAL, sentences, known)
@@ -405,9 +397,7 @@ def pretrain_vlm(job: Job) -> Figures:
     vlm.init_weights()
     grounding = Grounding(job, job.begin(vlm, job.shipped.vlm), tokenizer)
     loss = partial(grounding.loss, job.corpus, job.batch)
-    matrices = [p for name, p in vlm.named_parameters() if p.dim() == 2 and "embed" not in name]
-    rotated = matrices if job.corpus.labelled else ()
-    figures = optimise("vlm", [grounding], job.steps, 1.5e-3, loss, rotated)
+    figures = optimise("vlm", [grounding], job.steps, 1.5e-3, loss)
     figures |= grounding.figures(job.held_out)
     save_part(job.out / "vlm.safetensors", vlm.cpu(), torch.float16)
     return figures
@@ -516,7 +506,7 @@ MAKERS = {
     "vae": pretrain_vae,
 }
 RECIPES = {  # steps of each part, in whose place `--steps` is taken, and samples per step
-    "toy": {"text": (400, 64), "vlm": (8000, 64), "vae": (3000, 12)},
+    "toy": {"text": (400, 64), "vlm": (4000, 64), "vae": (3000, 12)},
     "sim": {"text": (400, 64), "vlm": (1700, 32), "vae": (1000, 4)},
 }
 # Where there are no labels, on from the preset's.

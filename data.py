@@ -140,7 +140,7 @@ class Batch:
 def batch_of(
     pyramid: Pyramid, rows: Tensor, actions: str, robots: Sequence[Statistics], config: MotusConfig
 ) -> Batch:
-    """Windows of rows (B, 4), normalised, with masks; `actions`: none, latent or real."""
+    """Windows of rows (B, 3 or 4), normalised, with masks; `actions`: none, latent or real."""
     windows = [pyramid.window(row, actions) for row in rows.tolist()]
     batch = Batch(
         torch.from_numpy(np.stack([window.frames for window in windows])),

@@ -20,7 +20,7 @@ def note(pyramid, folder: Path, preset: str) -> str:
     windows of a `formats.cards.Pyramid`, and when to teach it, or the tokenizers new words. What
     cannot be tried is said, and no error."""
     own = (folder / "vae.safetensors").is_file()
-    rows = pyramid.draw(8 if own else 2, 0, 0).tolist()
+    rows = pyramid.draw(8 if own else 2, 0, 0)[:, :3].tolist()
     try:
         backbones = Backbones.load(folder, parts=("vae",)).to(device())
         frames = np.stack([pyramid.window(row, "none").frames for row in rows])

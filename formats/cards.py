@@ -72,7 +72,8 @@ class Source:
     episodes: int = 0
     held_out: int = -1  # episodes at the end that no training sees; default 5 %, of three one
     latents: str = ""  # folder of latent actions; default latents/NAME beside the card
-    # pixels by which two of three windows are moved, at random: few recordings teach more
+    # up to so many pixels of the network's picture two of three windows are moved; state and
+    # actions are not, so it is for actions that are changes, not places
     shift: int = 0
 
     def __post_init__(self):
@@ -533,7 +534,7 @@ class Pyramid:
             chunk, mask = rows[last], known[last] & (index < len(rows))
         picture = tiled(seen.frames, self.size)
         if any(variant):
-            picture = shift_film(picture, o.source.shift, np.random.default_rng(row))
+            picture = shift_film(picture, o.source.shift, np.random.default_rng([self.seed, *row]))
         return replace(seen, frames=picture, actions=chunk, action_mask=mask)
 
     # What is told of it.
@@ -570,6 +571,8 @@ class Pyramid:
                     "wanted times"
                 )
             ahead = ", actions are later positions" if o.source.ahead else ""
+            if o.source.shift:
+                ahead += f", two of three windows moved by up to {o.source.shift} pixels"
             lines.append(o.reader.describe())
             lines.append(
                 f"  used     level {o.source.level}, weight {o.source.weight:g}, normalised by "

@@ -195,4 +195,4 @@ class Windows:
 
 def named_sources(pyramid: Pyramid) -> list[list]:
     """Which datasets these are, in their order, whatever their weights."""
-    return [[o.name, o.source.level, o.source.embodiment] for o in pyramid.opened]
+    return [[o.name, o.source.level, o.source.embodiment, o.source.shift] for o in pyramid.opened]

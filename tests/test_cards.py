@@ -266,7 +266,7 @@ def test_shares_are_exact_for_equal_weights_and_fair_for_others():
 
 def test_two_of_three_windows_of_a_shifted_source_are_the_same_film_moved(rendered, tmp_path):
     """A few demonstrations show things at few places; a film that is moved as a whole shows them at
-    others, and the actions that belong to it are the same."""
+    others. Actions stay as recorded, as those of a robot that is told changes do."""
     plain = opened(rendered)
     moved = opened(changed(rendered, tmp_path, _3={"shift": 4}))
     rows = rows_to_encode(moved, 0, 0)

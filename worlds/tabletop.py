@@ -288,6 +288,7 @@ class Tabletop:
         again = opens & self.held[self.named] & (self.skill != PLACE)
         self.grasped[again[:, None] & self.named] = False
         self.start[again] = self.disc[again]
+        self.goal[again] = goal_of("push", self.disc, self.toward)[again]
         self.held[opens] = False
 
     def _grasp(self, was_open: ndarray) -> None:
@@ -363,7 +364,8 @@ class Tabletop:
         """Next position (n, 2) and grip (n,); a function of what can be seen now, so that it can be
         imitated. A disc that is only just placed is placed again: who imitates sees no better."""
         place = self.skill == PLACE
-        done = self.success & ~(place & (room(self.disc, self.toward) > BAND - MARGIN))
+        shallow = room(self.disc, self.toward) > BAND - MARGIN
+        done = self.success & ~(place & (self.held[self.named] | shallow))
         place_step, place_closes = self._placing()
         push_step, push_closes = self._pushing()
         step = np.where(place[:, None], place_step, push_step)

@@ -31,7 +31,7 @@ def main() -> None:
     while solved < count:
         seen = world.reset(seeds[tried])
         after = 0  # rows since success
-        # A hand that slips now and then, and what was meant is written.
+        # Every other hand is disturbed, by 1.5 cm, and what was meant is written.
         shaky = 0 if calm else 0.3 * (tried % 2)
         rows = []
         while len(rows) < world.max_steps and after < 7:

@@ -8,7 +8,6 @@ import pytest
 
 from worlds.render import Snapshot, flow
 from worlds.robots import (
-    BAND,
     COLOURS,
     EMBODIMENTS,
     HELD_OUT,
@@ -20,7 +19,7 @@ from worlds.robots import (
     instructions,
     sentence,
 )
-from worlds.tabletop import Tabletop, labels, record, room
+from worlds.tabletop import Tabletop, labels, record
 
 BODIES = tuple(EMBODIMENTS)
 
@@ -331,15 +330,13 @@ def test_the_wanderer_grasps_and_pushes():
 
 
 def test_the_expert_recovers_from_every_mistake_that_a_demonstration_begins_with():
-    """Astray worlds begin with the gripper open, or closed on nothing and touching nothing, or
-    closed on the named disc; the expert solves them all the same."""
+    """Half of the astray worlds begin with the gripper closed on nothing and touching nothing; the
+    expert solves them all the same."""
     world = Tabletop(64, astray=1.0)
     world.reset(range(64))
     gaps = np.linalg.norm(world.discs - world.effector[:, None], axis=-1).min(axis=1)
-    holds = world.held.any(axis=1)
     closed = world.opening == 0
-    assert 0.3 < closed.mean() < 0.7 and (gaps[closed & ~holds] > 0.105).all()
-    assert 0.1 < holds.mean() < 0.4 and closed[holds].all() and not world.held[~world.named].any()
+    assert 0.3 < closed.mean() < 0.7 and (gaps[closed] > 0.105).all() and not world.held.any()
     discs = world.discs.copy()
     for _ in range(100):
         world.advance(world.expert())
@@ -347,23 +344,6 @@ def test_the_expert_recovers_from_every_mistake_that_a_demonstration_begins_with
     plain = Tabletop(64)
     plain.reset(range(64))
     assert np.array_equal(discs, plain.discs)  # the layout is that of the same seed
-
-
-def test_the_expert_places_again_what_is_only_just_placed():
-    """At the border of the band no picture tells whether a disc is placed; who imitates an expert
-    that is content there stops short of it."""
-    world = Tabletop(64)
-    world.reset(range(64))
-    place = world.skill == SKILLS.index("place")
-    inside = np.where(world.toward > 0, 1 - BAND + 0.01, BAND - 0.01)
-    world.discs[world.named] = np.where(world.toward, inside, world.disc)
-    world.grasped[world.named] = True
-    world.opening[:] = 1.0
-    world.advance(world.expert())
-    assert (world.success == place).all()
-    for _ in range(100):
-        world.advance(world.expert())
-    assert (room(world.disc, world.toward)[place] < BAND - 0.05).all()
 
 
 def test_labels_name_the_disc_of_the_instruction():

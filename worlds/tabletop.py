@@ -51,7 +51,6 @@ from worlds.robots import (
 )
 
 PLACE = SKILLS.index("place")
-MARGIN = 0.05  # by which the expert is stricter than the judge
 
 # -- layouts --------------------------------------------------------------------------------------
 
@@ -104,20 +103,16 @@ def layout_of(
             return discs[good.argmax()], effector[good.argmax()]
 
 
-def stray(
-    rng: np.random.Generator, discs: ndarray, named: ndarray
-) -> tuple[ndarray, float, ndarray]:
-    """Where an effector may find itself after a mistake (2,), its opening, and what it holds (D,);
-    a closed one that does not hold the named disc touches none."""
-    if rng.random() < 0.25:
-        return discs[named][0] + rng.uniform(-0.5, 0.5, 2) * GRASP, 0.0, named
+def stray(rng: np.random.Generator, discs: ndarray, named: ndarray) -> tuple[ndarray, float]:
+    """Where an effector may find itself after a mistake (2,), and its opening; a closed one touches
+    no disc."""
     near = discs[named] + 0.12 * rng.standard_normal((64, 2))
     anywhere = rng.uniform(0.05, 0.95, (64, 2))
     spots = np.where(rng.random((64, 1)) < 0.7, near, anywhere)
     spots = np.clip(spots, 0.05, 0.95)
     opening = float(rng.integers(2))
     free = (distance(spots[:, None], discs) > RADIUS + TIP + 0.005).all(axis=1)
-    return spots[0 if opening else free.argmax()], opening, np.zeros(DISCS, bool)
+    return spots[0 if opening else free.argmax()], opening
 
 
 # -- the world ------------------------------------------------------------------------------------
@@ -134,8 +129,8 @@ class Tabletop:
     task_agnostic    no instruction, no success; the expert wanders between waypoints and plays with
                      the discs
     astray           share of worlds that begin in the middle of a mistake: the effector anywhere,
-                     more often than not near the named disc, the gripper open, or closed on nothing
-                     or on that disc. Demonstrations of them teach how to recover
+                     more often than not near the named disc, the gripper open or closed on nothing.
+                     Demonstrations of them teach how to recover
 
     After `reset` it holds `task` (skill, colour, side) and `instruction` of each, and as arrays
     with n in front: discs (D, 2), colours (D,) as indices into COLOURS, named (D,) bool (the disc
@@ -190,9 +185,8 @@ class Tabletop:
         named = order == 0
         heading = layout.uniform(-0.8, 0.8) if self.embodiment.name == "arm" else 0.0
         opening = 1.0
-        held = np.zeros(DISCS, bool)
         if self.astray and play.random() < self.astray:
-            effector, opening, held = stray(play, discs[order], named)
+            effector, opening = stray(play, discs[order], named)
         return {
             "discs": discs[order],
             "colours": colours[order],
@@ -203,9 +197,9 @@ class Tabletop:
             "effector": effector,
             "opening": opening,
             "heading": heading,
-            "held": held,
-            "grasped": held.copy(),  # at any time
-            "offset": discs[order] - effector,  # of what is held
+            "held": np.zeros(DISCS, bool),
+            "grasped": np.zeros(DISCS, bool),  # at any time
+            "offset": np.zeros((DISCS, 2)),  # of what is held, from the effector
             "success": False,
             "drift": np.zeros(2),
             "waypoint_grip": -1.0,
@@ -288,7 +282,6 @@ class Tabletop:
         again = opens & self.held[self.named] & (self.skill != PLACE)
         self.grasped[again[:, None] & self.named] = False
         self.start[again] = self.disc[again]
-        self.goal[again] = goal_of("push", self.disc, self.toward)[again]
         self.held[opens] = False
 
     def _grasp(self, was_open: ndarray) -> None:
@@ -362,15 +355,13 @@ class Tabletop:
 
     def _intend(self) -> tuple[ndarray, ndarray]:
         """Next position (n, 2) and grip (n,); a function of what can be seen now, so that it can be
-        imitated. A disc that is only just placed is placed again: who imitates sees no better."""
+        imitated."""
         place = self.skill == PLACE
-        shallow = room(self.disc, self.toward) > BAND - MARGIN
-        done = self.success & ~(place & (self.held[self.named] | shallow))
         place_step, place_closes = self._placing()
         push_step, push_closes = self._pushing()
         step = np.where(place[:, None], place_step, push_step)
-        step = np.where(done[:, None], 0, step)  # hold still
-        closes = np.where(place, place_closes & ~done, push_closes | done)
+        step = np.where(self.success[:, None], 0, step)  # done: hold still
+        closes = np.where(place, place_closes & ~self.success, push_closes | self.success)
         return self.effector + step, np.where(closes, 1.0, -1.0)
 
     def _placing(self) -> tuple[ndarray, ndarray]:

@@ -347,7 +347,7 @@ def test_windows_encoded_before_are_those_encoded_when_needed(pyramid, robots, p
     live = present(stream.inputs(stream.prepare(rows), "cpu"))
     assert same(live, present(pool.inputs(pool.prepare(torch.arange(9)), "cpu")))
     assert (pool.robots, pool.weights) == (robots, [1.0])
-    assert pool.sources == [["level6_gripper", 6, "gripper"]]
+    assert pool.sources == [["level6_gripper", 6, "gripper", 0]]  # moved by no pixel
 
 
 def test_a_cache_in_shards_is_the_cache_in_a_file(card, tmp_path, monkeypatch):

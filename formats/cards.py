@@ -571,13 +571,13 @@ class Pyramid:
                     "wanted times"
                 )
             ahead = ", actions are later positions" if o.source.ahead else ""
-            if o.source.shift:
-                ahead += f", two of three windows moved by up to {o.source.shift} pixels"
+            shift = o.source.shift
+            moved = f", two of three windows moved by up to {shift} pixels" if shift else ""
             lines.append(o.reader.describe())
             lines.append(
                 f"  used     level {o.source.level}, weight {o.source.weight:g}, normalised by "
                 f"{o.source.normalise}, drawn by {o.source.draw}, {o.source.held_out} episodes "
-                f"held out{ahead}"
+                f"held out{ahead}{moved}"
             )
         return "\n".join([*lines, self.notes()]).rstrip()
 

@@ -63,10 +63,9 @@ def rows_to_encode(pyramid: Pyramid, count: int, seed: int) -> Tensor:
             )
         first = np.concatenate([np.arange(count) for count in o.counts])
         episode = np.repeat(np.arange(o.trained), o.counts)
-        for variant in range(o.variants):
-            columns = np.broadcast_arrays(i, episode, first, variant)
-            found.append(np.stack(columns, axis=1))
-    return torch.from_numpy(np.unique(np.concatenate(found), axis=0))
+        columns = np.broadcast_arrays(i, episode[:, None], first[:, None], range(o.variants))
+        found.append(np.dstack(columns).reshape(-1, 4))
+    return torch.from_numpy(np.concatenate(found))
 
 
 def files_of(pyramid: Pyramid) -> list[tuple[str, int, int]]:

@@ -2,7 +2,7 @@
 tool would: nothing of motus is in this file but the seeds, so that no scene is also tried in.
 
     PYTHONPATH=.:docs/own_robot python docs/own_robot/record.py data/fetch 105
-    PYTHONPATH=.:docs/own_robot python docs/own_robot/record.py data/calm 21 calm     no hand slips
+    PYTHONPATH=.:docs/own_robot python docs/own_robot/record.py data/calm 21 calm     undisturbed
 """
 
 import sys
